@@ -142,7 +142,7 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: M
 
 def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
     """Make an emulator, tune a LoRA on it, carry it over, take exact steps, and measure it all."""
-    from emloc_core.files.output import read_manifest
+    from emloc_core.files.manifest import read_manifest
 
     metered = Metered()
     share, emulator, adapter = tuned(base, place, cell, rows, metered)
@@ -178,7 +178,7 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
 
 def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
     """As :func:`emulated`, and less of it: neither the emulator's own loss, nor the paper's clamp, nor exact steps."""
-    from emloc_core.files.output import read_manifest
+    from emloc_core.files.manifest import read_manifest
 
     metered = Metered()
     share, _, adapter = tuned(base, place, cell, rows, metered)

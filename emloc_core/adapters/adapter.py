@@ -21,8 +21,7 @@ from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.lora import CONFIG, WEIGHTS, require_lora
-from emloc_core.files.manifest import manifest_value, require_unchanged
-from emloc_core.files.output import made_from, read_manifest
+from emloc_core.files.manifest import made_from, manifest_value, read_manifest, require_unchanged
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.shards import write_shard

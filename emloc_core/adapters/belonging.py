@@ -11,8 +11,7 @@ from emloc_core.adapters.dense import require_dense
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.manifest import manifest_value
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import manifest_value, read_manifest
 from emloc_core.standins.experts import matrices
 from emloc_core.standins.format import MARK
 

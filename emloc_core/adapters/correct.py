@@ -34,8 +34,8 @@ from emloc_core.data.row import Row
 from emloc_core.data.rows import SELECTION, load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import CONTENT, manifest_value
-from emloc_core.files.output import Output, made_from
+from emloc_core.files.manifest import CONTENT, made_from, manifest_value
+from emloc_core.files.output import Output
 from emloc_core.model.opened import open_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named

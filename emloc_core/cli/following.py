@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.output import learned_preferences, read_manifest
+from emloc_core.files.manifest import learned_preferences, read_manifest
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,

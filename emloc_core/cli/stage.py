@@ -14,7 +14,7 @@ from emloc_core.cli.following import following
 from emloc_core.cli.verbosity import Verbosity, set_up_libraries, showing_families, verbosity
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.processes.environment import without_collections
 from emloc_core.report.towers import place, short_names
 from emloc_core.report.verdict import verdict

@@ -18,7 +18,7 @@ from emloc_core.conformance.tuning import STEPS
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object
 from emloc_core.files.lora import WEIGHTS
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload

@@ -17,7 +17,7 @@ from emloc_core.data.images import IMAGES, Picture
 from emloc_core.data.mixture import weighted, weights
 from emloc_core.data.row import FORMS, Row, parse_row
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.own import require_own_files
 from emloc_core.settings import Loss
 

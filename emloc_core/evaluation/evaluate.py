@@ -16,7 +16,8 @@ from emloc_core.evaluation.tasks import TaskSpec, find_task
 from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.manifest import read_manifest
+from emloc_core.files.output import Output
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.report.table import COSTS, ORDER
 from emloc_core.requests import EvaluateRequest, System

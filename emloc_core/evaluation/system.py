@@ -43,7 +43,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
 
     from emloc_core.data.tokenize import load_processor, load_tokenizer
     from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.files.output import read_manifest
+    from emloc_core.files.manifest import read_manifest
     from emloc_core.files.pretrained import load_model
     from emloc_core.plugins.manager import plugin_manager
 

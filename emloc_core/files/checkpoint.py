@@ -14,8 +14,7 @@ from emloc_core.files.card import BASE_CARD, CARD
 from emloc_core.files.documents import read_object
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import require_unchanged
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest, require_unchanged
 from emloc_core.files.own import require_own_files
 from emloc_core.plugins.manager import plugin_manager
 

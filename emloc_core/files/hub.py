@@ -9,7 +9,7 @@ from typing import Any
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import CARD, HUB_ID
 from emloc_core.files.documents import read_object
-from emloc_core.files.output import MANIFEST, read_manifest
+from emloc_core.files.manifest import MANIFEST, read_manifest
 from emloc_core.files.own import require_own_files
 
 _ADAPTER = "adapter_config.json"

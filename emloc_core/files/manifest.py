@@ -1,4 +1,4 @@
-"""Careful reading of manifests: anyone may have written them, or changed what they describe."""
+"""The manifests of outputs: read with care, since anyone may have written them, or changed what they describe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,77 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.documents import read_object
 
+MANIFEST = "emloc.json"
 #: In the result of a manifest: the SHA-256 over what was written, as its reader computes it.
 CONTENT = "sha256"
+#: Stages that an adapter has gone through, one after the other, that are followed back at most.
+_STAGES = 8
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a directory that EMLoC wrote, or None for any other directory.
+
+    Raises:
+        EmlocError: it is damaged: not an object, or its kind, request or result has the wrong type.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_object(path)
+    for name, kind in (("kind", str), ("request", dict), ("result", dict)):
+        if not isinstance(manifest.get(name, kind()), kind):
+            given = type(manifest[name]).__name__
+            raise EmlocError(f"{path} is damaged: its {name} is a {given}.", "Restore the file.", code="damaged")
+    return manifest
+
+
+def made_from(directory: Path, role: str) -> str:
+    """Return the path or hub id of an input that a finished directory was made from.
+
+    Args:
+        directory: an output of EMLoC.
+        role: ``base``, ``model``, ``emulator`` or ``adapter``.
+
+    Raises:
+        EmlocError: its manifest does not name it.
+    """
+    inputs = (read_manifest(directory) or {}).get("inputs", {})
+    if not isinstance(inputs, dict) or not isinstance(inputs.get(role), str):
+        raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.", code="missing")
+    name: str = inputs[role]
+    return name
+
+
+def learned_preferences(adapter: Path) -> bool:
+    """Return whether a LoRA was trained by preferences, as its manifest tells, or those of what it was made from."""
+    for _ in range(_STAGES):
+        manifest = read_manifest(adapter) or {}
+        inputs, request = (manifest.get(name) for name in ("inputs", "request"))
+        before = inputs.get("adapter") if isinstance(inputs, dict) else None
+        if not isinstance(before, str):
+            settings = request.get("settings") if isinstance(request, dict) else None
+            return isinstance(settings, dict) and settings.get("objective", "sft") != "sft"
+        adapter = Path(before)
+    return False
+
+
+def parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the manifests of the outputs among the inputs, and of those among theirs, the oldest first."""
+    manifests: dict[Path, dict[str, Any]] = {}
+
+    def add(inputs: Any) -> None:
+        for role in ("emulator", "model", "adapter"):
+            directory = Path(inputs.get(role, "")).resolve()
+            if role not in inputs or directory in manifests or not (manifest := read_manifest(directory)):
+                continue
+            manifests[directory] = manifest  # now, in case that it names itself
+            add(manifest["inputs"])
+            manifests[directory] = manifests.pop(directory)  # its own parents come first
+
+    add(inputs)
+    return list(manifests.values())
 
 
 def manifest_value(manifest: Mapping[str, Any], directory: Path, name: str, kind: Any) -> Any:

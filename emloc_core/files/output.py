@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.files.card import CARD, card
 from emloc_core.files.documents import read_object, write_json
+from emloc_core.files.manifest import MANIFEST, parents, read_manifest
 from emloc_core.files.meter import Meter
 from emloc_core.files.workspace import Workspace, remove_at_once
 from emloc_core.observed.record import DECLARATIONS
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from emloc_core.family import Family
     from emloc_core.files.inputs import Inputs
 
-MANIFEST = "emloc.json"
 TIMING = "timing.json"
 #: Hashes of large files by path and stamp; see :class:`emloc_core.files.inputs.Inputs`.
 HASHES = ".emloc-hashes.json"
@@ -48,74 +48,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of a directory that EMLoC wrote, or None for any other directory.
-
-    Raises:
-        EmlocError: it is damaged: not an object, or its kind, request or result has the wrong type.
-    """
-    path = directory / MANIFEST
-    if not path.is_file():
-        return None
-    manifest = read_object(path)
-    for name, kind in (("kind", str), ("request", dict), ("result", dict)):
-        if not isinstance(manifest.get(name, kind()), kind):
-            given = type(manifest[name]).__name__
-            raise EmlocError(f"{path} is damaged: its {name} is a {given}.", "Restore the file.", code="damaged")
-    return manifest
-
-
-def made_from(directory: Path, role: str) -> str:
-    """Return the path or hub id of an input that a finished directory was made from.
-
-    Args:
-        directory: an output of EMLoC.
-        role: ``base``, ``model``, ``emulator`` or ``adapter``.
-
-    Raises:
-        EmlocError: its manifest does not name it.
-    """
-    inputs = (read_manifest(directory) or {}).get("inputs", {})
-    if not isinstance(inputs, dict) or not isinstance(inputs.get(role), str):
-        raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.", code="missing")
-    name: str = inputs[role]
-    return name
-
-
-#: Stages that an adapter has gone through, one after the other, that are followed back at most.
-_STAGES = 8
-
-
-def learned_preferences(adapter: Path) -> bool:
-    """Return whether a LoRA was trained by preferences, as its manifest tells, or those of what it was made from."""
-    for _ in range(_STAGES):
-        manifest = read_manifest(adapter) or {}
-        inputs, request = (manifest.get(name) for name in ("inputs", "request"))
-        before = inputs.get("adapter") if isinstance(inputs, dict) else None
-        if not isinstance(before, str):
-            settings = request.get("settings") if isinstance(request, dict) else None
-            return isinstance(settings, dict) and settings.get("objective", "sft") != "sft"
-        adapter = Path(before)
-    return False
-
-
-def _parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the manifests of the outputs among the inputs, and of those among theirs, the oldest first."""
-    manifests: dict[Path, dict[str, Any]] = {}
-
-    def add(inputs: Any) -> None:
-        for role in ("emulator", "model", "adapter"):
-            directory = Path(inputs.get(role, "")).resolve()
-            if role not in inputs or directory in manifests or not (manifest := read_manifest(directory)):
-                continue
-            manifests[directory] = manifest  # now, in case that it names itself
-            add(manifest["inputs"])
-            manifests[directory] = manifests.pop(directory)  # its own parents come first
-
-    add(inputs)
-    return list(manifests.values())
 
 
 class Output:
@@ -322,7 +254,7 @@ class Output:
         table = self.staging / "table.md"
         scores = table.read_text(encoding="utf-8") if table.is_file() else None
         try:
-            text = card(manifest, _parents(self._inputs), self._loader, scores, self._objective)
+            text = card(manifest, parents(self._inputs), self._loader, scores, self._objective)
         except (EmlocError, OSError, LookupError, AttributeError, TypeError, ValueError):
             text = card(manifest, [], self._loader, scores, self._objective)  # what others made may say anything of how
         (self.staging / CARD).write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 from emloc_core.data.row import Row
 from emloc_core.data.rows import load_rows
 from emloc_core.files.documents import read_json, write_json
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.processes.call import call
 
 #: The file of the answers, beside the stages' directories.

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable
 from emloc_core.files.documents import read_json
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.meter import peak_memory
-from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.files.output import TIMING
 from emloc_core.recipe.answers import FILE as ANSWERS
 from emloc_core.recipe.live import Doing, doing
 from emloc_core.recipe.recipe import FIRST
@@ -356,7 +357,7 @@ def _model(emulator: Path | None, adapter: Path, tuned: Mapping[str, Any]) -> "M
         KeyError, StopIteration, OSError: something is missing.
     """
     from emloc_core.data.rows import CALIBRATION, SELECTION
-    from emloc_core.files.output import made_from
+    from emloc_core.files.manifest import made_from
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import CompressSettings, TrainSettings

@@ -12,7 +12,8 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
-from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.files.manifest import MANIFEST
+from emloc_core.files.output import TIMING
 from emloc_core.model.cap import gpu_cap
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.recipe.answers import answers_of

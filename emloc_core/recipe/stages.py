@@ -11,8 +11,7 @@ from typing import Any
 
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
-from emloc_core.files.manifest import manifest_value
-from emloc_core.files.output import MANIFEST, read_manifest
+from emloc_core.files.manifest import MANIFEST, manifest_value, read_manifest
 from emloc_core.files.workspace import Workspace
 from emloc_core.recipe.recipe import FIRST, SHARED, Recipe
 from emloc_core.requests import (

@@ -11,7 +11,7 @@ from emloc_core.data.mixture import weights
 from emloc_core.data.rows import require_source
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Request
 from emloc_core.settings import AUTO, FREE

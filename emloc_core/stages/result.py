@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
 from emloc_core.files.documents import read_json
-from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.files.manifest import MANIFEST
+from emloc_core.files.output import TIMING
 
 Found = TypeVar("Found")
 

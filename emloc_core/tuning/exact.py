@@ -30,7 +30,8 @@ from emloc_core.exact.lora import lora_on
 from emloc_core.exact.memory import Positions, lora_need, step_need
 from emloc_core.exact.parallel import Processes
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import Output, learned_preferences
+from emloc_core.files.manifest import learned_preferences
+from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_gpus
 from emloc_core.model.device import free_of
 from emloc_core.model.nf4_checkpoints import is_in_four_bits

@@ -3,7 +3,7 @@
 import click
 
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.settings import StepSettings, TrainSettings
 
 #: What a plan decides about a step. An emulator that was made for a memory has it in its manifest.

@@ -37,8 +37,8 @@ from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import CONTENT, manifest_value
-from emloc_core.files.output import Output, made_from, read_manifest
+from emloc_core.files.manifest import CONTENT, made_from, manifest_value, read_manifest
+from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_told
 from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.requests import EvalRows, PolishRequest, TrainRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, written
 from emloc_core.zoo.engines.engine import Engine
 from emloc_core.zoo.jobs.job import ZooJob

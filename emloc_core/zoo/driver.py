@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.workspace import Workspace
 from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.engines.engine import Engine, NoRoomError

@@ -16,7 +16,7 @@ import torch
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_object
-from emloc_core.files.output import made_from, read_manifest
+from emloc_core.files.manifest import made_from, read_manifest
 from emloc_diffusers.pretrained import library, load_part
 
 INDEX = "model_index.json"

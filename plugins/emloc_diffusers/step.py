@@ -138,10 +138,10 @@ def encoder_bytes(config_file: Path, call: Call, config: Mapping[str, Any]) -> t
         call: how it is called.
         config: what that file says, and the defaults of the class.
     """
-    pipeline = config_file.absolute().parent.parent
-    if not (pipeline / INDEX).is_file():
+    place = config_file.absolute().parent.parent
+    if not (place / INDEX).is_file():
         return 2 * call.readers(config), 2 * VAE
-    parts = Parts(pipeline)
+    parts = Parts(place)
     return parts.nbytes(parts.readers), parts.nbytes(["vae"])
 
 
@@ -161,8 +161,8 @@ def most_patches(config_file: Path, call: Call, rows: Sequence[Row], most: int |
     Raises:
         EmlocError: a picture cannot be read, or is smaller than a patch.
     """
-    pipeline = config_file.absolute().parent.parent
-    side = Parts(pipeline).factor * call.patch if (pipeline / INDEX).is_file() else PATCH
+    place = config_file.absolute().parent.parent
+    side = Parts(place).factor * call.patch if (place / INDEX).is_file() else PATCH
     found = 0
     for row in rows:
         assert row.images

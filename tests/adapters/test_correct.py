@@ -26,7 +26,7 @@ from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.lora import WEIGHTS
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.model.opened import OpenModel
 from emloc_core.settings import CompressSettings, CorrectSettings
 

@@ -12,7 +12,7 @@ from svd import asvd, svd
 from emloc_core.algorithms.factorize import factorize, wants_inputs
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 

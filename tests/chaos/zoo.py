@@ -21,7 +21,8 @@ from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
 
 from chaos.results import Result, Verdict
-from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.files.manifest import MANIFEST
+from emloc_core.files.output import TIMING
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.jobs.sources import Defaults, resolve

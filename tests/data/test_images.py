@@ -21,7 +21,7 @@ from emloc_core.data.images import Picture
 from emloc_core.data.rows import load_rows, write_rows
 from emloc_core.data.tokenize import encode, load_processing, load_processor
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.settings import CompressSettings, TrainSettings
 
 ROW = ask("which colours?", "red and blue.")

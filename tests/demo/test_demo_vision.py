@@ -30,7 +30,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows, without
 from emloc_core.files.documents import read_json
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.recipe.run import summarise
 from emloc_core.recipe.stages import stages

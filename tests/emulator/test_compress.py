@@ -21,7 +21,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
 from emloc_core.standins.low_rank import LowRank, LowRankLinear

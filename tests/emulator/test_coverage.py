@@ -13,7 +13,7 @@ from emloc_core.conformance.tiny import on_meta, tiny_config
 from emloc_core.emulator.coverage import coverage
 from emloc_core.emulator.declared import find_linears
 from emloc_core.family import TINY
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 
 GROUPS = LLAMA.towers[0].input_groups

@@ -22,7 +22,7 @@ from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.emulator.experts import ExpertFitting
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload

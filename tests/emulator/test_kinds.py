@@ -29,7 +29,7 @@ from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.family import TINY
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.lora import WEIGHTS
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl
 from emloc_core.memory.model import MemoryModel

@@ -13,7 +13,7 @@ import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loa
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.emulator.propagation import RIDGE, PairedMoments
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.settings import CompressSettings
 
 SETTINGS = CompressSettings(samples=24, selection=6, ratio=0.6, allocator="uniform")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms import levels
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings
 

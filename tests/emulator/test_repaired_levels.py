@@ -16,7 +16,7 @@ from emloc_core.algorithms.feedback import damped
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator import propagation
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import NF4, RepairedThreeLevels, repaired

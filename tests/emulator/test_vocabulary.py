@@ -20,7 +20,7 @@ from emloc_core.compat.trl import fuse_loss
 from emloc_core.emulator import pack_vocabulary
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings

@@ -25,7 +25,7 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings

@@ -7,7 +7,8 @@ import pytest
 from emloc_core.emulator.compress import described
 from emloc_core.emulator.method import CompletedSettings
 from emloc_core.files.card import CARD, card
-from emloc_core.files.output import MANIFEST, Output
+from emloc_core.files.manifest import MANIFEST
+from emloc_core.files.output import Output
 
 CORRECTED = {
     "kind": "corrected-adapter",

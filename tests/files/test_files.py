@@ -20,7 +20,8 @@ from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_toml
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.manifest import read_manifest
+from emloc_core.files.output import Output
 from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])

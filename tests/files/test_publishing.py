@@ -17,7 +17,8 @@ from emloc_core.errors import EmlocError
 from emloc_core.files import lock, workspace
 from emloc_core.files import output as publishing
 from emloc_core.files.documents import write_json
-from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.manifest import read_manifest
+from emloc_core.files.output import Output
 from emloc_core.files.workspace import Workspace
 
 PUBLISHING = {module.__file__ for module in (lock, publishing, workspace)}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.errors import EmlocError
 from emloc_core.family import TINY
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.observed import look
 from emloc_core.observed.record import DECLARATIONS, digest, from_record, to_record
 from emloc_core.plugins.manager import STRICT, plugin_manager

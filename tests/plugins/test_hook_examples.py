@@ -12,7 +12,7 @@ from support.jobs import compress_job
 from emloc_core import hookspecs
 from emloc_core.algorithms import Lora
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import StandIn

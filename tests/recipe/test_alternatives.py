@@ -14,7 +14,7 @@ from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
-from emloc_core.files.output import MANIFEST, made_from
+from emloc_core.files.manifest import MANIFEST, made_from
 from emloc_core.model.opened import OpenModel
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.page import RunView, write_page

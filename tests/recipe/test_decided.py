@@ -7,7 +7,7 @@ import pytest
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.decided import decided

@@ -9,7 +9,7 @@ import emloc_core as emloc_api
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.memory.budget import Budget
 from emloc_core.memory.decision import decide
 from emloc_core.memory.workload import make_workload

@@ -20,7 +20,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.recipe.stages import stages
 from emloc_core.requests import EvalRows

@@ -28,7 +28,7 @@ from emloc_core.exact.steps import ExactSteps
 from emloc_core.exact.weights import FrozenWeights
 from emloc_core.files.documents import read_json
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.model.overhead import overhead
 from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, ExactSettings, PolishSettings, TrainSettings

@@ -27,7 +27,7 @@ from emloc_core.cli.train import command
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_manifest
+from emloc_core.files.manifest import read_manifest
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning import trainer
 from emloc_core.tuning.launcher import require_processes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.units import human_bytes
 from emloc_core.zoo.engines.connect import connect
 from emloc_core.zoo.engines.engine import NoRoomError

@@ -16,7 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import MANIFEST
 
 INPUTS = "inputs"
 _WHOLE = ".whole"  # marks a copy of something that has no manifest

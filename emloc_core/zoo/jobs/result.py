@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.files.documents import read_json
-from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.files.manifest import MANIFEST
+from emloc_core.files.output import TIMING
 from emloc_core.zoo.jobs.job import ZooJob
 
 #: What the result keeps of each Linear of an emulator.
