@@ -17,6 +17,7 @@ from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.streamed import compress
 from emloc_core.memory.ways import EXACT, ORDINARY
 from emloc_core.memory.workload import make_workload
+from emloc_core.plugins.manager import TOKENS, plugin_manager
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
 from emloc_core.settings import CompressSettings
@@ -114,6 +115,11 @@ def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(parts)
 
 
+def shown() -> list[Entry]:
+    """Return the entries of the page: models of tokens. Those of pictures are planned in ``pictures.md``."""
+    return [entry for entry in load_entries() if plugin_manager().family_for(entry.config).objective == TOKENS]
+
+
 def marks(entries: list[Entry]) -> Iterator[str]:
     """Yield a comment per entry, by which a test sees that the page is about the entries as they are."""
     for entry in entries:
@@ -128,7 +134,7 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     """Plan all entries, architectures that are the same once, and write the page."""
-    entries = load_entries()
+    entries = shown()
     alike = {json.dumps([entry.config, entry.preset().model_dump()], sort_keys=True): entry for entry in entries}
     with ProcessPoolExecutor(os.cpu_count()) as pool, progress("models") as report:
         planned = {}

@@ -194,6 +194,12 @@ class Objective(Protocol):
     def step(self, memory: "MemoryModel") -> "Step":
         """Return a step of the workload of a plan."""
 
+    def answers(self, base: str, adapter: "Path", rows: "Sequence[Row]", max_new_tokens: int) -> "list[dict[str, str]]":
+        """Return ``prompt`` and ``expected`` of every row, and what the base answers ``before`` tuning and ``after``.
+
+        Each is text, or a picture as a URL that holds it (``data:image/png;base64,``).
+        """
+
     def trial(self) -> "Trial":
         """Return what the conformance kit makes tiny models with."""
 

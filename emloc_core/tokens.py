@@ -211,6 +211,12 @@ class TokenObjective:
 
         return TokenStep(memory)
 
+    def answers(self, base: str, adapter: Path, rows: "Sequence[Row]", max_new_tokens: int) -> list[dict[str, str]]:
+        """Return what the model says, greedily."""
+        from emloc_core.evaluation.answers import answers
+
+        return answers(base, adapter, rows, max_new_tokens)
+
     def trial(self) -> Trial:
         """Return what makes tiny models of transformers."""
         from emloc_core.conformance.trial import TokenTrial

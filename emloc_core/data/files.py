@@ -22,6 +22,51 @@ Numbered = tuple[int, Any]
 _SAVED = ("state.json", "dataset_dict.json")
 
 
+#: The file of a folder of pictures that says what belongs to each, as ``datasets`` reads it.
+_FOLDER = "metadata.jsonl"
+#: Suffixes of pictures that a file of text is beside.
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a directory of pictures, with what belongs to each."""
+    return path.is_dir() and ((path / _FOLDER).is_file() or any(_captioned(path)))
+
+
+def _captioned(path: Path) -> list[Path]:
+    """Return the pictures that a file of text is beside, in order."""
+    return [file for file in sorted(path.iterdir())
+            if file.suffix.lower() in _PICTURES and file.with_suffix(".txt").is_file()]  # fmt: skip
+
+
+def read_folder(path: Path) -> Iterator[Numbered]:
+    """Yield the rows of a directory of pictures: those of its ``metadata.jsonl``, or a picture and the text beside it.
+
+    Raises:
+        EmlocError: a file cannot be read; or a picture has no text, while others have.
+    """
+    if (path / _FOLDER).is_file():
+        for number, row in _jsonl(path / _FOLDER):
+            yield number, _pictured(row) if isinstance(row, dict) else row
+        return
+    captioned = _captioned(path)
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in _PICTURES and file not in captioned:
+            raise EmlocError(f"{file} has no {file.with_suffix('.txt').name} beside it.", "Write one, or move it away.")
+    for number, file in enumerate(captioned, start=1):
+        try:
+            text = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise EmlocError(f"{file.with_suffix('.txt')}: not UTF-8 ({error}).", "Correct it.") from None
+        yield number, {"prompt": text, "image": file.name}
+
+
+def _pictured(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of ``metadata.jsonl`` with the usual columns: scripts of diffusers call the prompt ``text``."""
+    named = {"file_name": "image", "text": "prompt", "caption": "prompt"}
+    return {**{usual: row[name] for name, usual in named.items() if name in row}, **row}
+
+
 def is_saved(path: Path) -> bool:
     """Return whether a path is a directory that ``save_to_disk`` of ``datasets`` wrote."""
     return any((path / name).is_file() for name in _SAVED)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from emloc_core.data.columns import known_columns, renamed, require_known
-from emloc_core.data.files import READERS, is_saved, names_rows, read_file, read_saved
+from emloc_core.data.files import READERS, is_folder, is_saved, names_rows, read_file, read_folder, read_saved
 from emloc_core.data.hub import read_data_set
 from emloc_core.data.images import IMAGES, Picture
 from emloc_core.data.mixture import weighted, weights
@@ -64,10 +64,10 @@ def load_rows(
     """Read rows from files, saved or hub datasets, or memory.
 
     Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv``, ``.txt`` (one row per line) and ``.parquet``, also
-    compressed (``.gz``, ``.zst``); saved datasets are directories that
-    ``save_to_disk`` wrote. Other columns than those of the row's form are ignored; if several forms are complete,
-    prompt and completion take precedence over messages, these over ShareGPT's and Alpaca's columns, which become
-    messages, and all over text. All rows must have the same form.
+    compressed (``.gz``, ``.zst``); saved datasets are directories that ``save_to_disk`` wrote; a folder of pictures has
+    a ``metadata.jsonl``, or a ``.txt`` beside each. Other columns than those of the row's form are ignored; if several
+    forms are complete, prompt and completion take precedence over messages, these over ShareGPT's and Alpaca's columns,
+    which become messages, and all over text. All rows must have the same form.
 
     Args:
         source: path of the file or directory, id of the dataset, or the rows themselves: mappings, as a
@@ -99,7 +99,8 @@ def _load(source: Any, split: str, columns: Mapping[str, str], skipped: list[Ski
         given = enumerate(source, start=1)
         return _of_one_form("the rows", list(_parsed(given, "the rows", Path(), columns, skipped, confined=False)))
     source = str(source)
-    directory = Path(source).parent if Path(source).is_file() else Path()
+    place = Path(source)
+    directory = place.parent if place.is_file() else place if is_folder(place) else Path()
     # An emulator may come from someone else: it may only refer to its own images.
     confined = _is_kept(Path(source))
     contents = _contents(source, split)
@@ -231,6 +232,8 @@ def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
         return read_file(path)
     if is_saved(path):
         return read_saved(path, split)
+    if is_folder(path):
+        return read_folder(path)
     return enumerate(read_data_set(source, split), start=1)
 
 
@@ -241,12 +244,13 @@ def require_source(source: str) -> None:
         EmlocError: as above.
     """
     path = Path(source)
-    if path.is_file() or is_saved(path):
+    if path.is_file() or is_saved(path) or is_folder(path):
         return
     if path.is_dir():
         raise EmlocError(
             f"{source} is a directory.",
-            f"Give a file ({', '.join(READERS)}), or what `save_to_disk` of datasets wrote.",
+            f"Give a file ({', '.join(READERS)}), or what `save_to_disk` of datasets wrote, or a folder "
+            "of pictures with a metadata.jsonl or a .txt beside each.",
         )
     if names_rows(path) or path.is_absolute():
         raise EmlocError(f"There is no file {source}.", "Check the path.", code="missing")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -309,9 +309,15 @@ def find_config(model: str) -> Path:
         return path / "config.json"
     with _from_hub(model):
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
         name, revision = _at_revision(model)
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        folders = ["", *(each.folder for each in plugin_manager().objectives().values() if each.folder)]
+        *parts, last = [str(Path(folder, "config.json")) for folder in folders]
+        for part in parts:
+            with suppress(EntryNotFoundError):
+                return Path(hf_hub_download(name, part, revision=revision))
+        return Path(hf_hub_download(name, last, revision=revision))
 
 
 def _at_revision(model: str) -> tuple[str, str | None]:

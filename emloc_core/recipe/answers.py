@@ -1,19 +1,16 @@
 """The answers to a few rows before tuning and after it, side by side."""
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-from emloc_core.data.row import Row
 from emloc_core.data.rows import load_rows
+from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.manifest import MANIFEST
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.processes.call import call
 
 #: The file of the answers, beside the stages' directories.
 FILE = "answers.json"
-#: Share of a row of text alone that the model is to continue.
-_SHARE = 0.3
 
 
 def answers_of(
@@ -46,36 +43,6 @@ def answers_of(
 
 
 def answers(base: str, adapter: str, rows: str, max_new_tokens: int) -> list[dict[str, str]]:
-    """Return the row's prompt and answer, and what the base answers without and with the adapter; imports torch."""
-    from emloc_core.evaluation.conversation import open_conversation
-
-    conversation = open_conversation(base, Path(adapter), max_new_tokens=max_new_tokens, temperature=0.0)
-    found = []
-    for row in load_rows(rows):
-        told = {"prompt": _prompt(row), "expected": _expected(row)}
-        for name, context in (("before", conversation.model.disable_adapter()), ("after", nullcontext())):
-            with context:
-                if isinstance(row.prompt, list):
-                    told[name] = conversation.complete(row.prompt, row.images or ())
-                else:
-                    told[name] = conversation.continue_text(_prompt(row))
-        found.append(told)
-    return found
-
-
-def _prompt(row: Row) -> str:
-    if row.text is not None:
-        return row.text[: max(1, int(_SHARE * len(row.text)))]
-    return _said(row.prompt)
-
-
-def _expected(row: Row) -> str:
-    return row.text[len(_prompt(row)) :] if row.text is not None else _said(row.completion)
-
-
-def _said(content: Any) -> str:
-    """Return the text of a prompt or an answer: of a conversation, that of its last message."""
-    if not isinstance(content, list):
-        return str(content)
-    last = content[-1].get("content") or ""
-    return last if isinstance(last, str) else " ".join(part["text"] for part in last if part.get("type") == "text")
+    """Return the answers as the objective of the base has them; imports torch."""
+    objective = plugin_manager().objective_for(open_checkpoint(base).config)
+    return objective.answers(base, Path(adapter), load_rows(rows), max_new_tokens)

@@ -147,6 +147,11 @@ class Entry(Settings):
         return self._file
 
     @property
+    def name(self) -> str:
+        """The id without its organisation."""
+        return self.id.rpartition("/")[2]
+
+    @property
     def model(self) -> str:
         """The MODEL argument of commands: the directory of the checkpoint, or the hub id."""
         return str(self.path(self.checkpoint)) if self.checkpoint else self.id

@@ -54,7 +54,7 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
         EmlocError: no entry matches.
     """
     among = load_entries() if entries is None else entries
-    names = [(name, entry) for entry in among for name in (entry.id, entry.id.rpartition("/")[2])]
+    names = [(name, entry) for entry in among for name in (entry.id, entry.name)]
     found = {entry.id: entry for name, entry in names if fnmatchcase(name.lower(), pattern.lower())}
     if not found:
         verb = "matches" if _GLOB.search(pattern) else "is called"
@@ -124,13 +124,14 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
 
 
 def entry_of(model: str) -> Entry | None:
-    """Return the entry with this id or file, or None for other models."""
+    """Return the entry with this id, name without its organisation, or file; None for other models. Case is ignored."""
     path = Path(model)
     if path.suffix == ".toml" and path.is_file():
         return read_entry(path)
     if path.exists():
         return None
-    return next((entry for entry in load_entries() if entry.id == model), None)
+    named = model.lower()
+    return next((each for each in load_entries() if named in (each.id.lower(), each.name.lower())), None)
 
 
 def _read_all(paths: Iterable[Path]) -> Iterator[Entry]:

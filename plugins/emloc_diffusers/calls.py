@@ -45,6 +45,10 @@ class Call:
         """Return the published number of parameters of what encodes prompts, all of it together."""
         raise NotImplementedError
 
+    def drawing(self, pipe: Any) -> dict[str, Any]:
+        """Return options of the pipeline's call, for prompts that are encoded as in :meth:`prompt`."""
+        return {}
+
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         """Return one prompt as the pipeline encodes it: tensors without batch."""
         raise NotImplementedError
@@ -110,9 +114,11 @@ class Flux(Packed):
     def readers(self, config: Mapping[str, Any]) -> int:
         return CLIP_L + T5_XXL
 
+    def drawing(self, pipe: Any) -> dict[str, Any]:
+        return {"max_sequence_length": min(512, pipe.tokenizer_2.model_max_length)}
+
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
-        length = min(512, pipe.tokenizer_2.model_max_length)
-        tokens, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=length)
+        tokens, pooled, _ = pipe.encode_prompt(text, text, **self.drawing(pipe))
         return {"tokens": tokens[0], "pooled": pooled[0]}
 
     def arguments(

@@ -176,6 +176,12 @@ class FlowMatching:
 
         return FlowStep(memory)
 
+    def answers(self, base: str, adapter: Path, rows: "Sequence[Row]", max_new_tokens: int) -> list[dict[str, str]]:
+        """Return what the pipeline draws, from the same noise."""
+        from emloc_diffusers.pictures import answers
+
+        return answers(base, adapter, rows)
+
     def trial(self) -> Trial:
         """Return what makes tiny transformers."""
         from emloc_diffusers.trial import FlowTrial

@@ -1,18 +1,22 @@
 """Pictures by a pipeline, with and without a LoRA, from the same noise; and a grid of them."""
 
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from emloc_core.adapters.adapter import Adapter
+from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import open_checkpoint
-from emloc_core.model.device import choose_device
+from emloc_core.model.device import choose_device, free_memory
 from emloc_core.plugins.manager import plugin_manager
 from emloc_diffusers.calls import call_of, unpacked
+from emloc_diffusers.encoding import fitted
 from emloc_diffusers.lora_file import FILE
 from emloc_diffusers.pipeline import Parts, pipeline_of
 
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _GAP = 4  # pixels between the pictures of a grid
+#: Steps of the solver.
+STEPS = 28
+#: Height and width of a picture on a page, at most, in pixels.
+_SHOWN = 256
 
 
 class Drawing:
@@ -36,7 +44,8 @@ class Drawing:
     def __init__(self, model: str, adapter: Path | None = None) -> None:
         checkpoint = open_checkpoint(model)
         self.call = call_of(plugin_manager().family_for(checkpoint.config).auto_class)
-        self.pipe = Parts(pipeline_of(checkpoint)).whole(self.call.pipelines).to(choose_device("auto"))
+        self.parts = Parts(pipeline_of(checkpoint))
+        self.pipe = self.parts.whole(self.call.pipelines)
         self.pipe.set_progress_bar_config(disable=True)
         if adapter:
             Adapter(adapter)  # refuses what is none
@@ -44,8 +53,28 @@ class Drawing:
                 raise EmlocError(f"{adapter} has no {FILE}.", "Give an adapter that emloc wrote.", code="missing")
             with _quiet():  # it warns that there is no LoRA for the text encoders
                 self.pipe.load_lora_weights(str(adapter), weight_name=FILE)
+        self._place()
 
-    def draw(self, prompts: Sequence[str], *, side: int, steps: int, seed: int = 0, **options: Any) -> "list[Image]":
+    def _place(self) -> None:
+        """Put the pipeline on the device, or what it computes with at a time where a GPU does not hold all of it."""
+        device, sizes = choose_device("auto"), [self.parts.nbytes([name]) for name in self.parts.index]
+        room = free_memory() if device.type == "cuda" else sum(sizes) + 1
+        if sum(sizes) < room:
+            self.pipe.to(device)
+        elif max(sizes) < room:
+            self.pipe.enable_model_cpu_offload()
+        else:
+            self.pipe.enable_sequential_cpu_offload()
+
+    def side(self, size: tuple[int, int]) -> int:
+        """Return the height and width of a picture of about this size, in pixels."""
+        patch = self.parts.factor * self.call.patch
+        width, height = fitted(size, patch, None, "The row")
+        return max(patch, min(width, height))
+
+    def draw(
+        self, prompts: Sequence[str], *, side: int, steps: int = STEPS, seed: int = 0, **options: Any
+    ) -> "list[Image]":
         """Return a picture for every prompt; the noise depends on the seed and the place in the list alone.
 
         Args:
@@ -57,12 +86,35 @@ class Drawing:
         """
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
         size = {"height": side, "width": side, "num_inference_steps": steps, "generator": generators}
+        options = {**self.call.drawing(self.pipe), **options}
         if getattr(self.pipe, "vae", None) is not None:
             return list(self.pipe(list(prompts), **size, **options).images)
         factor = self.pipe.vae_scale_factor  # without a VAE, latents are pixels
         size |= {"height": side * factor, "width": side * factor}
         found = self.pipe(list(prompts), output_type="latent", **size, **options).images
         return [_as_image(each) for each in unpacked(found, side, side)]
+
+
+def answers(base: str, adapter: Path, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return prompts, and pictures as URLs; see :meth:`emloc_core.objective.Objective.answers`."""
+    drawings = {"before": Drawing(base), "after": Drawing(base, adapter)}
+    found = []
+    for number, row in enumerate(rows):
+        assert row.images
+        picture = row.images[0].read()
+        side = drawings["before"].side(picture.size)
+        told = {"prompt": str(row.prompt), "expected": _url(picture)}
+        for name, drawing in drawings.items():
+            told[name] = _url(drawing.draw([str(row.prompt)], side=side, seed=number)[0])
+        found.append(told)
+    return found
+
+
+def _url(picture: "Image") -> str:
+    picture.thumbnail((_SHOWN, _SHOWN))
+    content = BytesIO()
+    picture.save(content, format="PNG")
+    return f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
 
 
 @contextmanager

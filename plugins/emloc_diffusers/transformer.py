@@ -23,7 +23,7 @@ class Config(dict[str, Any]):
     @property
     def model_type(self) -> str:
         """The name of the class."""
-        return str(self["_class_name"])
+        return str(self.get("model_type") or self["_class_name"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dictionary."""

@@ -1,0 +1,47 @@
+"""What a model answers to rows, without an adapter and with it."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from emloc_core.data.row import Row
+
+#: Share of a row of text alone that the model is to continue.
+_SHARE = 0.3
+
+
+def answers(base: str, adapter: Path, rows: Sequence[Row], max_new_tokens: int) -> list[dict[str, str]]:
+    """Return every row's prompt and answer, and what the base answers without and with the adapter; imports torch."""
+    from emloc_core.evaluation.conversation import open_conversation
+
+    conversation = open_conversation(base, adapter, max_new_tokens=max_new_tokens, temperature=0.0)
+    found = []
+    for row in rows:
+        told = {"prompt": _prompt(row), "expected": _expected(row)}
+        for name, context in (("before", conversation.model.disable_adapter()), ("after", nullcontext())):
+            with context:
+                if isinstance(row.prompt, list):
+                    told[name] = conversation.complete(row.prompt, row.images or ())
+                else:
+                    told[name] = conversation.continue_text(_prompt(row))
+        found.append(told)
+    return found
+
+
+def _prompt(row: Row) -> str:
+    if row.text is not None:
+        return row.text[: max(1, int(_SHARE * len(row.text)))]
+    return _said(row.prompt)
+
+
+def _expected(row: Row) -> str:
+    return row.text[len(_prompt(row)) :] if row.text is not None else _said(row.completion)
+
+
+def _said(content: Any) -> str:
+    """Return the text of a prompt or an answer: of a conversation, that of its last message."""
+    if not isinstance(content, list):
+        return str(content)
+    last = content[-1].get("content") or ""
+    return last if isinstance(last, str) else " ".join(part["text"] for part in last if part.get("type") == "text")

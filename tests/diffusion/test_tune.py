@@ -1,0 +1,38 @@
+"""From a pipeline and a folder of pictures to a tuned one in one call."""
+
+import pytest
+from emloc_diffusers.families import FLUX
+from emloc_diffusers.lora_file import FILE
+from support.pipelines import flux_pipeline, picture_rows
+from support.run import patch_calls
+
+import emloc_core as emloc
+from emloc_core.files.documents import read_json
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tune")
+    pipeline = flux_pipeline(place / "pipeline", {**FLUX.tiny_configs[0], "in_channels": 4}, vae=False)
+    for row in picture_rows(place / "rows", 8):
+        path = place / "rows" / row["image"].rpartition("/")[2].replace(".png", ".txt")
+        path.write_text(row["prompt"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch_calls(patch)
+        emloc.tune(str(pipeline), place / "rows", place / "run", memory="2GB", headroom="0", steps=2, batch_size=2,
+                   lora_rank=2, paper=True)  # fmt: skip
+    return place / "run"
+
+
+def test_the_last_adapter_is_one_that_pipelines_load(tuned):
+    assert (tuned / "corrected" / FILE).is_file()
+
+
+def test_pictures_before_and_after_are_on_the_page(tuned):
+    answers = read_json(tuned / "answers.json")["answers"]
+    assert len(answers) == 2
+    assert all(each[name].startswith("data:image/png;base64,") for each in answers for name in ("before", "after"))
+    assert all(each["prompt"].startswith("a photo of") for each in answers)
+    page = (tuned / "report.html").read_text()
+    assert page.count('<img class="answer" src="data:image/png;base64,') == 6
+    assert "img-src data:" in page
