@@ -20,7 +20,7 @@ from emloc_core.memory.workload import make_workload
 from emloc_core.plugins.manager import TOKENS, plugin_manager
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.units import human_bytes, human_seconds
 
 PAGE = Path(__file__).parent / "models.md"
@@ -65,6 +65,12 @@ GLM-4-0414 has no entry: we found no published parameter count, and no source th
 InternVL3-9B has no entry either: its language model is an InternLM3-8B, which `emloc import` cannot rewrite, and we
 found no source for the size of its vocabulary in that checkpoint.
 """
+#: Kinds whose weights are told of mixtures of experts.
+KINDS = ("nf4", "2.7-bit", "1.6-bit+repair")
+EXPERTS = """## Mixtures of experts
+
+The weights of the model in bfloat16, and those of its emulators: experts, output layer and embeddings are packed too.
+"""
 HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{size} GB" for size in SMALL), *map(named, NAMED)]
 
 
@@ -86,6 +92,17 @@ def figures(entry: Entry) -> dict[str, str]:
         for card in NAMED:
             found[named(card)] = cell(decide(file, workload, Budget.parse(str(card.memory)), speed=card.speed))
     return found
+
+
+def weights(entry: Entry) -> list[str]:
+    """Return the weights of a mixture of experts, and of its emulators; nothing for another model."""
+    with entry.config_file() as file:
+        workload = make_workload(file, TrainSettings(batch_size=1), "cuda", length=LENGTH)
+        models = [MemoryModel(file, workload, CompressSettings(kind=kind)) for kind in KINDS]
+        if not models[0].linears.experts:
+            return []
+        base = models[0].parameters() * models[0].dtype.itemsize
+        return [f"`{entry.id}`", *map(human_bytes, [base, *(model.emulator_bytes(model.plan()) for model in models)])]
 
 
 def cell(decision: Decision) -> str:
@@ -110,6 +127,8 @@ def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
     rows = [["`" + entry.id + "`", *(found[entry.fingerprint][column] for column in HEADINGS[1:])]
             for entry in sorted(entries, key=lambda entry: entry.family)]  # fmt: skip
     parts.append(table(HEADINGS, rows))
+    mixtures = [row for entry in sorted(entries, key=lambda entry: entry.family) if (row := weights(entry))]
+    parts += [EXPERTS, table(["model", "bf16", *(f"`{kind}`" for kind in KINDS)], mixtures)]
     parts.append("An entry's file in `registry/` says where its numbers were published, and under which licence.\n")
     parts.append("\n".join(marks(entries)) + "\n")
     return "\n".join(parts)

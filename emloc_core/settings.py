@@ -175,8 +175,8 @@ ALL_LINEAR = "all-linear"
 DEFAULT_EPOCHS = 3.0
 #: Training settings that change how much memory training needs.
 MEMORY_SETTINGS = (
-    "objective", "batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules",
-    "rank_pattern", "layers_to_transform", "modules_to_save", "trainable_token_indices",
+    "objective", "batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "lora_experts",
+    "target_modules", "rank_pattern", "layers_to_transform", "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
 
 

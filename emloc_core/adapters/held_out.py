@@ -47,8 +47,8 @@ def adding(
         return lambda _module, args, output: with_lora(output, args[0], choose(lora))
 
     def experts(module: nn.Module, of: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
-        return lambda hidden, index, weights: routed(
-            module, hidden, index, weights, {name: choose(lora) for name, lora in of.items()}
+        return lambda *args, **given: routed(
+            module, *args, **given, loras={name: choose(lora) for name, lora in of.items()}
         )
 
     instead = [(module := model.get_submodule(path), experts(module, of)) for path, of in stacks.items()]

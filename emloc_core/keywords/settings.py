@@ -168,6 +168,7 @@ class PlanKwargs(TypedDict, total=False):
     gradient_checkpointing: bool
     bf16: bool
     lora_rank: int
+    lora_experts: bool
     target_modules: str | list[str] | None
     rank_pattern: str | dict[str, int] | None
     layers_to_transform: str | list[int] | None

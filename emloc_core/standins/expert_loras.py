@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms.lora import Lora, of_experts
-from emloc_core.compat.peft import parameter_wrappers
+from emloc_core.compat.peft import WRAPPER, parameter_wrappers
 from emloc_core.errors import EmlocError
 from emloc_core.standins.experts import StandInExperts, is_experts, routed, shape_of, stacks
 
@@ -25,7 +25,7 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the modules of fused experts that stand-ins are known for, or that are stand-ins, with their paths."""
     for path, module in model.named_modules():
         if isinstance(module, StandInExperts) or is_experts(module):
-            yield path, module
+            yield path.replace(f".{WRAPPER.rstrip('.')}", ""), module
 
 
 def stacks_of(experts: Any) -> tuple[str, str]:
@@ -88,18 +88,21 @@ def compute_apart(model: nn.Module) -> None:
 
 
 class _Computed:
-    """The forward of the outermost wrapper."""
+    """The forward of the outermost wrapper, where there is one LoRA: with several, or a merged one, it is PEFT's."""
 
     def __init__(self, experts: Any, wrappers: list[Any]) -> None:
         self._experts, self._wrappers = experts, wrappers
 
-    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        loras = {wrapper.parameter_name: of_wrapper(wrapper) for wrapper in self._wrappers if not _is_off(wrapper)}
-        return routed(self._experts, hidden, index, weights, loras)
-
-
-def _is_off(wrapper: Any) -> bool:
-    return bool(wrapper.disable_adapters or wrapper.merged)
+    def __call__(self, *args: Any, **given: Any) -> torch.Tensor:
+        outermost = self._wrappers[0]
+        on = not outermost.disable_adapters
+        if on and (outermost.merged or len(outermost.active_adapters) != 1):
+            if isinstance(self._experts, StandInExperts):
+                raise EmlocError("Experts of an emulator have one LoRA at a time.", "Activate one, unmerged.")
+            found: torch.Tensor = type(outermost).forward(outermost, *args, **given)
+            return found
+        loras = {wrapper.parameter_name: of_wrapper(wrapper) for wrapper in self._wrappers if on}
+        return routed(self._experts, *args, **given, loras=loras)
 
 
 def of_wrapper(wrapper: Any) -> Lora:

@@ -247,6 +247,7 @@ def routed(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    *,
     loras: Mapping[str, Lora] = _NONE,
 ) -> torch.Tensor:
     """Return the weighted sum of each token's experts, with LoRAs on their stacks.

@@ -1,6 +1,7 @@
 """LoRAs on experts, by PEFT's ``target_parameters``: computed on packed stacks, corrected, merged, by exact steps."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_a_dense_model_s_single_stack_is_left_to_peft(base):
     lora = with_lora(loaded(base), target_parameters=["mlp.experts.down_proj"])
     assert all(float(gradient.norm()) > 0 for gradient in passed(lora)[1].values())
     assert not any("forward" in vars(outer) for _, (outer, *_) in parameter_wrappers(lora))
+
+
+def test_several_loras_are_left_to_peft_and_refused_on_stand_ins(base, emulator):
+    config = {"r": 2, "target_modules": [], "target_parameters": expert_stacks(loaded(base)), "task_type": "CAUSAL_LM"}
+    for model, refused in ((loaded(base), False), (loaded(emulator), True)):
+        lora = with_lora(model)
+        expected = passed(lora)[0]
+        lora.add_adapter("other", LoraConfig(**config))  # which adds nothing
+        assert torch.equal(passed(lora)[0], expected)
+        lora.base_model.set_adapter(["default", "other"])
+        with torch.no_grad(), pytest.raises(EmlocError, match="one LoRA at a time") if refused else nullcontext():
+            assert torch.allclose(lora(input_ids=IDS).logits, expected, atol=1e-5)
 
 
 def test_factors_are_those_of_peft_s_layout():
