@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.compat.private import private
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 #: From the text of a template to what renders it: ``render``, ``generate`` and ``environment`` of Jinja's templates.
 Compile = Callable[[str], Any]
+#: Threads that load tensors take turns: transformers' settings are for all of a process.
+_ONE_AT_A_TIME = Lock()
 
 
 def wrap_template_compiler(wrap: Callable[[Compile], Compile]) -> None:
@@ -171,7 +174,7 @@ class TensorLoader:
             from transformers.core_model_loading import convert_and_load_state_dict_in_model
             from transformers.modeling_utils import LoadStateDictConfig
         settings = LoadStateDictConfig(dtype=dtype, weight_mapping=self._mapping, device_map={"": str(device)})
-        with _quiet_and_sequential():
+        with _ONE_AT_A_TIME, _quiet_and_sequential():
             info, _ = convert_and_load_state_dict_in_model(self._model, tensors, settings)
         problems = {
             name: problem.partition("\nError:")[0].strip().splitlines()[-1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -25,12 +26,14 @@ from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import Head, counted, known, shifted_labels
 from emloc_core.exact.parallel import Processes
-from emloc_core.exact.weights import FrozenWeights
 from emloc_core.model.lockstep import Lockstep, units
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.weights import FrozenWeights
 
 _HEAD = "the head"
+#: Share of the CPU's free memory that copies of units may fill, pinned for the GPU.
+_PINNED_SHARE = 0.5
 
 
 class ExactSteps:
@@ -65,7 +68,8 @@ class ExactSteps:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = units(skeleton.model, skeleton.block_lists)
         head_units = self.head_units(found)
-        self.weights = FrozenWeights(skeleton, found, self.device, room, self.boundaries.reserved)
+        pinned = _PINNED_SHARE * (psutil.virtual_memory().available / self.processes.here - self.boundaries.reserved)
+        self.weights = FrozenWeights(skeleton, found, self.device, room, pinned)
         self._keep(skeleton, skeleton.outside(found))
         inner = [unit for unit in found if unit not in head_units]
         parking = Parking.on(self.device, model.buffers())

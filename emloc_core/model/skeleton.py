@@ -7,7 +7,7 @@ does it (:class:`~emloc_core.compat.transformers.TensorLoader`).
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -53,7 +53,7 @@ class Skeleton:
         config: Any,
         device: torch.device,
     ) -> None:
-        self.checkpoint, self.family, self.device = checkpoint, family, device
+        self.checkpoint, self.family, self.device, self._config = checkpoint, family, device, config
         self.dtype = config.dtype or most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
         quantisation = checkpoint.config.get("quantization_config") or {}
@@ -196,6 +196,18 @@ class Skeleton:
                 "Check that the config.json belongs to this checkpoint.",
                 code="mismatch",
             )
+
+    @cached_property
+    def apart(self) -> "Skeleton":
+        """Another skeleton of the same model, in the CPU's memory, for another thread while this one is used."""
+        other = Skeleton(self.checkpoint, self.family, self._config, torch.device("cpu"))
+        other._replaced = self._replaced
+        return other
+
+    def lend(self, module: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let tensors, by the names of parameters in a submodule, be its parameters, until it is freed."""
+        for name, tensor in tensors.items():
+            self._set(f"{module}.{name}", nn.Parameter(tensor, requires_grad=False))
 
     def read_ahead(self, module: str) -> None:
         """Read the tensors of a submodule from disk in the background, so that :meth:`load` finds them cached."""

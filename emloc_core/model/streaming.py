@@ -13,6 +13,7 @@ import torch
 from emloc_core.model.lockstep import Forward, Lockstep, units
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.weights import FrozenWeights
 
 
 class Stream(Lockstep):
@@ -28,6 +29,11 @@ class Stream(Lockstep):
         parking = parking or Parking.on(skeleton.device, model.buffers())
         super().__init__(model, units(model, lists), lists, parking)
         self.skeleton = skeleton
+
+    @property
+    def pins(self) -> bool:
+        """Whether units pass through pinned memory: on a GPU."""
+        return self.skeleton.device.type == "cuda"
 
     def run(
         self, forwards: Sequence[Forward], visit: Callable[[str], Any] | None = None, last: str | None = None
@@ -46,20 +52,18 @@ class Stream(Lockstep):
         Raises:
             EmlocError: a sample returned to a finished block, or a forward failed.
         """
-        following = dict(zip(self.units, self.units[1:], strict=False))
-
-        @contextmanager
-        def loaded(unit: str) -> Iterator[None]:
-            self.skeleton.load(unit)
-            if unit in following:
-                self.skeleton.read_ahead(following[unit])
-            context = visit(unit) if visit else None
-            with self.parking.keeping(self.skeleton.model.get_submodule(unit).parameters()), context or nullcontext():
-                yield
-            self.skeleton.free(unit)
-
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._loading() as load:
+
+                @contextmanager
+                def loaded(unit: str) -> Iterator[None]:
+                    load(unit)
+                    parameters = self.skeleton.model.get_submodule(unit).parameters()
+                    context = visit(unit) if visit else None
+                    with self.parking.keeping(parameters), context or nullcontext():
+                        yield
+                    self.skeleton.free(unit)
+
                 outside = self.skeleton.outside(self.units)
                 self.skeleton.load_parameters(outside)
                 self.parking.keep(self.skeleton.model.get_parameter(name) for name in outside)
@@ -67,3 +71,27 @@ class Stream(Lockstep):
         finally:
             for unit in self.units:
                 self.skeleton.free(unit)
+
+    @contextmanager
+    def _loading(self) -> Iterator[Callable[[str], None]]:
+        """Yield a function that loads a unit, while the next one is read in the background.
+
+        It is read into the page cache, where the CPU finds it; for a GPU into pinned memory, and copied as one when it
+        is asked for, so that there is one unit on the GPU.
+        """
+        if not self.pins:
+            following = dict(zip(self.units, self.units[1:], strict=False))
+
+            def load(unit: str) -> None:
+                self.skeleton.load(unit)
+                if unit in following:
+                    self.skeleton.read_ahead(following[unit])
+
+            yield load
+            return
+        weights = FrozenWeights(self.skeleton.apart, self.units, self.skeleton.device, begins=False)
+        weights.expect(self.units)
+        try:
+            yield lambda unit: self.skeleton.lend(unit, weights.at(unit))
+        finally:
+            weights.close()

@@ -233,7 +233,7 @@ def test_a_base_that_changes_meanwhile_is_refused(case, tmp_path):
     _, steps = exact(copied, get_peft_model_state_dict(expected))
     steps.loss(batches)
     os.utime(copied.base.directory / "model.safetensors", ns=(1, 1))
-    with pytest.raises(EmlocError, match="has changed since training began"):
+    with pytest.raises(EmlocError, match="has changed since it was first read"):
         steps.loss(batches)
 
 

@@ -2,15 +2,22 @@
 
 import pytest
 import torch
+from support.forkserver import warm_process
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.compress import Compress
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.steps import ExactSteps
-from emloc_core.exact.weights import FrozenWeights
-from emloc_core.model.device import choose_device
+from emloc_core.files.documents import read_json, write_json
+from emloc_core.files.meter import Meter
+from emloc_core.model.cap import cap_gpus
+from emloc_core.model.device import choose_device, free_of
 from emloc_core.model.opened import open_model
+from emloc_core.model.overhead import overhead
+from emloc_core.model.streaming import Stream
+from emloc_core.model.weights import FrozenWeights
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels
@@ -68,12 +75,59 @@ def test_units_come_from_pinned_memory_as_they_are(tiny_model):
     for block in skeleton.blocks:
         with skeleton.parameters(skeleton.names(block)) as found:
             expected[block] = {name.removeprefix(f"{block}."): tensor.clone() for name, tensor in found.items()}
-    for reserved in (0, float("inf")):  # all stay in pinned memory, or pass through one buffer
-        weights = FrozenWeights(skeleton, skeleton.blocks, torch.device("cuda"), reserved=reserved)
+    # All stay in pinned memory; or they pass through one buffer, and are copied before or when they are asked for.
+    for how in ({"pinned": float("inf")}, {}, {"begins": False}):
+        weights = FrozenWeights(skeleton, skeleton.blocks, torch.device("cuda"), **how)
+        weights.expect(skeleton.blocks)
         for block in skeleton.blocks * 3:
             given = weights.at(block)
             assert all(torch.equal(given[name].cpu(), tensor) for name, tensor in expected[block].items())
         weights.close()
+
+
+def test_streamed_rows_have_the_logits_of_the_whole_model(tiny_model):
+    skeleton = open_model(str(tiny_model), "cuda").skeleton
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval().to("cuda")
+    rows = [torch.randint(3, 40, (1, length), device="cuda") for length in (5, 17, 9)]
+    stream = Stream(skeleton)
+    assert stream.pins
+    found = stream.run([lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in rows])
+    with torch.no_grad():
+        assert all(torch.equal(got, whole(input_ids=ids).logits) for ids, got in zip(rows, found, strict=True))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_a_layer_does_not_wait_for_the_gpu(format):
+    made, x = layer(format, torch.bfloat16, "cuda"), torch.randn(33, N, dtype=torch.bfloat16, device="cuda")
+    x.requires_grad_()
+    made(x).sum().backward()  # the first time, kernels are compiled and tables copied
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def allocate(told):
+    """Take 2 GiB of a GPU of which 1 GiB is allowed beside the context, and write what comes of it."""
+    cap_gpus((1 << 30) + overhead("cuda", tuning=True))
+    found = {"free": free_of(0)}
+    try:
+        torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError:
+        found["refused"] = True
+    torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    write_json(told, {**found, **Meter().read()})
+
+
+def test_no_more_than_the_cap_is_taken(tmp_path):
+    process = warm_process(allocate, tmp_path / "told.json")
+    process.start()
+    process.join()
+    told = read_json(tmp_path / "told.json")
+    assert told["refused"]
+    assert told["free"] <= 1 << 30
+    assert 1 << 29 <= told["peak_cuda_bytes"] <= told["peak_cuda_reserved_bytes"] <= 1 << 30
 
 
 def test_exact_steps_have_the_gradients_of_the_cpu(tiny_model):

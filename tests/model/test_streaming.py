@@ -5,6 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from emloc_llama import LLAMA
+from support.adapters import make_adapter
+from support.jobs import compress_job, correct_job
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.statistics import Gram
@@ -17,13 +19,16 @@ from emloc_core.model.hooks import tapped
 from emloc_core.model.lockstep import units
 from emloc_core.model.opened import OpenModel
 from emloc_core.model.streaming import Stream
+from emloc_core.settings import CompressSettings, CorrectSettings
 
 BLOCKS = ["model.layers"]
 LENGTHS = (5, 17, 9)
 
 
-@pytest.fixture
-def skeleton(tiny_model):
+@pytest.fixture(params=[False, True], ids=["page-cache", "thread"])
+def skeleton(tiny_model, request, monkeypatch):
+    """Its units are found in the page cache, or read by a thread as for a GPU."""
+    monkeypatch.setattr(Stream, "pins", request.param)
     return OpenModel(Checkpoint(tiny_model), LLAMA).skeleton
 
 
@@ -194,3 +199,16 @@ def test_buffers_that_the_checkpoint_holds_are_loaded(tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     with torch.no_grad():
         assert torch.equal(logits, whole(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "low-rank"])
+def test_stages_write_the_same_bytes(kind, tiny_model, rows_file, tmp_path, monkeypatch):
+    made, settings, adapter = [], CompressSettings(kind=kind, samples=6, selection=4), None
+    for name in ("page cache", "thread"):
+        monkeypatch.setattr(Stream, "pins", name == "thread")
+        emulator = compress_job(tiny_model, rows_file, tmp_path / name / "emulator", settings).run()
+        adapter = adapter or make_adapter(emulator, tmp_path / "adapter")
+        corrected = correct_job(adapter, tiny_model, tmp_path / name / "corrected", CorrectSettings()).run()
+        files = [*sorted(emulator.glob("*.safetensors")), corrected / "adapter_model.safetensors"]
+        made.append([(file.name, file.read_bytes()) for file in files])
+    assert made[0] == made[1]

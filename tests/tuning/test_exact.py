@@ -25,11 +25,11 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.errors import EmlocError
 from emloc_core.exact import boundaries
 from emloc_core.exact.steps import ExactSteps
-from emloc_core.exact.weights import FrozenWeights
 from emloc_core.files.documents import read_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import read_manifest
 from emloc_core.model.overhead import overhead
+from emloc_core.model.weights import FrozenWeights
 from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, ExactSettings, PolishSettings, TrainSettings
 
@@ -238,9 +238,9 @@ def test_the_same_again_does_nothing_and_limits_change_no_result(
 def test_the_lora_and_the_process_count_in_the_memory(tiny_model, rows_file, tmp_path, monkeypatch):
     rooms, parameters = [], []
 
-    def followed(skeleton, units, device, room, reserved):
+    def followed(skeleton, units, device, room, pinned):
         rooms.append(room)
-        return FrozenWeights(skeleton, units, device, room, reserved)
+        return FrozenWeights(skeleton, units, device, room, pinned)
 
     monkeypatch.setattr("emloc_core.exact.steps.FrozenWeights", followed)
     for rank in (4, 8):
@@ -361,7 +361,7 @@ def test_a_base_that_changes_meanwhile_ends_the_run_and_its_checkpoint_is_kept(
         return take(self, *args, **options)
 
     monkeypatch.setattr(ExactSteps, "loss", loss)
-    with pytest.raises(EmlocError, match=r"model\.safetensors has changed since training began"):
+    with pytest.raises(EmlocError, match=r"model\.safetensors has changed since it was first read"):
         polish(ordinary, tiny_model, rows_file, tmp_path / "a")
     assert list(tmp_path.rglob(".a.partial/**/checkpoint-2"))
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # restored

@@ -1,9 +1,9 @@
 """The frozen weights of a model that does not fit: one unit at a time, the next one read in the background.
 
-Forwards and backwards ask for units in the same order every time, so what followed a unit the last time is read ahead.
-Units that fit the room given stay. For a GPU, units are kept in pinned memory of the CPU where there is room for them;
-the others pass through one pinned buffer. Each is copied as one, on a stream of its own; a computation waits for its
-own unit alone.
+Exact steps ask for units in the same order every time, so what followed a unit the last time is read ahead; whoever
+knows the order before says it. Units that fit the room given stay. For a GPU, units pass through a pinned buffer of the
+CPU, or stay in pinned memory where there is room for them, and each is copied as one. The copy may begin before the
+unit is asked for, on a stream of its own, with memory of the GPU for two units; a computation waits for its own alone.
 """
 
 import time
@@ -13,16 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from emloc_core.errors import EmlocError
-from emloc_core.exact.parallel import Processes
-from emloc_core.exact.pinned import PinnedMemory
+from emloc_core.model.pinned import Pinned, PinnedMemory
 from emloc_core.model.skeleton import Skeleton
-
-#: Share of the CPU's free memory that copies of units may fill, pinned for the GPU.
-_PINNED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,8 @@ class FrozenWeights:
         units: paths of submodules.
         device: where they are computed with.
         room: bytes of the device that units may fill to stay there, besides the one in use and the next one.
-        reserved: bytes of the CPU's free memory that are for others.
+        pinned: bytes of the CPU's memory that units may fill to stay there, pinned for a GPU.
+        begins: whether the next unit's copy to a GPU begins before it is asked for; otherwise there is one unit there.
 
     Attributes:
         reads: how many times every unit was brought to the device.
@@ -55,7 +51,14 @@ class FrozenWeights:
     """
 
     def __init__(
-        self, skeleton: Skeleton, units: Sequence[str], device: torch.device, room: float = 0, reserved: float = 0
+        self,
+        skeleton: Skeleton,
+        units: Sequence[str],
+        device: torch.device,
+        room: float = 0,
+        pinned: float = 0,
+        *,
+        begins: bool = True,
     ) -> None:
         self.skeleton, self.device, self.room = skeleton, device, room
         self.reads: Counter[str] = Counter()
@@ -65,12 +68,11 @@ class FrozenWeights:
         self._current: tuple[str, _Loaded] | None = None
         self._before: str | None = None
         self._followed: dict[tuple[str | None, str], str] = {}
-        self._ahead: tuple[str, Future[_Loaded]] | None = None
+        self._ahead: tuple[str, Future[_Loaded | Pinned]] | None = None
         self._staying: dict[str, _Loaded] = {}
-        free = psutil.virtual_memory().available / Processes().here - reserved
-        self._pinned = PinnedMemory(_PINNED_SHARE * free)
+        self._pinned = PinnedMemory(pinned)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="frozen-weights")
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" and begins else None
         self._stamps = {shard: _stamp(shard) for shard in skeleton.checkpoint.shards}
 
     def at(self, unit: str) -> Mapping[str, torch.Tensor]:
@@ -83,6 +85,11 @@ class FrozenWeights:
             self._move_to(unit)
         assert self._current is not None
         return self._current[1].tensors
+
+    def expect(self, order: Sequence[str]) -> None:
+        """Read ahead in this order, as far as units are asked for in it."""
+        for before, unit, following in zip([None, *order], order, order[1:], strict=False):
+            self._followed[before, unit] = following
 
     def close(self) -> None:
         """Forget all units, and end the reading thread."""
@@ -108,9 +115,10 @@ class FrozenWeights:
         started = time.perf_counter()
         if self._ahead is None or self._ahead[0] != unit:
             self._ahead = unit, self._reader.submit(self._load, unit, left)
-        loaded = self._ahead[1].result()
+        found = self._ahead[1].result()
         self._ahead = None
         self.waited += time.perf_counter() - started
+        loaded = self._copied(found, torch.cuda.current_stream(self.device)) if isinstance(found, Pinned) else found
         if loaded.copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(loaded.copied)
@@ -121,22 +129,28 @@ class FrozenWeights:
             self._staying[unit] = loaded
         return loaded
 
-    def _load(self, unit: str, left: "torch.cuda.Event | None") -> _Loaded:
-        """Bring a unit to the device; in the reading thread.
+    def _load(self, unit: str, left: "torch.cuda.Event | None") -> _Loaded | Pinned:
+        """Read a unit, and on a GPU where copies begin early begin that; in the reading thread.
 
         Args:
             unit: the unit.
-            left: on a GPU, the end of all that is computed with units that were asked for before the one in use.
+            left: then the end of all that is computed with units that were asked for before the one in use.
         """
         self.reads[unit] += 1
-        if self._side is None or left is None:
+        if self.device.type != "cuda":
             tensors = self._read(unit)
             self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
             return _Loaded(tensors)
         pinned = self._pinned.unit(unit, lambda: self._read(unit))
         self.bytes_read += pinned.layout.nbytes
+        if self._side is None or left is None:
+            return pinned
         left.synchronize()  # its memory is free only then; the CPU, which runs ahead of a GPU, would take more
-        buffer = pinned.copy(self.device, self._side)
+        return self._copied(pinned, self._side)
+
+    def _copied(self, pinned: Pinned, stream: "torch.cuda.Stream") -> _Loaded:
+        """Begin to copy a unit to the GPU."""
+        buffer = pinned.copy(self.device, stream)
         return _Loaded(pinned.layout.tensors(buffer), buffer, pinned.copied)
 
     def _read(self, unit: str) -> Mapping[str, torch.Tensor]:
@@ -145,7 +159,7 @@ class FrozenWeights:
         for shard, stamp in self._stamps.items():
             if _stamp(shard) != stamp:
                 raise EmlocError(
-                    f"{shard} has changed since training began.",
+                    f"{shard} has changed since it was first read.",
                     "Restore the model, and run the same command again.",
                     resumable=True,
                 )

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc_core.exact import pinned
-from emloc_core.exact.pinned import PinnedMemory
+from emloc_core.model import pinned
+from emloc_core.model.pinned import PinnedMemory
 
 TENSORS = st.dictionaries(
     st.text("abc", min_size=1),
