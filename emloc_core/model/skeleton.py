@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
+from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, is_in_mxfp4
@@ -147,13 +148,21 @@ class Skeleton:
         """Load the parameters of the submodule at path ``module``.
 
         Raises:
-            EmlocError: a tensor is missing or has another shape than the config says.
+            EmlocError: a tensor is missing, has another shape than the config says, or was changed before it was there.
         """
         self.load_parameters(self.names(module))
 
     def load_parameters(self, names: Iterable[str]) -> None:
         """Load parameters by name; see :meth:`load`."""
         wanted = {name: self.tied.get(name, name) for name in names}
+        for name in wanted:
+            absent = self.model.get_parameter(name)
+            if absent.is_meta and writes(absent):
+                raise EmlocError(
+                    f"The model's own code changes {name} in place, while it is not in memory.",
+                    "EMLoC cannot run such a model one block at a time.",
+                    code="unsupported",
+                )
         self._read(wanted.values())
         for name, source in wanted.items():
             loaded = self.model.get_parameter(source)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
-from attacks.architecture import ATTACKS, HIDDEN, WIDTH, Attack, Block, attack
+from attacks.architecture import ATTACKS, HIDDEN, WIDTH, Attack, Block, attack, run_in_turn
 
 
 @attack(tied={f"model.layers.{index}.mlp.up.weight": f"model.layers.{index}.mlp.gate.weight" for index in range(3)})
@@ -32,6 +32,26 @@ def _with_one_weight(count):
     for block in blocks[1:]:
         block.mlp.down.weight = blocks[0].mlp.down.weight
     return blocks
+
+
+def _with_halved_weights(stack, hidden):
+    """Halve weights before the first block runs, as models for inference in half precision do."""
+    for block in stack[1:]:
+        if not block.mlp.halved:
+            with torch.no_grad():
+                block.mlp.down.weight.div_(2)
+            block.mlp.halved = True
+    return run_in_turn(stack, hidden)
+
+
+def _not_halved(count):
+    blocks = [Block(index) for index in range(count)]
+    for block in blocks:
+        block.mlp.halved = False
+    return blocks
+
+
+ATTACKS["HalvesWeights"] = Attack(_not_halved, _with_halved_weights)
 
 
 _TIED = {f"model.layers.{index}.mlp.down.{part}": f"model.layers.0.mlp.down.{part}"
