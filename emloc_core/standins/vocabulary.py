@@ -163,7 +163,7 @@ class PackedRows(HollowTensor):
 
     @classmethod
     def given(cls, operation: Any, *args: Any) -> Any:
-        """Return rows by a slice or by indices.
+        """Return rows by a slice or by indices, or a single one.
 
         Raises:
             EmlocError: anything else is asked for.
@@ -173,6 +173,8 @@ class PackedRows(HollowTensor):
             return cls.of(matrix.layer)
         if operation is aten.slice.Tensor and others[:1] in ([], [0]):
             return matrix.layer.rows(slice(*others[1:]))
+        if operation is aten.select.int and others[0] == 0:
+            return matrix.layer.rows(torch.tensor([others[1]]))[0]
         if operation is aten.embedding.default:
             return matrix.layer.rows(others[0])
         raise EmlocError(

@@ -63,6 +63,7 @@ def test_a_loaded_emulator_computes_with_the_unpacked_rows(models):
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     original = AutoModelForCausalLM.from_pretrained(base)
     weight = original.model.embed_tokens.weight
+    assert all(torch.equal(model.lm_head.weight[word], model.lm_head.weight[:][word]) for word in (3, -1))
     assert (model.model.embed_tokens.weight[:] - weight).norm() < 0.01 * weight.norm()
     assert isinstance(model.model.embed_tokens, type(original.model.embed_tokens))  # which may scale what is looked up
 
