@@ -43,17 +43,35 @@ def declaration(content: Mapping[str, Any]) -> Family:
         return from_record(kept.values)
     began = time.perf_counter()
     try:
-        draft = _draft(content)
-        _require_checks(draft)
+        draft = observed(content)
     except EmlocError as error:
         if error.code in _LASTING:
             kept.add({_REFUSAL: {"message": error.args[0], "fix": error.fix, "code": error.code}})
         raise
-    record = to_record(draft.family, content, _found(draft))
+    record = recorded(draft, content)
     took = human_seconds(time.perf_counter() - began)
     _LOGGER.warning("No plugin declares %r; observed: %s, %s.", content["model_type"], record["found"], took)
     kept.add(record)
     return from_record(record)
+
+
+def observed(content: Mapping[str, Any]) -> "Draft":
+    """Return the draft of one config, which has passed the checks.
+
+    Args:
+        content: of a ``config.json``.
+
+    Raises:
+        EmlocError: as :func:`declaration`.
+    """
+    draft = _draft(content)
+    _require_checks(draft)
+    return draft
+
+
+def recorded(draft: "Draft", content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a draft."""
+    return to_record(draft.family, content, _found(draft))
 
 
 def _draft(content: Mapping[str, Any]) -> "Draft":

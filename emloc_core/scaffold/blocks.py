@@ -11,18 +11,21 @@ _COUNT = r"num_((hidden_|global_)?layers|blocks)|n_layers?|layers|depth|(en|de)c
 _SHARING = r"num_kv_shared_layers"
 #: A block at which something happens that happens nowhere else.
 _PLACE = r"\w+_layer_(id|idx|index)"
+#: A block from which on something else happens: how many are in front of it.
+_BOUNDARY = r"num_dense_layers|first_k_dense_replace|\w+_layer_(id|idx|index)_(start|end)"
 #: The kinds of a few blocks, which all others repeat.
 _REPEATED = "block_types"
 #: How many blocks a part of the stack has, such as the recurrent one; together they are all.
 _PART = r"n(um)?_\w+_layers"
 
 
-def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """Cut a section of a config to one block of each kind, and at least two.
+def few_blocks(content: Mapping[str, Any], small: dict[str, Any], of_each: int) -> dict[str, Any]:
+    """Cut a section of a config to a few blocks of each kind, and at least two.
 
     Args:
         content: the section.
         small: the same with smaller sizes; it is changed, and returned.
+        of_each: how many blocks of each kind, where there are so many.
     """
     for section, inner in content.items():  # some sections repeat a place of the tower in them
         if isinstance(inner, Mapping):
@@ -35,8 +38,9 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, A
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value}
     indices = {name for name, value in lists.items() if _are_indices(value, count)}
     lists_by_block = {name for name, value in lists.items() if len(value) == count and name not in indices}
-    places = [name for name, value in content.items()
-              if re.fullmatch(_PLACE, name) and type(value) is int and 0 <= value < count]  # fmt: skip
+    numbers = [name for name, value in content.items() if type(value) is int and 0 <= value <= count]
+    places = [name for name in numbers if re.fullmatch(_PLACE, name) and content[name] < count]
+    boundaries = [name for name in numbers if re.fullmatch(_BOUNDARY, name)]
     # What some blocks alone have, by their number.
     settings = {name: {int(key): key for key in value} for name, value in content.items() if is_by_index(value)}
     parts = _parts(content, counts, count)
@@ -45,18 +49,20 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, A
         + [content[name][index] for name in lists_by_block]
         + [index in lists[name] for name in indices]
         + [index == content[name] for name in places]
+        + [index < content[name] for name in boundaries]
         + [content[name].get(keys.get(index)) for name, keys in settings.items()]
         for index in range(count)
     ]
     periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
     periods += [len(value) for name, value in lists.items() if name == _REPEATED and len(value) < count]
-    kept = _one_of_each(kinds, max(periods, default=0))
+    kept = _some_of_each(kinds, max(periods, default=0), of_each)
     if (indices or places) and kept[-1] + 1 < count:  # what is done behind those blocks is done in between blocks
         kept.append(kept[-1] + 1)
     small.update(dict.fromkeys(counts, len(kept)))
     for name in indices:
         small[name] = [new for new, old in enumerate(kept) if old in lists[name]]
     small.update({name: kept.index(content[name]) for name in places if content[name] in kept})
+    small.update({name: sum(old < content[name] for old in kept) for name in boundaries})
     for name in lists_by_block:
         small[name] = [small[name][index] for index in kept]
     for part in parts:
@@ -81,12 +87,12 @@ def _parts(content: Mapping[str, Any], counts: Sequence[str], count: int) -> lis
     return sharing + (divided if sum(named.values()) == count else [])
 
 
-def _one_of_each(kinds: Sequence[Any], period: int) -> list[int]:
-    """Return where each kind of block stands first; a whole period of blocks that alternate by one; two at least."""
+def _some_of_each(kinds: Sequence[Any], period: int, of_each: int) -> list[int]:
+    """Return where each kind of block stands first; whole periods of blocks that alternate by one; two at least."""
     if period > 1:
-        return list(range(min(period, len(kinds))))
-    first = [index for index, kind in enumerate(kinds) if kind not in kinds[:index]]
-    return first[:_MOST_KINDS] if len(first) > 1 else list(range(min(2, len(kinds))))
+        return list(range(min(period * of_each, len(kinds))))
+    first = [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < of_each]
+    return first[: _MOST_KINDS * of_each] if len(first) > 1 else list(range(min(2, len(kinds))))
 
 
 def _are_indices(value: Sequence[Any], count: int) -> bool:

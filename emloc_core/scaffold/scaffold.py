@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from emloc_core.conformance.unread import unread_features
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.coverage import undeclared
 from emloc_core.emulator.declared import find_linears
+from emloc_core.emulator.ranks import RankPlan
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config, new_model
@@ -52,6 +54,8 @@ def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
     family = _empty_family(config)
     with under_test(family):
         found = _Scaffold(config, family, alone=alone)
+        if found.misses_blocks:
+            found = _Scaffold(config, family, alone=alone, of_each=2)
     return found.draft()
 
 
@@ -65,7 +69,7 @@ def check_draft(draft: Draft) -> Draft:
 class _Scaffold:
     """What is known about one architecture: the model that was asked for, without weights, and a tiny one that ran."""
 
-    def __init__(self, config: Any, family: Family, *, alone: bool) -> None:
+    def __init__(self, config: Any, family: Family, *, alone: bool, of_each: int = 1) -> None:
         self.config, self.family, self.alone = config, family, alone
         self.type: str = config.model_type
         self.notes: list[str] = []
@@ -77,7 +81,7 @@ class _Scaffold:
                 "EMLoC compresses the Linears of repeated blocks, one block at a time: there is nothing to declare.",
                 code="unsupported",
             )
-        self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
+        self.tiny = self._tiny_arguments(of_each)
         self.given, self.probe, self.seen = self._observe(as_linears(self._tiny_model()))
         self.tinies = [self.tiny]
         if not alone:
@@ -101,6 +105,15 @@ class _Scaffold:
                 f"{self.family.auto_class} cannot build the model of this {self.type!r} ({first_line(error)}).",
                 "Check the sizes in the config.json, and whether a package is missing that the architecture needs.",
             ) from error
+
+    def _tiny_arguments(self, of_each: int) -> dict[str, Any]:
+        if self.model.num_parameters() <= TINY_PARAMETERS:
+            return plain(self.config)
+        small = shrink(self.config, of_each)
+        with suppress(EmlocError):
+            self._on_meta(make_config(small))
+            return small
+        return shrink(self.config, 2)  # some blocks share weights with others of their kind, and need one
 
     def _tiny_model(self) -> PreTrainedModel:
         """Return the tiny model with random weights, so that unlike inputs do not look equal."""
@@ -151,18 +164,26 @@ class _Scaffold:
                 self.tinies.append(needed(tiny))
                 self.notes.append(f"Note: with {switch} the blocks are laid out otherwise: it has a tiny config.")
 
-    def draft(self) -> Draft:
-        """Return the declaration."""
-        notes = [*self._registered(), *self.notes]
-        family = replace(
+    @property
+    def misses_blocks(self) -> bool:
+        """Whether the tiny model has no block with some of the Linears of the model that was asked for."""
+        return bool(self._undeclared(self.declared))
+
+    @cached_property
+    def declared(self) -> Family:
+        """The declaration, as observed."""
+        return replace(
             self.family,
-            towers=deduce.towers(self.seen, self._without_lora(), notes),
+            towers=deduce.towers(self.seen, self._without_lora(), self.notes),
             keep_dense=deduce.dense(self.seen) | {path: why for path, why in self.stored.items() if why == RENAMED},
             tiny_configs=self.tinies,
             tiny_inputs=self.probe.make,
         )
-        if not self.alone:
-            family = deduce.with_nested(family, self.config)
+
+    def draft(self) -> Draft:
+        """Return the declaration, and what a person has to know about it."""
+        family = self.declared if self.alone else deduce.with_nested(self.declared, self.config)
+        notes = [*self._registered(), *self.notes]
         summary = self._summary(family, notes)
         text_only = family.modality != "text" and self.given == "text"
         return Draft(family, summary, [*notes, *deduce.doubts(self.seen)], self.probe.source, text_only)
@@ -189,18 +210,26 @@ class _Scaffold:
         Raises:
             EmlocError: it does not fit that model.
         """
-        with plugin_manager().declaring(family):
-            resolved = plugin_manager().family_for(self.config.to_dict())
-        plan = find_linears(self.model, resolved)
-        if left := undeclared(self.model, resolved, plan.planned):
+        if left := self._undeclared(family):
             notes.append(f"Edit: {left[0]} ({len(left)} in all) is in no group: the tiny model has no such block.")
-        linears = plan.candidates
+        linears = self._plan(family).candidates
         blocks = {linear.block for linear in linears}
         held = sum(linear.out_features * linear.in_features for linear in linears)
         return (
             f"{len(linears)} Linears in {len(blocks)} blocks hold {held:,} of the {self.model.num_parameters():,} "
             f"parameters. Which of them read the same input was observed in a tiny model, given {self.given}."
         )
+
+    def _undeclared(self, family: Family) -> list[str]:
+        """Return what a declaration leaves out of the model that was asked for."""
+        return undeclared(self.model, self._resolved(family), self._plan(family).planned)
+
+    def _plan(self, family: Family) -> RankPlan:
+        return find_linears(self.model, self._resolved(family))
+
+    def _resolved(self, family: Family) -> Family:
+        with plugin_manager().declaring(family):
+            return plugin_manager().family_for(self.config.to_dict())
 
 
 def _empty_family(config: Any) -> Family:

@@ -1,4 +1,4 @@
-"""A tiny config of the same architecture: few blocks, one of each kind, and small sizes that still divide.
+"""A tiny config of the same architecture: few blocks, of every kind, and small sizes that still divide.
 
 A config with names for its sizes that :mod:`emloc_core.scaffold.sizes` does not know stays too large; the error lists
 them, and the user then writes a small config.
@@ -21,17 +21,21 @@ _IMAGE_MARK = re.compile(r"image_token_(id|index)")
 _TOKEN_ID = re.compile(r".*_token_(id|ids|index)")
 
 
-def shrink(config: Any) -> dict[str, Any]:
+def shrink(config: Any, of_each: int = 1) -> dict[str, Any]:
     """Return keyword arguments of ``AutoConfig.for_model`` for a tiny model of the architecture of ``config``.
 
-    Heads still divide widths and key-value heads divide heads. Lists with one entry per block keep one block of each
+    Heads still divide widths and key-value heads divide heads. Lists with one entry per block keep blocks of each
     kind. Values that equal the config class's default are left out.
+
+    Args:
+        config: of the model.
+        of_each: how many blocks of each kind are kept.
 
     Raises:
         EmlocError: transformers refuses the smaller config.
     """
     content = structure(config.to_dict())
-    return needed(_Shrinking(set(widths(content))).section(content))
+    return needed(_Shrinking(set(widths(content)), of_each).section(content))
 
 
 class _Shrinking:
@@ -39,17 +43,18 @@ class _Shrinking:
 
     Args:
         widths: of the parts of the model: a size that equals one is another name for it.
+        of_each: how many blocks of each kind are kept.
     """
 
-    def __init__(self, widths: Collection[int]) -> None:
-        self._widths = widths
+    def __init__(self, widths: Collection[int], of_each: int) -> None:
+        self._widths, self._of_each = widths, of_each
         self._ids: dict[int | None, int] = {}
 
     def section(self, content: Mapping[str, Any]) -> dict[str, Any]:
         small = {name: self._value(str(name), value, content) for name, value in content.items()}
         if is_by_index(content):
             return small
-        small = few_blocks(content, small)
+        small = few_blocks(content, small, self._of_each)
         if pinpoints := content.get("image_grid_pinpoints"):
             small["image_grid_pinpoints"] = _pinpoints(pinpoints, content.get("vision_config") or {})
         if old := _patches(content.get("vision_config") or {}):

@@ -38,7 +38,7 @@ _SIZES: Mapping[str, int] = {
     r"index_kpool|indexer_compress_ratio": 4,
     r"(num|n)_(local_|routed_)?experts|moe_num_experts": 4,
     r"zero_expert_num": 2,
-    r"num_res_blocks": 1,
+    r"num_res_blocks|n_layers_per_\w+": 1,
     r"num_experts_per_tok(en)?|moe_(top_?)?k|n_group|num_expert_groups?": 2,
     r"topk_group|first_k_dense_replace|max_window_layers": 1,
     r"state_size|mamba_d_state|ssm_state_size": 16,

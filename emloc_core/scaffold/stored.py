@@ -1,5 +1,6 @@
 """Finds weights that a checkpoint stores fused or renamed, so that factors cannot replace them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from emloc_core.standins.vocabulary import vocabulary_layers
 
 OTHERWISE = "the checkpoint stores it together with other weights, or in another order"
 RENAMED = "the checkpoint has its weight under another name"
+TIED = "its weight is that of another layer, too"
 UNREAD = "nothing reads some of its outputs"
 UNNAMED = "its name in the checkpoint does not end in .weight, which factors stand beside"
 
@@ -31,6 +33,8 @@ def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[St
         skeleton = OpenModel(Checkpoint(Path(directory)), family).skeleton
         linears = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
         reasons = {name: _reason(skeleton, name, model) for name in linears if is_grouped(name, stacks)}
+        places = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+        reasons |= {name: TIED for name in reasons if places[id(model.get_parameter(f"{name}.weight"))] > 1}
         for path in vocabulary_layers(model):
             # Where transformers renames the module itself, its pattern may be of the weight alone.
             renamed = (key.split(".")[-2:-1] != path.split(".")[-1:] for key in skeleton.stored(f"{path}.weight"))

@@ -25,7 +25,7 @@ from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import GATE, LISTED, OTHER, READ, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
 from emloc_core.scaffold.shrink import shrink
-from emloc_core.scaffold.stored import OTHERWISE, UNNAMED
+from emloc_core.scaffold.stored import OTHERWISE, TIED, UNNAMED
 
 thorough = pytest.mark.thorough
 #: Architectures whose draft has to be accepted without an edit.
@@ -353,6 +353,30 @@ def test_shrinking_keeps_a_block_at_which_something_happens():
     """The section around a tower may repeat the place, and wins."""
     vision = make_config(shrink(AutoConfig.for_model("minicpmv4_6"))).vision_config
     assert (vision.insert_layer_id, vision.num_hidden_layers) == (1, 3)
+
+
+def test_shrinking_keeps_blocks_on_both_sides_of_a_boundary():
+    kinds = ["conv", "conv", "full_attention", "conv"] * 2
+    small = shrink(AutoConfig.for_model("lfm2_moe", num_hidden_layers=8, layer_types=kinds, num_dense_layers=3))
+    assert small["layer_types"] == ["conv", "full_attention", "conv", "full_attention"]
+    assert make_config(small).num_dense_layers == 2
+    config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=12, first_k_dense_replace=5)
+    assert shrink(config)["first_k_dense_replace"] == 1
+    assert make_config(shrink(config, 3)).first_k_dense_replace == 3
+
+
+def test_blocks_with_what_no_block_of_the_tiny_model_holds_are_added_to_it(save):
+    """As many blocks share weights as there are adapters in them: one alone looks as if it had a single adapter."""
+    draft = scaffold(save("zamba2"), alone=True)
+    assert not [note for note in draft.notes if note.startswith("Edit")]
+    (tiny,) = draft.family.tiny_configs
+    assert tiny["layers_block_type"].count("hybrid") == 2
+    (tower,) = draft.family.towers
+    assert {path.partition(".")[0] for group in tower.input_groups for path in group} == {"mamba", "mamba_decoder"}
+    shared = [
+        why for path, why in draft.family.keep_dense.items() if path.endswith("shared_transformer.self_attn.q_proj")
+    ]
+    assert shared == [TIED]
 
 
 def test_shrinking_keeps_the_key_value_heads_of_some_blocks_dividing():

@@ -20,10 +20,10 @@ from emloc_core.conformance.inputs import as_sample, number_tokenizer, special_t
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.pretrained import new_model
-from emloc_core.observed.look import declaration
+from emloc_core.observed.look import observed, recorded
+from emloc_core.observed.record import from_record
 from emloc_core.scaffold.config_arguments import make_config
 from emloc_core.scaffold.probe import probes
-from emloc_core.scaffold.shrink import shrink
 
 CONFIGS = Path(__file__).with_name("configs.toml")
 #: Tokens of the rows of text: some are longer than those that a model is looked at with.
@@ -38,10 +38,12 @@ def survey(name: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     try:
         config = _config(name)
-        family = declaration(json.loads(config.to_json_string(use_diff=False)))
+        content = json.loads(config.to_json_string(use_diff=False))
+        draft = observed(content)
+        family = from_record(recorded(draft, content))
         result |= {"modality": family.modality, "looking": round(time.process_time() - started, 1)}
         with tempfile.TemporaryDirectory(prefix="emloc-survey-") as directory, under_test(family):
-            found = _in_all_ways(family, make_config(shrink(config)), Path(directory))
+            found = _in_all_ways(family, make_config(draft.family.tiny_configs[0]), Path(directory))
     except EmlocError as error:
         return {"outcome": REFUSED, "why": _line(error.args[0]), **result}
     except Exception as error:  # an unknown model's code
