@@ -302,6 +302,12 @@ def test_a_model_without_blocks_is_refused(save, monkeypatch):
         scaffold(save("phi3"))
 
 
+def test_a_model_is_opened_whole_where_its_text_alone_could_not_be_opened_again(save):
+    words = ("<image>", "<|extra_200|>", "<|visual token 000000|>")
+    family = scaffold(save("emu3", vocabulary_map=dict(zip(words, (9, 10, 11), strict=True))), alone=True).family
+    assert family.auto_class == "AutoModelForImageTextToText"
+
+
 def test_a_tiny_config_is_taken_as_it_is(save):
     (tiny,) = scaffold(save("phi3", **TINY)).family.tiny_configs
     assert {name: tiny.get(name) for name in TINY if name in tiny} == {
