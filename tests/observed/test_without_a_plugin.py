@@ -1,12 +1,14 @@
 """With a family's plugin disabled, what is observed gives the same bytes of an emulator as the plugin does."""
 
 import hashlib
+from importlib import import_module
 
 import pytest
 import torch
 from emloc_demo.data import write_data
 from emloc_demo.model import write_base
 from support.jobs import compress_job
+from support.paths import ROOT
 
 from emloc_core.conformance.inputs import number_tokenizer
 from emloc_core.conformance.tiny import random_model
@@ -63,7 +65,10 @@ def test_what_is_observed_of_a_tiny_model_gives_the_same_bytes(name, kind, tmp_p
 
 
 @pytest.mark.slow
-def test_what_is_observed_of_a_real_model_gives_the_same_bytes(tmp_path, disable):
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "Gemma-3-270M"])
+def test_what_is_observed_of_a_real_model_gives_the_same_bytes(name, tmp_path, disable, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    write = {"SmolLM2-135M": write_base, "Gemma-3-270M": import_module("quality_bases").write_gemma}[name]
     train, _ = write_data(tmp_path / "data")
-    declared, observed = emulators(write_base(tmp_path / "base"), train, tmp_path, disable, kind="low-rank")
+    declared, observed = emulators(write(tmp_path / "base"), train, tmp_path, disable, kind="low-rank")
     assert weights(observed) == weights(declared)
