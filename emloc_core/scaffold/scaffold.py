@@ -246,13 +246,13 @@ def _empty_family(config: Any) -> Family:
             "Choose a decoder, such as a causal language model.",
             code="unsupported",
         )
-    has_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     # A checkpoint has the config of the class that saved it, which is that of the text alone where that class is.
-    opens = has_causal and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+    opens = causal and causal.config_class in MODEL_FOR_CAUSAL_LM_MAPPING
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if has_images and (getattr(config, "vision_config", None) or (has_causal and not opens)):
+    if has_images and (getattr(config, "vision_config", None) or (causal and not opens)):
         return Family(name, frozenset({model_type}), (), "AutoModelForImageTextToText", "image-text")
-    if has_causal:
+    if causal:
         return Family(name, frozenset({model_type}), ())
     raise EmlocError(
         f"transformers has neither a causal language model nor an image-text model of the type {model_type!r}.",
