@@ -1,5 +1,6 @@
 """Code shared by the commands: running a stage with progress, and printing its result."""
 
+import gc
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -94,6 +95,7 @@ def _prepare(request: Request, push: str | None = None) -> "Job":
     job = prepare(request)
     for warning in warnings_of(job):
         click.echo(f"warning: {warning}.", err=True)
+    gc.freeze()  # modules and rows stay until the end: no later look for garbage has to go through them
     return job
 
 
