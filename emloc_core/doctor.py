@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_core.compat.tested import TESTED
+from emloc_core.processes.lifetime import leave
 
 #: Modules whose names are not those of their packages.
 _MODULES = {"pillow": "PIL", "protobuf": "google.protobuf"}
@@ -267,6 +268,7 @@ def is_healthy(checks: Iterable[Check]) -> bool:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--probe"]:
         _probes(sys.argv[2:])
+        leave(0)
     else:
         made = examine()
         print(*lines(made), sep="\n")  # noqa: T201 - it is a command

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,38 @@ def test_calls_of_a_dry_run_are_made_here() -> None:
         with pytest.raises(EmlocError, match="no-such-kind"):
             list(call("emloc_core.standins.registry:format_named", {"name": "no-such-kind"}))
     assert next(call("os:getpid", {})) != os.getpid()
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from emloc_core.processes.lifetime import leave
+class Held:
+    def __del__(self): print("freed")
+held = Held()
+held.itself = held
+atexit.register(print, "registered")
+threading.Thread(target=lambda: (time.sleep(0.2), print("of a thread"))).start()
+sys.stdout.write("written" * 20_000)
+leave(3)
+"""
+
+
+@pytest.fixture
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Python hold output back, as it does by default."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+@pytest.mark.usefixtures("buffered")
+def test_a_process_leaves_with_all_that_was_said_and_frees_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == "written" * 20_000 + "of a thread\nregistered\n"
+
+
+@pytest.mark.usefixtures("buffered")
+@pytest.mark.parametrize(("code", "told"), [(0, 120), (3, 3)])
+def test_output_that_cannot_be_written_is_told_by_the_exit_code(code: int, told: int) -> None:
+    script = f"from emloc_core.processes.lifetime import leave; print(1); leave({code})"
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", script], stdout=full, check=False).returncode == told
