@@ -40,7 +40,7 @@ def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | 
     for parameter in adapted.parameters():
         if isinstance(parameter, Absent):
             parameter.loaded_to = torch.device(device)
-        elif not parameter.is_meta:
+        elif parameter.requires_grad:
             parameter.data = parameter.data.to(device)
     return adapted
 

@@ -45,6 +45,14 @@ def expert_stacks(model: nn.Module) -> list[str]:
     return found
 
 
+class Place(nn.Parameter):
+    """A parameter of one number, that looks like a stack; it stays so where a model is moved or cast."""
+
+    def to(self, *args: Any, **given: Any) -> torch.Tensor:
+        """Return it elsewhere, or in another dtype: torch would give every element a place of its own."""
+        return self.as_strided((1,), (1,)).to(*args, **given).expand(self.shape)
+
+
 def make_places(model: nn.Module) -> None:
     """Let PEFT find the stacks of stand-ins: parameters of the base's shapes and order, each with one number alone.
 
@@ -58,7 +66,7 @@ def make_places(model: nn.Module) -> None:
             if own is None and name in module.ranks:
                 part = next(iter(module.kept(name)))
                 nothing = torch.zeros(1, dtype=parameter.dtype, device=part.device)
-                own = nn.Parameter(nothing.expand(parameter.shape), requires_grad=False)
+                own = Place(nothing.expand(parameter.shape), requires_grad=False)
             module.register_parameter(name, own)
 
 
