@@ -20,7 +20,7 @@ from emloc_core.memory.workload import make_workload
 from emloc_core.plugins.manager import TOKENS, plugin_manager
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
-from emloc_core.settings import CompressSettings, TrainSettings
+from emloc_core.settings import CompressSettings
 from emloc_core.units import human_bytes, human_seconds
 
 PAGE = Path(__file__).parent / "models.md"
@@ -66,7 +66,7 @@ InternVL3-9B has no entry either: its language model is an InternLM3-8B, which `
 found no source for the size of its vocabulary in that checkpoint.
 """
 #: Kinds whose weights are told of mixtures of experts.
-KINDS = ("nf4", "2.7-bit", "1.6-bit+repair")
+WHOLE, KINDS = "bf16", ("nf4", "2.7-bit", "1.6-bit+repair")
 EXPERTS = """## Mixtures of experts
 
 The weights of the model in bfloat16, and those of its emulators: experts, output layer and embeddings are packed too.
@@ -86,6 +86,7 @@ def figures(entry: Entry) -> dict[str, str]:
             "LoRA": human_bytes(model.tuning().total),
             "EMLoC": human_bytes(model.tuning(plan).total),
             "compress": human_bytes(compress(model, plan).total),
+            **weights(model),
         }
         for size in SMALL:
             found[f"{size} GB"] = cell(decide(file, workload, Budget.parse(f"{size}GB")))
@@ -94,15 +95,14 @@ def figures(entry: Entry) -> dict[str, str]:
     return found
 
 
-def weights(entry: Entry) -> list[str]:
-    """Return the weights of a mixture of experts, and of its emulators; nothing for another model."""
-    with entry.config_file() as file:
-        workload = make_workload(file, TrainSettings(batch_size=1), "cuda", length=LENGTH)
-        models = [MemoryModel(file, workload, CompressSettings(kind=kind)) for kind in KINDS]
-        if not models[0].linears.experts:
-            return []
-        base = models[0].parameters() * models[0].dtype.itemsize
-        return [f"`{entry.id}`", *map(human_bytes, [base, *(model.emulator_bytes(model.plan()) for model in models)])]
+def weights(model: MemoryModel) -> dict[str, str]:
+    """Return the bytes of a mixture of experts, and of its emulators, by column; nothing for another model."""
+    if not model.linears.experts:
+        return {}
+    kinds = {kind: MemoryModel(model.config_file, model.workload, CompressSettings(kind=kind)) for kind in KINDS}
+    emulators = {f"`{kind}`": each.emulator_bytes(each.plan()) for kind, each in kinds.items()}
+    found = {WHOLE: model.parameters() * model.dtype.itemsize, **emulators}
+    return {column: human_bytes(nbytes) for column, nbytes in found.items()}
 
 
 def cell(decision: Decision) -> str:
@@ -127,8 +127,11 @@ def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
     rows = [["`" + entry.id + "`", *(found[entry.fingerprint][column] for column in HEADINGS[1:])]
             for entry in sorted(entries, key=lambda entry: entry.family)]  # fmt: skip
     parts.append(table(HEADINGS, rows))
-    mixtures = [row for entry in sorted(entries, key=lambda entry: entry.family) if (row := weights(entry))]
-    parts += [EXPERTS, table(["model", "bf16", *(f"`{kind}`" for kind in KINDS)], mixtures)]
+    columns = [WHOLE, *(f"`{kind}`" for kind in KINDS)]
+    mixtures = [["`" + entry.id + "`", *(found[entry.fingerprint][column] for column in columns)]
+                for entry in sorted(entries, key=lambda entry: entry.family)
+                if WHOLE in found[entry.fingerprint]]  # fmt: skip
+    parts += [EXPERTS, table(["model", *columns], mixtures)]
     parts.append("An entry's file in `registry/` says where its numbers were published, and under which licence.\n")
     parts.append("\n".join(marks(entries)) + "\n")
     return "\n".join(parts)
