@@ -353,7 +353,7 @@ def test_the_page_of_models_is_about_these_entries(monkeypatch: pytest.MonkeyPat
     assert re.findall("<!--.*-->", text) == list(generate_models.marks(generate_models.shown())), "run make docs-models"
     lines = text.splitlines()
     for entry in generate_models.shown():
-        (row,) = (line.strip("| ").split(" | ") for line in lines if line.startswith(f"| `{entry.id}` |"))
+        row, *_ = (line.strip("| ").split(" | ") for line in lines if line.startswith(f"| `{entry.id}` |"))
         fits = dict(zip(generate_models.HEADINGS, row, strict=True))
         for preset in entry.presets.values():  # a memory target that is a card's is one that an emulator is needed for
             if preset.memory not in (None, "inference"):
