@@ -7,8 +7,10 @@ Every section runs in a process of its own. ``--small`` takes tiny shapes and an
 
 import argparse
 import json
+import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from checkpoints import LLAMA_8B, llama, write_checkpoint
 from harness import RESULTS, in_process, machine, markdown
 from torch import nn
@@ -26,6 +29,8 @@ from emloc_core.files.documents import write_json
 KINDS: dict[str, float | None] = {
     "nf4": None, "2.7-bit": None, "1.6-bit+repair": 0.23, "low-rank-nf4": 0.45, "low-rank": 0.28,
 }  # fmt: skip
+#: What others train LoRAs on.
+OTHER = "bitsandbytes"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {
     "hidden_size": 64,
@@ -33,7 +38,11 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "vocab_size": 256,
 }
+#: The language model of InternVL2.5-38B, which is Qwen2.5-32B but for the name of its class and biases.
+SHAPE_38B = {**LLAMA_8B, "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 27648,
+             "num_attention_heads": 40}  # fmt: skip
 GIB = 1 << 30
 
 
@@ -53,11 +62,11 @@ def card(small: bool) -> list[dict[str, Any]]:
 
 
 def layers(small: bool) -> list[dict[str, Any]]:
-    """Forward and backward of one Linear of every kind: ms, beside bf16, and the bytes that it takes beside its own."""
+    """Forward and backward of one Linear of every kind: ms, bytes beside its own, and waits of the CPU for the GPU."""
     shapes = [(160, 64)] if small else [(4096, 14336), (5120, 27648)]
     rows = []
     for m, n in shapes:
-        for kind in (None, *KINDS):
+        for kind in (None, OTHER, *KINDS):
             layer = packed(nn.Sequential(nn.Linear(n, m, bias=False, device=DEVICE, dtype=torch.bfloat16)), kind)[0]
             for tokens in (16,) if small else (1024, 4096, 8192):
                 x = torch.randn(tokens, n, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -67,37 +76,28 @@ def layers(small: bool) -> list[dict[str, Any]]:
 
                 with memory() as used:
                     taken = seconds(both)
-                rows.append({"shape": [m, n], "kind": kind or "base", "tokens": tokens, "ms": 1e3 * taken, **used})
+                told = {"shape": [m, n], "kind": kind or "base", "tokens": tokens}
+                rows.append({**told, "ms": 1e3 * taken, "waits": waits(both), **used})
     return rows
 
 
 def step(small: bool) -> list[dict[str, Any]]:
-    """A tuning step on an 8B and on its emulators: seconds, and reserved and allocated peaks."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
+    """A tuning step on an 8B, on bitsandbytes' and on its emulators: seconds, waits, peaks reserved and allocated."""
     blocks, lengths = (2, (16,)) if small else (32, (1024, 4096))
-    rows = []
-    for kind in (None, *KINDS):
-        config = llama({**LLAMA_8B, **(SMALL | {"vocab_size": 256} if small else {})}, blocks)
-        with torch.device(DEVICE):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        packed(model, kind)
-        lora = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear")).train()
-        lora.gradient_checkpointing_enable({"use_reentrant": False})
-        lora.enable_input_require_grads()
-        for length in lengths:
-            ids = torch.randint(0, config.vocab_size, (1, length), device=DEVICE)
+    return [
+        row
+        for kind in (None, OTHER, *KINDS)
+        for row in tuned({**LLAMA_8B, **(SMALL if small else {})}, blocks, kind, lengths)
+    ]
 
-            def once(lora: Any = lora, ids: torch.Tensor = ids) -> None:
-                with torch.autocast(DEVICE, torch.bfloat16):
-                    lora(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-            with memory() as used:
-                taken = seconds(once)
-            rows.append({"kind": kind or "base", "tokens": length, "seconds": taken, **used})
-        del model, lora, once
-    return rows
+def capped(small: bool) -> list[dict[str, Any]]:
+    """A tuning step on emulators of the shape of a 38B where a process may take 24 GiB of the GPU."""
+    from emloc_core.model.cap import cap_gpus
+
+    cap_gpus(24 * GIB)
+    shape, blocks, length = ({**SHAPE_38B, **SMALL}, 2, 16) if small else (SHAPE_38B, 64, 1024)
+    return [row for kind in ("nf4", "1.6-bit+repair") for row in tuned(shape, blocks, kind, (length,))]
 
 
 def stage1(small: bool) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def stage1(small: bool) -> list[dict[str, Any]]:
 
     rows = []
     with TemporaryDirectory() as place:
-        base, data = checkpoint(Path(place), small, 2)
+        base, data = checkpoint(Path(place), LLAMA_8B, 2, small=small)
         for kind, ratio in KINDS.items():
             settings = CompressSettings(kind=kind, ratio=ratio, samples=4 if small else 64, selection=0)
             request = CompressRequest(
@@ -122,7 +122,7 @@ def stage1(small: bool) -> list[dict[str, Any]]:
 
 
 def exact(small: bool) -> list[dict[str, Any]]:
-    """Exact steps on eight blocks of an 8B: seconds, what was read per second, and the share spent waiting."""
+    """Exact steps on blocks of an 8B and of a 38B: seconds, what was read per second, and the share spent waiting."""
     from emloc_core.exact.lora import lora_on
     from emloc_core.exact.steps import ExactSteps
     from emloc_core.model.opened import open_model
@@ -130,30 +130,83 @@ def exact(small: bool) -> list[dict[str, Any]]:
     from emloc_core.tuning.trl import lora_config
 
     rows = []
-    with TemporaryDirectory() as place:
-        model = open_model(str(checkpoint(Path(place), small, 2 if small else 8)[0]), DEVICE)
-        lora: Any = lora_on(model.skeleton, lora_config(TrainSettings(), model.family.lora_targets())).train()
-        steps = ExactSteps(lora.get_base_model(), model.skeleton, torch.device(DEVICE))
-        ids = [torch.randint(200, (1, 16 if small else 1024)) for _ in range(4)]
-        batches = [{"input_ids": each, "labels": each} for each in ids]
-        for number in range(3):
-            before = steps.weights.bytes_read, steps.weights.waited, time.perf_counter()
-            steps.loss(batches, autocast=True)
-            taken = time.perf_counter() - before[2]
-            read = steps.weights.bytes_read - before[0]
-            waited = (steps.weights.waited - before[1]) / taken
-            rows.append({"step": number, "seconds": taken, "read_gb_per_second": read / taken / 1e9, "waiting": waited})
-        steps.close()
+    for name, shape, blocks in (("8B", LLAMA_8B, 8), ("38B", SHAPE_38B, 16)):
+        with TemporaryDirectory() as place, memory() as used:
+            base, _ = checkpoint(Path(place), shape, 2 if small else blocks, small=small)
+            model = open_model(str(base), "cpu")  # which reads; the steps are taken on the GPU
+            lora: Any = lora_on(model.skeleton, lora_config(TrainSettings(), model.family.lora_targets()), DEVICE)
+            steps = ExactSteps(lora.train().get_base_model(), model.skeleton, torch.device(DEVICE))
+            ids = [torch.randint(200, (1, 16 if small else 1024)) for _ in range(4)]
+            batches = [{"input_ids": each, "labels": each} for each in ids]
+            for number in range(3):
+                before = steps.weights.bytes_read, steps.weights.waited, time.perf_counter()
+                steps.loss(batches, autocast=True)
+                wait()
+                taken = time.perf_counter() - before[2]
+                read = (steps.weights.bytes_read - before[0]) / taken / 1e9
+                waited = (steps.weights.waited - before[1]) / taken
+                told = {"shape": name, "blocks": blocks, "step": number, "seconds": taken}
+                rows.append({**told, "read_gb_per_second": read, "waiting": waited})
+            steps.close()
+        rows = [{**row, **used} if row["shape"] == name else row for row in rows]
     return rows
 
 
 SECTIONS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
-    section.__name__: section for section in (card, layers, step, stage1, exact)
+    section.__name__: section for section in (card, layers, step, capped, stage1, exact)
 }
 
 
+def tuned(shape: dict[str, Any], blocks: int, kind: str | None, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Measure steps of a LoRA on a model of a shape, whose Linears are of a kind, with one row of every length."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from emloc_core.compat.peft import leave_casts_to_autocast
+
+    rows = []
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(llama(shape, blocks), dtype=torch.bfloat16)
+    with memory() as used:  # from the weights on
+        materialise(packed(model, kind))
+        model.is_loaded_in_4bit = kind == OTHER  # how PEFT knows
+        lora = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear")).train()
+        lora.gradient_checkpointing_enable({"use_reentrant": False})
+        lora.enable_input_require_grads()
+        leave_casts_to_autocast(lora)
+        for length in lengths:
+            ids = torch.randint(0, shape["vocab_size"], (1, length), device=DEVICE)
+
+            def once(ids: torch.Tensor = ids) -> None:
+                with torch.autocast(DEVICE, torch.bfloat16):
+                    lora(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+            taken = seconds(once)
+            rows.append({"kind": kind or "base", "tokens": length, "seconds": taken, "waits": waits(once)})
+    return [{**row, **used} for row in rows]
+
+
+def materialise(model: nn.Module) -> None:
+    """Give parameters that are on the meta device numbers on the device: time is the same whichever."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                there = torch.empty_like(parameter, device=DEVICE)
+                setattr(module, name, nn.Parameter(there, requires_grad=False))
+                fill(there)
+    model.to(DEVICE)
+
+
+def fill(parameter: torch.Tensor) -> None:
+    """Fill a parameter with small numbers, or with codes of three numbers on six levels, or of five on three."""
+    if parameter.dtype == torch.uint8:
+        parameter.random_(0, 6**3)
+    else:
+        parameter.fill_(0.01)
+
+
 def packed(model: nn.Module, kind: str | None) -> nn.Module:
-    """Replace all Linears but the head by layers of a kind, with random codes: time is the same."""
+    """Replace all Linears but the head by layers of a kind, with random codes."""
     from emloc_core.algorithms.allocation import uniform
     from emloc_core.standins.registry import format_named
 
@@ -161,34 +214,34 @@ def packed(model: nn.Module, kind: str | None) -> nn.Module:
         return model
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {path: tuple(module.weight.shape) for path, module in linears.items() if path != "lm_head"}
+    if kind == OTHER:
+        from bitsandbytes.nn import Linear4bit
+
+        for path, (m, n) in shapes.items():
+            made = Linear4bit(n, m, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device=DEVICE)
+            model.set_submodule(path, made.to(DEVICE).requires_grad_(requires_grad=False))
+        return model
     ratio = KINDS[kind]
     ranks = uniform(list(shapes.values()), ratio) if ratio else [None] * len(shapes)
     format_named(kind).replace(model, dict(zip(shapes, ranks, strict=True)))
     for path in shapes:
         for parameter in model.get_submodule(path).parameters():
-            if parameter.dtype == torch.uint8:
-                parameter.data.random_(0, 6**3)  # a code of three numbers on six levels, or of five on three
-            else:
-                parameter.data.fill_(0.01)
+            if not parameter.is_meta:
+                fill(parameter.data)
     return model
 
 
-def checkpoint(place: Path, small: bool, blocks: int) -> tuple[Path, Path]:
-    """Write a base of an 8B's widths with random weights, a tokenizer of its words, and rows."""
-    from emloc_demo.model import write_base
+def checkpoint(place: Path, shape: dict[str, Any], blocks: int, *, small: bool) -> tuple[Path, Path]:
+    """Write a base of a shape with random weights, whose words are numbers, and rows, in which no two are alike."""
+    from emloc_core.conformance.inputs import number_tokenizer
 
-    write_base(place / "words")
-    base = place / "base"
-    shape = {**LLAMA_8B, **(SMALL if small else {}), "vocab_size": 49152}
-    write_checkpoint(base, llama(shape, blocks))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (place / "words" / file).exists():
-            (base / file).write_bytes((place / "words" / file).read_bytes())
-    words = ["the", "model", "that", "does", "not", "fit", "is", "tuned", "in", "the", "memory"]
-    length = 16 if small else 512
-    texts = [" ".join(words[(row + at * (row + 3)) % len(words)] for at in range(length)) for row in range(80)]
+    config = llama({**shape, **(SMALL if small else {"vocab_size": 49152})}, blocks)
+    write_checkpoint(place / "base", config)
+    number_tokenizer(config).save_pretrained(place / "base")
+    draw, length = random.Random(0), 16 if small else 512
+    texts = [" ".join(str(draw.randrange(9, 200)) for _ in range(length - 1)) for _ in range(80)]
     (place / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return base, place / "rows.jsonl"
+    return place / "base", place / "rows.jsonl"
 
 
 def seconds(work: Callable[[], Any], runs: int = 5) -> float:
@@ -207,6 +260,20 @@ def wait() -> None:
     """Wait until the GPU is done."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def waits(work: Callable[[], Any]) -> int:
+    """Return how often the CPU waits for the GPU in work that was done before."""
+    if DEVICE != "cuda":
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(each.message) for each in found)
 
 
 @contextmanager
@@ -239,11 +306,18 @@ def main() -> None:
     if DEVICE != "cuda" and not given.small:
         sys.exit("There is no GPU. Give --small to see that everything runs.")
     found = json.loads(given.out.read_text()) if given.out.exists() else {}
+    failed = []
     for section in given.sections or SECTIONS:
-        rows = in_process(run, section, given.small)["rows"]
+        try:
+            rows = in_process(run, section, given.small)["rows"]
+        except SystemExit as error:  # the next one may be worth its minutes
+            failed.append(str(error))
+            continue
         found[section] = {"machine": machine(), "rows": rows}
         write_json(given.out, found)
         print(f"\n{section}\n\n{markdown(list(rows[0]), [[shown(value) for value in row.values()] for row in rows])}")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 def shown(value: Any) -> Any:
