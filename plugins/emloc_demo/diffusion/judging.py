@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from emloc_demo.diffusion.digits import SHOWN, STYLE, WORDS, judge
-from emloc_demo.diffusion.pretraining import LENGTH
 from emloc_demo.diffusion.style import SIDE, SOLVER_STEPS
 
 #: Pictures of every prompt.
@@ -23,7 +22,7 @@ def scores(base: Path, adapter: Path | None, test: Path) -> tuple[dict[str, floa
 
     drawing = Drawing(str(base), adapter)
     prompts = [word + style for style in (f" {STYLE}", "") for word in WORDS for _ in range(_EACH)]
-    drawn = drawing.draw(prompts, side=SIDE, steps=SOLVER_STEPS, seed=10_000, max_sequence_length=LENGTH)
+    drawn = drawing.draw(prompts, side=SIDE, steps=SOLVER_STEPS, seed=10_000)
     pixels = numpy.stack([numpy.asarray(each) for each in drawn]).reshape(len(drawn), -1) / 255
     wanted = numpy.repeat([*range(10, 20), *range(10)], _EACH)
     right = (judge().predict(pixels) == wanted).reshape(2, len(WORDS), _EACH)

@@ -1,6 +1,7 @@
 """The demo's base: a FLUX.1 pipeline of half a million parameters, trained here from random weights to draw digits.
 
-It has no VAE, so that it draws pixels, and its text encoders keep their random weights: a word is told from another.
+It has no VAE, so that it draws pixels. Its text encoders have no layers and keep their random weights, so they are
+tables of words: the word of a style is the same beside every digit, so that a style can reach others than were shown.
 """
 
 import os
@@ -32,10 +33,10 @@ def new_pipeline(seed: int = 0) -> Any:
         tokenizer_object=known, model_max_length=LENGTH, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
     )
     clip = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=0, num_attention_heads=2,
         max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    t5 = T5Config(vocab_size=len(words), d_model=_WIDTH, d_ff=_WIDTH, d_kv=16, num_layers=1, num_heads=4)
+    t5 = T5Config(vocab_size=len(words), d_model=_WIDTH, d_ff=_WIDTH, d_kv=16, num_layers=0, num_heads=4)
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=4, num_layers=2, num_single_layers=4, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=_WIDTH, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from emloc_demo.diffusion.digits import SHOWN, STYLE, WORDS, of_digit, slanted
-from emloc_demo.diffusion.pretraining import LENGTH
 
 #: Pictures of every digit: in the new style, to test it, and of the base's own.
 _TAUGHT, _TESTED, _PRIOR = 4, 4, 7
@@ -35,7 +34,7 @@ def write_rows(directory: Path, base: Path) -> tuple[Path, Path]:
                 row = _written(directory, f"{STYLE}-{word}-{index}", _image(picture), f"{word} {STYLE}")
                 rows[train if index < _TAUGHT else test].append(row)
     prompts = [word for word in WORDS for _ in range(_PRIOR)]
-    drawn = Drawing(str(base)).draw(prompts, side=SIDE, steps=SOLVER_STEPS, max_sequence_length=LENGTH)
+    drawn = Drawing(str(base)).draw(prompts, side=SIDE, steps=SOLVER_STEPS)
     for index, (prompt, picture) in enumerate(zip(prompts, drawn, strict=True)):
         rows[train].append(_written(directory, f"prior-{index}", picture, prompt))
     for file, content in rows.items():
