@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainingArguments
 
+    from emloc_core.algorithms.lora import Lora
     from emloc_core.data.limits import Limits
     from emloc_core.data.row import Row
     from emloc_core.family import Family
@@ -114,6 +115,13 @@ class Objective(Protocol):
 
     def accompany(self, checkpoint: "Checkpoint", adapter: "Path") -> None:
         """Write into the directory of an adapter what its users need beside it."""
+
+    def elsewhere(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
+        """Return a LoRA of scale 1 by the names that other tools than the hub's libraries have for its tensors.
+
+        Raises:
+            EmlocError: there are no such tools, or they have no such model.
+        """
 
     def usage(self, kind: str, class_name: str, base: str) -> str | None:
         """Return Python that loads an output, ``DIRECTORY``, for its card; None: what the card says of transformers.

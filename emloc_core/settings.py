@@ -346,6 +346,7 @@ class ExportSettings(Settings):
     """What a server gets."""
 
     gguf: bool = Field(False, description="Write GGUF, for llama.cpp and tools built on it.")
+    comfyui: bool = Field(False, description="Write an adapter by the names that ComfyUI and kohya's scripts read.")
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = Field(
         "f16",
         description="With gguf: type of the matrices; vectors are always f32, and so are LoRAs in place of q8_0.",

@@ -3,7 +3,7 @@
 Everything is imported where it is used, since the objective of every config is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from emloc_core.algorithms.lora import Lora
     from emloc_core.data.limits import Limits
     from emloc_core.data.row import Row
     from emloc_core.family import Family
@@ -80,6 +81,12 @@ class TokenObjective:
     def accompany(self, checkpoint: "Checkpoint", adapter: Path) -> None:
         """Copy the tokenizer."""
         checkpoint.copy_processing(adapter)
+
+    def elsewhere(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
+        """Refuse: the tools that have other names read GGUF."""
+        from emloc_core.errors import EmlocError
+
+        raise EmlocError("ComfyUI draws, and the model writes.", "Leave out --comfyui.", code="unsupported")
 
     def usage(self, kind: str, class_name: str, base: str) -> str | None:
         """Return None: cards know transformers."""

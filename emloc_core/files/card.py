@@ -26,6 +26,7 @@ _KINDS = {
     "adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
     "corrected-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
     "served-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
+    "comfyui": ("LoRA for {}, for ComfyUI", "diffusers", "adapter", ["lora"]),
     "gguf": ("{} for llama.cpp", "gguf", "quantized", ["gguf"]),
     "checkpoint": ("{}, tuned", "transformers", "finetune", []),
     "evaluation": ("Evaluation", None, None, []),

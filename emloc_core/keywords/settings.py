@@ -99,6 +99,7 @@ class ExportKwargs(TypedDict, total=False):
     """Of :class:`ExportSettings`."""
 
     gguf: bool
+    comfyui: bool
     dtype: Literal["f32", "f16", "bf16", "q8_0"]
 
 

@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.errors import EmlocError
@@ -43,6 +45,8 @@ class Export:
         self.model = open_model((request.base or adapter.base_name) if adapter else request.source, "cpu")
         self.base = self.model.checkpoint
         self.base.require_unquantised("--base" if adapter else "")
+        if self.settings.comfyui and (adapter is None or self.settings.gguf):
+            raise EmlocError("--comfyui is for adapters, and no GGUF.", "Give an adapter, without --gguf.")
         if self.settings.gguf:
             require_gguf(self.model)
         elif adapter is None:
@@ -59,6 +63,8 @@ class Export:
                     code="unsupported",
                 )
             self.loras = plain(adapter.loras)
+        #: Tensors by the names that other tools have.
+        self.named = self.model.objective.elsewhere(self.model, self.loras) if self.settings.comfyui else {}
 
     @cached_property
     def output(self) -> Output:
@@ -75,7 +81,7 @@ class Export:
             require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self.request.allow_uncorrected)
             request["adapter"] = self.adapter.fingerprint(files)
             inputs["adapter"] = str(self.adapter.directory.absolute())
-        kind = "gguf" if self.settings.gguf else "served-adapter"
+        kind = "gguf" if self.settings.gguf else "comfyui" if self.settings.comfyui else "served-adapter"
         return Output(self.request.output, kind, request, inputs=inputs, files=files, family=self.model.family)
 
     def describe(self) -> dict[str, Any]:
@@ -98,7 +104,10 @@ class Export:
             if self.adapter is not None:
                 result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
                 result["warnings"] = list(warnings(self.loras, self.model.family))
-            if not self.settings.gguf:
+            if self.settings.comfyui:
+                save_file(self.named, staging / "lora.safetensors", {"format": "pt"})
+                progress("adapter", 1, 1)
+            elif not self.settings.gguf:
                 config = plain_config(
                     self.loras, self.base.name, (path for path, _ in self.model.skeleton.model.named_modules())
                 )

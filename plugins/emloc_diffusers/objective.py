@@ -1,6 +1,6 @@
 """Flow matching as an objective. Imports nothing heavy: it is asked for whenever a config is not transformers'."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from emloc_core.algorithms.lora import Lora
     from emloc_core.data.limits import Limits
     from emloc_core.data.row import Row
     from emloc_core.family import Family
@@ -71,6 +72,15 @@ class FlowMatching:
         from emloc_diffusers.lora_file import write_for_pipelines
 
         write_for_pipelines(adapter)
+
+    def elsewhere(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
+        """Return it as ComfyUI and kohya's scripts read it."""
+        from emloc_diffusers.comfyui import renamed
+
+        def rows(path: str) -> int:
+            return int(model.skeleton.model.get_submodule(path).weight.shape[0])  # type: ignore[index]
+
+        return renamed(model.family.auto_class, loras, rows)
 
     def usage(self, kind: str, class_name: str, base: str) -> str | None:
         """Return how a pipeline takes it."""

@@ -1,0 +1,72 @@
+"""Names of ComfyUI and kohya's scripts, read again by diffusers' own loaders of such files."""
+
+import diffusers
+import pytest
+import torch
+from emloc_diffusers.comfyui import renamed
+from emloc_diffusers.families import FAMILIES, FLUX, SD3
+from emloc_diffusers.lora_file import FILE
+from safetensors.torch import load_file
+from support.pipelines import flux_pipeline, picture_rows
+
+import emloc_core as emloc
+from emloc_core.algorithms.lora import Lora
+from emloc_core.errors import EmlocError
+
+LOADERS = {
+    "flux": diffusers.FluxPipeline,
+    "flux2": diffusers.Flux2Pipeline,
+    "qwen-image": diffusers.QwenImagePipeline,
+    "z-image": diffusers.ZImagePipeline,
+}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family is not SD3], ids=lambda each: each.name)
+def test_diffusers_reads_the_same_lora_from_these_names(family):
+    few = {name: value for name, value in family.tiny_configs[0].items() if name != "model_type"}
+    if family is FLUX:  # whose widths the reader expects
+        few = {"num_layers": 1, "num_single_layers": 1}
+    with torch.device("meta"):
+        model = getattr(diffusers, family.auto_class)(**few)
+    ends = tuple(f".{target}" for target in family.lora_targets())
+    linears = {path: module for path, module in model.named_modules() if f".{path}".endswith(ends)}
+    loras = {path: Lora(torch.randn(2, each.in_features), torch.randn(each.out_features, 2), 1.0)
+             for path, each in linears.items()}  # fmt: skip
+    named = renamed(family.auto_class, loras, lambda path: linears[path].out_features)
+    found = LOADERS[family.name].lora_state_dict(named)
+    found = found[0] if isinstance(found, tuple) else found
+    products = {key.removeprefix("transformer.").removesuffix(".lora_A.weight"):
+                found[key.replace("lora_A", "lora_B")] @ a for key, a in found.items() if "lora_A" in key}  # fmt: skip
+    assert products.keys() == loras.keys()
+    assert all(torch.allclose(products[path], lora.b @ lora.a, atol=1e-5) for path, lora in loras.items())
+
+
+def test_what_has_no_lora_in_a_joined_matrix_gets_none():
+    lora = Lora(torch.randn(2, 8), torch.randn(8, 2), 1.0)
+    found = renamed("FluxTransformer2DModel", {"transformer_blocks.0.attn.to_k": lora}, lambda _: 8)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    product = found[f"{name}.lora_up.weight"] @ found[f"{name}.lora_down.weight"]
+    assert torch.allclose(product[8:16], lora.b @ lora.a)
+    assert not product[:8].any()
+    assert not product[16:].any()
+    assert found[f"{name}.alpha"] == 6
+
+
+def test_a_class_without_known_names_is_refused():
+    with pytest.raises(EmlocError, match="not known what ComfyUI calls"):
+        renamed("SD3Transformer2DModel", {}, lambda _: 8)
+
+
+def test_an_adapter_is_exported(tmp_path):
+    pipeline, rows = flux_pipeline(tmp_path / "pipeline"), picture_rows(tmp_path / "rows", 4)
+    adapter = emloc.train(str(pipeline), rows, str(tmp_path / "adapter"), steps=2, batch_size=2, lora_rank=2)
+    exported = emloc.export(adapter, tmp_path / "exported", comfyui=True)
+    written, ours = load_file(exported.path / "lora.safetensors"), load_file(adapter.path / FILE)
+    name, path = "lora_unet_single_blocks_1_linear1", "transformer.single_transformer_blocks.1"
+    product = written[f"{name}.lora_up.weight"] @ written[f"{name}.lora_down.weight"]
+    parts = [ours[f"{path}.{end}.lora_B.weight"] @ ours[f"{path}.{end}.lora_A.weight"]
+             for end in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]  # fmt: skip
+    assert torch.allclose(product, torch.cat(parts), atol=1e-6)
+    assert len(written) == 3 * (2 * 8 + 2)  # eight matrices in each of two blocks, and one in each of two
+    with pytest.raises(EmlocError, match="no GGUF"):
+        emloc.export(adapter, tmp_path / "never", comfyui=True, gguf=True)
