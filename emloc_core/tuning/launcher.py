@@ -1,11 +1,14 @@
-"""What launchers of several processes ask for that training does not do; refused in every process alike."""
+"""What training does not do with several processes or devices; refused in every process alike."""
 
 import os
 import re
 
 import psutil
+import torch
 
 from emloc_core.errors import EmlocError
+from emloc_core.model.device import free_of
+from emloc_core.units import human_bytes
 
 _ASKED = re.compile(r"--num[_-]processes[= ](\d+)")
 
@@ -39,4 +42,25 @@ def require_processes(started: int) -> None:
             f"accelerate launch started one process, not {asked[1]}: on a CPU it needs mpirun for more.",
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked[1]} -m emloc_core train ... starts them all.",
             code="unavailable",
+        )
+
+
+def require_room(nbytes: int, device: torch.device) -> None:
+    """Refuse a model that one GPU has no room for: its layers are not placed on several.
+
+    Args:
+        nbytes: of the model.
+        device: that each process tunes on.
+
+    Raises:
+        EmlocError: it is a GPU, and less of it is free.
+    """
+    if device.type == "cuda" and nbytes > (free := free_of(device)):
+        raise EmlocError(
+            f"The model has {human_bytes(nbytes)}, of the GPU {human_bytes(free)} are free, and `emloc train` places "
+            "no model on several GPUs.",
+            "Take exact steps, which read it block by block (--exact), make a smaller emulator, or load it with "
+            "device_map='auto' in a script of your own.",
+            code="memory",
+            resumable=True,
         )

@@ -45,7 +45,7 @@ from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
-from emloc_core.tuning.launcher import require_processes
+from emloc_core.tuning.launcher import require_processes, require_room
 from emloc_core.tuning.planned import as_planned
 from emloc_core.tuning.preferences import require_preferences
 from emloc_core.tuning.targets import choose_targets
@@ -341,6 +341,7 @@ class Train:
         return BaseLoss(self.base.on(config.device), self.eval_rows, self.settings.max_length)
 
     def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
+        require_room(self.model.checkpoint.nbytes, config.device)
         trainer: Any = self.model.objective.trainer(self.model, self.settings, self.targets, config, **given)
         return trainer
 

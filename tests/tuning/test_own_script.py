@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
-from support.jobs import correct_job
+from accelerate import dispatch_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.jobs import compress_job, correct_job
 from support.paths import EXAMPLES
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
-from emloc_core.settings import CorrectSettings
+from emloc_core.settings import CompressSettings, CorrectSettings
 
 SCRIPT = EXAMPLES / "train_with_your_own_script.py"
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -77,6 +78,31 @@ def test_rewards_train_an_emulator_too(tiny_emulator, tiny_model, tmp_path, monk
     loras = Adapter(tmp_path / "a").loras
     assert len(loras) == 21
     assert correct_job(tmp_path / "a", tiny_model, tmp_path / "c", CorrectSettings()).run()
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("2.7-bit", marks=pytest.mark.thorough), "low-rank-nf4"])
+def test_an_emulator_may_be_placed_by_a_map(kind, tiny_model, rows_file, tmp_path):
+    """Here on one device; a block that waits on a disk stands for one on another GPU: accelerate's hooks bring both."""
+    settings = CompressSettings(kind=kind, samples=6, selection=2)
+    emulator = compress_job(tiny_model, rows_file, tmp_path / "emulator", settings).run()
+    ids, found = torch.arange(3, 30)[None], []
+    for how in ({}, {"device_map": "auto"}):
+        model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto", **how)
+        torch.manual_seed(0)
+        lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+        loss = lora(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(each.grad for each in lora.parameters() if each.requires_grad)])
+    assert len(found[0]) == 43
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    whole = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "lm_head"), "cpu")
+    places |= {"model.layers.1": "disk", "model.rotary_emb": "cpu"}
+    with torch.no_grad():
+        logits = whole(input_ids=ids).logits
+        placed = dispatch_model(whole, places, main_device="cpu", offload_dir=str(tmp_path / "disk"), force_hooks=True)
+        assert placed.model.layers[1].mlp.down_proj.weight.is_meta
+        assert torch.equal(placed(input_ids=ids).logits, logits)
 
 
 def nll(model, samples) -> float:

@@ -30,7 +30,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import read_manifest
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning import trainer
-from emloc_core.tuning.launcher import require_processes
+from emloc_core.tuning.launcher import require_processes, require_room
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import trainer_config
 
@@ -351,6 +351,15 @@ def test_what_launchers_ask_for_in_vain_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(EmlocError, match="FSDP splits weights over processes"):
         require_processes(2)
+
+
+def test_a_model_that_one_gpu_has_no_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr("emloc_core.tuning.launcher.free_of", lambda _: 20 << 30)
+    require_room(20 << 30, torch.device("cuda"))
+    require_room(30 << 30, torch.device("cpu"))
+    with pytest.raises(EmlocError, match=r"has 32\.2 GB, of the GPU 21\.5 GB are free.*device_map='auto'") as caught:
+        require_room(30 << 30, torch.device("cuda"))
+    assert caught.value.code == "memory"
 
 
 # The command line
