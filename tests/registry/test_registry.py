@@ -123,6 +123,7 @@ def test_the_series_are_complete() -> None:
         "Phi-3-mini-": ["4k-instruct"],
         "Phi-4-mini-": ["instruct"],
         "glm-4-": ["9b-chat-hf"],
+        "GLM-4.5-": ["Air"],
         "phi-": ["4"],
         "Mixtral-": ["8x7B-v0.1"],
         "gpt-oss-": ["20b", "120b"],
