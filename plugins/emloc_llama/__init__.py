@@ -1,4 +1,9 @@
-"""The Llama family: Llama 2 and 3.x, SmolLM and Mistral share one block layout."""
+"""The Llama family: Llama 2 and 3.x, SmolLM and Mistral share one block layout.
+
+Without it, EMLoC observes the same groups of a tiny model, and makes the same emulators byte for byte
+(``tests/observed/test_without_a_plugin.py``). It adds one name for all of them, tests of tied words and of Mistral, and
+GGUF. Presets of known models are the registry's, by the family's name.
+"""
 
 from emloc_core.family import TINY, Family, Tower
 from emloc_core.hookspecs import hookimpl
