@@ -55,9 +55,9 @@ def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
     plans = MemoryModel(Path(base) / "config.json", Workload(BATCH, LENGTH, 0, train, "cpu"), settings)
     plan = plans.plan()
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    before = {id(parameter) for parameter in model.parameters()}
+    before = set(model.parameters())  # kept, so that no other gets the place of one
     plans.format.replace(model, plan.ranks)
-    for parameter in (each for each in model.parameters() if id(each) not in before):
+    for parameter in set(model.parameters()) - before:
         random = torch.randint(0, 200, parameter.shape, dtype=torch.uint8)
         parameter.data = random if parameter.dtype == torch.uint8 else (random / 2_000_000).to(parameter.dtype)
     model.save_pretrained(target)

@@ -6,6 +6,7 @@ on what is sent to it.
 """
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def write_upcycled(directory: Path) -> Path:
     model = upcycled(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(source)
     tune_apart(model, tokenizer, directory.parent)
+    shutil.rmtree(source)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
