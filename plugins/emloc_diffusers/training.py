@@ -1,6 +1,6 @@
 """Trains a LoRA on pictures, by transformers' Trainer: on the model in memory, or by exact steps.
 
-Noise and times are drawn where rows become batches, from torch's global state, which the Trainer saves and restores.
+Noise and times are drawn within the step, from torch's global state, which the Trainer saves and restores.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,7 +101,8 @@ class FlowTrainer(LoraSteps):
     def __init__(self, model: Any, **options: Any) -> None:
         pictures: Pictures = options["train_dataset"]
         self.call = pictures.call
-        super().__init__(model, data_collator=pictures.collate, **options)
+        self.collate = pictures.collate
+        super().__init__(model, data_collator=_together, **options)
         self.model_accepts_loss_kwargs = False  # it counts no tokens
 
     def compute_loss(
@@ -113,12 +114,23 @@ class FlowTrainer(LoraSteps):
     ) -> Any:
         """Return the mean loss of a batch's pictures."""
         plain = self.accelerator.unwrap_model(model)
-        loss = torch.cat([squared_error(plain, self.call, **group) for group in inputs[GROUPS]]).mean()
+        groups = self._prepare_inputs(self.collate(inputs[GROUPS]))[GROUPS]
+        loss = torch.cat([squared_error(plain, self.call, **group) for group in groups]).mean()
         return (loss, {}) if return_outputs else loss
+
+
+def _together(rows: Sequence[Encoded | Drawn]) -> dict[str, list[Encoded | Drawn]]:
+    """Return rows as they are: loaders are a batch ahead of the step, and of the state that a checkpoint keeps."""
+    return {GROUPS: list(rows)}
 
 
 class StreamedFlowTrainer(Streamed, FlowTrainer):
     """The same, by exact steps."""
+
+    def attach(self, *given: Any) -> None:
+        """Let the steps draw noise themselves; see :meth:`emloc_core.tuning.exact.Streamed.attach`."""
+        self.data_collator = self.collate
+        super().attach(*given)
 
 
 class ExactFlow(ExactSteps):
