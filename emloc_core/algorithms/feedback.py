@@ -39,7 +39,7 @@ Nearest = Callable[[torch.Tensor, int], torch.Tensor]
 
 def single(inputs: Gram) -> torch.Tensor:
     """Return a Gram of inputs, (n, n), in fp32; the same tensor until activations are added."""
-    return inputs.once("single", lambda: inputs.matrix.to(torch.float32))
+    return inputs.once("single", lambda: inputs.single)
 
 
 def damped(inputs: Gram, share: float = DAMPING) -> "Damped":

@@ -79,6 +79,17 @@ class Gram:
         rest, heavy = self.parts()
         return rest.double().addmm_(heavy.T, heavy) if len(heavy) else rest
 
+    @property
+    def single(self) -> torch.Tensor:
+        """The sum so far, (size, size), in fp32: :attr:`matrix`, rounded once, without a whole one in fp64."""
+        rest, heavy = self.parts()
+        if rest.dtype == torch.float32 and not len(heavy):
+            return rest
+        found = torch.empty_like(rest, dtype=torch.float32)
+        for rows in _blocks(len(rest)):
+            found[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy)
+        return found
+
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum without the heavy rows, (size, size), and the heavy rows in fp64, (p, size), few or none.
 

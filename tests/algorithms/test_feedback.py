@@ -171,3 +171,18 @@ def test_some_rows_at_a_time_round_to_what_all_do(count, monkeypatch):
     assert torch.equal(whole[0].indices, parts[0].indices)
     assert torch.equal(whole[0].scales, parts[0].scales)
     assert torch.equal(whole[1], parts[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("massive", [0, 3e4])
+def test_a_gram_in_single_precision_is_the_rounded_sum(dtype, massive):
+    rows = torch.randn(900, 700, generator=torch.Generator().manual_seed(0))
+    rows[0, 5] += massive
+    rows[1, 9] -= massive
+    gram = Gram("input", 700, dtype)
+    gram.add(rows)
+    whole = gram.matrix
+    assert whole.dtype == (torch.float64 if massive else dtype)
+    assert gram.single.dtype == torch.float32
+    assert torch.allclose(gram.single, whole.float(), rtol=2**-23, atol=0)
+    assert torch.equal(gram.single, gram.single.T)
