@@ -98,7 +98,8 @@ class _Lines:
             return
         self._last = now
         left = f", about {human_seconds(rest)} left" if done < total and rest is not None else ""
-        click.echo(f"{self._description}: {done} of {total} ({what}), {human_seconds(took)}{left}", err=True)
+        of = f" ({what})" if what else ""
+        click.echo(f"{self._description}: {done} of {total}{of}, {human_seconds(took)}{left}", err=True)
 
 
 def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before: bool = False) -> None:

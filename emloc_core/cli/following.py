@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emloc_core.files.documents import read_object
+from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import learned_preferences, read_manifest
 from emloc_core.requests import (
     CompressRequest,
@@ -39,7 +41,7 @@ def following(request: Request, result: Result) -> list[str]:
     """
     output = result.path
     chat = join("chat", output)
-    merge = join("merge", output, "-o", _beside(output, "merged"))
+    merge = join("merge", output, *_original(output), "-o", _beside(output, "merged"))
     commands: list[str] = []
     match request:
         case ImportRequest():
@@ -90,6 +92,19 @@ def _beside(output: Path, name: str) -> Path:
     """Return a path for the next output, beside this one; not one that is there already."""
     place = output.with_name(name)
     return place if not place.exists() else output.with_name(f"{output.name}-{name}")
+
+
+def _original(adapter: Path) -> list[str]:
+    """Return the option for what a LoRA is merged into, where its base is in four bits."""
+    if not (adapter / CONFIG).is_file():
+        return []
+    config = Path(str(read_object(adapter / CONFIG).get("base_model_name_or_path")), "config.json")
+    known = read_object(config) if config.is_file() else {}
+    if not known.get("quantization_config"):
+        return []
+    from emloc_core.model.nf4_checkpoints import is_in_four_bits
+
+    return ["--base", "ORIGINAL"] if is_in_four_bits(known) else []
 
 
 def _is_emulator(model: str) -> bool:

@@ -102,11 +102,20 @@ def is_conversational(task: Any) -> bool:
     return any(isinstance(turn, dict) and "role" in turn for turn in turns)
 
 
-def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
+def require_task_file(path: Path) -> None:
+    """Refuse a path where no task file is.
+
+    Raises:
+        EmlocError: as above.
+    """
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.",
                          code="missing")  # fmt: skip
+
+
+def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
+    require_task_file(path)
     files, content = read_task(path)
     name = content.get("task")
     if not isinstance(name, str):

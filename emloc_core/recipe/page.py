@@ -89,6 +89,11 @@ class StageView:
         ]
 
     @property
+    def unit(self) -> str:
+        """What its losses are in: those of answers in nats per token, others in units of their own."""
+        return "nats per token" if dict(self.settings).get("objective", "sft") == "sft" else "loss"
+
+    @property
     def margins(self) -> list[Line]:
         """By how much the reward of chosen answers exceeds that of rejected ones, where preferences were learned."""
         points = self._logged("rewards/margins")

@@ -153,6 +153,15 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _rows_can_be_evaluated(self) -> "Recipe":
+        evaluates = self.data.eval is not None or self.data.eval_split is not None
+        if evaluates and self.train.learns_preferences:
+            raise ValueError("data.eval: preferences are not evaluated while tuning; leave out the rows to evaluate")
+        if self.train.patience is not None and not evaluates:
+            raise ValueError("train.patience waits for rows to evaluate, and there are none; give data.eval")
+        return self
+
+    @model_validator(mode="after")
     def _alternatives_compare(self) -> "Recipe":
         if not self.alternatives:
             return self

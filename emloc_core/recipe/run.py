@@ -67,6 +67,7 @@ def run_recipe(
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
     recipe = load_recipe(path, overrides)
+    require_tasks(recipe)
     capped = gpu_cap(memory or recipe.model.memory)
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
     total = len(stages(recipe))
@@ -129,6 +130,19 @@ def _perform(
             raise
         raise EmlocError(f"{error.args[0]} (log: {log})", error.fix, code=error.code, resumable=True) from None
     log.unlink(missing_ok=True)
+
+
+def require_tasks(recipe: Recipe) -> None:
+    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later.
+
+    Raises:
+        EmlocError: names the file.
+    """
+    from emloc_core.evaluation.tasks import require_task_file
+
+    for task in recipe.eval.tasks if recipe.eval else ():
+        if Path(task).is_absolute():  # others are lm-eval's own
+            require_task_file(Path(task))
 
 
 def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:

@@ -70,3 +70,15 @@ def test_polish_does_not_follow_preferences(objective, polishes, tmp_path):
     request = make_request("correct", adapter=tmp_path, output=tmp_path / "out")
     commands = following(request, Result(tmp_path / "out"))
     assert sum(command.startswith("emloc polish") for command in commands) == polishes
+
+
+@pytest.mark.parametrize(("method", "of_merge"), [("bitsandbytes", " --base ORIGINAL"), (None, "")])
+def test_a_lora_on_a_base_in_four_bits_is_merged_into_the_original(method, of_merge, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "out"):
+        (tmp_path / name).mkdir()
+    settings = {"quantization_config": {"quant_method": method, "load_in_4bit": True}} if method else {}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    (tmp_path / "out" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    request = make_request("train", model="base", data="rows.jsonl", output="out")
+    assert following(request, Result("out"))[1] == f"emloc merge out{of_merge} -o merged"

@@ -22,7 +22,7 @@ SCRIPTS = {
     "images.sh": ["tuned/adapter", "tuned/answers.json"],
     "preferences.sh": ["tuned/adapter"],
     "spreadsheet.sh": ["tuned/merged"],
-    "four_bits.sh": ["tuned/adapter", "tuned/answers.json", "merged"],
+    "four_bits.sh": ["tuned/adapter", "tuned/answers.json", "evaluation", "merged"],
     "no_plugin.sh": ["tuned/adapter", "merged"],
     "own_script.py": ["corrected"],
     "notebook.ipynb": ["tuned/adapter", "adapter-corrected"],

@@ -89,6 +89,29 @@ def test_what_cannot_be_read_is_one_error(write, tmp_path):
         load_recipe(tmp_path / "nothing.toml")
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (["train.objective='dpo'", "data.eval='e.jsonl'"], "data.eval: preferences are not evaluated while tuning"),
+        (["train.patience=2"], "train.patience waits for rows to evaluate, and there are none"),
+    ],
+)
+def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, override, told):
+    with pytest.raises(EmlocError, match=told):
+        load_recipe(write(), override)
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_task_file_that_is_missing_is_named_before_the_first_stage(write, dry_run, emloc, monkeypatch):
+    monkeypatch.setattr("emloc_core.recipe.run.call", None)  # no stage is begun or described
+    path = write()
+    (path.parent / "mime.yaml").touch()
+    code, _, err = emloc("run", path, *dry_run, "--set", "eval.tasks=['./mine.yaml']")
+    assert code == 1, err
+    assert "There is no task file" in err
+    assert "Did you mean 'mime.yaml'?" in err
+
+
 def test_comparing_clamps_needs_selection_rows(write):
     path = write("[compress]\nselection = 0\n")
     with pytest.raises(EmlocError) as refused:
