@@ -30,7 +30,7 @@ if TYPE_CHECKING:
               "way to tune, with an emulator or without; with --ratio, low-rank]")  # fmt: skip
 @data_option(help="Rows, as for emloc train: the longest sets the number of tokens per row.")
 @split_option
-@click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
+@click.option("--length", type=click.IntRange(1),
               help="Tokens per row, including those of images; with --data, the length to which rows are cut.  "
               "[default: 1024]")  # fmt: skip
 @click.option("--images", type=click.IntRange(0), help="Images per row; if the vision tower takes one size only, every "

@@ -406,7 +406,7 @@ def test_compress_warns_where_making_takes_more_than_tuning(
 def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
     train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
     budget = tuning_need(shallow_model, 0.35, 12, rows_file, **train)
-    tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
+    tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--length", 12]
     found = plan(shallow_model, *tuning, *ALL, budget, "--kind", "low-rank")
     expected = found["ratio"]
     assert expected < 0.4 or found["workload"]["batch_size"] < 4  # the budget decides it

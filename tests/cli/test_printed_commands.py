@@ -26,7 +26,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def printed(emloc, model: Path, rows: Path, memory: int, *more: object) -> list[list[str]]:
     """Return the commands that a plan prints for a memory, all of it for tuning."""
-    options = ("--data", rows, "--batch-size", 2, "--no-bf16", "--memory", memory, "--no-measure", "--max-length", 16)
+    options = ("--data", rows, "--batch-size", 2, "--no-bf16", "--memory", memory, "--no-measure", "--length", 16)
     code, out, err = emloc("plan", model, *options, *more)
     assert code == 0, err
     return [shlex.split(line) for line in out.splitlines() if line.startswith("  emloc ")]
