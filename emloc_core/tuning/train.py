@@ -360,6 +360,7 @@ class Train:
         config = read_json(staging / "adapter_config.json")
         if isinstance(config["target_modules"], list):  # of a set, in random order; otherwise it is a pattern
             config["target_modules"] = self.targets
+        config["target_parameters"] = sorted(config.get("target_parameters") or []) or None  # likewise
         config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names
         write_json(staging / "adapter_config.json", config)
         self.model.objective.accompany(self.model.checkpoint, staging)

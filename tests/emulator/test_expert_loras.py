@@ -1,6 +1,7 @@
 """LoRAs on experts, by PEFT's ``target_parameters``: computed on packed stacks, corrected, merged, by exact steps."""
 
 import copy
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -114,6 +115,11 @@ def test_ends_of_names_are_no_less_than_names_in_full(emulator):
     whole, by_ends = (with_lora(loaded(emulator), **given) for given in ({}, {"target_parameters": ends}))
     assert [name for name, _ in by_ends.named_parameters()] == [name for name, _ in whole.named_parameters()]
     assert torch.equal(passed(by_ends)[0], passed(whole)[0])
+
+
+def test_an_adapter_names_its_stacks_in_an_order_that_is_always_the_same(emulator, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_parameters"] == sorted(expert_stacks(loaded(emulator)))
 
 
 def test_places_for_peft_take_no_memory(emulator):
