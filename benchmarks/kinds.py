@@ -26,6 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "2.7-bit": {"kind": "2.7-bit"},
     "1.6-bit+repair": {"kind": "1.6-bit+repair", "ratio": 0.23},
     "low-rank-nf4": {"kind": "low-rank-nf4"},
+    "low-rank-2-bit": {"kind": "low-rank-2-bit"},
     "low-rank": {"kind": "low-rank"},
     "low-rank, paper": {"kind": "low-rank", "calibration": "base", "allocator": "uniform"},
 }

@@ -114,8 +114,8 @@ class CompressSettings(Settings):
     kind: str = Field(
         AUTO,
         description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
-        "'low-rank-nf4' (factors in four bits), '2.7-bit' or 'low-rank'. 'auto': the best for --memory; "
-        "without that 'nf4', or 'low-rank' with a ratio.",
+        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (in two), '2.7-bit' or 'low-rank'. 'auto': the best "
+        "for --memory; without that 'nf4', or 'low-rank' with a ratio.",
     )
     paper: bool = Field(
         False,

@@ -16,6 +16,7 @@ from emloc_core.algorithms.grid import Grid, indices
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
     3: (-1.2240, 0.0, 1.2240),
+    4: (-1.5104, -0.4528, 0.4528, 1.5104),
     6: (-1.8936, -1.0001, -0.3177, 0.3177, 1.0001, 1.8936),
 }
 #: Numbers of a row that share a scale, which is in bf16.

@@ -35,7 +35,7 @@ COMMANDS = (
 
 #: The built-in algorithms by their hook, so that a name can be checked without torch.
 ALGORITHMS = {
-    "emulators": ("low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"),
+    "emulators": ("low-rank", "nf4", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit"),
     "corrections": ("emloc",),
     "objectives": ("tokens",),
 }
@@ -63,10 +63,11 @@ def named(what: str) -> Iterator[None]:
 
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
-    """Offer factors as in the paper and in four bits, weights in four bits and on a few levels."""
+    """Offer factors as in the paper, in four bits and in two, weights in four bits and on a few levels."""
     from emloc_core import standins
 
-    found = (standins.LowRank, standins.NF4, standins.FourBitLowRank, standins.RepairedThreeLevels, standins.SixLevels)
+    factors = (standins.LowRank, standins.FourBitLowRank, standins.TwoBitLowRank)
+    found = (*factors, standins.NF4, standins.RepairedThreeLevels, standins.SixLevels)
     return {of.name: of for of in found}
 
 

@@ -10,6 +10,7 @@ from emloc_core.standins.layer import PackedLinear, StandInLinear
 from emloc_core.standins.levels import SixLevels
 from emloc_core.standins.low_rank import LowRank
 from emloc_core.standins.low_rank_nf4 import FourBitLowRank
+from emloc_core.standins.low_rank_two_bits import TwoBitLowRank
 from emloc_core.standins.nf4 import NF4
 from emloc_core.standins.repaired import RepairedThreeLevels
 from emloc_core.standins.standin import Packed, StandIn
@@ -28,6 +29,7 @@ __all__ = [
     "SixLevels",
     "StandIn",
     "StandInLinear",
+    "TwoBitLowRank",
 ]
 
 #: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why.

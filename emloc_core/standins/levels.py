@@ -1,7 +1,7 @@
 """Weights on a few levels: fewer than four bits a number.
 
-Codes are the digits of a byte: three of six levels (2.7 bits), five of three (1.6). :data:`GROUP` neighbours in a row
-share a scale.
+Codes are the digits of a byte: three of six levels (2.7 bits), four of four (2), five of three (1.6). :data:`GROUP`
+neighbours in a row share a scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,12 +37,7 @@ class FewLevelsLinear(PackedLinear):
     @classmethod
     def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
         """Return codes and scales."""
-        bytes_table(cls.LEVELS, dtype)  # there already where a pass is traced without contents
-        m, n = shape
-        return {
-            "weight": ((-(-m * n // digits(cls.LEVELS)), 1), torch.uint8),
-            "weight_scales": ((m, -(-n // GROUP)), torch.bfloat16),
-        }
+        return parts("weight", shape, cls.LEVELS, dtype)
 
     @classmethod
     def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -127,14 +122,24 @@ class SixLevels(Format):
         return f"{self.layer.LEVELS} levels"
 
 
-def pack(found: levels.Rounded) -> dict[str, torch.Tensor]:
+def parts(name: str, shape: tuple[int, int], count: int, dtype: torch.dtype) -> Parts:
+    """Return what a layer keeps of a matrix of this name and shape on so many levels, to be unpacked to a dtype."""
+    bytes_table(count, dtype)  # there already where a pass is traced without contents
+    m, n = shape
+    return {
+        name: ((-(-m * n // digits(count)), 1), torch.uint8),
+        f"{name}_scales": ((m, -(-n // GROUP)), torch.bfloat16),
+    }
+
+
+def pack(found: levels.Rounded, name: str = "weight") -> dict[str, torch.Tensor]:
     """Return codes, (bytes, 1), uint8, and the scales, (m, ceil(n / GROUP)), bf16, by their names in the layer."""
     count = digits(found.levels)
     flat = found.indices.flatten().int()
     flat = functional.pad(flat, (0, -len(flat) % count)).view(-1, count)
     weights = found.levels ** torch.arange(count, dtype=torch.int32, device=flat.device)
     codes = (flat * weights).sum(1, dtype=torch.int32).to(torch.uint8)[:, None]
-    return {"weight": codes, "weight_scales": found.scales}
+    return {name: codes, f"{name}_scales": found.scales}
 
 
 def unpack(

@@ -122,6 +122,23 @@ class LowRank(RankingFormat):
         return 0
 
 
+class RoundedLowRank(LowRank):
+    """Factors that are rounded with feedback."""
+
+    samples = 256
+    refine = None
+
+    def tap(self, tap: Any) -> Any:
+        """Inputs: factors are fitted to them once more, as rounded."""
+        return RankingFormat.tap(self, tap)
+
+    def ranking(self) -> RankingFormat:
+        """Return factors as they are."""
+        found = LowRank()
+        found.factorize = self.factorize
+        return found
+
+
 class MovableFactors:
     """Two factors whose numbers may all move, in units of a share of the size that they have at first.
 

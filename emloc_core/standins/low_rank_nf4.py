@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +10,8 @@ from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.standins import nf4
-from emloc_core.standins.format import RankingFormat
 from emloc_core.standins.layer import PackedLinear, Parts
-from emloc_core.standins.low_rank import Factorize, LowRank
+from emloc_core.standins.low_rank import Factorize, RoundedLowRank
 from emloc_core.standins.standin import StandIn
 
 
@@ -44,17 +42,11 @@ class FourBitLowRankLinear(PackedLinear):
         return found if self.bias is None else found + self.bias
 
 
-class FourBitLowRank(LowRank):
+class FourBitLowRank(RoundedLowRank):
     """Factors in four bits."""
 
     name = "low-rank-nf4"
     layer = FourBitLowRankLinear
-    samples = 256
-    refine = None
-
-    def tap(self, tap: Any) -> Any:
-        """Inputs: factors are fitted to them once more, as rounded."""
-        return RankingFormat.tap(self, tap)
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
         """Round both factors with feedback."""
@@ -63,12 +55,6 @@ class FourBitLowRank(LowRank):
             replace(found, error=output_error(weight, found.u @ found.v, matrix))
             for weight, found in zip(weights, in_four_bits(self.factorize, weights, gram, ranks), strict=True)
         ]
-
-    def ranking(self) -> RankingFormat:
-        """Return factors as they are."""
-        found = LowRank()
-        found.factorize = self.factorize
-        return found
 
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from emloc_core.algorithms import feedback, levels
 from emloc_core.algorithms.feedback import Damped, damped, descended, descent, with_feedback
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.standins import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels
+from emloc_core.standins import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels, TwoBitLowRank
 
 
 def draw(*shape, seed=0):
@@ -132,7 +132,9 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
 
 
 @pytest.mark.parametrize(
-    "kind", [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank()], ids=lambda kind: kind.name
+    "kind",
+    [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank()],
+    ids=lambda kind: kind.name,
 )
 def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
     gram = Gram("input", 300)
@@ -159,7 +161,7 @@ def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
     assert damped(gram) is not first
 
 
-@pytest.mark.parametrize("count", [3, 6])
+@pytest.mark.parametrize("count", [3, 4, 6])
 def test_some_rows_at_a_time_round_to_what_all_do(count, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     matrix, inputs = torch.randn(50, 40, generator=generator), torch.randn(90, 40, generator=generator)

@@ -18,7 +18,7 @@ import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loa
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.algorithms import feedback
-from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms.factorize import factorize, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.written import adapter_keys, correction, merge, ties, trains
@@ -37,15 +37,25 @@ from emloc_core.memory.workload import Workload
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
-from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, nf4
+from emloc_core.standins import (
+    NF4,
+    FourBitLowRank,
+    LowRank,
+    RepairedThreeLevels,
+    SixLevels,
+    TwoBitLowRank,
+    low_rank_two_bits,
+    nf4,
+)
 from emloc_core.standins.low_rank_nf4 import rounded
 from emloc_core.tuning.trainer import LoraTrainer
 
-KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedThreeLevels, SixLevels)}
+KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, TwoBitLowRank, RepairedThreeLevels, SixLevels)}
 SETTINGS = {
     "low-rank": {"ratio": 0.6},
     "nf4": {},
     "low-rank-nf4": {"ratio": 0.6},
+    "low-rank-2-bit": {"ratio": 0.6},
     "1.6-bit+repair": {"ratio": 0.3},
     "2.7-bit": {},
 }
@@ -118,7 +128,7 @@ def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_pat
     unknown = sum(size for key, size in sizes.items() if key.endswith("bitsandbytes__nf4"))  # a description in JSON
     written = sum(sizes.values()) - unknown
     # Ranks are shared out by calibration, short of less than one step.
-    step = {"low-rank": 4 * (32 + 64), "low-rank-nf4": 9 * (32 + 64) // 16}.get(kind.name, 0)
+    step = {"low-rank": 4 * (32 + 64), "low-rank-nf4": 9 * (32 + 64) // 16, "low-rank-2-bit": 32 + 64}.get(kind.name, 0)
     assert abs(before["emulator_bytes"] - written) <= step
     assert result["bytes"]["emulator"] == sum(sizes.values())
 
@@ -277,6 +287,21 @@ def test_v_makes_up_for_the_rounding_of_u():
     assert torch.equal(nf4.rounded(fitted.v), fitted.v)
 
 
+def test_a_rotation_between_the_factors_lets_feedback_round_them_better(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    left, right, mixed = torch.linalg.qr(torch.randn(3, 96, 96, generator=generator)).Q
+    falling = torch.logspace(0, -2, 96)  # some directions do far more than others
+    weight, gram = left * falling @ right, Gram("input", 96)
+    gram.add(torch.randn(400, 96, generator=generator) * falling @ mixed)
+    kind = TwoBitLowRank()
+    (rotated,) = kind.fit([weight], gram, [40])
+    monkeypatch.setattr(low_rank_two_bits, "_rotation", lambda size: torch.eye(size, dtype=torch.float64))
+    (plain,) = kind.fit([weight], gram, [40])
+    assert rotated.error < 0.8 * plain.error
+    read = kind.read(list(kind.pack(rotated, torch.float32).values()), (96, 96), torch.float32)
+    assert rotated.error == pytest.approx(output_error(weight, read.weight(), gram.matrix), rel=1e-4)
+
+
 def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     base, rows = Checkpoint(tiny_model), load_rows(str(rows_file))
     chosen = CompressSettings(kind="nf4", ratio=0.3, allocator="global", samples=4, selection=2)
@@ -288,7 +313,7 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    known = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-nf4, nf4\."
+    known = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-2-bit, low-rank-nf4, nf4\."
     with pytest.raises(EmlocError, match=known):
         compress_job(tiny_model, rows_file, tmp_path / "emulator", CompressSettings(kind="nf5"))
 
@@ -418,6 +443,7 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
         ("low-rank", "rank 6"),
         ("nf4", "four bits"),
         ("low-rank-nf4", "rank 6 in four bits"),
+        ("low-rank-2-bit", "rank 6 in two bits"),
         ("1.6-bit+repair", "3 levels and rank 3 in four bits"),
         ("2.7-bit", "6 levels"),
     ],

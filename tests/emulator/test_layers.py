@@ -15,7 +15,7 @@ from emloc_core.settings import CompressSettings
 from emloc_core.standins.registry import format_named
 
 
-@pytest.fixture(params=["low-rank", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"])
+@pytest.fixture(params=["low-rank", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit"])
 def made(request, tiny_model, rows_file, tmp_path):
     """A kind, and its emulator."""
     chosen = CompressSettings(kind=request.param, samples=4, selection=2)

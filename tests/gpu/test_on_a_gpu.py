@@ -20,11 +20,11 @@ from emloc_core.model.streaming import Stream
 from emloc_core.model.weights import FrozenWeights
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, TwoBitLowRank
 from emloc_core.tuning.trl import lora_config
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
-FORMATS = [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), LowRank()]
+FORMATS = [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank()]
 M, N = 320, 576
 
 

@@ -332,7 +332,7 @@ def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: 
     assert decide(file, load, Budget(budget - 1)).emulator.kind == kind
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "nf4", "1.6-bit+repair", "2.7-bit", "low-rank-nf4"])
+@pytest.mark.parametrize("kind", ["low-rank", "nf4", "1.6-bit+repair", "2.7-bit", "low-rank-nf4", "low-rank-2-bit"])
 def test_every_term_has_a_column(kind: str, shallow_model: Path) -> None:
     decision = decide(shallow_model / "config.json", workload(), Budget(10**12), CompressSettings(kind=kind))
     for need in make_plan("small", decision).needs:
