@@ -12,14 +12,17 @@ TASKS = (*TEXTS, PICTURES)
 STEPS, EXACT = 60, (10, 20)
 #: Those that every way may choose from, by task: the likeliest first.
 LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
-MEMORIES = (0.11, 0.17, 0.28, 0.6)
-_OF_TEXT = {0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
+MEMORIES = (0.07, 0.11, 0.17, 0.28, 0.6)
+_OF_TEXT = {
+    0.07: ("low-rank-2-bit", 0.07), 0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17), 0.28: ("nf4", 0.28),
+    0.6: ("nf4", 0.28),
+}  # fmt: skip
 #: Kind of the emulator that is recommended for a memory, by task; weights in four bits take no more than 0.28.
 RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("low-rank-nf4", 0.17)}}
 #: What a recipe tries beside it, by task and memory.
 ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
 #: What else there is below four bits.
-RIVALS = (("2.7-bit", 0.17),)
+RIVALS = (("2.7-bit", 0.17), ("low-rank-2-bit", 0.11), ("low-rank-nf4", 0.07))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -61,6 +64,7 @@ GONE = "nf4+repair"
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
 BYTES = dict.fromkeys(("low-rank", GONE, "pruned", "depth"), 2.0)
 BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
+BYTES["low-rank-2-bit"] = 2.078 / 8  # at the widths of SmolLM2: rows of few numbers have a scale each
 BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BYTES}
 #: Memory of the rounded weight that a kind keeps beside its factors.
 BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}

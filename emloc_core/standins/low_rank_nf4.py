@@ -10,6 +10,7 @@ from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.standins import nf4
+from emloc_core.standins.format import Ratios
 from emloc_core.standins.layer import PackedLinear, Parts
 from emloc_core.standins.low_rank import Factorize, RoundedLowRank
 from emloc_core.standins.standin import StandIn
@@ -47,6 +48,7 @@ class FourBitLowRank(RoundedLowRank):
 
     name = "low-rank-nf4"
     layer = FourBitLowRankLinear
+    ratios = Ratios(smallest=0.39)  # below, factors of twice the rank in two bits lose less
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
         """Round both factors with feedback."""

@@ -84,9 +84,11 @@ class TwoBitLowRank(RoundedLowRank):
         for weight, of in zip(weights, exact, strict=True):
             rotation = _rotation(of.u.shape[1]).to(of.u)
             inputs = (rotation.T @ of.v).to(matrix)
-            us.append(levels.rounded(of.u @ rotation, feedback.Damped(inputs @ matrix @ inputs.T), _LEVELS))
+            of_u = feedback.Damped(inputs @ matrix @ inputs.T, levels.DAMPING)
+            us.append(levels.rounded(of.u @ rotation, of_u, _LEVELS))
             targets.append(_best_v(us[-1].numbers().double(), weight))
-        vs = levels.rounded(torch.cat(targets), feedback.damped(gram), _LEVELS).split([len(v) for v in targets])
+        of_v = feedback.damped(gram, levels.DAMPING)
+        vs = levels.rounded(torch.cat(targets), of_v, _LEVELS).split([len(v) for v in targets])
         found: list[Factors] = []
         for weight, of, u, v in zip(weights, exact, us, vs, strict=True):
             numbers = u.numbers(), v.numbers()

@@ -12,6 +12,7 @@ from quality_cells import ATTENTION, BYTES, GEMMA, GONE, VARIANTS, Cell, cells, 
         ("low-rank", 0.28, 0.28, 0.28),
         ("low-rank-paper", 0.28, 0.28, 0.28),
         ("low-rank-nf4", 0.18, 0.64, 0.64),  # 4.5 bits a number instead of 16
+        ("low-rank-2-bit", 0.07, 0.539, 0.54),
         ("1.6-bit+repair", 0.17, 0.2311, 1.23),  # the factors come on top of the weight
         ("nf4", 0.28, None, 1),
         ("full", 1, None, 1),

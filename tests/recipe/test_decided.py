@@ -77,7 +77,8 @@ def test_the_second_best_is_tried_where_evidence_is_divided(write, capsys):
     [
         ("nf4", 0.5),
         ("1.6-bit+repair", 0.25),  # six levels are a little larger
-        ("low-rank-nf4", 0.2),
+        ("low-rank-nf4", 0.4),
+        ("low-rank-2-bit", 0.3),
     ],
 )
 def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kind, ratio):
@@ -125,7 +126,7 @@ def test_every_emulator_of_a_recipe_gets_the_largest_ratio_that_fits(write):
     assert 0.5 <= recipe.compress.ratio < 0.6
     assert recipe.alternatives["own"].ratio > recipe.compress.ratio
     with pytest.raises(EmlocError, match="The emulator emulator_own cannot be tuned"):
-        decided(write("low-rank-nf4", 0.1, ["compress.kind='low-rank-nf4'", "alternatives.own.kind='low-rank'"]))
+        decided(write("low-rank-2-bit", 0.1, ["compress.kind='low-rank-2-bit'", "alternatives.own.kind='low-rank'"]))
 
 
 @pytest.mark.usefixtures("calls_here")
