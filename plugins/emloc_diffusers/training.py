@@ -114,14 +114,15 @@ class FlowTrainer(LoraSteps):
     ) -> Any:
         """Return the mean loss of a batch's pictures."""
         plain = self.accelerator.unwrap_model(model)
-        groups = self._prepare_inputs(self.collate(inputs[GROUPS]))[GROUPS]
+        collated: Any = self.collate(inputs[GROUPS])
+        groups = self._prepare_inputs(collated)[GROUPS]
         loss = torch.cat([squared_error(plain, self.call, **group) for group in groups]).mean()
         return (loss, {}) if return_outputs else loss
 
 
-def _together(rows: Sequence[Encoded | Drawn]) -> dict[str, list[Encoded | Drawn]]:
+def _together(rows: Sequence[Encoded | Drawn]) -> dict[str, Sequence[Encoded | Drawn]]:
     """Return rows as they are: loaders are a batch ahead of the step, and of the state that a checkpoint keeps."""
-    return {GROUPS: list(rows)}
+    return {GROUPS: rows}
 
 
 class StreamedFlowTrainer(Streamed, FlowTrainer):
