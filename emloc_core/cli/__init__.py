@@ -13,7 +13,7 @@ import rich_click as click
 
 from emloc_core import __version__
 from emloc_core.cli.verbosity import set_for_now, showing_families
-from emloc_core.errors import EmlocError, printable, typed_line
+from emloc_core.errors import EmlocError, did_you_mean, printable, typed_line
 from emloc_core.plugins.builtin import COMMANDS
 from emloc_core.processes.environment import hush_libraries, settle
 from emloc_core.processes.lifetime import end_with_parent
@@ -32,6 +32,16 @@ class PluggableGroup(click.RichGroup):
             module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
             return import_module(f"emloc_core.cli.{module}").command
         return _plugin_commands().get(cmd_name) or super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that is named first; of one that is not there, say which is meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = did_you_mean(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"{error.message}{near}", ctx) from None
 
 
 def _plugin_commands() -> dict[str, click.Command]:

@@ -155,9 +155,13 @@ def _parsed(
         yield row
 
 
+def _no_rows(source: str) -> EmlocError:
+    return EmlocError(f"{source} holds no rows.", FORMS)
+
+
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     if not rows:
-        raise EmlocError(f"{source or 'The mixture'} holds no rows.", FORMS)
+        raise _no_rows(source or "The mixture")
     for row in rows:
         if row.form != rows[0].form:
             first = rows[0]
@@ -238,12 +242,14 @@ def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def require_source(source: str) -> None:
-    """Refuse what is neither a file nor a saved dataset, and cannot be the id of a hub dataset.
+    """Refuse an empty file, and what is neither a file nor a saved dataset, and cannot be the id of a hub dataset.
 
     Raises:
         EmlocError: as above.
     """
     path = Path(source)
+    if path.is_file() and not path.stat().st_size:
+        raise _no_rows(source)
     if path.is_file() or is_saved(path) or is_folder(path):
         return
     if path.is_dir():

@@ -47,6 +47,7 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
     (root / "model").symlink_to(tiny_model)
     (root / "odd").mkdir()
     (root / "odd" / "config.json").write_text('{"model_type": "odd"}')
+    (root / "empty.jsonl").touch()
     (root / "rows.jsonl").write_text('{"text": "a"}\n')
     (root / "recipe.toml").write_text('[model]\nbase = "model"\nmemory = "1GB"\n[data]\ntrain = "rows.jsonl"\n')
     return root
@@ -69,6 +70,7 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
         ("compress model --data rows.jsonl --memory 3hours -o o", "is not a memory size"),
         ("train missing --data rows.jsonl -o o", "There is no model at missing"),
         ("train model --data none.jsonl -o o", "There is no file none.jsonl"),
+        ("train model --data empty.jsonl -o o", "empty.jsonl holds no rows"),
         ("correct missing -o o", "missing is not a LoRA directory"),
         ("polish missing --data rows.jsonl -o o", "missing is not a LoRA directory"),
         ("merge missing -o o", "missing is not a LoRA directory"),
@@ -93,6 +95,12 @@ def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command
 def test_the_built_in_algorithms_are_known_by_name_without_torch(hook):
     builtin = plugin_manager().get_plugin("emloc_core")
     assert set(ALGORITHMS[hook]) == set(getattr(builtin, f"emloc_{hook}")())
+
+
+def test_a_command_that_is_misspelt_is_named():
+    code, heavy, _, stderr = run("polsh", "x")
+    assert (code, heavy) == (2, [])
+    assert "No such command 'polsh'. Did you mean 'polish'?" in stderr
 
 
 def test_a_plan_of_what_was_planned_before_imports_no_transformers(place, tmp_path, monkeypatch):
