@@ -147,7 +147,7 @@ def train_until_one_fails(model, rows, output, which):
     ("which", "first", "second"),
     [
         ("ours", ["EmlocError", "The base has changed. Restore it.", "changed"], "EmlocError"),
-        ("memory", ["EmlocError", "Another process failed: MemoryError: no room.", "memory"], "MemoryError"),
+        ("memory", ["EmlocError", "Another process failed: MemoryError: no room.", "memory"], "EmlocError"),
         ("another", ["EmlocError", "Another process failed: OSError: torn cable.", "died"], "OSError"),
     ],
 )
