@@ -5,9 +5,11 @@ from functools import cache
 import pytest
 import torch
 from emloc_diffusers.families import FAMILIES
+from emloc_diffusers.lora_file import FILE, write_for_pipelines
 from emloc_diffusers.training import ExactFlow, Pictures
 from emloc_diffusers.trial import FlowTrial
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from emloc_core.conformance.tiny import TinyModel, labels
 from emloc_core.exact.lora import lora_on
@@ -71,3 +73,22 @@ def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_
             assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
     assert {steps.weights.reads[block] for block in model.skeleton.blocks} == {2}
     steps.close()
+
+
+@pytest.mark.parametrize("label", MODELS)
+def test_what_is_written_for_pipelines_is_loaded_exactly(label, tiny, tmp_path):
+    model = tiny(label)
+    settings = lora_config(TrainSettings(lora_rank=3, lora_alpha=6), model.family.lora_targets(), None)
+    lora = get_peft_model(model.load(model.base.directory), settings)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    lora.save_pretrained(tmp_path)
+    write_for_pipelines(tmp_path)
+    loaded, sample = model.load(model.base.directory), model.samples[0]
+    plain = sample.run(loaded, "cpu")
+    loaded.load_lora_adapter(load_file(tmp_path / FILE), prefix="transformer")
+    with torch.no_grad():
+        expected, found = sample.run(lora.eval(), "cpu"), sample.run(loaded, "cpu")
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
