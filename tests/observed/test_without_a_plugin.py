@@ -1,6 +1,7 @@
 """With a family's plugin disabled, what is observed gives the same bytes of an emulator as the plugin does."""
 
 import hashlib
+import json
 from importlib import import_module
 
 import pytest
@@ -69,6 +70,9 @@ def test_what_is_observed_of_a_tiny_model_gives_the_same_bytes(name, kind, tmp_p
 def test_what_is_observed_of_a_real_model_gives_the_same_bytes(name, tmp_path, disable, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     write = {"SmolLM2-135M": write_base, "Gemma-3-270M": import_module("quality_bases").write_gemma}[name]
-    train, _ = write_data(tmp_path / "data")
-    declared, observed = emulators(write(tmp_path / "base"), train, tmp_path, disable, kind="low-rank")
+    conversations = [json.loads(line)["messages"] for line in write_data(tmp_path / "data")[0].open()]
+    texts = ["\n\n".join(turn["content"] for turn in turns) for turns in conversations[:12]]  # no template is needed
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    declared, observed = emulators(write(tmp_path / "base"), rows, tmp_path, disable, kind="low-rank")
     assert weights(observed) == weights(declared)
