@@ -28,7 +28,8 @@ from types import SimpleNamespace
 from emloc_core.recipe import run
 from emloc_core.cli import main
 output = sys.argv[1]
-run.load_recipe, run.decided = lambda *_: SimpleNamespace(output=output), lambda recipe: recipe
+recipe = SimpleNamespace(output=output, eval=None, model=SimpleNamespace(memory=None))
+run.load_recipe, run.decided = lambda *_: recipe, lambda recipe: recipe
 request = SimpleNamespace(stage="train", to_json=dict)
 found = [SimpleNamespace(name="adapter", purpose="tune", request=request, output=Path(output) / "adapter")]
 run.tried = lambda recipe: [SimpleNamespace(is_first=True)]

@@ -17,6 +17,7 @@ from emloc_core.memory.budget import Budget
 from emloc_core.memory.decision import fitted
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.workload import make_workload
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.decided import decided
 from emloc_core.recipe.recipe import DataSection, ModelSection, Recipe
 from emloc_core.recipe.tune import Tune
@@ -24,7 +25,8 @@ from emloc_core.registry.fit import fit
 from emloc_core.registry.registry import load_entries
 from emloc_core.requests import CompressRequest
 
-ENTRIES = load_entries()
+#: Of models of tokens: what a row of pictures costs is another matter.
+ENTRIES = [entry for entry in load_entries() if plugin_manager().family_for(entry.config).objective == "tokens"]
 #: Settings of the presets that a plan takes.
 OF_PLAN = {"lora_rank", "target_modules", "batch_size"}
 

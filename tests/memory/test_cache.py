@@ -162,7 +162,7 @@ def same(outline: Outline, model: Any) -> None:
             for of in (outline, model)
         )
         assert found == real
-    head = model.get_output_embeddings()
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # a model of pictures has none
     assert [path for path, module in ours.items() if module is outline.get_output_embeddings()] == [
         path for path, module in theirs.items() if module is head
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.held_out import mean_loss
+from emloc_core.adapters.held_out import summed_loss
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows
 from emloc_core.data.tokenize import encode, load_processing
@@ -174,7 +174,8 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     samples = encode(rows, load_processing(base.directory, family, rows), None, limits, skeleton.dtype)
     for name, loss in losses.items():
         loras = Adapter(run / f"corrected{ends[name]}").loras
-        assert mean_loss(skeleton, samples, loras) == pytest.approx(loss, abs=2e-6)
+        total, tokens = summed_loss(skeleton, samples, loras).tolist()
+        assert total / tokens == pytest.approx(loss, abs=2e-6)
     end = ends[results["kept"]]
     assert results["final"] == f"merged{end}"
     assert Path(made_from(run / f"merged{end}", "adapter")).name == f"polished{end}"
