@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	touch $@
 
-demo: $(STAMP)  ## five minutes: the main job on SmolLM2-135M, from the plan to answers before and after
+demo: $(STAMP)  ## some five minutes: the main job on SmolLM2-135M, from the plan to answers before and after
 	$(BIN)/emloc demo -o build/demo
 
 demo-full: $(STAMP)  ## half an hour: all ways to tune it compared, exact steps and ordinary LoRAs among them
@@ -44,7 +44,7 @@ demo-diffusion: $(STAMP)  ## pictures, out: a small FLUX, trained here, that dra
 demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
-test: $(STAMP)  ## what the toolkit promises, on tiny models, in five minutes
+test: $(STAMP)  ## what the toolkit promises, on tiny models, in six minutes and a half
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(STAMP)  ## the same, and further cases of it
