@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_core.compat.tested import TESTED
-from emloc_core.processes.lifetime import leave
+from emloc_core.processes.lifetime import run_to_end
 
 #: Modules whose names are not those of their packages.
 _MODULES = {"pillow": "PIL", "protobuf": "google.protobuf"}
@@ -267,8 +267,7 @@ def is_healthy(checks: Iterable[Check]) -> bool:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--probe"]:
-        _probes(sys.argv[2:])
-        leave(0)
+        run_to_end(lambda: _probes(sys.argv[2:]))
     else:
         made = examine()
         print(*lines(made), sep="\n")  # noqa: T201 - it is a command

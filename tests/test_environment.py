@@ -74,17 +74,19 @@ def test_calls_of_a_dry_run_are_made_here() -> None:
     assert next(call("os:getpid", {})) != os.getpid()
 
 
-LEAVING = """
+ENDING = """
 import atexit, sys, threading, time
-from emloc_core.processes.lifetime import leave
+from emloc_core.processes.lifetime import run_to_end
 class Held:
     def __del__(self): print("freed")
 held = Held()
 held.itself = held
-atexit.register(print, "registered")
-threading.Thread(target=lambda: (time.sleep(0.2), print("of a thread"))).start()
-sys.stdout.write("written" * 20_000)
-leave(3)
+def main():
+    atexit.register(print, "registered")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("of a thread"))).start()
+    sys.stdout.write("written" * 20_000)
+    END
+run_to_end(main)
 """
 
 
@@ -95,15 +97,26 @@ def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("buffered")
-def test_a_process_leaves_with_all_that_was_said_and_frees_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (3, "")
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("return 3", 3, ""),
+        ("return None", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('words')", 1, "words"),
+        ("raise ValueError('words')", 1, "ValueError: words"),
+    ],
+)
+def test_a_process_ends_with_all_that_was_said_and_frees_nothing(end: str, code: int, said: str) -> None:
+    script = ENDING.replace("END", end)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip().rpartition("\n")[2]) == (code, said)
     assert done.stdout == "written" * 20_000 + "of a thread\nregistered\n"
 
 
 @pytest.mark.usefixtures("buffered")
 @pytest.mark.parametrize(("code", "told"), [(0, 120), (3, 3)])
 def test_output_that_cannot_be_written_is_told_by_the_exit_code(code: int, told: int) -> None:
-    script = f"from emloc_core.processes.lifetime import leave; print(1); leave({code})"
+    script = f"from emloc_core.processes.lifetime import run_to_end; run_to_end(lambda: print(1) or {code})"
     with Path("/dev/full").open("w") as full:
         assert subprocess.run([sys.executable, "-c", script], stdout=full, check=False).returncode == told

@@ -227,7 +227,7 @@ def _by_expert(lora: Lora, path: str, keys: list[str], skeleton: Skeleton) -> di
     parts, left = divmod(len(keys), len(experts))  # gate and up, say: all experts' of one, then all of the next
     found: dict[str, Change] = {}
     if not left and parts and not lora.b.shape[1] % parts:
-        halves = [Lora(of.a, b, of.scale) for part in range(parts) for of in experts for b in [of.b.chunk(parts)[part]]]
+        halves = [Lora(of.a, of.b.chunk(parts)[part], of.scale) for part in range(parts) for of in experts]
         found = dict(zip(keys, halves, strict=True))
         if all(of.shape == shape for of, shape in zip(halves, shapes, strict=True)):
             return found

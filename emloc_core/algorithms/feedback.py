@@ -202,11 +202,12 @@ def _descend_block(
         descend_block(block, slopes, changes, curvature, start, nearest)
         return
     diagonal = curvature.diagonal().tolist()
-    steps = zip(block.unbind(), slopes.unbind(), changes.unbind(), curvature.unbind(), diagonal, strict=True)
     columns = len(block)
+    places = range(start, start + columns)
+    steps = zip(block.unbind(), slopes.unbind(), changes.unbind(), curvature.unbind(), diagonal, places, strict=True)
     with threads_for(block.shape[1]):
-        for index, (numbers, towards, change, row, pivot) in enumerate(steps, start=1):
-            values = nearest(towards.div_(pivot).add_(numbers), start + index - 1)
+        for index, (numbers, towards, change, row, pivot, place) in enumerate(steps, start=1):
+            values = nearest(towards.div_(pivot).add_(numbers), place)
             torch.sub(values, numbers, out=change)
             numbers.copy_(values)
             if index < columns:

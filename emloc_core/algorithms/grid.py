@@ -24,7 +24,7 @@ class Grid:
         kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.levels, self.middles = levels, middles(levels)
-        self._count, self._between = len(self.middles), self.middles[:, None]
+        self._between = self.middles[:, None]
         self.scales, self.width, self.kept = scales, width, kept
 
     def __call__(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ class Grid:
         Every number is compared with all middles: a search, as of ``torch.bucketize``, branches where no processor can
         guess, and takes four times as long.
         """
-        above = torch.gt(numbers, self._between, out=numbers.new_empty(self._count, numbers.shape[0]))
+        above = torch.gt(numbers, self._between, out=numbers.new_empty(self._between.shape[0], numbers.shape[0]))
         return above.sum(0).to(torch.int32)
 
 

@@ -156,7 +156,7 @@ def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
 
 
 def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
-    """Return the same of few rows.
+    """Return the scales of few rows, as :func:`_scales`.
 
     Levels are symmetric, so what a number is rounded to is a sum of steps, one for every middle that its size is above;
     and what is lost follows, but for what no scale changes, from how many are above, and their sum.
@@ -183,10 +183,10 @@ def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
 def _steps(levels: int) -> list[tuple[float, float, float]]:
     """Return, for every level above 0, the middle below it, and its distance from the one before, squared and not."""
     upper = [level for level in LEVELS[levels] if level > 0]
-    lower = [-upper[0] if levels % 2 == 0 else 0.0, *upper]
+    lower = [-upper[0] if levels % 2 == 0 else 0.0, *upper[:-1]]
     return [
         ((high + low) / 2, high - max(low, 0.0), high**2 - max(low, 0.0) ** 2)
-        for low, high in zip(lower, upper, strict=False)
+        for low, high in zip(lower, upper, strict=True)
     ]
 
 

@@ -35,10 +35,11 @@ def check_adapters(
 
         @wraps(inject)
         def checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
-            check(model, self.peft_config[adapter_name].to_dict())
+            config = self.peft_config[adapter_name].to_dict()
+            check(model, config)
             with warnings.catch_warnings():
                 # PEFT looks for them among modules alone, and applies them to parameters all the same.
-                if self.peft_config[adapter_name].to_dict().get("target_parameters"):
+                if config.get("target_parameters"):
                     warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module")
                 inject(self, model, adapter_name, *args, **options)
             done(model)

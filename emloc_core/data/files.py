@@ -20,8 +20,6 @@ from emloc_core.files.limits import unpacking
 Numbered = tuple[int, Any]
 #: Files that ``save_to_disk`` of ``datasets`` leaves: of a dataset, and of one with several splits.
 _SAVED = ("state.json", "dataset_dict.json")
-
-
 #: The file of a folder of pictures that says what belongs to each, as ``datasets`` reads it.
 _FOLDER = "metadata.jsonl"
 #: Suffixes of pictures that a file of text is beside.
@@ -30,13 +28,12 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 def is_folder(path: Path) -> bool:
     """Return whether a path is a directory of pictures, with what belongs to each."""
-    return path.is_dir() and ((path / _FOLDER).is_file() or any(_captioned(path)))
+    captions = (file.with_suffix(".txt") for file in _pictures(path)) if path.is_dir() else ()
+    return (path / _FOLDER).is_file() or any(caption.is_file() for caption in captions)
 
 
-def _captioned(path: Path) -> list[Path]:
-    """Return the pictures that a file of text is beside, in order."""
-    return [file for file in sorted(path.iterdir())
-            if file.suffix.lower() in _PICTURES and file.with_suffix(".txt").is_file()]  # fmt: skip
+def _pictures(path: Path) -> list[Path]:
+    return [file for file in sorted(path.iterdir()) if file.suffix.lower() in _PICTURES]
 
 
 def read_folder(path: Path) -> Iterator[Numbered]:
@@ -49,15 +46,14 @@ def read_folder(path: Path) -> Iterator[Numbered]:
         for number, row in _jsonl(path / _FOLDER):
             yield number, _pictured(row) if isinstance(row, dict) else row
         return
-    captioned = _captioned(path)
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() in _PICTURES and file not in captioned:
-            raise EmlocError(f"{file} has no {file.with_suffix('.txt').name} beside it.", "Write one, or move it away.")
-    for number, file in enumerate(captioned, start=1):
+    for number, file in enumerate(_pictures(path), start=1):
+        caption = file.with_suffix(".txt")
+        if not caption.is_file():
+            raise EmlocError(f"{file} has no {caption.name} beside it.", "Write one, or move it away.")
         try:
-            text = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+            text = caption.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise EmlocError(f"{file.with_suffix('.txt')}: not UTF-8 ({error}).", "Correct it.") from None
+            raise EmlocError(f"{caption}: not UTF-8 ({error}).", "Correct it.") from None
         yield number, {"prompt": text, "image": file.name}
 
 

@@ -1,6 +1,6 @@
 """Memory of the stages that never hold a complete model, estimated by formula from shapes (``docs/memory.md``)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
@@ -54,7 +54,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         refined = bool(settings.refine)
         read = {block: model.format.reading_bytes(of, weight, refined=refined) for block, of in linears.items()}
         terms["stand-ins"] = max(held + _packed_experts(model, plan, block) for block, held in read.items())
-    return Need("compress", {term: need for term, need in terms.items() if need}, "the largest block")
+    return _need("compress", terms, "the largest block")
 
 
 def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
@@ -126,11 +126,7 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
         **other,
         "overhead": overhead(model.workload.device, tuning=False),
     }
-    return Need(
-        "correct",
-        {term: need for term, need in terms.items() if need},
-        "the largest block" if auto else "the largest Linear",
-    )
+    return _need("correct", terms, "the largest block" if auto else "the largest Linear")
 
 
 def merge(model: MemoryModel) -> Need:
@@ -163,4 +159,9 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
         "logits": need["logits"],
         "overhead": overhead(device, tuning=True),
     }
-    return Need("exact steps", {term: need for term, need in terms.items() if need}, "the largest block")
+    return _need("exact steps", terms, "the largest block")
+
+
+def _need(stage: str, terms: Mapping[str, int], phase: str) -> Need:
+    """Return what a stage needs, without the terms that are nothing."""
+    return Need(stage, {term: need for term, need in terms.items() if need}, phase)

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.processes.environment import VARIABLES, hush_libraries, without_collections
-from emloc_core.processes.lifetime import child_environment, end_with_parent, leave
+from emloc_core.processes.lifetime import child_environment, end_with_parent, run_to_end
 
 _IS_HERE = ContextVar("is_here", default=False)
 
@@ -173,4 +173,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_to_end(main)

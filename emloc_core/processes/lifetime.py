@@ -3,14 +3,13 @@
 And that end without delay.
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
-
-from emloc_core.compat.python import run_exit_functions
 
 _PARENT = "EMLOC_PARENT"  # environment variable: id of the process that this one must not outlive
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -37,16 +36,27 @@ def die_with(parent: int, number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process without freeing its objects one by one, which takes up to two seconds after torch is imported.
+def run_to_end(main: Callable[[], int | None]) -> NoReturn:
+    """Run the main function of a program, and end the process with the code that it returns, or exits with.
 
-    Args:
-        code: its exit code.
+    Objects are not freed one by one then, which takes up to two seconds after torch is imported. Threads are waited
+    for, and what ``main`` registers with :mod:`atexit` is called.
     """
-    run_exit_functions()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            code = code or _LOST
-    os._exit(code)
+    code = 1  # of an exception, which Python shows
+
+    def end() -> None:
+        lost = False
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                lost = True
+        os._exit(code or lost * _LOST)
+
+    atexit.register(end)  # before all others, so that it is called behind them
+    try:
+        code = main() or 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    sys.exit(code)

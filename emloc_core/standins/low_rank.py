@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from emloc_core.compat.transformers import grouped_product
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import RankingFormat, Ratios
-from emloc_core.standins.layer import Groups, Parts, StandInLinear
+from emloc_core.standins.layer import Groups, PackedLinear, Parts, StandInLinear, product
 from emloc_core.standins.standin import StandIn
 
 #: Takes a weight, (m, n), a Gram of its inputs or outputs, and a rank.
@@ -122,9 +123,43 @@ class LowRank(RankingFormat):
         return 0
 
 
+class RoundedLowRankLinear(PackedLinear):
+    """``y = U (V x) + b``: ``weight`` is U and ``V`` is V, each packed, beside its scales."""
+
+    V: nn.Parameter
+    weight_scales: nn.Parameter
+    V_scales: nn.Parameter
+
+    @staticmethod
+    def factor(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return one factor, of this shape and dtype."""
+        raise NotImplementedError
+
+    @classmethod
+    def factors(
+        cls, parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return U, (m, k), and V, (k, n), of a weight of this shape, from their codes and scales, which tell k."""
+        raise NotImplementedError
+
+    @classmethod
+    def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return ``U V``."""
+        u, v = cls.factors(parts, shape, dtype)
+        return u @ v
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        (m, n), k = self.shape, self.rank or 0
+        inner = product(input, partial(self.factor, shape=(k, n), dtype=self.dtype), self.V, self.V_scales)
+        found = product(inner, partial(self.factor, shape=(m, k), dtype=self.dtype), self.weight, self.weight_scales)
+        return found if self.bias is None else found + self.bias
+
+
 class RoundedLowRank(LowRank):
     """Factors that are rounded with feedback."""
 
+    layer: type[RoundedLowRankLinear]
     samples = 256
     refine = None
 
@@ -137,6 +172,10 @@ class RoundedLowRank(LowRank):
         found = LowRank()
         found.factorize = self.factorize
         return found
+
+    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
+        """Return both factors, unpacked."""
+        return StandIn(*self.layer.factors(tensors, shape, dtype))
 
 
 class MovableFactors:

@@ -4,24 +4,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.standins import nf4
 from emloc_core.standins.format import Ratios
-from emloc_core.standins.layer import PackedLinear, Parts
-from emloc_core.standins.low_rank import Factorize, RoundedLowRank
-from emloc_core.standins.standin import StandIn
+from emloc_core.standins.layer import Parts
+from emloc_core.standins.low_rank import Factorize, RoundedLowRank, RoundedLowRankLinear
 
 
-class FourBitLowRankLinear(PackedLinear):
-    """``y = U (V x) + b``: ``weight`` is U and ``V`` is V, each in four bits beside its scales."""
-
-    V: nn.Parameter
-    weight_scales: nn.Parameter
-    V_scales: nn.Parameter
+class FourBitLowRankLinear(RoundedLowRankLinear):
+    """The layer of the kind low-rank-nf4: factors in four bits."""
 
     @classmethod
     def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
@@ -30,17 +24,16 @@ class FourBitLowRankLinear(PackedLinear):
         return nf4.parts("weight", (m, k)) | nf4.parts("V", (k, n))
 
     @staticmethod
-    def unpack(*parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return ``U V``."""
-        u, v = unpack_factors(parts, shape, dtype)
-        return u @ v
+    def factor(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return one factor."""
+        return nf4.unpack(codes, scales, shape, dtype)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        (m, n), k = self.shape, self.rank or 0
-        inner = nf4.product(input, self.V, self.V_scales, (k, n), self.dtype)
-        found = nf4.product(inner, self.weight, self.weight_scales, (m, k), self.dtype)
-        return found if self.bias is None else found + self.bias
+    @classmethod
+    def factors(
+        cls, parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both."""
+        return unpack_factors(parts, shape, dtype)
 
 
 class FourBitLowRank(RoundedLowRank):
@@ -65,10 +58,6 @@ class FourBitLowRank(RoundedLowRank):
     def pack(self, fitted: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return both factors' codes and scales."""
         return packed_factors("weight", fitted)
-
-    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
-        """Return both factors, unpacked."""
-        return StandIn(*unpack_factors(tensors, shape, dtype))
 
 
 def packed_factors(name: str, factors: Factors) -> dict[str, torch.Tensor]:

@@ -2,33 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from emloc_core.algorithms import feedback, levels
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.standins.format import Ratios
-from emloc_core.standins.layer import PackedLinear, Parts, product
+from emloc_core.standins.layer import Parts
 from emloc_core.standins.levels import pack, parts, unpack
-from emloc_core.standins.low_rank import RoundedLowRank
+from emloc_core.standins.low_rank import RoundedLowRank, RoundedLowRankLinear
 from emloc_core.standins.low_rank_nf4 import on_its_gram
-from emloc_core.standins.standin import StandIn
 
 _LEVELS = 4
 #: Added to the diagonal of ``U^T U``, as a fraction of its mean: columns of a rounded U may be alike.
 _RIDGE = 1e-6
 
 
-class TwoBitLowRankLinear(PackedLinear):
-    """``y = U (V x) + b``: ``weight`` is U and ``V`` is V, each on four levels beside its scales."""
-
-    V: nn.Parameter
-    weight_scales: nn.Parameter
-    V_scales: nn.Parameter
+class TwoBitLowRankLinear(RoundedLowRankLinear):
+    """The layer of the kind low-rank-2-bit: factors on four levels."""
 
     @classmethod
     def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
@@ -37,18 +30,18 @@ class TwoBitLowRankLinear(PackedLinear):
         return parts("weight", (m, k), _LEVELS, dtype) | parts("V", (k, n), _LEVELS, dtype)
 
     @staticmethod
-    def unpack(*parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return ``U V``."""
-        u, v = _unpacked(parts, shape, dtype)
-        return u @ v
+    def factor(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return one factor."""
+        return unpack(codes, scales, dtype, shape, _LEVELS)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        (m, n), k = self.shape, self.rank or 0
-        inner = product(input, partial(unpack, dtype=self.dtype, shape=(k, n), count=_LEVELS), self.V, self.V_scales)
-        of_u = partial(unpack, dtype=self.dtype, shape=(m, k), count=_LEVELS)
-        found = product(inner, of_u, self.weight, self.weight_scales)
-        return found if self.bias is None else found + self.bias
+    @classmethod
+    def factors(
+        cls, parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both; V has a row of scales for each of its rows."""
+        (u, u_scales, v, v_scales), (m, n) = parts, shape
+        rank = len(v_scales)
+        return cls.factor(u, u_scales, (m, rank), dtype), cls.factor(v, v_scales, (rank, n), dtype)
 
 
 @dataclass(frozen=True)
@@ -103,19 +96,6 @@ class TwoBitLowRank(RoundedLowRank):
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
         return f"rank {rank} in two bits"
-
-    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
-        """Return both factors, unpacked."""
-        return StandIn(*_unpacked(tensors, shape, dtype))
-
-
-def _unpacked(
-    parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return U, (m, k), and V, (k, n), of a weight of this shape, from their codes and scales, which tell k."""
-    (u, u_scales, v, v_scales), (m, n) = parts, shape
-    rank = len(v_scales)
-    return unpack(u, u_scales, dtype, (m, rank), _LEVELS), unpack(v, v_scales, dtype, (rank, n), _LEVELS)
 
 
 def _best_v(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
