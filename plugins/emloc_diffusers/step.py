@@ -28,6 +28,8 @@ from emloc_diffusers.pipeline import INDEX, Parts
 _ROWS = 32
 #: Pixels of a patch's side, and tokens of a prompt, where there is no pipeline to ask: those of all known here.
 PATCH, TOKENS = 16, 512
+#: Parameters of the largest VAE of these pipelines, Qwen-Image's; those of the others have 84 million.
+VAE = 127_000_000
 
 
 class FlowStep:
@@ -143,10 +145,6 @@ def encoder_bytes(config_file: Path, call: Call, config: Mapping[str, Any]) -> t
         return 2 * call.readers(config), 2 * VAE
     parts = Parts(place)
     return parts.nbytes(parts.readers), parts.nbytes(["vae"])
-
-
-#: Parameters of the largest VAE of these pipelines, Qwen-Image's; those of the others have 84 million.
-VAE = 127_000_000
 
 
 def most_patches(config_file: Path, call: Call, rows: Sequence[Row], most: int | None) -> int:
