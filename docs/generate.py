@@ -81,13 +81,35 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str
             yield key, default, field.description or ""
 
 
+#: The numbers of the records of decisions, by topic; those that are in none come last.
+TOPICS = {
+    "The method": "0001 0002 0009 0024 0026 0046",
+    "Formats of emulators": "0016 0017 0018 0020 0021 0370 0171 0014 0364",
+    "Experts and vocabulary": "0033 0250 0350 0351 0260 0261",
+    "Families": "0201 0211 0213 0290",
+    "Memory": "0029 0122 0141 0223 0300 0301 0361",
+    "Speed": "0003 0013 0104 0240 0280 0362",
+    "Rows and objectives": "0005 0006 0007 0270 0271 0282 0341 0342",
+    "Files and outputs": "0008 0010 0042 0050 0151 0162 0196 0222",
+    "Many and large models": "0037 0052",
+    "Code and tests": "0111 0161 0191 0302 0310",
+}
+
+
 def decisions_page() -> str:
-    """Return the list of the records of decisions."""
-    records = sorted((HERE / "decisions").glob("[0-9]*.md"))
-    lines = [
-        f"- [{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}]({path.name})" for path in records
-    ]
-    return "# Decisions\n\nWhat someone may question, one short record each.\n\n" + "\n".join(lines) + "\n"
+    """Return the list of the records of decisions, by topic."""
+    records = {path.name[:4]: path for path in sorted((HERE / "decisions").glob("[0-9]*.md"))}
+    topics = {topic: numbers.split() for topic, numbers in TOPICS.items()}
+    topics["Others"] = sorted(records.keys() - {number for numbers in topics.values() for number in numbers})
+    page = "# Decisions\n\nWhat someone may question, one short record each.\n"
+    for topic, numbers in topics.items():
+        lines = [f"- [{_title(records[number])}]({records[number].name})" for number in numbers if number in records]
+        page += f"\n## {topic}\n\n" + "\n".join(lines) + "\n" if lines else ""
+    return page
+
+
+def _title(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 def architecture_page() -> str:
