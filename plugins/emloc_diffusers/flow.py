@@ -51,6 +51,7 @@ def squared_error(
     sigma: torch.Tensor,
     prompt: Tensors,
     weight: torch.Tensor,
+    wrapped: Any = None,
 ) -> torch.Tensor:
     """Return the weighted mean squared error of each picture, (B,), fp32.
 
@@ -60,20 +61,27 @@ def squared_error(
         latents, noise: (B, C, h, w).
         sigma, weight: (B,).
         prompt: tensors by name, (B, ...).
+        wrapped: what is called in place of the model, if it is in something.
     """
-    output = forward(model, call, latents, noise, sigma, prompt)
+    output = forward(model, call, latents, noise, sigma, prompt, wrapped)
     error = (call.answer(output).float() - call.target(noise - latents).float()).square()
     return weight * error.flatten(1).mean(1)
 
 
 def forward(
-    model: Any, call: Call, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Tensors
+    model: Any,
+    call: Call,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    prompt: Tensors,
+    wrapped: Any = None,
 ) -> Any:
     """Pass noisy pictures through the model; see :func:`squared_error`."""
     share = sigma.view(-1, 1, 1, 1)
     noisy = ((1 - share) * latents + share * noise).to(model.dtype)
     given = {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in prompt.items()}
-    return model(**call.arguments(noisy, sigma, given, model.config), return_dict=False)
+    return (wrapped or model)(**call.arguments(noisy, sigma, given, model.config), return_dict=False)
 
 
 @dataclass(frozen=True)

@@ -63,18 +63,24 @@ class Pictures(Dataset[Encoded | Drawn]):
     def __getitem__(self, index: int) -> Encoded | Drawn:
         return self.rows[index]
 
-    def collate(self, rows: Sequence[Encoded | Drawn]) -> dict[str, list[dict[str, Any]]]:
-        """Return a batch: groups of rows of one shape, each with noise and times."""
+    def collate(self, rows: Sequence[Encoded | Drawn], process: int = 0) -> dict[str, list[dict[str, Any]]]:
+        """Return a batch: groups of rows of one shape, each with noise and times.
+
+        Args:
+            rows: of the batch.
+            process: that they are drawn for. The global state of all is the same.
+        """
         together: dict[Any, list[Drawn]] = {}
         for row in rows:
-            drawn = row if isinstance(row, Drawn) else self._drawn(row)
+            drawn = row if isinstance(row, Drawn) else self._drawn(row, process)
             together.setdefault(drawn.encoded.shape, []).append(drawn)
         return {GROUPS: [_batch(group) for group in together.values()]}
 
-    def _drawn(self, row: Encoded) -> Drawn:
-        """Draw noise and a time from the global state."""
-        seed = int(torch.randint(2**63 - 1, ()))
-        return Drawn(row, self.call, float(self.times.at(torch.rand(1))), seed)
+    def _drawn(self, row: Encoded, process: int) -> Drawn:
+        """Draw noise and a time, by a seed from the global state."""
+        numbers = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + process)
+        time, seed = torch.rand(1, generator=numbers), torch.randint(2**63 - 1, (), generator=numbers)
+        return Drawn(row, self.call, float(self.times.at(time)), int(seed))
 
 
 def _batch(group: Sequence[Drawn]) -> dict[str, Any]:
@@ -114,9 +120,14 @@ class FlowTrainer(LoraSteps):
     ) -> Any:
         """Return the mean loss of a batch's pictures."""
         plain = self.accelerator.unwrap_model(model)
-        collated: Any = self.collate(inputs[GROUPS])
+        collated: Any = self.collate(inputs[GROUPS], self.accelerator.process_index)
         groups = self._prepare_inputs(collated)[GROUPS]
-        loss = torch.cat([squared_error(plain, self.call, **group) for group in groups]).mean()
+        # Several processes average gradients where the model that wraps theirs is called: once, as all of them do.
+        wrapped = [model, *(None for _ in groups[1:])]
+        errors = [
+            squared_error(plain, self.call, **group, wrapped=by) for group, by in zip(groups, wrapped, strict=True)
+        ]
+        loss = torch.cat(errors).mean()
         return (loss, {}) if return_outputs else loss
 
 
