@@ -1,4 +1,4 @@
-"""The format of emulator of docs/plugins.md: made, loaded, trained, corrected and planned like a built-in one."""
+"""The format of emulator of docs/formats.md: made, loaded, trained, corrected and planned like a built-in one."""
 
 import json
 from types import ModuleType
@@ -16,9 +16,9 @@ from emloc_core.testing import check_format
 
 def module_of_the_page():
     """The plugin's module, with the code of the page."""
-    section = (DOCS / "plugins.md").read_text(encoding="utf-8").partition("## A format of emulator")[2]
+    page = (DOCS / "formats.md").read_text(encoding="utf-8")
     found = ModuleType("eight_bits")
-    exec(section.partition("```python\n")[2].partition("```")[0], vars(found))
+    exec(page.partition("```python\n")[2].partition("```")[0], vars(found))
     return found
 
 

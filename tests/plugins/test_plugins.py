@@ -277,12 +277,12 @@ def test_a_plugin_with_a_broken_entry_is_listed_as_broken(entry, emloc, monkeypa
     assert "broken.toml" in out
 
 
-DOCUMENTED = (DOCS / "plugins.md").read_text()
+DOCUMENTED, FORMATS = ((DOCS / page).read_text() for page in ("plugins.md", "formats.md"))
 
 
 def test_the_plugins_of_the_documentation_work(entry, capsys):
     manager = PluginManager()
-    examples = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", DOCUMENTED + FORMATS, re.DOTALL)
     assert len(examples) == 6
     manager.load([entry(source) for source in examples])
     assert [report.error for report in manager.reports] == [None] * 6
