@@ -534,6 +534,8 @@ def tune(  # noqa: PLR0913 - all by keyword
     split: str = "train",
     columns: ColumnNames | None = None,
     skip_bad_rows: bool = False,
+    eval_data: Name | None = None,
+    eval_split: str | float | None = None,
     paper: bool = False,
     progress: OnProgress | None = None,
     **settings: Unpack[TrainAllKwargs],
@@ -554,6 +556,8 @@ def tune(  # noqa: PLR0913 - all by keyword
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
+        eval_data: rows to evaluate every ``eval_steps`` steps, by name; the best checkpoint is kept.
+        eval_split: their split; or a share of ``data`` to hold out, such as 0.05.
         paper: make the emulator as in the paper, for reference: low-rank factors, even where an ordinary LoRA fits.
         progress: called after every item of every stage; by default the stages show theirs on stderr.
         settings: see :func:`train`: ``steps``, ``learning_rate``, ...
@@ -579,6 +583,8 @@ def tune(  # noqa: PLR0913 - all by keyword
             split=split,
             columns=columns or {},
             skip_bad_rows=skip_bad_rows,
+            eval_data=None if eval_data is None else fspath(eval_data),
+            eval_split=eval_split,
             paper=paper,
             settings=_train_settings(_with_extra(settings)),
         )

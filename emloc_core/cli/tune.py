@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import TRAIN_FLAGS, data, given, headroom, options, skip, split
+from emloc_core.cli.options import TRAIN_FLAGS, data, evaluation, given, headroom, options, skip, split
 from emloc_core.cli.recipes import planning, reporting, show, show_plan
 from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.errors import EmlocError
@@ -23,6 +23,7 @@ from emloc_core.settings import FREE, TrainSettings
 @click.option("--merge", is_flag=True, help="Write the merged model too.")
 @split
 @skip
+@evaluation(of_emulator=False)
 @click.option("--paper", is_flag=True, help="Make the emulator as in the paper, for reference: low-rank factors, even "
               "where an ordinary LoRA fits.")  # fmt: skip
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])

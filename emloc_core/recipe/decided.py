@@ -73,7 +73,7 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
         )
         given = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
         changes["alternatives"] = {other["kind"]: CompressSettings(**other, **given)}
-    elif recipe.makes_emulator:
+    elif recipe.alternatives:
         sizes = zip(recipe.alternatives.items(), plan["others"], strict=True)
         changes["alternatives"] = {name: each.model_copy(update=size) for (name, each), size in sizes}
     return recipe.model_copy(update=changes)

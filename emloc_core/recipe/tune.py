@@ -25,7 +25,7 @@ from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
 from emloc_core.recipe.run import run_recipe
 from emloc_core.requests import COLUMNS, SKIP, Rows
-from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
+from emloc_core.settings import FREE, Columns, CompressSettings, Settings, SplitOrShare, TrainSettings
 
 RECIPE, ASKED, ROWS, HELD_OUT, PAGE = "recipe.toml", "tune.json", "rows.jsonl", "held_out.jsonl", "report.html"
 #: What is written before all that was asked for is.
@@ -48,6 +48,8 @@ class Tune(Settings):
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
     skip_bad_rows: bool = Field(False, description=SKIP)
+    eval_data: str | None = Field(None, description="Rows to evaluate while tuning.")
+    eval_split: SplitOrShare | None = Field(None, description="Their split; or a share of the data to hold out.")
     paper: bool = Field(False, description="Make the emulator as in the paper, for reference.")
     merge: bool = Field(False, description="Write the merged model too.")
     settings: TrainSettings = TrainSettings()
@@ -115,7 +117,8 @@ class Tune(Settings):
                 split=self.split,
                 columns=self.columns,
                 skip_bad_rows=self.skip_bad_rows,
-                test=[],
+                eval=self.eval_data and _place(self.eval_data),
+                eval_split=self.eval_split,
             ),
             **emulator,
             train=self.settings,
@@ -135,7 +138,8 @@ class Tune(Settings):
         few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
         write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
         content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-        content["output"], content["data"]["test"] = ".", [HELD_OUT]
+        rows_of = recipe.data.model_dump(mode="json", exclude_defaults=True)
+        content |= {"output": ".", "data": {**rows_of, "test": [HELD_OUT]}}
         comments = "".join(f"# {line}\n" for line in lines)
         head = f"# Written by `emloc tune`. Edit it, and run `emloc run` on it.\n{comments}\n"
         (self.output / RECIPE).write_text(head + tomli_w.dumps(content), encoding="utf-8")
@@ -149,7 +153,7 @@ class Tune(Settings):
 
     def _asked(self) -> dict[str, Any]:
         """Return what was asked for, in JSON values."""
-        own = self.model_dump(include={"memory", "headroom", "split", "columns", "skip_bad_rows", "paper", "merge"})
+        own = self.model_dump(mode="json", exclude={"model", "data", "output", "settings"})
         given = self.settings.model_dump(mode="json", exclude_unset=True)
         return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
 

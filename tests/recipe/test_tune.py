@@ -71,7 +71,10 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert set(json.loads(told)["stages"]) == {"emulator", "adapter", "corrected", "merged"}
     recipe = load_recipe(out / "recipe.toml")
     assert (recipe.way, recipe.compress.kind, recipe.model.memory) == ("emulator", "nf4", None)
-    assert "# so: make the emulator" in (out / "recipe.toml").read_text()
+    text = (out / "recipe.toml").read_text()
+    assert "# so: make the emulator" in text
+    assert "[alternatives]" not in text
+    assert "[data.columns]" not in text
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")}
     code, told, err = emloc(*asked, "--merge")
     assert code == 0, err
@@ -82,6 +85,18 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert "merge was True and is now False" in err
     code, _, err = emloc("run", out / "recipe.toml", "--dry-run")
     assert code == 0, err
+
+
+def test_rows_to_evaluate(emloc, shallow_model, rows_file, tmp_path):
+    out = tmp_path / "tuned"
+    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*asked, "--eval-split", 0.25, "--eval-steps", 1)
+    assert code == 0, err
+    assert load_recipe(out / "recipe.toml").data.eval_split == "0.25"
+    entries = read_json(out / "adapter" / "log.json")
+    assert sum("eval_loss" in entry for entry in entries) == 2
+    rows = len(load_rows(str(rows_file))) - 5
+    assert read_json(out / "adapter" / MANIFEST)["result"]["rows"] == rows - round(rows * 0.25)
 
 
 def test_rows_in_memory(shallow_model, tmp_path):
