@@ -31,6 +31,7 @@ if threading.current_thread() is threading.main_thread():
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs are run without one
 os.environ["EMLOC_CACHE"] = ""  # what one test traced is not what another one does
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes compiles what it does with odd shapes: eight seconds per process
 
 
 #: What takes longest, first, so that the workers of pytest end at about the same time.

@@ -57,20 +57,8 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
     ("command", "told"),
     [
         ("plan odd", "No installed family declares the model type 'odd'"),
-        ("plan missing", "There is no model at missing"),
-        ("plan model --memory 12", "Write the unit"),
-        ("plan model --batch-size 0", "batch_size = 0"),
-        ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit+repair"),
-        ("plan model --data none.jsonl", "There is no file none.jsonl"),
         ("compress odd --data rows.jsonl -o o", "'odd'"),
-        ("compress missing --data rows.jsonl -o o", "There is no model at missing"),
-        ("compress model --data none.jsonl:2 --data rows.jsonl -o o", "There is no file none.jsonl"),
-        ("compress model --data rows.jsonl --kind nf5 -o o", "Did you mean 'nf4'?"),
-        ("compress model --data rows.jsonl --allocator even -o o", "allocator"),
-        ("compress model --data rows.jsonl --memory 3hours -o o", "is not a memory size"),
         ("train missing --data rows.jsonl -o o", "There is no model at missing"),
-        ("train model --data none.jsonl -o o", "There is no file none.jsonl"),
-        ("train model --data empty.jsonl -o o", "empty.jsonl holds no rows"),
         ("correct missing -o o", "missing is not a LoRA directory"),
         ("polish missing --data rows.jsonl -o o", "missing is not a LoRA directory"),
         ("merge missing -o o", "missing is not a LoRA directory"),
@@ -78,10 +66,27 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
         ("import missing -o o", "There is no model at missing"),
         ("chat missing", "There is no model at missing"),
         ("run recipe.toml --set train.setps=3", "Did you mean 'steps'?"),
-        ("run recipe.toml --dry-run --set model.memory=12q", "is not a memory size"),
-        ("run recipe.toml --dry-run --set model.base=odd", "'odd'"),
-        ("run recipe.toml --set data.train=none.jsonl", "There is no file"),
         ("zoo plan odd", "No entry of the registry is called 'odd'"),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (
+                ("plan missing", "There is no model at missing"),
+                ("plan model --memory 12", "Write the unit"),
+                ("plan model --batch-size 0", "batch_size = 0"),
+                ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit+repair"),
+                ("plan model --data none.jsonl", "There is no file none.jsonl"),
+                ("compress missing --data rows.jsonl -o o", "There is no model at missing"),
+                ("compress model --data none.jsonl:2 --data rows.jsonl -o o", "There is no file none.jsonl"),
+                ("compress model --data rows.jsonl --kind nf5 -o o", "Did you mean 'nf4'?"),
+                ("compress model --data rows.jsonl --allocator even -o o", "allocator"),
+                ("compress model --data rows.jsonl --memory 3hours -o o", "is not a memory size"),
+                ("train model --data none.jsonl -o o", "There is no file none.jsonl"),
+                ("train model --data empty.jsonl -o o", "empty.jsonl holds no rows"),
+                ("run recipe.toml --dry-run --set model.memory=12q", "is not a memory size"),
+                ("run recipe.toml --dry-run --set model.base=odd", "'odd'"),
+                ("run recipe.toml --set data.train=none.jsonl", "There is no file"),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command, told, place):
@@ -103,6 +108,7 @@ def test_a_command_that_is_misspelt_is_named():
     assert "No such command 'polsh'. Did you mean 'polish'?" in stderr
 
 
+@pytest.mark.thorough
 def test_a_plan_of_what_was_planned_before_imports_no_transformers(place, tmp_path, monkeypatch):
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
     command = ["plan", "model", "--memory", "1GB", "--no-measure", "--json"]

@@ -47,7 +47,7 @@ IDS = torch.arange(5, 40)[None]
 TRAIN = TrainSettings(steps=3, batch_size=2, learning_rate=1e-2, bf16=False, logging_steps=1, lora_experts=True)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", pytest.param("mixtral", marks=pytest.mark.thorough)])
 def base(request, tmp_path_factory):
     return save_tiny_model(MODELS[request.param], tmp_path_factory.mktemp("models") / request.param)
 

@@ -390,9 +390,9 @@ def test_training_is_resumed(made, rows_file, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_is_planned_by_what_the_kind_needs(kind, tiny_model):
+def test_memory_is_planned_by_what_the_kind_needs(kind, shallow_model):
     workload = Workload(batch_size=2, length=32)
-    planned = MemoryModel(tiny_model / "config.json", workload, CompressSettings(kind=kind))
+    planned = MemoryModel(shallow_model / "config.json", workload, CompressSettings(kind=kind))
     plan = planned.plan(0.6)
     need = planned.tuning(plan)
     assert need.terms["weights"] == pytest.approx(planned.emulator_bytes(plan), abs=40_000)

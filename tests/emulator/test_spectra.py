@@ -164,7 +164,7 @@ def overwritten(content):
     return content[:-200] + b"\xff" * 100 + content[-100:]
 
 
-@pytest.mark.parametrize("damage", [cut_short, overwritten])
+@pytest.mark.parametrize("damage", [cut_short, pytest.param(overwritten, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     ("changes", "step", "damaged"),
     [

@@ -37,6 +37,7 @@ def test_torch_knows_the_operator():
     assert (made.shape, made.dtype) == ((7, 300), torch.bfloat16)
 
 
+@pytest.mark.thorough
 def test_all_kernels_compile_for_cards(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "support.kernels", "80", "90"]

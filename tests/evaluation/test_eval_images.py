@@ -123,7 +123,15 @@ FORMS = {"images": dict, "image": as_image, "parts": as_parts, "prompt": as_prom
 
 @pytest.mark.parametrize(
     ("form", "suffix"),
-    [*((form, "jsonl") for form in FORMS), *((form, "parquet") for form in FORMS if form != "either")],
+    [
+        *((form, "jsonl") for form in FORMS),
+        ("parts", "parquet"),
+        *(
+            pytest.param(form, "parquet", marks=pytest.mark.thorough)
+            for form in FORMS
+            if form not in ("parts", "either")
+        ),
+    ],
 )
 def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_with_pictures, tmp_path):
     shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
@@ -155,7 +163,7 @@ def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_wit
         assert all(torch.equal(encoded[name], prompt[name]) for name in prompt)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 5])
 def test_nll_is_the_loss_a_token_of_the_answers_alone(batch_size, lm, base, rows_with_pictures, tmp_path):
     task = write_task("image_nll", rows_with_pictures, tmp_path / "loss.yaml")
     found, _ = metrics_of(base, task, batch_size=batch_size)
@@ -230,7 +238,7 @@ def test_what_is_written_is_what_generate_writes(batch_size, base, adapter, rows
     assert len({sample["written"] for sample in samples}) > 3  # and there are three questions
 
 
-@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+@pytest.mark.parametrize("form", ["messages", pytest.param("prompt and completion", marks=pytest.mark.thorough)])
 def test_tasks_of_text_run_on_a_model_of_images_too(form, base, tmp_path):
     rows = example_rows()[:5]
     if form == "messages":

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.evaluation import completions, direct_nll, evaluate, metrics_of, system
+from support.run import patch_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.cli.eval import command
@@ -70,12 +71,15 @@ def test_an_adapter_with_other_keys_is_refused(tiny_model, adapter, tmp_path):
         load_system(tiny_model, tmp_path / "other")
 
 
-@pytest.fixture(scope="module")
-def compared(tiny_model, adapter, tasks, tmp_path_factory):
-    """Two systems, each evaluated in a process of its own."""
+@pytest.fixture(scope="module", params=["here", pytest.param("processes", marks=pytest.mark.thorough)])
+def compared(request, tiny_model, adapter, tasks, tmp_path_factory):
+    """Two systems, evaluated in this process, or each in one of its own."""
     output = tmp_path_factory.mktemp("evaluations") / "comparison"
     systems = [system("base", tiny_model), system("tuned", tiny_model, adapter)]
-    return systems, output, evaluate(systems, tasks, output, limit=5)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "here":
+            patch_calls(patch)
+        return systems, output, evaluate(systems, tasks, output, limit=5)
 
 
 def test_systems_are_compared_and_published(compared, tiny_model, tasks):

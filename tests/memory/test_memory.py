@@ -215,6 +215,7 @@ def test_headroom_is_a_share_with_a_limit_or_what_the_user_says() -> None:
         Budget.named(None, "8%")
 
 
+@pytest.mark.thorough
 def test_the_headline_of_the_paper() -> None:
     """InternVL2.5-38B: about 95 GB for ordinary tuning, and an emulator whose tuning fits 24 GiB."""
     settings = TrainSettings()
@@ -322,7 +323,9 @@ def test_boundaries_of_exact_steps_leave_a_gpu_that_has_no_room_for_them(shallow
     assert cpu - besides["cpu"] - boundaries == gpu - besides["cuda"] > 0
 
 
-@pytest.mark.parametrize(("images", "kind"), [(0, "1.6-bit+repair"), (1, "low-rank-nf4")])
+@pytest.mark.parametrize(
+    ("images", "kind"), [(0, "1.6-bit+repair"), pytest.param(1, "low-rank-nf4", marks=pytest.mark.thorough)]
+)
 def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: Path) -> None:
     file = write_config(tmp_path / "seeing", INTERNVL, **PICTURED[0][1])
     load = workload(batch=1, length=40, images=images)

@@ -1,7 +1,6 @@
 """The script in examples/ trains an emulator with stock libraries, and its adapter is carried over to the base."""
 
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -26,21 +25,14 @@ TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
     trainer, tiny_emulator, tiny_model, rows_file, tmp_path, monkeypatch
 ):
-    """One trainer as a user runs the script; the other in this process, for a new one takes seconds."""
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[:100])
     with rows.open("a", encoding="utf-8") as file:  # a line separator of Unicode's ends no row
         file.write('{"prompt": "animal: cat\u2028colour: red. sentence:", "completion": " a red cat runs."}\n')
     adapter = tmp_path / "adapter"
     argv = [SCRIPT, tiny_emulator.name, rows, adapter, "--trainer", trainer, "--steps", "20", "--learning-rate", "0.02"]
-    if trainer == "sft":
-        done = subprocess.run(
-            [sys.executable, *map(str, argv)], cwd=tiny_emulator.parent, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    else:
-        monkeypatch.chdir(tiny_emulator.parent)
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    monkeypatch.chdir(tiny_emulator.parent)
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     assert Adapter(adapter).config["base_model_name_or_path"] == str(tiny_emulator)
 
     loras = Adapter(adapter).loras  # the whitelist of what can be carried over passes it

@@ -306,6 +306,7 @@ def convert_hostile(models, rows, zoo, limits):
     print(len(Hostile.killed))
 
 
+@pytest.mark.thorough
 def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone):
     """Out of memory: smaller, then a failure. No room: a failure that leaves room to others. A killed stage: again."""
     for name in ("full", "hungry", "well"):
