@@ -45,10 +45,11 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.manifest import read_manifest
     from emloc_core.files.pretrained import load_model
+    from emloc_core.observed.record import recall
     from emloc_core.plugins.manager import plugin_manager
 
     checkpoint = Checkpoint(model)
-    plugin_manager().recall(read_manifest(model))
+    recall(read_manifest(model))
     family = plugin_manager().family_for(checkpoint.config)
     if images is None:
         images = family.modality != "text" and any(model.glob("*processor_config.json"))

@@ -9,16 +9,22 @@ from typing import Any
 
 from emloc_core.family import Family
 from emloc_core.hookspecs import hookimpl
+from emloc_core.observed.record import KNOWN, digest
 
 
 @hookimpl(trylast=True)
 def emloc_families(config: Mapping[str, Any] | None) -> Sequence[Family]:
     """Declare nothing by name, and any decoder of transformers by looking at it."""
-    if config is None or not _is_known(config["model_type"]):
+    if config is None:
         return []
-    from emloc_core.observed.look import declaration
+    place = digest(config)
+    if place not in KNOWN:
+        if not _is_known(config["model_type"]):
+            return []
+        from emloc_core.observed.look import declaration
 
-    return [declaration(config)]
+        KNOWN[place] = declaration(config)
+    return [KNOWN[place]]
 
 
 def _is_known(model_type: str) -> bool:

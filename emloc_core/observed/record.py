@@ -1,9 +1,13 @@
-"""An observed declaration as JSON values: for the output that was made with it, and for the cache. Imports no torch."""
+"""Observed declarations: those that this process knows, and as JSON values, for outputs and for the cache.
+
+Imports no torch.
+"""
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -17,6 +21,8 @@ _COSMETIC = re.compile(r"_.*|emloc_.*|(torch_)?dtype|architectures|transformers_
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 #: What a record has of a family: its towers, and what is never compressed. Observed families have nothing else.
 _FIELDS = ("name", "model_types", "auto_class", "modality", "keep_dense")
+#: The declarations of single configs that were looked at or recalled, by digest.
+KNOWN: dict[str, Family] = {}
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -63,3 +69,15 @@ def from_record(record: Mapping[str, Any]) -> Family:
     if family.auto_class not in AUTO_CLASSES:
         raise ValueError(f"{family.auto_class!r} builds no model that can be observed")
     return replace(family, observed=(record,))
+
+
+def recall(manifest: Mapping[str, Any] | None) -> None:
+    """Use the declarations that an output was made with, rather than look again.
+
+    Args:
+        manifest: the output's; None for what is no output.
+    """
+    records = (manifest or {}).get(DECLARATIONS)
+    for record in records if isinstance(records, list) else ():
+        with suppress(TypeError, ValueError, KeyError, AttributeError):  # it is damaged: look again
+            KNOWN[str(record["config"])] = from_record(record)

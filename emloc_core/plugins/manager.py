@@ -8,7 +8,7 @@ plugin declares by its model type. Empty or ``0`` counts as unset.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +24,6 @@ from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
 from emloc_core.layout import Gguf, Layout
 from emloc_core.objective import Objective
-from emloc_core.observed.record import DECLARATIONS, digest, from_record
 from emloc_core.plugins import builtin
 from emloc_core.plugins.builtin import ALGORITHMS, COMMANDS
 
@@ -56,8 +55,6 @@ class PluginManager(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
         self.reports: list[PluginReport] = []
         self._families: dict[str, Family] = {}
-        #: Those of single configs, by digest.
-        self._observed: dict[str, Family] = {}
         self._layouts: dict[str, Layout] = {}
         self._commands: dict[str, click.Command] = {}
         self._objectives: dict[str, Objective] = {}
@@ -88,9 +85,8 @@ class PluginManager(pluggy.PluginManager):
         self.register(plugin, name=entry.name)
         try:
             self._check_hook_names(plugin)
-            taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values()]
-            families = self._declared(plugin, "emloc_families", Family, taken, config=None)
-            layouts = self._declared(plugin, "emloc_layouts", Layout, taken)
+            families = self._declared(plugin, "emloc_families", Family, config=None)
+            layouts = self._declared(plugin, "emloc_layouts", Layout, families)
             commands = self._commands_of(plugin)
         except BaseException:
             self.unregister(plugin)
@@ -112,9 +108,10 @@ class PluginManager(pluggy.PluginManager):
                 raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, known)}")
 
     def _declared(
-        self, plugin: Any, hook: str, kind: type[Declared], taken: list[Family | Layout], **arguments: Any
+        self, plugin: Any, hook: str, kind: type[Declared], own: Sequence[Family] = (), **arguments: Any
     ) -> list[Declared]:
-        """Return a plugin's declarations and add them to ``taken``, whose model types and names must not recur."""
+        """Return a plugin's declarations: neither their names nor their model types stand in others, or its ``own``."""
+        taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values(), *own]
         declared = [item for found in self._call(plugin, hook, **arguments) for item in found]
         for item in declared:
             if not isinstance(item, kind):
@@ -153,7 +150,7 @@ class PluginManager(pluggy.PluginManager):
         finally:
             self._families = installed
 
-    def family_for(self, config: Mapping[str, Any], *, observe: bool = True) -> Family:
+    def family_for(self, config: Mapping[str, Any], *, observe: bool = True, where: str = "") -> Family:
         """Return the family that declares the ``model_type`` of a config, including the models nested in it.
 
         Where none does, plugins are asked for a declaration of this very config: the last one observes a tiny model.
@@ -161,24 +158,11 @@ class PluginManager(pluggy.PluginManager):
         Args:
             config: the content of a ``config.json``.
             observe: whether to ask for it; else only what is declared by model type counts.
+            where: which part of another config this is, for messages.
 
         Raises:
             EmlocError: there is none; the message says why, and how to add one.
         """
-        return self._resolve(config, observe=observe and not is_on(STRICT))
-
-    def recall(self, manifest: Mapping[str, Any] | None) -> None:
-        """Use the observed declarations that an output was made with, rather than look again.
-
-        Args:
-            manifest: the output's; None for what is no output.
-        """
-        records = (manifest or {}).get(DECLARATIONS)
-        for record in records if isinstance(records, list) else ():
-            with suppress(TypeError, ValueError, KeyError, AttributeError):  # it is damaged: look again
-                self._observed[str(record["config"])] = from_record(record)
-
-    def _resolve(self, config: Mapping[str, Any], where: str = "", *, observe: bool) -> Family:
         family = self._declaring(config, where, observe=observe)
         for part, path in family.nested.items():
             inner = config.get(part)
@@ -188,7 +172,7 @@ class PluginManager(pluggy.PluginManager):
                     "Save the model again with transformers, which writes that part in full.",
                 )
             told = f", the {part} of this {config['model_type']!r}"
-            family = family.with_nested(self._resolve(inner, told, observe=observe), path)
+            family = family.with_nested(self.family_for(inner, observe=observe, where=told), path)
         return family
 
     def _declaring(self, config: Mapping[str, Any], where: str, *, observe: bool) -> Family:
@@ -206,8 +190,12 @@ class PluginManager(pluggy.PluginManager):
                     "Run `emloc import MODEL -o DIRECTORY` first, and give that directory.",
                     code="unsupported",
                 )
-        if observe and (found := self._declared_for(config)):
-            return found
+        askable = observe and not is_on(STRICT)
+        for plugin in reversed(self.hook.emloc_families.get_hookimpls()) if askable else ():  # as pluggy calls them
+            if "config" in plugin.argnames:
+                for family in self._declared(plugin.plugin, "emloc_families", Family, config=config):
+                    if model_type in family.model_types:
+                        return family
         known = "; ".join(f"{family.name} ({', '.join(sorted(family.model_types))})" for family in self.families())
         raise EmlocError(
             f"No installed family declares the model type {model_type!r}{where}. Known: {known or 'none'}.",
@@ -215,19 +203,6 @@ class PluginManager(pluggy.PluginManager):
             "`emloc families new NAME` writes the package around it (docs/plugins.md).",
             code="unsupported",
         )
-
-    def _declared_for(self, config: Mapping[str, Any]) -> Family | None:
-        """Return a declaration of one config: of an earlier call or output, or of the first plugin that has one."""
-        place = digest(config)
-        for plugin in reversed(self.hook.emloc_families.get_hookimpls()):  # as pluggy calls them
-            if place in self._observed:
-                break
-            if "config" in plugin.argnames:
-                taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values()]
-                for family in self._declared(plugin.plugin, "emloc_families", Family, taken, config=config):
-                    if config["model_type"] in family.model_types:
-                        self._observed[place] = family
-        return self._observed.get(place)
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
         """Return the layout that reads checkpoints of the ``model_type`` of a config.
@@ -257,12 +232,10 @@ class PluginManager(pluggy.PluginManager):
     def gguf_for(self, model_type: str) -> Gguf | None:
         """Return how models of a type are written as GGUF; None where no plugin says."""
         for owner, plugin in self.list_name_plugin():
-            try:
+            with self._isolated(owner):
                 found = [each for declared in self._call(plugin, "emloc_gguf") for each in declared]
                 if layout := next((each for each in found if model_type in each.architectures), None):
                     return layout
-            except (Exception, SystemExit) as error:
-                self.set_aside(owner, error)
         return None
 
     def commands(self) -> dict[str, click.Command]:
@@ -279,10 +252,8 @@ class PluginManager(pluggy.PluginManager):
         """
         offered: dict[str, Any] = {}
         for owner, plugin in self.list_name_plugin():
-            try:
+            with self._isolated(owner):
                 offered.update(self._algorithms_of(plugin, hook, offered))
-            except (Exception, SystemExit) as error:
-                self.set_aside(owner, error)
         if name not in offered:
             raise _not_offered(hook, name, offered)
         return offered[name]
@@ -312,11 +283,9 @@ class PluginManager(pluggy.PluginManager):
         """Return what models may learn, by name."""
         if not self._objectives:
             for owner, plugin in self.list_name_plugin():
-                try:
-                    made = self._algorithms_of(plugin, "objectives", dict(self._objectives))
+                with self._isolated(owner):
+                    made = self._algorithms_of(plugin, "objectives", self._objectives)
                     self._objectives.update((name, each()) for name, each in made.items())
-                except (Exception, SystemExit) as error:
-                    self.set_aside(owner, error)
         return self._objectives
 
     def require(self, hook: str, name: str) -> None:
@@ -355,21 +324,25 @@ class PluginManager(pluggy.PluginManager):
             EmlocError: an observer raises and ``EMLOC_STRICT_PLUGINS`` is set.
         """
         for owner, plugin in self.list_name_plugin():
-            try:
+            with self._isolated(owner):
                 self._call(plugin, hook, **deepcopy(arguments))
-            except (Exception, SystemExit) as error:
-                self.set_aside(owner, error)
 
     def registries(self) -> Iterator[tuple[str, list[Path]]]:
         """Yield the name of every plugin that provides registry entries, with their paths."""
         for owner, plugin in self.list_name_plugin():
-            try:
+            paths: list[Path] = []
+            with self._isolated(owner):
                 paths = [Path(path) for found in self._call(plugin, "emloc_registry") for path in found]
-            except (Exception, SystemExit) as error:
-                self.set_aside(owner, error)
-                continue
             if paths:
                 yield owner, paths
+
+    @contextmanager
+    def _isolated(self, owner: str) -> Iterator[None]:
+        """Set a plugin aside that raises while the context is active."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self.set_aside(owner, error)
 
     def set_aside(self, name: str, error: BaseException) -> None:
         """Record an error of a loaded plugin in its report, and print it on stderr, once per plugin."""

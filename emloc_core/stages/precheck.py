@@ -12,6 +12,7 @@ from emloc_core.data.rows import require_source
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
 from emloc_core.files.manifest import read_manifest
+from emloc_core.observed.record import recall
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Request
 from emloc_core.settings import AUTO, FREE
@@ -36,7 +37,7 @@ def precheck(request: Request) -> None:
     systems = list(getattr(asked, "systems", ()))
     for each in (asked, *systems):
         for made in filter(None, (getattr(each, field, None) for field in _INPUTS)):
-            plugin_manager().recall(read_manifest(Path(made)))
+            recall(read_manifest(Path(made)))
     if adapter := getattr(asked, "adapter", None):
         require_lora(adapter)
     if source := getattr(asked, "source", None):

@@ -16,7 +16,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import TINY
 from emloc_core.files.manifest import read_manifest
 from emloc_core.observed import look
-from emloc_core.observed.record import DECLARATIONS, digest, from_record, to_record
+from emloc_core.observed.record import DECLARATIONS, KNOWN, digest, from_record, recall, to_record
 from emloc_core.plugins.manager import STRICT, plugin_manager
 from emloc_core.scaffold import scaffold
 from emloc_core.scaffold.observe import ROUTED
@@ -50,9 +50,9 @@ def content(model_type: str, **settings: object) -> dict:
 @pytest.fixture(autouse=True)
 def a_new_process():
     """Forget what other tests observed."""
-    plugin_manager()._observed.clear()
+    KNOWN.clear()
     yield
-    plugin_manager()._observed.clear()
+    KNOWN.clear()
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def never_again(monkeypatch) -> Callable[[], None]:
     """Begin a new process, as far as families go, in which looking at a model is an error."""
 
     def begin() -> None:
-        plugin_manager()._observed.clear()
+        KNOWN.clear()
         monkeypatch.setattr(look, "_draft", lambda *_: pytest.fail("the model was looked at again"))
 
     return begin
@@ -185,9 +185,9 @@ def test_a_record_that_a_stranger_changed_is_not_used(path, value, tmp_path):
     (name,) = path
     record["family"][name] = value
     (tmp_path / "emloc.json").write_text(json.dumps({"kind": "emulator", DECLARATIONS: [record, 5, {}]}))
-    plugin_manager()._observed.clear()
-    plugin_manager().recall(read_manifest(tmp_path))
-    assert not plugin_manager()._observed
+    KNOWN.clear()
+    recall(read_manifest(tmp_path))
+    assert not KNOWN
 
 
 def test_fused_experts_are_compressed_where_a_forward_shows_that_their_layout_is_known(monkeypatch):
@@ -198,7 +198,7 @@ def test_fused_experts_are_compressed_where_a_forward_shows_that_their_layout_is
     assert tower.experts == ["mlp.experts"]
     plain = MixtralExperts.forward
     monkeypatch.setattr(MixtralExperts, "forward", lambda self, *args: 2 * plain(self, *args))
-    plugin_manager()._observed.clear()
+    KNOWN.clear()
     family = plugin_manager().family_for(config)
     assert not family.towers[0].experts
     assert family.keep_dense["model.layers.*.mlp.experts"] == ROUTED

@@ -13,6 +13,7 @@ from support.paths import ROOT
 
 from emloc_core.conformance.inputs import number_tokenizer
 from emloc_core.conformance.tiny import random_model
+from emloc_core.observed.record import KNOWN
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.config_arguments import make_config
 from emloc_core.settings import CompressSettings
@@ -28,9 +29,9 @@ def disable(monkeypatch):
     def off():
         monkeypatch.setattr(plugin_manager(), "_families", {})
 
-    plugin_manager()._observed.clear()
+    KNOWN.clear()
     yield off
-    plugin_manager()._observed.clear()
+    KNOWN.clear()
 
 
 def weights(emulator):
