@@ -1,7 +1,4 @@
-"""Reads rows from files as they are: JSONL, JSON, CSV, text, Parquet, and directories that ``datasets`` saved.
-
-:mod:`emloc_core.data.rows` parses them.
-"""
+"""Reads rows from files as they are: JSONL, JSON, CSV, text and Parquet; :mod:`emloc_core.data.rows` parses them."""
 
 import csv
 import io
@@ -12,60 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from emloc_core.data.hub import undecoded
-from emloc_core.errors import EmlocError, first_line
+from emloc_core.errors import EmlocError
 from emloc_core.files.limits import unpacking
 
 #: A row's position in its source, from 1, and its columns; or why it cannot be read.
 Numbered = tuple[int, Any]
-#: Files that ``save_to_disk`` of ``datasets`` leaves: of a dataset, and of one with several splits.
-_SAVED = ("state.json", "dataset_dict.json")
-#: The file of a folder of pictures that says what belongs to each, as ``datasets`` reads it.
-_FOLDER = "metadata.jsonl"
-#: Suffixes of pictures that a file of text is beside.
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-def is_folder(path: Path) -> bool:
-    """Return whether a path is a directory of pictures, with what belongs to each."""
-    captions = (file.with_suffix(".txt") for file in _pictures(path)) if path.is_dir() else ()
-    return (path / _FOLDER).is_file() or any(caption.is_file() for caption in captions)
-
-
-def _pictures(path: Path) -> list[Path]:
-    return [file for file in sorted(path.iterdir()) if file.suffix.lower() in _PICTURES]
-
-
-def read_folder(path: Path) -> Iterator[Numbered]:
-    """Yield the rows of a directory of pictures: those of its ``metadata.jsonl``, or a picture and the text beside it.
-
-    Raises:
-        EmlocError: a file cannot be read; or a picture has no text, while others have.
-    """
-    if (path / _FOLDER).is_file():
-        for number, row in _jsonl(path / _FOLDER):
-            yield number, _pictured(row) if isinstance(row, dict) else row
-        return
-    for number, file in enumerate(_pictures(path), start=1):
-        caption = file.with_suffix(".txt")
-        if not caption.is_file():
-            raise EmlocError(f"{file} has no {caption.name} beside it.", "Write one, or move it away.")
-        try:
-            text = caption.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise EmlocError(f"{caption}: not UTF-8 ({error}).", "Correct it.") from None
-        yield number, {"prompt": text, "image": file.name}
-
-
-def _pictured(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of ``metadata.jsonl`` with the usual columns: scripts of diffusers call the prompt ``text``."""
-    named = {"file_name": "image", "text": "prompt", "caption": "prompt"}
-    return {**{usual: row[name] for name, usual in named.items() if name in row}, **row}
-
-
-def is_saved(path: Path) -> bool:
-    """Return whether a path is a directory that ``save_to_disk`` of ``datasets`` wrote."""
-    return any((path / name).is_file() for name in _SAVED)
 
 
 def read_file(path: Path) -> Iterator[Numbered]:
@@ -101,31 +49,6 @@ def _open(path: Path) -> IO[bytes]:
             return io.BytesIO(stream.read())
     except (pyarrow.ArrowException, OSError) as error:
         raise EmlocError(f"{path} cannot be unpacked ({error}).", "Make the file again.", code="damaged") from None
-
-
-def read_saved(path: Path, split: str) -> Iterator[Numbered]:
-    """Yield the rows of a directory that ``save_to_disk`` wrote.
-
-    Args:
-        path: the directory.
-        split: which one, if there are several.
-
-    Raises:
-        EmlocError: it cannot be read, or has no such split.
-    """
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        found = load_from_disk(str(path))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EmlocError(
-            f"{path} cannot be read as a saved dataset ({first_line(error)}).", "Save it again.", code="damaged"
-        ) from None
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise EmlocError(f"{path} has no split {split!r}.", f"Give one of: {', '.join(found)}.", code="missing")
-        found = found[split]
-    yield from enumerate(undecoded(found), start=1)
 
 
 def _jsonl(path: Path) -> Iterator[Numbered]:

@@ -1,8 +1,7 @@
-"""The user's rows: read from files, datasets or memory, left out by content, and written."""
+"""The user's rows: parsed, left out by content, and written; :mod:`emloc_core.data.sources` reads them."""
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 import click
 
 from emloc_core.data.columns import known_columns, renamed, require_known
-from emloc_core.data.files import READERS, is_folder, is_saved, names_rows, read_file, read_folder, read_saved
-from emloc_core.data.hub import read_data_set
-from emloc_core.data.images import IMAGES, Picture
+from emloc_core.data.images import Picture
 from emloc_core.data.mixture import weighted, weights
-from emloc_core.data.row import FORMS, Row, parse_row
+from emloc_core.data.row import Row, parse_row
+from emloc_core.data.sources import is_folder, no_rows, read_source
 from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST
-from emloc_core.files.own import require_own_files
 from emloc_core.settings import Loss
 
 #: Files of an emulator with rows that must never be tuned on.
@@ -103,7 +100,7 @@ def _load(source: Any, split: str, columns: Mapping[str, str], skipped: list[Ski
     directory = place.parent if place.is_file() else place if is_folder(place) else Path()
     # An emulator may come from someone else: it may only refer to its own images.
     confined = _is_kept(Path(source))
-    contents = _contents(source, split)
+    contents = read_source(source, split)
     return _of_one_form(source, list(_parsed(contents, source, directory, columns, skipped, confined=confined)))
 
 
@@ -155,13 +152,9 @@ def _parsed(
         yield row
 
 
-def _no_rows(source: str) -> EmlocError:
-    return EmlocError(f"{source} holds no rows.", FORMS)
-
-
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     if not rows:
-        raise _no_rows(source or "The mixture")
+        raise no_rows(source or "The mixture")
     for row in rows:
         if row.form != rows[0].form:
             first = rows[0]
@@ -217,50 +210,3 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row.to_dict(), ensure_ascii=False, default=kept) + "\n" for row in rows)
-
-
-def copy_kept_rows(source: Path, target: Path) -> None:
-    """Copy the rows that an emulator keeps, and their images, from one directory to another."""
-    require_own_files(source, [CALIBRATION, SELECTION])
-    for name in (CALIBRATION, SELECTION):
-        shutil.copyfile(source / name, target / name)
-    if (source / IMAGES).is_dir():
-        require_own_files(source / IMAGES, ["*"])
-        shutil.copytree(source / IMAGES, target / IMAGES, dirs_exist_ok=True)
-
-
-def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    require_source(source)
-    path = Path(source)
-    if path.is_file():
-        return read_file(path)
-    if is_saved(path):
-        return read_saved(path, split)
-    if is_folder(path):
-        return read_folder(path)
-    return enumerate(read_data_set(source, split), start=1)
-
-
-def require_source(source: str) -> None:
-    """Refuse an empty file, and what is neither a file nor a saved dataset, and cannot be the id of a hub dataset.
-
-    Raises:
-        EmlocError: as above.
-    """
-    path = Path(source)
-    if path.is_file() and not path.stat().st_size:
-        raise _no_rows(source)
-    if path.is_file() or is_saved(path) or is_folder(path):
-        return
-    if path.is_dir():
-        raise EmlocError(
-            f"{source} is a directory.",
-            f"Give a file ({', '.join(READERS)}), or what `save_to_disk` of datasets wrote, or a folder "
-            "of pictures with a metadata.jsonl or a .txt beside each.",
-        )
-    if names_rows(path) or path.is_absolute():
-        raise EmlocError(f"There is no file {source}.", "Check the path.", code="missing")
-    if source.count("/") != 1:
-        raise EmlocError(
-            f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
-        )

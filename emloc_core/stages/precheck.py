@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.mixture import weights
-from emloc_core.data.rows import require_source
+from emloc_core.data.sources import require_source
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
 from emloc_core.files.manifest import read_manifest

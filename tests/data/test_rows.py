@@ -208,7 +208,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["rows", "some/where/rows"])
 def test_a_name_that_no_data_set_can_have_is_not_looked_for(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("emloc_core.data.rows.read_data_set", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("emloc_core.data.sources._read_hub", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(EmlocError, match=f"There is no file {name}. Check the path; a hub dataset is"):
         load_rows(name)
 

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.rows import write_jsonl
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.data.images import Picture
-from emloc_core.data.rows import copy_kept_rows
 from emloc_core.data.tokenize import load_tokenizer
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -99,19 +97,6 @@ def test_links_within_a_model_and_to_the_hubs_blobs_are_followed(tiny_model: Pat
     (snapshot / "notes.txt").symlink_to(Path("..", "..", "refs"))
     with pytest.raises(EmlocError, match="outside"):
         Checkpoint(snapshot)
-
-
-def test_kept_rows_are_the_emulators_own(tmp_path: Path) -> None:
-    source = tmp_path / "emulator"
-    (source / "images").mkdir(parents=True)
-    for name in ("calibration.jsonl", "selection.jsonl"):
-        write_jsonl(source / name, [])
-    (tmp_path / "copy").mkdir()
-    copy_kept_rows(source, tmp_path / "copy")
-    (tmp_path / "secret").write_text("secret")
-    (source / "images" / "cat.png").symlink_to(tmp_path / "secret")
-    with pytest.raises(EmlocError, match="outside"):
-        copy_kept_rows(source, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("make", [lead_to_zeros, make_pipe])
