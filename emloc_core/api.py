@@ -17,8 +17,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from pydantic import ValidationError
-
 from emloc_core.errors import EmlocError
 from emloc_core.keywords.settings import (
     CompressKwargs,
@@ -34,7 +32,7 @@ from emloc_core.keywords.settings import (
 from emloc_core.keywords.trainer import PolishAllKwargs, TrainAllKwargs, TrainerFields
 from emloc_core.processes.environment import quiet, settle, without_collections
 from emloc_core.requests import Request, Rows, System, make_request
-from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, explain
+from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, validated
 from emloc_core.stages.progress import ProgressEvent, Reporter
 from emloc_core.stages.result import (
     AdapterResult,
@@ -456,7 +454,7 @@ def plan(  # noqa: PLR0913 - all by keyword
         gpu = find_card(card)
         device, memory = "cuda", memory or str(gpu.memory)
     budget = Budget.named(memory, headroom, device)
-    train, names = _train_settings(settings), columns or {}
+    train, names = validated(TrainSettings, settings, "See `emloc plan --help`."), columns or {}
     size = parse_size(image_size) if image_size is not None else None
     if kind == AUTO and ratio is not None:
         kind = FACTORS
@@ -586,7 +584,7 @@ def tune(  # noqa: PLR0913 - all by keyword
             eval_data=None if eval_data is None else fspath(eval_data),
             eval_split=eval_split,
             paper=paper,
-            settings=_train_settings(_with_extra(settings)),
+            settings=validated(TrainSettings, _with_extra(settings), "See `emloc tune --help`."),
         )
         asked.run(tell=logging.getLogger("emloc.tune").info, progress=progress)
     return RunResult(Path(output))
@@ -655,13 +653,6 @@ def _optional(place: Name | None) -> str | None:
 
 def _path(place: Name | None) -> Path | None:
     return None if place is None else Path(place)
-
-
-def _train_settings(values: Mapping[str, Any]) -> TrainSettings:
-    try:
-        return TrainSettings(**values)
-    except ValidationError as error:
-        raise EmlocError(explain(error, TrainSettings), "See `emloc plan --help`.") from None
 
 
 def _system(name: str, value: Name | tuple[Name, Name]) -> System:

@@ -10,9 +10,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from emloc_core.errors import EmlocError
 from emloc_core.settings import (
     FREE,
     Columns,
@@ -24,7 +23,7 @@ from emloc_core.settings import (
     Settings,
     SplitOrShare,
     TrainSettings,
-    explain,
+    validated,
 )
 from emloc_core.units import parse_bytes
 
@@ -239,11 +238,11 @@ def make_request(stage: str, settings: Mapping[str, Any] | None = None, **conten
     Raises:
         EmlocError: names or values are wrong; the message lists them all.
     """
-    kind = REQUESTS[stage]
+    kind, remedy = REQUESTS[stage], f"See `emloc {stage} --help`."
     if settings is not None:
         kind_of_settings: Any = kind.model_fields["settings"].annotation
-        content["settings"] = _validated(kind_of_settings, settings, stage)
-    return _validated(kind, content, stage)
+        content["settings"] = validated(kind_of_settings, settings, remedy)
+    return validated(kind, content, remedy)
 
 
 def _require_use(settings: Settings, owner: str, *, used: bool) -> None:
@@ -251,10 +250,3 @@ def _require_use(settings: Settings, owner: str, *, used: bool) -> None:
     given = sorted(settings.model_fields_set)
     if given and not used:
         raise ValueError(f"{' and '.join(given)} {'needs' if len(given) == 1 else 'need'} {owner}")
-
-
-def _validated(kind: type[BaseModel], values: Mapping[str, Any], stage: str) -> Any:
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise EmlocError(explain(error, kind), f"See `emloc {stage} --help`.") from None

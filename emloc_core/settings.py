@@ -3,7 +3,8 @@
 Imports nothing heavy; the command line builds its options from these fields.
 """
 
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -15,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from emloc_core.errors import did_you_mean
+from emloc_core.errors import EmlocError, did_you_mean
 
 #: In place of a kind of emulator: the one that is recommended for the memory.
 AUTO = "auto"
@@ -370,6 +371,25 @@ _SHORT = {
 }
 #: Prefixes of pydantic's names for a union's members.
 _MEMBERS = ("literal[", "constrained-", "float", "function-", "bool")
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], values: Mapping[str, Any], remedy: str, where: str = "") -> Model:
+    """Return a model of values by name.
+
+    Args:
+        model: its class.
+        values: what is said of its fields; the rest have their defaults.
+        remedy: what to do about the error, a sentence.
+        where: the file that they were read from, if there is one.
+
+    Raises:
+        EmlocError: names or values are wrong; the message lists them all.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise EmlocError(f"{where and f'{where}: '}{explain(error, model)}", remedy) from None
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

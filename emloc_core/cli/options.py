@@ -8,13 +8,13 @@ from typing import Any, Union, get_args, get_origin
 
 import rich_click as click
 from click.core import ParameterSource
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from emloc_core.data.mixture import parse_sources
 from emloc_core.errors import EmlocError
 from emloc_core.requests import COLUMNS, SKIP
-from emloc_core.settings import explain, parse_pairs
+from emloc_core.settings import parse_pairs
 
 #: Training options that have another name than the setting's, too.
 TRAIN_FLAGS = {
@@ -217,18 +217,6 @@ def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, 
         if name in model.model_fields and is_given(name)
     }
     return settings, {name: value for name, value in values.items() if name not in model.model_fields}
-
-
-def validated(model: type[BaseModel], values: Mapping[str, Any]) -> Any:
-    """Return settings made from a command's values.
-
-    Raises:
-        EmlocError: values are out of range; names all of them.
-    """
-    try:
-        return model(**given(model, values)[0])
-    except ValidationError as error:
-        raise EmlocError(explain(error, model), "See --help.") from None
 
 
 def _kind(annotation: Any) -> Any:

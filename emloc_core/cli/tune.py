@@ -9,8 +9,7 @@ from emloc_core.cli.console import as_json, dry_run
 from emloc_core.cli.options import TRAIN_FLAGS, data, evaluation, given, headroom, options, skip, split
 from emloc_core.cli.recipes import planning, reporting, show, show_plan
 from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
-from emloc_core.errors import EmlocError
-from emloc_core.settings import FREE, TrainSettings
+from emloc_core.settings import FREE, TrainSettings, validated
 
 
 @click.command("tune")
@@ -40,8 +39,9 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     """
     from emloc_core.recipe.tune import Tune
 
-    settings, others = given(TrainSettings, values)
-    asked = Tune(output=output, settings=_settings(settings), **others)
+    said, others = given(TrainSettings, values)
+    settings = validated(TrainSettings, said, "See `emloc tune --help`.")
+    asked = Tune(output=output, settings=settings, **others)
     recipe = asked.started()
     if recipe:
         click.echo(f"{output / 'recipe.toml'} is there: resuming it.", err=True)
@@ -55,14 +55,3 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     loud = verbosity() is not Verbosity.QUIET
     results = asked.run(tell=lambda line: click.echo(line, err=True) if loud else None, **reporting())
     show(results, output, as_json)
-
-
-def _settings(values: dict[str, Any]) -> TrainSettings:
-    from pydantic import ValidationError
-
-    from emloc_core.settings import explain
-
-    try:
-        return TrainSettings(**values)
-    except ValidationError as error:
-        raise EmlocError(explain(error, TrainSettings), "See `emloc tune --help`.") from None

@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_toml
@@ -21,7 +21,7 @@ from emloc_core.settings import (
     Settings,
     SplitOrShare,
     TrainSettings,
-    explain,
+    validated,
 )
 
 #: Suffixes of files: rows, and lm-eval's tasks.
@@ -220,10 +220,7 @@ def load_recipe(path: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -
     else:
         for override in overrides:
             _apply(content, override)
-    try:
-        recipe = Recipe(**content)
-    except ValidationError as error:
-        raise EmlocError(f"{path}: {explain(error, Recipe)}", "Correct these settings.") from None
+    recipe = validated(Recipe, content, "Correct these settings.", str(path))
     return _absolute(recipe, path.resolve().parent)
 
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.files.documents import read_toml, write_json
-from emloc_core.settings import Settings, TrainSettings, explain
+from emloc_core.settings import Settings, TrainSettings, validated
 from emloc_core.units import parse_bytes
 
 #: The memory target that is the model's own inference memory, as in the paper.
@@ -211,10 +211,7 @@ def read_entry(file: Path) -> Entry:
     Raises:
         EmlocError: the file is not a valid entry; names everything that is wrong, with the line if it is not TOML.
     """
-    try:
-        entry = Entry(**read_toml(file, "entry"))
-    except ValidationError as error:
-        raise EmlocError(f"{file}: {explain(error, Entry)}", "Correct the entry.") from None
+    entry = validated(Entry, read_toml(file, "entry"), "Correct the entry.", str(file))
     entry._file = file.absolute()
     for path in entry.paths():
         entry.path(path)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-from click.core import ParameterSource
 
 from emloc_core.cli.console import as_json, dry_run, print_json, progress
-from emloc_core.cli.options import options, validated
+from emloc_core.cli.options import given, options
 from emloc_core.cli.zoo.records import line, totals
 from emloc_core.errors import EmlocError
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import CompressSettings, validated
 from emloc_core.units import human_bytes, human_seconds, parse_bytes
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def command(
     disk: str | None,
     dry_run: bool,
     as_json: bool,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Make emulators of many models; SOURCES are registry ids or globs, directories, or files of jobs.
 
@@ -80,9 +79,11 @@ def command(
         raise EmlocError("--address and --storage are for clusters.", "Add --engine ray, or leave them out.")
 
     budget, room = (parse_bytes(text) if text else None for text in (memory, disk))
-    time_limit = given.pop("time_limit")
-    limits = Limits(given.pop("retries"), parse_seconds(time_limit) if time_limit else None, room)
-    defaults = Defaults(compress=_said(given), **given)
+    time_limit = values.pop("time_limit")
+    limits = Limits(values.pop("retries"), parse_seconds(time_limit) if time_limit else None, room)
+    settings, others = given(CompressSettings, values)
+    validated(CompressSettings, settings, "See --help.")
+    defaults = Defaults(compress=settings, **others)
     jobs = resolve(sources, defaults)
     if dry_run:
         from emloc_core.zoo.engines.local import machine_memory
@@ -100,19 +101,6 @@ def command(
         return LocalEngine(workers or max(1, (os.cpu_count() or 1) // defaults.threads), budget, [lock])
 
     _convert(jobs, zoo, make_engine, limits, as_json)
-
-
-def _said(given: dict[str, Any]) -> dict[str, Any]:
-    """Remove the settings of stage 1 from the options; return those that the user gave."""
-    settings = {name: given.pop(name) for name in CompressSettings.model_fields}
-    validated(CompressSettings, settings)
-    context = click.get_current_context()
-    assert context is not None
-    return {
-        name: value
-        for name, value in settings.items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
 
 
 def _convert(
