@@ -1,4 +1,4 @@
-"""Finds the emulator of an adapter, and checks that adapter, emulator and base belong together."""
+"""Checks that adapter, emulator and base belong together."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ from torch import nn
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.dense import require_dense
+from emloc_core.adapters.emulator import Emulator
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import manifest_value, read_manifest
 from emloc_core.standins.experts import matrices
-from emloc_core.standins.format import MARK
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:
@@ -108,66 +108,14 @@ def is_rounded_form(model: Checkpoint, base: Checkpoint) -> bool:
     return all(ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-2, 1e-3) for ours, theirs in pairs)
 
 
-def find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
-    """Return the emulator at a directory, by default the one that the adapter's config names.
-
-    Raises:
-        EmlocError: the directory does not exist.
-    """
-    directory = emulator or Path(adapter.model_name)
-    if not directory.is_dir():
-        raise EmlocError(
-            f"The emulator that {adapter.directory} was trained on is not at {directory}.",
-            "Give its directory with --emulator.",
-            code="missing",
-        )
-    return Checkpoint(directory)
-
-
-def require_uncorrected(adapter: Adapter) -> None:
-    """Refuse an adapter that is corrected already.
-
-    Raises:
-        EmlocError: it is.
-    """
-    if adapter.is_corrected:
-        raise EmlocError(
-            f"{adapter.directory} is already corrected; correcting it twice would spoil it.",
-            "Use it on the base directly, or give the adapter that training wrote.",
-            code="mismatch",
-        )
-
-
-def is_emulator(directory: Path) -> bool:
-    """Return whether a directory is that of an emulator, even if its manifest is lost."""
-    return MARK in Checkpoint(directory).config
-
-
-def require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
-    """Return an emulator's manifest; refuse any other checkpoint.
-
-    Raises:
-        EmlocError: the checkpoint is no emulator.
-    """
-    manifest = read_manifest(emulator.directory)
-    if manifest is None or manifest.get("kind") != "emulator":
-        raise EmlocError(
-            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator.",
-            "Give the emulator that it was trained on with --emulator; without one, nothing needs a correction.",
-            code="mismatch",
-        )
-    return manifest
-
-
 def require_match(
-    adapter: Adapter, emulator: Checkpoint, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
+    adapter: Adapter, emulator: Emulator, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
 ) -> None:
     """Refuse an adapter, emulator and base that do not belong together.
 
     Raises:
         EmlocError: a manifest has another fingerprint; says whose.
     """
-    manifest = require_emulator(adapter, emulator)
     trained_on = adapter.manifest.get("request", {}).get("model")
     if trained_on is not None and trained_on != emulator_fingerprint:
         raise EmlocError(
@@ -175,7 +123,7 @@ def require_match(
             "Give the emulator that it was trained on, unchanged, with --emulator.",
             code="mismatch",
         )
-    if manifest_value(manifest, emulator.directory, "request.base", str) != base_fingerprint:
+    if emulator.said("request.base", str) != base_fingerprint:
         raise EmlocError(
             f"The emulator {emulator.directory} was made from another base than {base.directory}: the fingerprints "
             "differ.",

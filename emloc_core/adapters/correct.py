@@ -15,26 +15,20 @@ import torch
 
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.as_trained import AsTrained
-from emloc_core.adapters.belonging import (
-    find_emulator,
-    is_emulator,
-    require_emulator,
-    require_match,
-    require_shapes,
-    require_uncorrected,
-)
+from emloc_core.adapters.belonging import require_match, require_shapes
 from emloc_core.adapters.candidates import CANDIDATES, Candidate, choose, comparison
 from emloc_core.adapters.dense import replaced_weights
+from emloc_core.adapters.emulator import Emulator
 from emloc_core.adapters.held_out import adding
 from emloc_core.adapters.moments import copy_moments, hash_moments
-from emloc_core.adapters.stand_ins import StandIns
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.row import Row
 from emloc_core.data.rows import SELECTION, load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import CONTENT, made_from, manifest_value
+from emloc_core.files.manifest import CONTENT, made_from
 from emloc_core.files.output import Output
 from emloc_core.model.opened import open_model
 from emloc_core.model.streaming import Stream
@@ -44,6 +38,7 @@ from emloc_core.report.verdict import verdict
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import PAPER_CLAMP, Loss
 from emloc_core.standins import StandIn
+from emloc_core.standins.format import MARK
 
 
 class Correct:
@@ -63,24 +58,19 @@ class Correct:
 
     def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
         self.request, self.adapter, self.settings = request, adapter, request.settings
-        self.emulator = find_emulator(adapter, request.emulator)
-        manifest = require_emulator(adapter, self.emulator)
+        self.emulator = Emulator(request.emulator or Path(adapter.model_name), adapter.directory)
         self.base = open_model(request.base or made_from(self.emulator.directory, "base"), request.device)
         self.base.checkpoint.require_unquantised()
         self.correct = plugin_manager().algorithm("corrections", self.settings.correction)
-
-        def made_with(setting: str, of: Any) -> Any:
-            return manifest_value(manifest, self.emulator.directory, f"request.settings.{setting}", of)
-
-        if made_with("paper", bool) and "clamp" not in self.settings.model_fields_set:
+        if self.emulator.said("request.settings.paper", bool) and "clamp" not in self.settings.model_fields_set:
             self.settings = self.settings.model_copy(update={"clamp": PAPER_CLAMP})
-        self.stand_ins = StandIns(self.emulator)
         self.skeleton = self.base.skeleton
         require_shapes(adapter, self.skeleton.model)
         for name, new in replaced_weights(adapter.replaced, self.skeleton).items():
             self.skeleton.replace(name, new.applied)
-        self.rows = self._rows(made_with("loss", Loss))
-        self.samples = self.base.samples(self.rows, made_with("max_length", int | None), "selection")
+        self.rows = self._rows(self.emulator.said("request.settings.loss", Loss))
+        length = self.emulator.said("request.settings.max_length", int | None)
+        self.samples = self.base.samples(self.rows, length, "selection")
 
     @cached_property
     def output(self) -> Output:
@@ -197,13 +187,13 @@ class Correct:
         return [corrected[candidate.clamp].scaled(candidate.scale) for candidate in compared]
 
     def _of_linear(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
-        emulated = self.stand_ins.of(self.skeleton.sources(f"{path}.weight")[0], path, weight)
+        emulated = self.emulator.of(self.skeleton.sources(f"{path}.weight")[0], path, weight)
         return self._clamped(path, weight, emulated, lora, clamps)
 
     def _of_experts(self, path: str, stack: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
         """Correct the LoRA of each expert by itself."""
         weights = stack if tuple(stack.shape) == lora.shape else stack.mT
-        emulated = self.stand_ins.of_stack(path, weights)
+        emulated = self.emulator.of_stack(path, weights)
         each = zip(weights, emulated, lora.experts(), strict=True)
         found = [self._clamped(path, weight, stand_in, of, clamps) for weight, stand_in, of in each]
         return [Lora.stacked(of) for of in zip(*found, strict=True)]
@@ -275,6 +265,13 @@ def prepare(request: CorrectRequest) -> Correct | AsTrained:
         EmlocError: the adapter, the emulator, the base or the settings cannot be used.
     """
     adapter = Adapter(request.adapter)
-    require_uncorrected(adapter)
-    on_an_emulator = request.emulator or not adapter.trained_on or is_emulator(adapter.trained_on)
-    return Correct(request, adapter) if on_an_emulator else AsTrained(request, adapter)
+    if adapter.is_corrected:
+        raise EmlocError(
+            f"{adapter.directory} is already corrected; correcting it twice would spoil it.",
+            "Use it on the base directly, or give the adapter that training wrote.",
+            code="mismatch",
+        )
+    model = adapter.trained_on
+    if request.emulator or not model or MARK in Checkpoint(model).config:  # its manifest may be lost
+        return Correct(request, adapter)
+    return AsTrained(request, adapter)
