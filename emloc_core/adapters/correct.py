@@ -30,7 +30,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, made_from
 from emloc_core.files.output import Output
-from emloc_core.model.opened import open_model
+from emloc_core.model.opened import open_original
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
@@ -59,8 +59,7 @@ class Correct:
     def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
         self.request, self.adapter, self.settings = request, adapter, request.settings
         self.emulator = Emulator(request.emulator or Path(adapter.model_name), adapter.directory)
-        self.base = open_model(request.base or made_from(self.emulator.directory, "base"), request.device)
-        self.base.checkpoint.require_unquantised()
+        self.base = open_original(request.base or made_from(self.emulator.directory, "base"), request.device)
         self.correct = plugin_manager().algorithm("corrections", self.settings.correction)
         if self.emulator.said("request.settings.paper", bool) and "clamp" not in self.settings.model_fields_set:
             self.settings = self.settings.model_copy(update={"clamp": PAPER_CLAMP})

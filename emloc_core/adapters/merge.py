@@ -21,7 +21,7 @@ from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, tensor_bytes
-from emloc_core.model.opened import open_model
+from emloc_core.model.opened import open_original
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import MergeRequest
 
@@ -43,9 +43,8 @@ class Merge:
 
     def __init__(self, request: MergeRequest) -> None:
         self.request, self.adapter = request, Adapter(request.adapter)
-        self.model = open_model(request.base or self.adapter.base_name, "cpu")
+        self.model = open_original(request.base or self.adapter.base_name, option="--base")
         self.base = self.model.checkpoint
-        self.base.require_unquantised("--base")
         skeleton = self.model.skeleton
         self.untied: dict[str, tuple[str, Change]] = {}  # new key -> key that it was tied to, what becomes of it
         self.unties = False

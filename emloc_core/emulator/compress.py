@@ -38,7 +38,7 @@ from emloc_core.files.card import data_name
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import tensor_bytes
-from emloc_core.model.opened import open_model
+from emloc_core.model.opened import open_original
 from emloc_core.objective import Sample
 from emloc_core.requests import CompressRequest
 from emloc_core.standins.registry import format_named
@@ -60,8 +60,7 @@ class Compress:
 
     def __init__(self, request: CompressRequest) -> None:
         self.request = request
-        self.base = open_model(request.model, request.device)
-        self.base.checkpoint.require_unquantised()
+        self.base = open_original(request.model, request.device)
         self.skipped: list[Skipped] = []
         rows = self._read()
         settings = request.settings.for_tuning(request.tuning).settled()

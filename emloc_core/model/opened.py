@@ -86,3 +86,18 @@ def open_model(name: str, device: str = "auto") -> OpenModel:
         EmlocError: there is no such model or device, or no family declares it.
     """
     return OpenModel(open_checkpoint(name), device=choose_device(device))
+
+
+def open_original(name: str, device: str = "cpu", option: str = "") -> OpenModel:
+    """Open a model whose weights are there themselves; see :func:`open_model`.
+
+    Args:
+        name, device: as there.
+        option: the one that names another model, for the message.
+
+    Raises:
+        EmlocError: as there; or it is quantised, or an emulator.
+    """
+    checkpoint = open_checkpoint(name)
+    checkpoint.require_unquantised(option)
+    return OpenModel(checkpoint, device=choose_device(device))

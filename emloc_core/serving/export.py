@@ -14,7 +14,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
-from emloc_core.model.opened import open_model
+from emloc_core.model.opened import open_original
 from emloc_core.requests import ExportRequest
 from emloc_core.serving.gguf_files import require_gguf, write_lora, write_model
 from emloc_core.serving.plain import plain, plain_config, warnings
@@ -42,9 +42,11 @@ class Export:
                 f"{request.source} is a model, not an adapter.", "Leave out --base and --allow-uncorrected."
             )
         self.adapter = adapter
-        self.model = open_model((request.base or adapter.base_name) if adapter else request.source, "cpu")
+        if adapter:
+            self.model = open_original(request.base or adapter.base_name, option="--base")
+        else:
+            self.model = open_original(request.source)
         self.base = self.model.checkpoint
-        self.base.require_unquantised("--base" if adapter else "")
         if self.settings.comfyui and (adapter is None or self.settings.gguf):
             raise EmlocError("--comfyui is for adapters, and no GGUF.", "Give an adapter, without --gguf.")
         if self.settings.gguf:
