@@ -110,7 +110,7 @@ class CompressSettings(Settings):
     allocator: Allocator | None = Field(
         None,
         description="How ranks are shared out: 'uniform', the same ratio everywhere; 'global', more rank where an "
-        "error disturbs a block more. By default what evidence prefers.",
+        "error disturbs a block more.",
     )
     kind: str = Field(
         AUTO,
@@ -224,16 +224,15 @@ class TrainSettings(StepSettings):
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     objective: Literal["sft", "dpo", "kto", "orpo"] = Field(
         "sft",
-        description="Training objective: 'sft' learns the answers; 'dpo' (direct preference optimisation) learns to "
-        "prefer each row's chosen answer to its rejected one, with the model without the LoRA as the reference; 'kto' "
-        "learns from single answers, each with a label: wanted or not; 'orpo' learns each row's chosen answer, and to "
-        "prefer it, without a reference.",
+        description="Training objective: 'sft' learns the answers; 'dpo' learns to prefer each row's chosen answer to "
+        "its rejected one; 'kto' learns from single answers, each with a label: wanted or not; 'orpo' learns chosen "
+        "answers, and to prefer them, without a reference.",
     )
     beta: float = Field(
         0.1,
         gt=0,
-        description="With dpo and kto: how much deviating from the model without the LoRA costs. With orpo: how much "
-        "preferring counts beside the likelihood of chosen answers.",
+        description="With dpo and kto: how much deviating from the model without the LoRA costs. With orpo: weight of "
+        "the preference beside the likelihood.",
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 by default, unless steps are given.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations to save memory.")
@@ -243,13 +242,13 @@ class TrainSettings(StepSettings):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input.")
     target_modules: list[str] | None = Field(
         None,
-        description="Modules to put the LoRA on, matched by the end of their paths: a list, or comma-separated names; "
-        "all-linear for every Linear but the output layer. By default, the family decides.",
+        description="Modules to put the LoRA on, by the end of their paths, or all-linear for every Linear but the "
+        "output layer. By default, the family decides.",
     )
     lora_experts: bool = Field(
         False,
-        description="Put a LoRA on every expert too; its rank is the LoRA's, divided by the number of experts that a "
-        "token is sent to. Its weights and their optimiser take memory for all experts.",
+        description="Put a LoRA on every expert too, of the rank divided by the number of experts that a token is sent "
+        "to. It takes memory for all experts.",
     )
     rank_pattern: Ranks | None = Field(
         None, description="Other ranks by the end of a module's path, such as q_proj=16,layers.0.mlp.down_proj=4."
@@ -258,8 +257,8 @@ class TrainSettings(StepSettings):
         None, description="Layers whose modules get a LoRA, such as 0-7,15; by default all."
     )
     modules_to_save: list[str] | None = Field(
-        None, description="Modules to train as a whole: the token embeddings, the output layer, or both, by the end of "
-        "their paths, such as embed_tokens,lm_head."
+        None, description="Token embeddings or output layer to train as a whole, by the end of their paths, such as "
+        "embed_tokens,lm_head."
     )  # fmt: skip
     trainable_token_indices: Numbers | None = Field(
         None, description="Tokens whose embeddings are trained, such as 32000-32003; with tied embeddings, also those "
@@ -307,8 +306,7 @@ class PolishSettings(StepSettings):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate; by default half of the adapter's tuning rate, and at least 2e-4; 2e-4 if that "
-        "rate is unknown.",
+        description="Peak learning rate; by default half of the adapter's tuning rate, and at least 2e-4.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for the order of rows.")
     save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
@@ -322,8 +320,8 @@ class ExactSettings(Settings):
 
     memory: str | None = Field(
         None,
-        description="Memory that the device may use, such as 24GiB: weights that fit beside what a step needs stay "
-        "there; by default every block is read twice per step.",
+        description="Memory that the device may use, such as 24GiB: weights that fit beside a step stay there; by "
+        "default every block is read twice per step.",
     )
     park: Literal["memory", "disk"] = Field(
         "memory", description="Where activations at block boundaries are kept until the backward pass."
@@ -336,7 +334,7 @@ class CorrectSettings(Settings):
     clamp: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "none"] = Field(
         "auto",
         description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares a few "
-        "limits, no correction, and a few scales of the uncorrected LoRA by their loss on held-out rows.",
+        "limits and scales of the uncorrected LoRA on held-out rows.",
     )
     correction: str = Field(
         "emloc", description="How the LoRA is corrected: 'emloc', as in the paper. Plugins can add others."

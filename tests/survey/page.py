@@ -21,23 +21,15 @@ _SAY = {"is an encoder-decoder": OTHER, "neither a causal language model nor": O
 _ALWAYS = ("and looking at it is not enough: ", "on a tiny model, ")
 INTRODUCTION = """# Survey of architectures
 
-Written by `make families-survey`, from `benchmarks/results/survey.jsonl`. For every model type of transformers
-{version} that has a class for causal language models, or for images and text: a tiny model, declared by looking at
-another tiny model, is compressed, tuned, corrected and merged ({ways}). Each result is compared with a reference that
-streams nothing: ordinary forwards of the whole model, the paper's formulas, and the base patched by hand.
+Written by `make families-survey`. For every model type of transformers {version} that has a class for causal
+language models, or for images and text, a tiny model is declared by looking at another one, compressed, tuned,
+corrected and merged ({ways}). Each result is compared with a reference that streams nothing: ordinary forwards
+of the whole model, the paper's formulas, and the base patched by hand. It is *right* if every stage agrees,
+*refused* if it is not compressed, with a reason, and *wrong* if it differs without a word.
 
-The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where no model runs from
-these. They show one branch of an architecture; `emloc compress` checks on your rows what its Linears receive.
-Types are run one by one, and again where something changed that concerns them: a result may be older than the code.
-
-| outcome | meaning |
-| --- | --- |
-| right | every stage gives what the reference gives |
-| refused | not compressed, with a reason |
-| wrong | a result differs from the reference, without a word |
-| crashed | an error that is no reason |
-| no decoder | not a decoder-only model: an encoder-decoder, for example |
-| package missing | transformers builds the model with a package that was not installed |
+The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where no model runs
+from these. They show one branch of an architecture; `emloc compress` checks on your rows what its Linears
+receive. Types are run again where something changed that concerns them: a result may be older than the code.
 """
 
 
@@ -81,13 +73,13 @@ def page(found: Iterable[Mapping[str, Any]]) -> str:
         for name in CLASSES:
             those = [result for result in known if result["class"] == name and outcome(result) == each]
             if those:
-                lines += ["", f"## {each.capitalize()}, {name}", "", "| model type | why |", "| --- | --- |"]
-                lines += [f"| {result['type']} | {_cell(result['why'])} |" for result in those]
+                lines += ["", f"## {each.capitalize()}, {name}", ""]
+                lines += [f"- `{result['type']}`: {_cell(result['why'])}" for result in those]
     right = [result for result in known if outcome(result) == RIGHT]
     partly = {way: [result["type"] for result in right if result["ways"][way] != RIGHT] for way in ways}
     if any(partly.values()):
-        lines += ["", "## Right, but refused in one way", "", "| way | model types |", "| --- | --- |"]
-        lines += [f"| {way} | {', '.join(types)} |" for way, types in partly.items() if types]
+        lines += ["", "## Right, but refused in one way", ""]
+        lines += [f"- {way}: {', '.join(types)}" for way, types in partly.items() if types]
     return "\n".join(lines) + "\n"
 
 
@@ -96,4 +88,5 @@ def _cell(text: str) -> str:
         text = text.replace(told, "")
     text = re.sub(r"^No plugin declares the model type '[^']*', ", "", text)
     text = re.sub(r"^The config of this '[^']*' cannot be shrunk to a tiny one: ", "cannot be shrunk: ", text)
-    return textwrap.shorten(text.replace("|", "/").replace("<", "").replace(">", ""), 120, placeholder=" ...")
+    text = re.sub(r"Class validation error for validator '[^']*': |/tmp/\S+ ", "", text)
+    return textwrap.shorten(text.replace("|", "/").replace("<", "").replace(">", ""), 110, placeholder=" ...")
