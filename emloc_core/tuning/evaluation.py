@@ -4,9 +4,7 @@ Transformers' trainer evaluates, keeps the best checkpoint and stops early; here
 written at every evaluation, so that the best one is there and an interrupted run resumes with the same patience.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -17,74 +15,15 @@ from emloc_core.adapters.held_out import summed_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.compat.peft import parameter_wrappers
 from emloc_core.data.row import Row
-from emloc_core.data.rows import load_rows, without
-from emloc_core.data.sets import share_of
-from emloc_core.errors import EmlocError
 from emloc_core.exact.parallel import Processes
 from emloc_core.model.opened import OpenModel
-from emloc_core.requests import EvalRows
 from emloc_core.settings import StepSettings
 from emloc_core.standins.expert_loras import of_wrapper
 
-_OTHER_ROWS = (
-    "Give --eval-data alone for all its rows, or --eval-split alone, such as 0.05, to hold out some of --data."
-)
 #: Losses in the trainer's log.
 LOSSES = MODEL_LOSS, BASE_LOSS = ("eval_loss", "eval_base_loss")
 #: What the trainer logs of preferences.
 MARGIN = "rewards/margins"
-_NUMBER = re.compile(r"\d*\.\d+")
-
-
-def divide(
-    rows: list[Row],
-    asked: EvalRows,
-    data: Any,
-    split: str,
-    settings: StepSettings,
-    held_out: Sequence[Path],
-    columns: Mapping[str, str],
-) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on and those to evaluate; no content is in both.
-
-    Args:
-        rows: rows of the data.
-        asked: which rows to evaluate.
-        data, split: where the rows are from.
-        settings: with the ``loss``.
-        columns: names that the data have for columns, by the usual names.
-        held_out: files with rows that the emulator was made or will be corrected with: they are not evaluated.
-
-    Raises:
-        EmlocError: there is no row to evaluate.
-    """
-    if asked.data is None and asked.split is None:
-        return rows, []
-    share = _share(asked)
-    if share is not None:
-        found = share_of(rows, share)
-    else:
-        source = data if asked.data is None else asked.data
-        if asked.split is not None and isinstance(source, str) and Path(source).is_file():
-            raise EmlocError(f"{source} is a file, which has no split {asked.split!r}.", _OTHER_ROWS)
-        found = without(load_rows(source, asked.split or split, settings.loss, columns), held_out)
-    if not found:
-        raise EmlocError("No row is left to evaluate.", "Give others with --eval-data, or a larger share.")
-    keys = {row.key for row in found}
-    return [row for row in rows if row.key not in keys], found
-
-
-def _share(asked: EvalRows) -> float | None:
-    """Return the share of the rows that are trained on to hold out; None if a split is named."""
-    if asked.split is None or not _NUMBER.fullmatch(asked.split):
-        return None
-    if not 0 < float(asked.split) < 1:
-        raise EmlocError(f"{asked.split} is no share of the rows to hold out.", "Give one between 0 and 1.")
-    if asked.data is not None:
-        raise EmlocError(
-            f"{asked.split} is a share of the rows that are trained on, and others are named.", _OTHER_ROWS
-        )
-    return float(asked.split)
 
 
 def trainer_settings(settings: StepSettings, *, on_base: bool) -> dict[str, Any]:

@@ -21,17 +21,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.adapters.moments import copy_moments, write_moments
-from emloc_core.data.rows import (
-    CALIBRATION,
-    SELECTION,
-    SKIPPED,
-    Skipped,
-    digest,
-    load_rows,
-    told,
-    without,
-    write_skipped,
-)
+from emloc_core.data.rows import SKIPPED, digest, told, write_skipped
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.files.card import data_name
@@ -41,13 +31,13 @@ from emloc_core.files.manifest import CONTENT, made_from, manifest_value, read_m
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_told
 from emloc_core.model.opened import OpenModel, open_model
-from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
+from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
-from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
+from emloc_core.tuning.evaluation import BaseLoss, is_over, logged, losses_at, trainer_settings
 from emloc_core.tuning.launcher import require_processes, require_room
 from emloc_core.tuning.planned import as_planned
-from emloc_core.tuning.preferences import require_preferences
+from emloc_core.tuning.rows import tuning_rows
 from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trainer import (
     DIVERGED,
@@ -84,7 +74,7 @@ class Train:
     callbacks: Sequence[TrainerCallback] = ()
 
     def __init__(self, request: TrainRequest | PolishRequest) -> None:
-        self.request, self.path, evaluation = request, request.output, request.evaluation
+        self.request, self.path = request, request.output
         self.model, settings = self._opened()
         self.settings: StepSettings = settings
         _ = self.model.checkpoint.tensors  # finds truncated shards before training
@@ -94,31 +84,8 @@ class Train:
         self.is_main_process = True  # until the processes have found each other
         self.model.objective.check(settings)
         self.targets = self._targets()
-        self.skipped: list[Skipped] = []
-        data, split, columns = request.data, request.split, request.columns
-        rows = load_rows(data, split, settings.loss, columns, self.skipped if request.skip_bad_rows else None)
-        self.model.objective.require_rows(rows, self.model.family)
-        held_out = [self.model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
-        known = [path for path in held_out if path.is_file() and self.model.objective.keeps_rows]
-        if self.settings.learns_preferences:
-            require_preferences(rows, self.settings)
-            if evaluation != EvalRows():
-                raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
-        kept = without(rows, [*known, *request.exclude], split, columns)
-        self.excluded = len(rows) - len(kept)
-        self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known, columns)
-        self.model.objective.require_rows(self.eval_rows, self.model.family)
+        self.rows, self.eval_rows, self.excluded, self.skipped = tuning_rows(request, self.model, settings)
         self.base = self._base()
-        if not self.eval_rows and settings.patience is not None:
-            raise EmlocError(
-                "There are no rows to evaluate, so patience would never end.",
-                "Give --eval-data or --eval-split, or leave it out.",
-            )
-        if not self.rows:
-            source = data if isinstance(data, str) else "the data"
-            why = f"all {len(rows)} are calibration, selection or excluded rows"
-            why = f"all {len(kept)} that are left are evaluated" if kept else why
-            raise EmlocError(f"No row of {source} is left to train on: {why}.", "Give more rows.")
 
     def _opened(self) -> tuple[OpenModel, StepSettings]:
         """Return the model, and the settings with what it decides of them."""

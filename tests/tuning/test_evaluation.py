@@ -23,9 +23,10 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import read_manifest
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.recipe.stages import stages
-from emloc_core.requests import EvalRows
+from emloc_core.requests import EvalRows, TrainRequest
 from emloc_core.settings import PolishSettings, TrainSettings
-from emloc_core.tuning.evaluation import BaseLoss, divide, loras_of
+from emloc_core.tuning.evaluation import BaseLoss, loras_of
+from emloc_core.tuning.rows import divide
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
@@ -35,6 +36,10 @@ FAST = {"learning_rate": 0.02, "bf16": False, "eval_steps": 4, "logging_steps": 
 def train(model, rows, output, evaluated, **changes) -> Path:
     settings = TrainSettings(**{**FAST, "steps": 12, **changes})
     return train_job(model, rows, output, settings, evaluation=evaluated).run()
+
+
+def request(evaluated) -> TrainRequest:
+    return TrainRequest(model="model", data="data", output=Path("adapter"), evaluation=evaluated)
 
 
 def nll(base, adapter, rows) -> float:
@@ -177,12 +182,12 @@ def test_a_resumed_polish_knows_the_loss_that_it_began_with(
 
 def test_a_share_of_the_rows_is_held_out_by_content():
     rows = load_rows(example_rows())
-    kept, evaluated = divide(rows, EvalRows(split="0.1"), None, "train", TrainSettings(), [], {})
+    kept, evaluated = divide(rows, request(EvalRows(split="0.1")), TrainSettings(), [])
     assert len(evaluated) == 12
     assert {row.key for row in kept} == {row.key for row in rows} - {row.key for row in evaluated}
-    _, again = divide(rows[::-1], EvalRows(split=".1"), None, "train", TrainSettings(seed=1), [], {})
+    _, again = divide(rows[::-1], request(EvalRows(split=".1")), TrainSettings(seed=1), [])
     assert {row.key for row in again} == {row.key for row in evaluated}
-    assert divide(rows, EvalRows(), None, "train", TrainSettings(), [], {}) == (rows, [])
+    assert divide(rows, request(EvalRows()), TrainSettings(), []) == (rows, [])
 
 
 def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_file, held_out, tmp_path):
@@ -198,7 +203,7 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
     with pytest.raises(EmlocError, match="was made from another base than"):
         train(tiny_emulator, rows_file, tmp_path / "a", EvalRows(data=str(held_out), on_base=True, base=str(other)))
     with pytest.raises(EmlocError, match="No row is left to evaluate"):
-        divide(load_rows(held_out), EvalRows(data=str(held_out)), None, "train", TrainSettings(), [held_out], {})
+        divide(load_rows(held_out), request(EvalRows(data=str(held_out))), TrainSettings(), [held_out])
 
 
 @pytest.mark.parametrize(
