@@ -5,10 +5,9 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import data, device, given, headroom, options, skip, split
+from emloc_core.cli.console import stage_options
+from emloc_core.cli.options import data, device, given, headroom, options, output, skip, split
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 
@@ -16,7 +15,7 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @click.command("compress")
 @click.argument("model")
 @data(required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the emulator.")
+@output("Directory for the emulator.")
 @click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="File with rows to leave out, such as test rows; repeatable.")  # fmt: skip
 @split
@@ -29,9 +28,7 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), of="--memory", hidden=True)
 @options(CompressSettings)
 @device
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(memory: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Make an emulator of MODEL, a directory or hub id: a smaller copy to train on.
 

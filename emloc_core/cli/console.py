@@ -3,13 +3,13 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.verbosity import Verbosity, verbosity
+from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.files.meter import peak_memory
 from emloc_core.stages.progress import Pace
 from emloc_core.stages.result import Result
@@ -24,6 +24,12 @@ dry_run = click.option(
     is_flag=True,
     help="Print what would be done, with sizes, and stop. Hashes of large files are kept for the real run.",
 )
+
+
+def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what every stage takes: ``--quiet``, ``--verbose``, ``--dry-run`` and ``--json``."""
+    return verbosity_options(dry_run(as_json(function)))
+
 
 push = click.option("--push", metavar="REPO", help="Then upload the output to this private repository on the hub.")
 

@@ -5,10 +5,9 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run, push
+from emloc_core.cli.console import push, stage_options
 from emloc_core.cli.options import adapter_on_base, device, given, options
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import CorrectSettings
 
@@ -20,9 +19,7 @@ from emloc_core.settings import CorrectSettings
 @click.option("--selection-data", type=click.Path(path_type=Path), help="Other rows for --clamp auto to choose on.")
 @device
 @push
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(push: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Correct the LoRA in ADAPTER, trained on an emulator, for use on the base model.
 

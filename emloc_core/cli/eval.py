@@ -5,9 +5,8 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
+from emloc_core.cli.console import stage_options
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.new_task import KINDS
 from emloc_core.requests import System, make_request
@@ -39,9 +38,7 @@ _SYSTEMS = ("base", "emulator", "adapter", "corrected", "polished", "merged", "f
 )
 @click.option("--new-task", type=click.Choice(KINDS), help="Write a task file for --data to -o, and evaluate nothing.")
 @click.option("--data", type=_DIRECTORY, help="With --new-task: held-out rows, which nothing was tuned on.")
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(
     new_task: str | None, data: Path | None, others: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
 ) -> None:

@@ -1,30 +1,26 @@
 """``emloc export``."""
 
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run, push
-from emloc_core.cli.options import given, options
+from emloc_core.cli.console import push, stage_options
+from emloc_core.cli.options import given, options, output
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import ExportSettings
 
 
 @click.command("export")
 @click.argument("source")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the export.")
+@output("Directory for the export.")
 @click.option("--base", help="Model that the adapter is for: directory or hub id.  [default: found from SOURCE]")
 @click.option(
     "--allow-uncorrected", is_flag=True, help="Export an adapter that was trained on an emulator without correcting it."
 )
 @options(ExportSettings)
 @push
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(push: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Write SOURCE, an adapter or a merged model, in the form that servers expect.
 

@@ -1,22 +1,19 @@
 """``emloc import``."""
 
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
+from emloc_core.cli.console import stage_options
+from emloc_core.cli.options import output
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 
 
 @click.command("import")
 @click.argument("source")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the checkpoint.")
-@verbosity_options
-@dry_run
-@as_json
+@output("Directory for the checkpoint.")
+@stage_options
 def command(dry_run: bool, as_json: bool, **content: Any) -> None:
     """Convert SOURCE, a directory or hub id, to the layout of transformers' own classes, for the other commands.
 

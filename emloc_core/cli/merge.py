@@ -4,10 +4,9 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run, push
+from emloc_core.cli.console import push, stage_options
 from emloc_core.cli.options import adapter_on_base
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 
 
@@ -16,9 +15,7 @@ from emloc_core.requests import make_request
 @click.option("--allow-uncorrected", is_flag=True,
               help="Merge an adapter that was trained on an emulator without correcting it.")  # fmt: skip
 @push
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(push: str | None, dry_run: bool, as_json: bool, **content: Any) -> None:
     """Merge ADAPTER into its base, as an ordinary checkpoint of the original architecture.
 

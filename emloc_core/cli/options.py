@@ -46,6 +46,11 @@ headroom = click.option(
 )
 
 
+def output(help: str) -> Callable[..., Any]:
+    """Return the option for the output's directory."""
+    return click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=help)
+
+
 def split(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how the rows are read: ``--split`` and ``--columns``."""
     function = click.option("--columns", default="", metavar="NAME=COLUMN,...", show_default=False,
@@ -129,20 +134,18 @@ def rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def adapter_on_base(base: str, output: str) -> Callable[..., Any]:
+def adapter_on_base(base: str, directory: str) -> Callable[..., Any]:
     """Return a decorator that adds ADAPTER, ``--base`` and ``--output``.
 
     Args:
         base: help text for ``--base``.
-        output: help text for ``--output``.
+        directory: help text for ``--output``.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        path = click.Path(path_type=Path)
-        function = click.option("-o", "--output", type=path, required=True, help=output)(function)
         named = f"{base}: directory or hub id.  [default: found from ADAPTER]"
-        function = click.option("--base", help=named)(function)
-        return click.argument("adapter", type=path)(function)
+        function = click.option("--base", help=named)(output(directory)(function))
+        return click.argument("adapter", type=click.Path(path_type=Path))(function)
 
     return decorate
 

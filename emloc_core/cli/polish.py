@@ -4,10 +4,9 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run, push
+from emloc_core.cli.console import push, stage_options
 from emloc_core.cli.options import TRAIN_FLAGS, adapter_on_base, evaluated, evaluation, given, options, pairs, rows
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import ExactSettings, PolishSettings
 
@@ -19,9 +18,7 @@ from emloc_core.settings import ExactSettings, PolishSettings
 @options(PolishSettings, TRAIN_FLAGS, skip=["extra"])
 @options(ExactSettings)
 @push
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
     """Train ADAPTER for a few exact steps on the base itself, in the memory of a few blocks.
 

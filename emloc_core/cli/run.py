@@ -4,9 +4,8 @@ from pathlib import Path
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
+from emloc_core.cli.console import stage_options
 from emloc_core.cli.recipes import planning, reporting, show, show_plan
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.processes.environment import without_collections
 
 
@@ -14,9 +13,7 @@ from emloc_core.processes.environment import without_collections
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
               help="Override a value of the recipe; repeatable. Quote a part of the key that has a dot.")  # fmt: skip
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Run all stages of RECIPE, a TOML file: compress, train, correct, polish, merge, eval.
 

@@ -1,14 +1,12 @@
 """``emloc train``."""
 
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run, push
-from emloc_core.cli.options import TRAIN_FLAGS, evaluated, evaluation, given, options, pairs, rows
+from emloc_core.cli.console import push, stage_options
+from emloc_core.cli.options import TRAIN_FLAGS, evaluated, evaluation, given, options, output, pairs, rows
 from emloc_core.cli.stage import run
-from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import ExactSettings, TrainSettings
 
@@ -16,7 +14,7 @@ from emloc_core.settings import ExactSettings, TrainSettings
 @click.command("train")
 @click.argument("model")
 @rows
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the adapter.")
+@output("Directory for the adapter.")
 @evaluation(of_emulator=True)
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
 @click.option(
@@ -26,9 +24,7 @@ from emloc_core.settings import ExactSettings, TrainSettings
 )
 @options(ExactSettings, of="--exact")
 @push
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
     """Train a LoRA with TRL on MODEL, an emulator (or an ordinary model, as the upper bound).
 

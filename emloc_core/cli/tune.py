@@ -5,17 +5,17 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import TRAIN_FLAGS, data, evaluation, given, headroom, options, skip, split
+from emloc_core.cli.console import stage_options
+from emloc_core.cli.options import TRAIN_FLAGS, data, evaluation, given, headroom, options, output, skip, split
 from emloc_core.cli.recipes import planning, reporting, show, show_plan
-from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
+from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.settings import FREE, TrainSettings, validated
 
 
 @click.command("tune")
 @click.argument("model")
 @data(required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for all outputs.")
+@output("Directory for all outputs.")
 @click.option("--memory", metavar="SIZE", default=FREE, help="Memory to tune in, such as 24GiB.  [default: what is "
               "free of the GPU, or of the machine's memory without one]")  # fmt: skip
 @headroom
@@ -26,9 +26,7 @@ from emloc_core.settings import FREE, TrainSettings, validated
 @click.option("--paper", is_flag=True, help="Make the emulator as in the paper, for reference: low-rank factors, even "
               "where an ordinary LoRA fits.")  # fmt: skip
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
-@verbosity_options
-@dry_run
-@as_json
+@stage_options
 def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Tune MODEL, a directory or hub id, on your rows in the memory that there is.
 
