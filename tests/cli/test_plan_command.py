@@ -124,6 +124,7 @@ def test_headroom_is_named_and_stays_free(shallow_model: Path) -> None:
     assert "memory, which is not given" in refused(*options[:-1], "--headroom", "1GiB")
 
 
+@pytest.mark.thorough
 def test_images_of_any_size(tmp_path: Path) -> None:
     settings = dict(QWEN_VL.tiny_configs[-1])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, dtype="float32")
@@ -190,6 +191,7 @@ def test_a_micro_batch_is_as_large_as_fits(shallow_model: Path) -> None:
         assert (found["ways"][0]["micro_batch"], found["ways"][0]["accumulation"]) == (rows, 8 // rows)
 
 
+@pytest.mark.thorough
 def test_kto_needs_two_rows_at_once(shallow_model: Path) -> None:
     told = refused("plan", shallow_model, "--length", 64, "--objective", "kto", "--device", "cpu", *ALL, "100MB")
     assert "on 2 x 64 tokens needs" in told
@@ -255,6 +257,7 @@ def test_the_commands_have_the_workload_that_was_planned(shallow_model: Path) ->
     assert f"emloc train {shallow_model} --data train.jsonl {how} -o adapter\n" in shown
 
 
+@pytest.mark.thorough
 def test_preferences_are_planned_by_rows_of_two_answers(shallow_model: Path) -> None:
     options = ("--length", 32, "--batch-size", 4, "--kind", "nf4", "--memory")
     answers = plan(shallow_model, *options, "4GiB")

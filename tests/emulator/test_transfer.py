@@ -71,6 +71,7 @@ def test_an_ordinary_model_takes_what_peft_does(tiny_model, tmp_path, in_four_bi
     assert isinstance(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), PeftModel)
 
 
+@pytest.mark.thorough
 def test_loading_an_emulator_does_not_import_peft(tiny_emulator):
     code = (
         "import sys, emloc_core.standins.quantizer; from transformers import AutoModelForCausalLM as m; "

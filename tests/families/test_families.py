@@ -254,6 +254,7 @@ def test_the_declaration_of_a_nested_model_is_moved_to_where_it_stands():
     assert family.auto_class == "AutoModelForImageTextToText"
 
 
+@pytest.mark.thorough
 def test_a_nested_model_may_begin_otherwise_than_with_model(tmp_path):
     AutoConfig.for_model("gpt_neox").save_pretrained(tmp_path)
     inner = scaffold(tmp_path / "config.json").family

@@ -168,10 +168,12 @@ def starcoder2_model(environment, starcoder2, tmp_path_factory) -> Path:
     return save_tiny_model(settings, tmp_path_factory.mktemp("models") / "tiny-starcoder2")
 
 
+@pytest.mark.thorough
 def test_a_declaration_is_short(starcoder2):
     assert len([line for line in starcoder2.read_text().splitlines() if line.strip()]) <= 40
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("starcoder2")
 def test_a_strangers_family_passes_the_conformance_kit(environment, tmp_path):
     listed = json.loads(environment.run("emloc", "families", "--json", cwd=tmp_path))
