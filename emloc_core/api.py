@@ -532,8 +532,7 @@ def tune(  # noqa: PLR0913 - all by keyword
     split: str = "train",
     columns: ColumnNames | None = None,
     skip_bad_rows: bool = False,
-    eval_data: Name | None = None,
-    eval_split: str | float | None = None,
+    evaluation: EvalRowsKwargs | None = None,
     paper: bool = False,
     progress: OnProgress | None = None,
     **settings: Unpack[TrainAllKwargs],
@@ -554,8 +553,7 @@ def tune(  # noqa: PLR0913 - all by keyword
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
-        eval_data: rows to evaluate every ``eval_steps`` steps, by name; the best checkpoint is kept.
-        eval_split: their split; or a share of ``data`` to hold out, such as 0.05.
+        evaluation: rows to evaluate while training, see :func:`train`: ``data``, ``split`` and ``on_base``.
         paper: make the emulator as in the paper, for reference: low-rank factors, even where an ordinary LoRA fits.
         progress: called after every item of every stage; by default the stages show theirs on stderr.
         settings: see :func:`train`: ``steps``, ``learning_rate``, ...
@@ -567,10 +565,13 @@ def tune(  # noqa: PLR0913 - all by keyword
         EmlocError: the model, the rows or the settings cannot be used, no way to tune fits, or a stage failed; the
             message names it, and earlier stages are kept.
     """
-    from emloc_core.recipe.tune import Tune, by_name
+    from emloc_core.recipe.tune import EVALUATED, Tune, by_name
 
     settle()
     with quiet() if progress else nullcontext():
+        evaluated = dict(evaluation or {})
+        if evaluated.get("data") is not None:
+            evaluated["data"] = by_name(evaluated["data"], Path(output), columns=columns or {}, name=EVALUATED)
         asked = Tune(
             model=fspath(model),
             data=by_name(data, Path(output), split, columns or {}, skip_bad_rows=skip_bad_rows),
@@ -581,8 +582,7 @@ def tune(  # noqa: PLR0913 - all by keyword
             split=split,
             columns=columns or {},
             skip_bad_rows=skip_bad_rows,
-            eval_data=None if eval_data is None else fspath(eval_data),
-            eval_split=eval_split,
+            evaluation=evaluated,
             paper=paper,
             settings=validated(TrainSettings, _with_extra(settings), "See `emloc tune --help`."),
         )

@@ -6,7 +6,18 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import stage_options
-from emloc_core.cli.options import TRAIN_FLAGS, data, evaluation, given, headroom, options, output, skip, split
+from emloc_core.cli.options import (
+    TRAIN_FLAGS,
+    data,
+    evaluated,
+    evaluation,
+    given,
+    headroom,
+    options,
+    output,
+    skip,
+    split,
+)
 from emloc_core.cli.recipes import planning, reporting, show, show_plan
 from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.settings import FREE, TrainSettings, validated
@@ -39,7 +50,8 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
 
     said, others = given(TrainSettings, values)
     settings = validated(TrainSettings, said, "See `emloc tune --help`.")
-    asked = Tune(output=output, settings=settings, **others)
+    rows, others = evaluated(others)
+    asked = Tune(output=output, settings=settings, evaluation=rows, **others)
     recipe = asked.started()
     if recipe:
         click.echo(f"{output / 'recipe.toml'} is there: resuming it.", err=True)

@@ -24,12 +24,14 @@ from emloc_core.recipe.overview import write_overview
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
 from emloc_core.recipe.run import run_recipe
-from emloc_core.requests import COLUMNS, SKIP, Rows
-from emloc_core.settings import FREE, Columns, CompressSettings, Settings, SplitOrShare, TrainSettings
+from emloc_core.requests import COLUMNS, SKIP, EvalRows, Rows
+from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
 
-RECIPE, ASKED, ROWS, HELD_OUT, PAGE = "recipe.toml", "tune.json", "rows.jsonl", "held_out.jsonl", "report.html"
+RECIPE, ASKED, HELD_OUT, PAGE = "recipe.toml", "tune.json", "held_out.jsonl", "report.html"
+#: Rows that were in memory.
+ROWS, EVALUATED = "rows.jsonl", "evaluated.jsonl"
 #: What is written before all that was asked for is.
-_FIRST = {ROWS, SKIPPED, HELD_OUT, RECIPE, IMAGES}
+_FIRST = {ROWS, EVALUATED, SKIPPED, HELD_OUT, RECIPE, IMAGES}
 #: Rows that are never tuned on, and answered before and after.
 _ANSWERED = 5
 
@@ -48,8 +50,7 @@ class Tune(Settings):
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
     skip_bad_rows: bool = Field(False, description=SKIP)
-    eval_data: str | None = Field(None, description="Rows to evaluate while tuning.")
-    eval_split: SplitOrShare | None = Field(None, description="Their split; or a share of the data to hold out.")
+    evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning, by name.")
     paper: bool = Field(False, description="Make the emulator as in the paper, for reference.")
     merge: bool = Field(False, description="Write the merged model too.")
     settings: TrainSettings = TrainSettings()
@@ -117,8 +118,9 @@ class Tune(Settings):
                 split=self.split,
                 columns=self.columns,
                 skip_bad_rows=self.skip_bad_rows,
-                eval=self.eval_data and _place(self.eval_data),
-                eval_split=self.eval_split,
+                eval=self.evaluation.data and _place(self.evaluation.data),
+                eval_split=self.evaluation.split,
+                eval_base=self.evaluation.on_base,
             ),
             **emulator,
             train=self.settings,
@@ -165,8 +167,9 @@ def by_name(
     columns: Mapping[str, str] = NO_RENAMING,
     *,
     skip_bad_rows: bool = False,
+    name: str = ROWS,
 ) -> Any:
-    """Return rows by the names of their files or data sets; those in memory are written to the output first.
+    """Return rows by the names of their files or data sets; those in memory are written to a file of the output first.
 
     Raises:
         EmlocError: the rows cannot be read, or others were written there.
@@ -177,7 +180,7 @@ def by_name(
         return data
     skipped: list[Skipped] = []
     rows = load_rows(data, split, columns=columns, skipped=skipped if skip_bad_rows else None)
-    file = output / ROWS
+    file = output / name
     if file.is_file():
         if digest(load_rows(file)) != digest(rows):
             raise EmlocError(

@@ -100,9 +100,11 @@ def test_rows_to_evaluate(emloc, shallow_model, rows_file, tmp_path):
 
 
 def test_rows_in_memory(shallow_model, tmp_path):
-    rows = [{"prompt": f"say {number}", "completion": f" {number}"} for number in range(40)]
-    asked = {"memory": "4GiB", **QUICK}
+    rows = [{"question": f"say {number}", "completion": f" {number}"} for number in range(40)]
+    evaluation = {"evaluation": {"data": rows[:4]}, "eval_steps": 1}
+    asked = {"memory": "4GiB", **QUICK, **evaluation, "columns": {"prompt": "question"}}
     tuned = emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **asked)
+    assert any("eval_loss" in entry for entry in read_json(tuned.path / "adapter" / "log.json"))
     assert tuned.final.kind == "adapter"
     assert tuned.final.load() is not None
     assert emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **asked).path == tuned.path
