@@ -608,12 +608,12 @@ def _read(data: Rows, exclude: Iterable[Name], split: str, columns: ColumnNames 
 
 
 def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result[Any]:
-    from emloc_core.stages.perform import finish, prepare, warnings_of
+    from emloc_core.stages.perform import finish, prepare
 
     settle()
     with quiet() if progress else nullcontext():
         job: Any = prepare(request)
-        for text in warnings_of(job):
+        for text in job.warnings:
             warnings.warn(text, stacklevel=3)
         if callbacks:
             job.callbacks = tuple(callbacks)

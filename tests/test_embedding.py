@@ -218,7 +218,7 @@ def test_results_have_the_keys_of_their_types(emulator, tmp_path):
 
 
 def test_warnings_go_to_the_logger_of_emloc_when_events_are_asked_for(monkeypatch, tiny_model, tmp_path, caplog, capfd):
-    monkeypatch.setattr("emloc_core.stages.perform.warnings_of", lambda _: ["the rows are few"])
+    monkeypatch.setattr("emloc_core.emulator.compress.Compress.warnings", ["the rows are few"])
     with warnings.catch_warnings(record=True) as shown:
         emloc.compress(tiny_model, ROWS, tmp_path / "e", **COMPRESS, progress=lambda _: None)
     assert not shown

@@ -1,6 +1,5 @@
 """Stage 3 where there is nothing to correct: a LoRA that was trained on its base, or on that in four bits."""
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,14 @@ from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_
 from emloc_core.adapters.belonging import require_base
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
 from emloc_core.model.opened import open_model
 from emloc_core.requests import CorrectRequest
 
 
-class AsTrained:
+class AsTrained(Job):
     """Copies an adapter that was trained on no emulator, so that what follows finds it where it expects it.
 
     Args:
@@ -65,18 +65,14 @@ class AsTrained:
             "finished": self.output.is_finished(),
         }
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+    def make(self, staging: Path, progress: Progress) -> None:
         """Copy it."""
-        if self.output.is_finished():
-            return self.output.path
-        with self.output.build() as staging:
-            config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
-            write_adapter(staging, config, self.adapter.loras, {CORRECTED: "0"}, self.adapter.others)
-            copy_moments(self.adapter.directory, staging)
-            self.model.objective.accompany(self.base, staging)
-            self.output.result = {
-                "clamp": 0, "scale": 1.0, "linears": len(self.adapter.loras), CONTENT: content_hash(staging)
-            }  # fmt: skip
-            self.output.made = "Left as it was trained: not on an emulator."
+        config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
+        write_adapter(staging, config, self.adapter.loras, {CORRECTED: "0"}, self.adapter.others)
+        copy_moments(self.adapter.directory, staging)
+        self.model.objective.accompany(self.base, staging)
+        self.output.result = {
+            "clamp": 0, "scale": 1.0, "linears": len(self.adapter.loras), CONTENT: content_hash(staging)
+        }  # fmt: skip
+        self.output.made = "Left as it was trained: not on an emulator."
         progress("copied", 1, 1)
-        return self.output.path

@@ -5,7 +5,7 @@ uncorrected LoRA are compared by the loss of the base with the adapter on held-o
 candidates in one streamed pass over the base, so that memory never exceeds that of inference.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from emloc_core.data.rows import SELECTION, load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import CONTENT, made_from
 from emloc_core.files.output import Output
 from emloc_core.model.opened import open_original
@@ -41,7 +42,7 @@ from emloc_core.standins import StandIn
 from emloc_core.standins.format import MARK
 
 
-class Correct:
+class Correct(Job):
     """Stage 3, after the cheap checks; :meth:`run` writes the corrected adapter.
 
     Args:
@@ -126,39 +127,31 @@ class Correct:
             )
         return wanted
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Write the corrected adapter.
-
-        Args:
-            progress: called with a module's path, the number done, and the total.
-        """
-        if self.output.is_finished():
-            return self.output.path
-        with self.output.build() as staging:
-            compared = self._candidates()
-            found, losses = self._compare(compared, progress) if self.samples else ({}, None)
-            done = len(found)
-            # LoRAs that no row passed through (a tower of another modality), and all LoRAs at a fixed clamp.
-            for path, lora in self.adapter.loras.items():
-                if path not in found:
-                    name = lora.parameter(path)
-                    with self.skeleton.parameters([name]) as weights:
-                        found[path] = self._correct(path, weights[name], lora, compared)
-                    done += 1
-                    progress(path, done, len(self.adapter.loras))
-            chosen = 0 if losses is None else choose(losses)
-            config = {**self.adapter.config, "base_model_name_or_path": self.base.checkpoint.name}
-            config["fan_in_fan_out"] = any(self.skeleton.is_transposed(key) for key in self._keys())
-            # PEFT reads the scale from the config, which is that of the adapter as it was trained.
-            loras = {path: found[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
-            corrected = {CORRECTED: str(compared[chosen].clamp)}
-            write_adapter(staging, config, loras, corrected, self.adapter.others)
-            copy_moments(self.adapter.directory, staging)
-            self.base.objective.accompany(self.base.checkpoint, staging)
-            result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}
-            self.output.result = {**result, CONTENT: content_hash(staging)}
-            self.output.made = f"Correction by `{self.settings.correction}`: {verdict(result)}."
-        return self.output.path
+    def make(self, staging: Path, progress: Progress) -> None:
+        """Write the corrected adapter; ``progress`` is called with a module's path."""
+        compared = self._candidates()
+        found, losses = self._compare(compared, progress) if self.samples else ({}, None)
+        done = len(found)
+        # LoRAs that no row passed through (a tower of another modality), and all LoRAs at a fixed clamp.
+        for path, lora in self.adapter.loras.items():
+            if path not in found:
+                name = lora.parameter(path)
+                with self.skeleton.parameters([name]) as weights:
+                    found[path] = self._correct(path, weights[name], lora, compared)
+                done += 1
+                progress(path, done, len(self.adapter.loras))
+        chosen = 0 if losses is None else choose(losses)
+        config = {**self.adapter.config, "base_model_name_or_path": self.base.checkpoint.name}
+        config["fan_in_fan_out"] = any(self.skeleton.is_transposed(key) for key in self._keys())
+        # PEFT reads the scale from the config, which is that of the adapter as it was trained.
+        loras = {path: found[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
+        corrected = {CORRECTED: str(compared[chosen].clamp)}
+        write_adapter(staging, config, loras, corrected, self.adapter.others)
+        copy_moments(self.adapter.directory, staging)
+        self.base.objective.accompany(self.base.checkpoint, staging)
+        result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}
+        self.output.result = {**result, CONTENT: content_hash(staging)}
+        self.output.made = f"Correction by `{self.settings.correction}`: {verdict(result)}."
 
     @property
     def bytes_to_read(self) -> int:
@@ -221,7 +214,7 @@ class Correct:
         return [candidate.to(torch.device("cpu")) for candidate in corrected]
 
     def _compare(
-        self, compared: tuple[Candidate, ...], progress: Callable[[str, int, int], None]
+        self, compared: tuple[Candidate, ...], progress: Progress
     ) -> tuple[dict[str, list[Lora]], torch.Tensor]:
         """Correct for every candidate, and measure each on the held-out rows, in one pass over the base.
 

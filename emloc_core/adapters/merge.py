@@ -3,7 +3,7 @@
 Every tensor keeps its key and its place in the base, and tensors without a LoRA keep their bytes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.output import Output
 from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, tensor_bytes
 from emloc_core.model.opened import open_original
@@ -31,7 +32,7 @@ _AT_ONCE = 3  # shards
 _ROWS_BYTES = 2 << 20  # bytes of a weight merged at a time: few enough to stay in the processor's cache
 
 
-class Merge:
+class Merge(Job):
     """A merge, after the cheap checks; :meth:`run` writes the merged checkpoint.
 
     Args:
@@ -123,27 +124,19 @@ class Merge:
             else:
                 self.untied.setdefault(name, (skeleton.sources(source)[0], replaced.get(name)))
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Write the merged checkpoint, or resume what an interrupted run left.
+    def make(self, staging: Path, progress: Progress) -> None:
+        """Write the merged checkpoint; ``progress`` is called with a shard's name."""
+        self._write_shards(staging, progress)
+        self._write_side_files(staging)
+        self.output.result = {
+            "merged_linears": len(self.adapter.loras),
+            "replaced": sorted(self.adapter.replaced),
+            "untied": sorted(self.untied),
+            "bytes": sum((staging / shard.name).stat().st_size for shard in self.base.shards),
+        }
+        self.output.made = f"Merge: the LoRA is added to {len(self.adapter.loras)} of the base's Linears."
 
-        Args:
-            progress: called with a shard's name, the number of shards done, and the total.
-        """
-        if self.output.is_finished():
-            return self.output.path
-        with self.output.build() as staging:
-            self._write_shards(staging, progress)
-            self._write_side_files(staging)
-            self.output.result = {
-                "merged_linears": len(self.adapter.loras),
-                "replaced": sorted(self.adapter.replaced),
-                "untied": sorted(self.untied),
-                "bytes": sum((staging / shard.name).stat().st_size for shard in self.base.shards),
-            }
-            self.output.made = f"Merge: the LoRA is added to {len(self.adapter.loras)} of the base's Linears."
-        return self.output.path
-
-    def _write_shards(self, staging: Path, progress: Callable[[str, int, int], None]) -> None:
+    def _write_shards(self, staging: Path, progress: Progress) -> None:
         """Write a few shards at a time: one waits for the disk while another is computed or copied."""
         shards = self.base.shards
         with ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -25,7 +25,7 @@ from emloc_core.stages.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from emloc_core.stages.perform import Job
+    from emloc_core.files.job import Job
 
 _DOING = {
     "import": "Importing",
@@ -87,13 +87,13 @@ def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
 
 @without_collections()
 def _prepare(request: Request, push: str | None = None) -> "Job":
-    from emloc_core.stages.perform import prepare, warnings_of
+    from emloc_core.stages.perform import prepare
 
     if push is not None:
         check_repository(push)
     set_up_libraries(on_terminal=sys.stderr.isatty())
     job = prepare(request)
-    for warning in warnings_of(job):
+    for warning in job.warnings:
         click.echo(f"warning: {warning}.", err=True)
     gc.freeze()  # modules and rows stay until the end: no later look for garbage has to go through them
     return job

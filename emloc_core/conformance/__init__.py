@@ -5,7 +5,6 @@ Checks go through the stages that users run, on files in a temporary directory. 
 """
 
 import tempfile
-from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,12 +13,10 @@ from typing import TYPE_CHECKING
 from emloc_core.conformance.check import Check, CheckResult
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.files.job import Progress
 
 if TYPE_CHECKING:
     from emloc_core.standins import Format
-
-#: Called with the last check, the number of checks done, and the total.
-Progress = Callable[[str, int, int], None]
 
 
 def check_family(family: Family, progress: Progress = lambda *_: None) -> list[CheckResult]:
@@ -73,4 +70,4 @@ def check_format(format: "Format", progress: Progress = lambda *_: None) -> list
     return results
 
 
-__all__ = ["Check", "CheckResult", "Progress", "check_family", "check_format"]
+__all__ = ["Check", "CheckResult", "check_family", "check_format"]

@@ -26,7 +26,7 @@ from emloc_core.data.rows import (
 from emloc_core.data.sets import draw
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
-from emloc_core.emulator.decompose import Decomposition, Progress
+from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles, weight_keys
 from emloc_core.emulator.method import CompletedSettings, method_of
 from emloc_core.emulator.pack import pack_blocks
@@ -36,6 +36,7 @@ from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.files.card import data_name
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.output import Output
 from emloc_core.files.shards import tensor_bytes
 from emloc_core.model.opened import open_original
@@ -44,7 +45,7 @@ from emloc_core.requests import CompressRequest
 from emloc_core.standins.registry import format_named
 
 
-class Compress:
+class Compress(Job):
     """Stage 1, after the cheap checks; :meth:`run` makes the emulator.
 
     Args:
@@ -154,36 +155,32 @@ class Compress:
         return [*self.coverage.warnings, *told(self.skipped), few]
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
-        """Make the emulator, or resume an interrupted run.
+        """Make the emulator; of one that is finished, note what it was planned for now."""
+        if self.output.is_finished() and (tuning := self._tuning()):
+            self.output.note("tuning", tuning)
+        return super().run(progress)
 
-        Args:
-            progress: called with a block's path, the number of blocks done, and the total.
-        """
-        if self.output.is_finished():
-            if tuning := self._tuning():
-                self.output.note("tuning", tuning)
-            return self.output.path
-        with self.output.build() as staging:
-            plan = self.plan
-            if self.method.by_spectra:
-                first, progress = _in_two_passes(progress)
-                plan = self._allocated(staging, first)
-            files = EmulatorFiles(self.base.skeleton, plan, staging, self.format)
-            calibrated = self.settings.calibration != "none"
-            pack_vocabulary(files, [each for each in plan.vocabulary if not (calibrated and each.is_fitted)])
-            if self.settings.calibration == "none":
-                pack_blocks(files, progress)
-            elif self.settings.calibration == "propagated":
-                self._decomposition(plan, progress, staging).propagate(files)
-            else:
-                self._decomposition(plan, progress, staging).run(files)
-            self._write_rows(staging)
-            known = {"family": self.base.family.name, "coverage": self.coverage.describe()}
-            known |= {"tuning": tuning} if (tuning := self._tuning()) else {}
-            left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
-            self.output.result = {**known, **left_out, **files.finish(self._tokens)}
-            self.output.made = described(self.settings, self.output.result)
-        return self.output.path
+    def make(self, staging: Path, progress: Progress) -> None:
+        """Make the emulator; ``progress`` is called with a block's path."""
+        plan = self.plan
+        if self.method.by_spectra:
+            first, progress = _in_two_passes(progress)
+            plan = self._allocated(staging, first)
+        files = EmulatorFiles(self.base.skeleton, plan, staging, self.format)
+        calibrated = self.settings.calibration != "none"
+        pack_vocabulary(files, [each for each in plan.vocabulary if not (calibrated and each.is_fitted)])
+        if self.settings.calibration == "none":
+            pack_blocks(files, progress)
+        elif self.settings.calibration == "propagated":
+            self._decomposition(plan, progress, staging).propagate(files)
+        else:
+            self._decomposition(plan, progress, staging).run(files)
+        self._write_rows(staging)
+        known = {"family": self.base.family.name, "coverage": self.coverage.describe()}
+        known |= {"tuning": tuning} if (tuning := self._tuning()) else {}
+        left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
+        self.output.result = {**known, **left_out, **files.finish(self._tokens)}
+        self.output.made = described(self.settings, self.output.result)
 
     def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
         """Return the plan with ranks by spectra, which are gathered unless an interrupted run has."""

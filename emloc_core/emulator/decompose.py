@@ -26,6 +26,7 @@ from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
+from emloc_core.files.job import Progress
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
 from emloc_core.model.parking import Parking
@@ -37,9 +38,6 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins import Format, StandIn
 from emloc_core.standins.format import RankingFormat
 from emloc_core.standins.standin import Fitted
-
-#: Called with a block's path, the number of blocks done, and the total.
-Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 import torch
 
-from emloc_core.emulator.decompose import Progress
 from emloc_core.emulator.experts import Stack, Stacked
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import EmlocError
+from emloc_core.files.job import Progress
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.standin import Fitted
 

@@ -5,7 +5,7 @@ Each system runs in its own process, so that its peak memory is measured separat
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from emloc_core.evaluation.tasks import TaskSpec, find_task
 from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import read_manifest
 from emloc_core.files.output import Output
 from emloc_core.processes.call import ProcessDiedError, call
@@ -100,7 +101,7 @@ def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
             )
 
 
-class Evaluate:
+class Evaluate(Job):
     """A comparison. The constructor makes cheap checks; :meth:`run` publishes the results.
 
     They are ``results.json`` with
@@ -148,34 +149,26 @@ class Evaluate:
             "tasks": {spec.name: str(spec.path or "lm-eval") for spec in self._specs},
         }
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Evaluate the systems, each in its own process. Systems that an interrupted run has finished are kept.
-
-        Args:
-            progress: called with a system's name, the number done, and the total.
-        """
-        if self.output.is_finished():
-            return self.output.path
+    def make(self, staging: Path, progress: Progress) -> None:
+        """Evaluate the systems, each in its own process; ``progress`` is called with a system's name."""
         systems = self.systems
-        with self.output.build() as staging:
-            parts = {}
-            for number, system in enumerate(systems):
-                result = staging / f".{system.name}.json"
-                progress(system.name, number, len(systems))
-                if not result.exists():
-                    write_json(result, self._evaluate(system, staging))
-                parts[system.name] = read_json(result)
-            progress("", len(systems), len(systems))
-            results = _combine(parts)
-            _publish(staging, results, parts)
-            self.output.result = {
-                name: {metric: value for metric, value in row.items() if metric not in COSTS}
-                for name, row in results["systems"].items()
-            }
-            self.output.timing["systems"] = {
-                name: {cost: row[cost] for cost in COSTS} for name, row in results["systems"].items()
-            }
-        return self.output.path
+        parts = {}
+        for number, system in enumerate(systems):
+            result = staging / f".{system.name}.json"
+            progress(system.name, number, len(systems))
+            if not result.exists():
+                write_json(result, self._evaluate(system, staging))
+            parts[system.name] = read_json(result)
+        progress("", len(systems), len(systems))
+        results = _combine(parts)
+        _publish(staging, results, parts)
+        self.output.result = {
+            name: {metric: value for metric, value in row.items() if metric not in COSTS}
+            for name, row in results["systems"].items()
+        }
+        self.output.timing["systems"] = {
+            name: {cost: row[cost] for cost in COSTS} for name, row in results["systems"].items()
+        }
 
     def _evaluate(self, system: System, staging: Path) -> dict[str, Any]:
         log = staging / f".{system.name}.log"

@@ -4,7 +4,7 @@ Everything is checked from the headers before writing. Renamed tensors are copie
 split one at a time in memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from emloc_core.files.checkpoint import INDEX, SINGLE, open_checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.output import Output
 from emloc_core.files.pretrained import make_config
 from emloc_core.files.shards import ShardWriter
@@ -38,7 +39,7 @@ class _Place:
     split: Split | None
 
 
-class Import:
+class Import(Job):
     """An import that has passed the cheap checks; :meth:`run` writes the native checkpoint.
 
     Args:
@@ -146,31 +147,23 @@ class Import:
                 f"{self.source.directory} lacks the source of {len(missing)} tensors: {named}.", remedy, code="damaged"
             )
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Write the native checkpoint, or resume what an interrupted run left.
-
-        Args:
-            progress: called with a shard's name, the number of shards done, and the total.
-        """
-        if self.output.is_finished():
-            return self.output.path
+    def make(self, staging: Path, progress: Progress) -> None:
+        """Write the native checkpoint; ``progress`` is called with a shard's name."""
         shards = self.source.shards
-        with self.output.build() as staging:
-            for index, shard in enumerate(shards):
-                if not (staging / shard.name).exists():
-                    self._write_shard(shard, staging / shard.name)
-                progress(shard.name, index + 1, len(shards))
-            self._write_index(staging)
-            self._write_side_files(staging)
-            self.output.result = {
-                "layout": self.layout.name,
-                "model_type": self.config["model_type"],
-                "tensors": sum(len(place.shapes) for place in self._places.values()),
-                "split": self.splits,
-                "bytes": self.source.nbytes,
-            }
-            self.output.made = f"Rewritten from the layout `{self.layout.name}` for transformers' own classes."
-        return self.output.path
+        for index, shard in enumerate(shards):
+            if not (staging / shard.name).exists():
+                self._write_shard(shard, staging / shard.name)
+            progress(shard.name, index + 1, len(shards))
+        self._write_index(staging)
+        self._write_side_files(staging)
+        self.output.result = {
+            "layout": self.layout.name,
+            "model_type": self.config["model_type"],
+            "tensors": sum(len(place.shapes) for place in self._places.values()),
+            "split": self.splits,
+            "bytes": self.source.nbytes,
+        }
+        self.output.made = f"Rewritten from the layout `{self.layout.name}` for transformers' own classes."
 
     def _write_shard(self, source: Path, target: Path) -> None:
         tensors, metadata = read_header(source)

@@ -1,6 +1,5 @@
 """Writes an adapter in the form that servers agree on, and an adapter or a model as GGUF."""
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
@@ -20,7 +20,7 @@ from emloc_core.serving.gguf_files import require_gguf, write_lora, write_model
 from emloc_core.serving.plain import plain, plain_config, warnings
 
 
-class Export:
+class Export(Job):
     """An export, after the cheap checks; :meth:`run` writes it.
 
     Args:
@@ -93,40 +93,32 @@ class Export:
             found |= {"linears": len(self.loras), "warnings": list(warnings(self.loras, self.model.family))}
         return {**found, "finished": self.output.is_finished()}
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Write the export; an interrupted one starts again.
-
-        Args:
-            progress: called with a tensor's name, the number done, and the total; an adapter for servers is one file.
-        """
-        if self.output.is_finished():
-            return self.output.path
-        with self.output.build() as staging:
-            result: dict[str, Any] = {}
-            if self.adapter is not None:
-                result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
-                result["warnings"] = list(warnings(self.loras, self.model.family))
-            if self.settings.comfyui:
-                save_file(self.named, staging / "lora.safetensors", {"format": "pt"})
-                progress("adapter", 1, 1)
-            elif not self.settings.gguf:
-                config = plain_config(
-                    self.loras, self.base.name, (path for path, _ in self.model.skeleton.model.named_modules())
-                )
-                write_adapter(staging, config, self.loras, {CORRECTED: "exported"})
-                self.base.copy_processing(staging)
-                result[CONTENT] = content_hash(staging)
-                progress("adapter", 1, 1)
-            elif self.adapter is not None:
-                file = staging / "adapter.gguf"
-                result["tensors"] = write_lora(self.loras, self.model, file, self.settings.dtype, progress)
-            else:
-                file = staging / "model.gguf"
-                result["tensors"] = write_model(self.model, file, self.settings.dtype, progress)
-            self.output.result = result
-            how = f"GGUF, matrices in {self.settings.dtype}" if self.settings.gguf else f"one rank, {result['rank']}"
-            self.output.made = f"Export: {how}{'' if self.settings.gguf else ', and a scale of 1'}."
-        return self.output.path
+    def make(self, staging: Path, progress: Progress) -> None:
+        """Write the export; ``progress`` is called with a tensor's name. An adapter for servers is one file."""
+        result: dict[str, Any] = {}
+        if self.adapter is not None:
+            result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
+            result["warnings"] = list(warnings(self.loras, self.model.family))
+        if self.settings.comfyui:
+            save_file(self.named, staging / "lora.safetensors", {"format": "pt"})
+            progress("adapter", 1, 1)
+        elif not self.settings.gguf:
+            config = plain_config(
+                self.loras, self.base.name, (path for path, _ in self.model.skeleton.model.named_modules())
+            )
+            write_adapter(staging, config, self.loras, {CORRECTED: "exported"})
+            self.base.copy_processing(staging)
+            result[CONTENT] = content_hash(staging)
+            progress("adapter", 1, 1)
+        elif self.adapter is not None:
+            file = staging / "adapter.gguf"
+            result["tensors"] = write_lora(self.loras, self.model, file, self.settings.dtype, progress)
+        else:
+            file = staging / "model.gguf"
+            result["tensors"] = write_model(self.model, file, self.settings.dtype, progress)
+        self.output.result = result
+        how = f"GGUF, matrices in {self.settings.dtype}" if self.settings.gguf else f"one rank, {result['rank']}"
+        self.output.made = f"Export: {how}{'' if self.settings.gguf else ', and a scale of 1'}."
 
 
 def prepare(request: ExportRequest) -> Export:

@@ -12,6 +12,7 @@ import torch
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.job import Progress
 from emloc_core.layout import Gguf
 from emloc_core.model.opened import OpenModel
 from emloc_core.plugins.manager import plugin_manager
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 #: Name of a tensor in the file, its shape, and a function that reads it.
 _Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
 #: Called with the name of a tensor that is written, the number of those, and of all.
-_Progress = Callable[[str, int, int], None]
 _BLOCK = 32  # numbers that q8_0 scales together
 #: What YaRN can set besides, and the values that readers take.
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
@@ -51,7 +51,7 @@ def _silent(*_: Any) -> None:
     """Report nothing."""
 
 
-def write_model(model: OpenModel, target: Path, dtype: str, progress: _Progress = _silent) -> int:
+def write_model(model: OpenModel, target: Path, dtype: str, progress: Progress = _silent) -> int:
     """Write a model with its tokenizer as one GGUF file, and return the number of its tensors.
 
     Args:
@@ -76,7 +76,7 @@ def write_model(model: OpenModel, target: Path, dtype: str, progress: _Progress 
 
 
 def write_lora(
-    loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str, progress: _Progress = _silent
+    loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str, progress: Progress = _silent
 ) -> int:
     """Write a LoRA for a model as one GGUF file, and return the number of its tensors.
 
@@ -209,7 +209,7 @@ def _paired(tensor: torch.Tensor, path: str, layout: Gguf, config: Any) -> torch
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _write(writer: "GGUFWriter", tensors: Sequence[_Tensor], dtype: str, progress: _Progress) -> None:
+def _write(writer: "GGUFWriter", tensors: Sequence[_Tensor], dtype: str, progress: Progress) -> None:
     """Write the header, and then one tensor after the other."""
     from gguf import GGMLQuantizationType, quantize
     from gguf.quants import quant_shape_to_byte_shape

@@ -2,10 +2,10 @@
 
 import logging
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
+from emloc_core.files.job import Job
 from emloc_core.model.cap import cap_told, keep_to_cap
 from emloc_core.processes.environment import without_collections
 from emloc_core.requests import Request, request_from_json
@@ -35,23 +35,6 @@ class Progress(Protocol):
         """Report an item."""
 
 
-class Job(Protocol):
-    """A stage whose request has passed the cheap checks.
-
-    Some have ``warnings``, sentences for the user without a full stop, and ``is_main_process``.
-    """
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the stage would do, as JSON values. Hashes large files; writes nothing but cached hashes."""
-
-    def run(self, progress: Any) -> Path:
-        """Make the output, or resume what an interrupted run left, and return its directory.
-
-        Args:
-            progress: a :class:`Progress`; for training, None lets the trainer show its own bar.
-        """
-
-
 def prepare(request: Request) -> Job:
     """Return the job of a request.
 
@@ -70,13 +53,13 @@ def describe(request: str) -> dict[str, Any]:
     return prepare(request_from_json(request)).describe()
 
 
-def warnings_of(job: Job) -> list[str]:
-    """Return what the user has to know before the job runs: sentences without a full stop."""
-    return list(getattr(job, "warnings", ()))
-
-
 def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) -> Result[Any] | None:
     """Run a job and notify the plugins that observe stages.
+
+    Args:
+        stage: its name.
+        job: of a request.
+        progress: called with every item that is done; for training, None lets the trainer show its own bar.
 
     Returns:
         The output; None in processes other than the main one, which writes it.
@@ -98,7 +81,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
             code="memory",
             resumable=True,
         ) from error
-    if not getattr(job, "is_main_process", True):
+    if not job.is_main_process:
         return None
     result: Result[Any] = Result(directory)
     _LOGGER.info("%s is done: %s", stage, directory)

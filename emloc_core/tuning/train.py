@@ -27,6 +27,7 @@ from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.job import Job
 from emloc_core.files.manifest import CONTENT, made_from, manifest_value, read_manifest
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_told
@@ -53,7 +54,7 @@ CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
 _WITHOUT_EFFECT, _OF_EVALUATION = {"report_to", "save_steps"}, {"eval_steps", "patience"}
 
 
-class Train:
+class Train(Job):
     """Stage 2. The constructor makes cheap checks; :meth:`run` trains.
 
     Args:
@@ -81,7 +82,6 @@ class Train:
         without_weights = self._without_weights()
         find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
         self._require_checkpointing(without_weights)
-        self.is_main_process = True  # until the processes have found each other
         self.model.objective.check(settings)
         self.targets = self._targets()
         self.rows, self.eval_rows, self.excluded, self.skipped = tuning_rows(request, self.model, settings)

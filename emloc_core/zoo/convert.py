@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.job import Progress
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, written
 from emloc_core.zoo.engines.engine import Engine
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME
-from emloc_core.zoo.jobs.planning import Advance, plan
+from emloc_core.zoo.jobs.planning import plan
 from emloc_core.zoo.jobs.task import JOBS, Demand
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.lock import driving
@@ -28,7 +29,7 @@ def convert(
     make_engine: Callable[[int], Engine],
     limits: Limits | None = None,
     tell: Event = lambda *_: None,
-    advance: Advance = lambda *_: None,
+    advance: Progress = lambda *_: None,
 ) -> list[JobRecord]:
     """Do the jobs, and those that an earlier run has left in the zoo; return what has become of all of them.
 
@@ -85,7 +86,7 @@ class Preview:
         return asdict(self)
 
 
-def preview(jobs: Sequence[ZooJob], directory: Path, advance: Advance = lambda *_: None) -> list[Preview]:
+def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda *_: None) -> list[Preview]:
     """Return what converting the jobs would do, in order; nothing is made.
 
     Raises:

@@ -5,24 +5,24 @@ The driver stays light, and a model that ends the planner ends nothing else.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
+from emloc_core.files.job import Progress
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.task import Demand
 
 #: What a stage writes besides weights: rows, tokenizer, logs, manifests. In bytes, a generous round figure.
 _SIDE_FILES = 32 << 20
-Advance = Callable[[str, int, int], None]
 
 
 def plan(
-    jobs: Sequence[ZooJob], cache_dir: Path, known: Collection[str] = (), advance: Advance = lambda *_: None
+    jobs: Sequence[ZooJob], cache_dir: Path, known: Collection[str] = (), advance: Progress = lambda *_: None
 ) -> list[tuple[str, Demand | None]]:
     """Return the fingerprint of every job, and what it needs.
 

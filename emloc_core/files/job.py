@@ -1,0 +1,55 @@
+"""What every stage is: a job, which is checked when it is made, and then described or run."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from emloc_core.files.output import Output
+
+#: Called with the item that is done, how many are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+class Job:
+    """A stage whose request has passed the cheap checks, which its constructor makes.
+
+    Attributes:
+        is_main_process: whether this process writes the output; others help it. Until they find each other, each does.
+    """
+
+    is_main_process = True
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user has to know before it runs: sentences without a full stop."""
+        return []
+
+    @cached_property
+    def output(self) -> Output:
+        """The output's directory. The files of all inputs are hashed on first access."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it would do, as JSON values. Writes nothing but hashes of large files, which are kept."""
+        raise NotImplementedError
+
+    def run(self, progress: Any = lambda *_: None) -> Path:
+        """Make the output, unless it is finished, or resume what an interrupted run left; return its directory.
+
+        Args:
+            progress: called with every item that is done.
+        """
+        if not self.output.is_finished():
+            with self.output.build() as staging:
+                self.make(staging, progress)
+        return self.output.path
+
+    def make(self, staging: Path, progress: Progress) -> None:
+        """Write the output's files, and say of it what :class:`~emloc_core.files.output.Output` records.
+
+        Args:
+            staging: directory to write into; it may have what an interrupted run left.
+            progress: see :meth:`run`.
+        """
+        raise NotImplementedError
