@@ -72,13 +72,15 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from emloc_core.emulator.declared import plan_ranks
+    from emloc_core.algorithms.allocation import uniform
+    from emloc_core.emulator.declared import find_linears
+    from emloc_core.emulator.ranks import allocated
     from emloc_core.files.documents import read_json, write_json
     from emloc_core.plugins.manager import plugin_manager
     from emloc_core.standins import LowRank
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    ranks = plan_ranks(model, plugin_manager().family_for({"model_type": "llama"}), ratio).ranks
+    ranks = allocated(find_linears(model, plugin_manager().family_for({"model_type": "llama"})), ratio, uniform).ranks
     LowRank().replace(model, ranks)
     for path in ranks:
         for parameter in (model.get_submodule(path).weight, model.get_submodule(path).V):

@@ -102,12 +102,7 @@ def compress(  # noqa: PLR0913 - all by keyword
         EmlocError: the model, its family, the data or the settings cannot be used.
     """
     sizing: dict[str, Any] = {} if tuning is None else {"tuning": dict(tuning)}
-    content = {
-        "model": model,
-        "output": output,
-        "skip_bad_rows": skip_bad_rows,
-        **_read(data, exclude, split, columns),
-    }
+    content = {"model": model, "output": output, **_rows(data, exclude, split, columns, skip_bad_rows=skip_bad_rows)}
     sizing |= {"memory": memory, "headroom": headroom, "tuned_on": tuned_on}
     more = {"device": device, **sizing}
     return _perform(make_request("compress", settings, **content, **more), progress)
@@ -154,12 +149,7 @@ def train(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model, the data or the settings cannot be used, or the loss is NaN or infinite.
     """
-    content = {
-        "model": model,
-        "output": output,
-        "skip_bad_rows": skip_bad_rows,
-        **_read(data, exclude, split, columns),
-    }
+    content = {"model": model, "output": output, **_rows(data, exclude, split, columns, skip_bad_rows=skip_bad_rows)}
     more = {"exact": exact, "limits": dict(limits or {}), "evaluation": dict(evaluation or {})}
     given = _with_extra(settings)
     if peft_config is not None:
@@ -246,8 +236,7 @@ def polish(  # noqa: PLR0913 - all by keyword
         "adapter": adapter,
         "output": output or Path(f"{fspath(adapter)}-polished"),
         "base": base,
-        "skip_bad_rows": skip_bad_rows,
-        **_read(data, exclude, split, columns),
+        **_rows(data, exclude, split, columns, skip_bad_rows=skip_bad_rows),
         "limits": dict(limits or {}),
         "evaluation": dict(evaluation or {}),
     }
@@ -602,9 +591,12 @@ def load_family(model: Name) -> "Family":
     return plugin_manager().family_for(read_config_json(find_config(fspath(model))))
 
 
-def _read(data: Rows, exclude: Iterable[Name], split: str, columns: ColumnNames | None) -> dict[str, Any]:
+def _rows(
+    data: Rows, exclude: Iterable[Name], split: str, columns: ColumnNames | None, *, skip_bad_rows: bool
+) -> dict[str, Any]:
     """Return what a request says of its rows."""
-    return {"data": data, "exclude": tuple(exclude), "split": split, "columns": columns or {}}
+    said = {"data": data, "exclude": tuple(exclude), "split": split, "columns": columns or {}}
+    return {**said, "skip_bad_rows": skip_bad_rows}
 
 
 def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result[Any]:

@@ -68,7 +68,8 @@ def run(request: Request, *, dry_run: bool, to_json: bool, push: str | None = No
     if push is not None:
         click.echo(f"Uploaded: {upload(result, push)}", err=True)
     if not to_json and verbosity() is not Verbosity.QUIET:
-        _print_following(following(request, result))
+        for index, command in enumerate(following(request, result)):
+            click.echo(f"{'Or' if index else 'Next'}: {command}")
 
 
 def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
@@ -217,11 +218,6 @@ def _written(stage: str, made: Mapping[str, Any]) -> list[str]:
     if stage == "import":
         return [f"{made['layout']} to {made['model_type']}: {human_bytes(made['bytes'])}, {made['split']} split"]
     return []
-
-
-def _print_following(commands: list[str]) -> None:
-    for index, command in enumerate(commands):
-        click.echo(f"{'Or' if index else 'Next'}: {command}")
 
 
 def _print_scores(request: EvaluateRequest, result: Result) -> None:

@@ -250,18 +250,6 @@ def tokenized(
             yield _within(limits, row, Sample(ids[:max_length], mask[:max_length], row.number))
 
 
-def tokenize(
-    row: Row,
-    processing: Processing,
-    max_length: int | None = None,
-    limits: Limits = _NO_LIMITS,
-    dtype: torch.dtype = torch.float32,
-) -> Sample:
-    """Tokenize one row; see :func:`tokenized`."""
-    (sample,) = tokenized([row], processing, max_length, limits, dtype)
-    return sample
-
-
 def _within(limits: Limits, row: Row, sample: Sample) -> Sample:
     """Return the sample of a row; refuse one that the model does not take."""
     if limits.tokens is not None and len(sample.input_ids) > limits.tokens:

@@ -1,16 +1,15 @@
 """Resolves a family's declaration on a model: the Linears and experts in its blocks."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.statistics import cheaper_side
-from emloc_core.emulator.ranks import ExpertsPlan, Kept, LinearPlan, RankPlan, allocated
+from emloc_core.emulator.ranks import ExpertsPlan, Kept, LinearPlan, RankPlan
 from emloc_core.emulator.vocabulary import find_vocabulary
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -55,23 +54,6 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
     if format.packs_vocabulary and plan.ranks:
         plan = replace(plan, vocabulary=find_vocabulary(model, lambda path: kept_by(path, family)))
     return plan.tapped(format.tap)
-
-
-def plan_ranks(
-    model: nn.Module, family: Family, ratio: float, allocate: Callable[..., Sequence[int]] = uniform
-) -> RankPlan:
-    """Resolve a family's declaration on a model, with ranks.
-
-    Args:
-        model: the model; meta tensors suffice.
-        family: its declaration.
-        ratio: fraction of each compressed Linear's parameters to keep, in (0, 1).
-        allocate: rank allocator that takes shapes and ratio; see :mod:`emloc_core.algorithms.allocation`.
-
-    Raises:
-        EmlocError: the ratio is out of range, or the declaration does not fit the model.
-    """
-    return allocated(find_linears(model, family), ratio, allocate)
 
 
 def all_linears(model: Any) -> list[str]:

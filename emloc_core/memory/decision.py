@@ -1,6 +1,6 @@
 """The decision how to tune a model in a memory: ``plan`` shows it, and every other command carries it out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,13 @@ class Decision:
 
     def told(self, chosen: Way) -> list[str]:
         """Return in three lines what will be done, and why."""
-        return list(_told(self, chosen))
+        workload, before = self.base.workload, self.ways[: self.ways.index(chosen)]
+        reasons = [f"{way.name}{f' ({way.kind})' if way.kind else ''} needs {human_bytes(way.bytes)}" for way in before]
+        return [
+            f"memory: {self.budget}; {workload.rows_per_step} rows of up to {workload.length} tokens per step",
+            f"way: {chosen}: {human_bytes(chosen.bytes)}{'; ' if reasons else ''}{', '.join(reasons)}",
+            f"so: {_STEPS[chosen.name]}",
+        ]
 
     @property
     def shown(self) -> Way:
@@ -243,16 +249,6 @@ def prepare(request: CompressRequest) -> "Compress":
     from emloc_core.emulator.compress import Compress
 
     return Compress(fitted(request))
-
-
-def _told(decision: Decision, chosen: Way) -> Iterator[str]:
-    workload = decision.base.workload
-    yield f"memory: {decision.budget}; {workload.rows_per_step} rows of up to {workload.length} tokens per step"
-    before = decision.ways[: decision.ways.index(chosen)]
-    reasons = [f"{way.name}{f' ({way.kind})' if way.kind else ''} needs {human_bytes(way.bytes)}" for way in before]
-    why = f"; {', '.join(reasons)}" if reasons else ""
-    yield f"way: {chosen}: {human_bytes(chosen.bytes)}{why}"
-    yield f"so: {_STEPS[chosen.name]}"
 
 
 def too_large_to_make(way: Way, budget: Budget) -> str | None:

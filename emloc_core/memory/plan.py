@@ -48,11 +48,7 @@ class MemoryPlan:
     def warnings(self) -> list[str]:
         """Drawbacks of the way, and of what the family of the model declares."""
         coverage = self.model.coverage.warnings if self.way.kind else []
-        return [*filter(None, [self._low_ratio, self._stage_one]), *coverage]
-
-    @property
-    def _stage_one(self) -> str | None:
-        return too_large_to_make(self.way, self.budget)
+        return [*filter(None, [self._low_ratio, too_large_to_make(self.way, self.budget)]), *coverage]
 
     @property
     def _low_ratio(self) -> str | None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 #: Name of a tensor in the file, its shape, and a function that reads it.
 _Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
-#: Called with the name of a tensor that is written, the number of those, and of all.
 _BLOCK = 32  # numbers that q8_0 scales together
 #: What YaRN can set besides, and the values that readers take.
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}

@@ -10,11 +10,11 @@ from emloc_llama import LLAMA
 from emloc_qwen import QWEN_VL
 from support.models import save_tiny_model
 from support.planned import workload
+from support.rows import tokenized_row
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_core.cli import cli
 from emloc_core.data.rows import load_rows
-from emloc_core.data.tokenize import tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.memory import speed
@@ -344,7 +344,7 @@ def test_a_table_for_a_person(shallow_model: Path) -> None:
 
 def test_the_length_comes_from_the_rows(shallow_model: Path, rows_file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shallow_model)
-    longest = max(len(tokenize(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
+    longest = max(len(tokenized_row(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
     given = ("--data", rows_file, "--batch-size", 1, "--kind", "low-rank", "--ratio", 0.5)
     assert plan(shallow_model, *given)["workload"]["length"] == longest
     assert plan(shallow_model, *given, "--length", 9)["workload"]["length"] == 9

@@ -10,6 +10,7 @@ from emloc_llama import LLAMA
 from safetensors.torch import load_file, save_file
 from support.jobs import compress_job
 from support.models import CHAT_TEMPLATE
+from support.ranks import plan_ranks
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,7 +19,6 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.row import Row
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import read_manifest

@@ -11,6 +11,7 @@ from emloc_qwen import QWEN_MOE
 from safetensors.torch import load_file, save_file
 from support.jobs import compress_job, correct_job, merge_job, train_job
 from support.models import save_tiny_model
+from support.ranks import plan_ranks
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoePreTrainedModel, Qwen3MoeSparseMoeBlock
@@ -18,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoePreTrainedM
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.emulator.declared import find_linears, plan_ranks
+from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.experts import ExpertFitting
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint

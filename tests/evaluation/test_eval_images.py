@@ -15,13 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.evaluation import evaluate, metrics_of, system
 from support.jobs import compress_job
-from support.rows import example_rows, write_jsonl
+from support.rows import example_rows, tokenized_row, write_jsonl
 from support.vision_models import ask, internvl_processor, picture, qwen_processor, save_model
 from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from emloc_core.data.rows import load_rows
-from emloc_core.data.tokenize import tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.evaluate import canonical_systems
 from emloc_core.evaluation.multimodal_lm import ImageTextLM
@@ -75,7 +74,7 @@ def direct_nlls(model_directory, rows, processing):
     """The loss of each row's answer without what ends the turn, and its tokens: plain torch on the trainer's inputs."""
     model = AutoModelForImageTextToText.from_pretrained(model_directory)
     for row in rows:
-        sample = tokenize(row, processing)
+        sample = tokenized_row(row, processing)
         ids = torch.tensor(sample.input_ids)
         answer = torch.tensor(sample.completion_mask).bool() & (ids != model.config.get_text_config().eos_token_id)
         with torch.no_grad():
@@ -152,7 +151,7 @@ def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_wit
     task.build_all_requests(apply_chat_template=True, chat_template=lm.apply_chat_template)
     lm.chat_applied = True
     for row, request in zip(load_rows(str(data)), task.instances, strict=True):
-        expected = tokenize(row, lm.processor)
+        expected = tokenized_row(row, lm.processor)
         context, answer, shown = request.args
         encoded = lm.tok_batch_multimodal_encode([context], [shown["visual"]])
         ids = [*encoded["input_ids"][0].tolist(), *lm.answer_ids(answer), lm.tokenizer.eos_token_id]
@@ -232,7 +231,7 @@ def test_what_is_written_is_what_generate_writes(batch_size, base, adapter, rows
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
     processor = AutoProcessor.from_pretrained(base)
     for row, sample in zip(load_rows(str(data)), samples, strict=True):
-        inputs = prompt_inputs(tokenize(row, processor))
+        inputs = prompt_inputs(tokenized_row(row, processor))
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert sample["written"] == processor.tokenizer.decode(ids, skip_special_tokens=True)
     assert len({sample["written"] for sample in samples}) > 3  # and there are three questions

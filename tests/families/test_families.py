@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from support.jobs import compress_job, merge_job, train_job
 from support.models import tiny_tokenizer
+from support.ranks import plan_ranks
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig
 
@@ -23,7 +24,7 @@ from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import image_inputs, number_tokenizer, text_rows, tiny_samples
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.declared import find_linears, plan_ranks
+from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.opened import OpenModel

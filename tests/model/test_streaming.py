@@ -7,10 +7,10 @@ import torch
 from emloc_llama import LLAMA
 from support.adapters import make_adapter
 from support.jobs import compress_job, correct_job
+from support.ranks import plan_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint

@@ -20,3 +20,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     """Write ``rows`` to ``path``, one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def tokenized_row(row, processing):
+    """Return the sample of one row, not cut."""
+    from emloc_core.data.tokenize import tokenized
+
+    (sample,) = tokenized([row], processing)
+    return sample
