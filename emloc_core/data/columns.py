@@ -42,16 +42,27 @@ def require_known(columns: Mapping[str, str]) -> None:
         )
 
 
-def renamed(content: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
     """Return a row whose columns have the usual names; those that it lacks are left out.
 
     Args:
-        content: the row's columns.
+        content: the row's columns; anything else is returned as it is.
+        where: its name in messages.
         columns: names that the data have, by the usual ones.
+
+    Raises:
+        EmlocError: it has neither a column of its own name nor one of the usual name.
     """
-    found = {name: content[own] for name, own in columns.items() if own in content}
-    others = {name: value for name, value in content.items() if name not in columns.values()}
-    return {**others, **found}
+    if not columns or not isinstance(content, Mapping):
+        return content
+    found = {name: value for name, value in content.items() if name not in columns.values()}
+    found |= {name: content[own] for name, own in columns.items() if own in content}
+    if not columns.keys() & found.keys():
+        raise EmlocError(
+            f"{where}: has none of the columns {', '.join(columns.values())}, but {', '.join(map(str, content))}.",
+            "Correct --columns.",
+        )
+    return found
 
 
 def known_columns(content: Mapping[str, Any]) -> str:

@@ -104,23 +104,6 @@ def _load(source: Any, split: str, columns: Mapping[str, str], skipped: list[Ski
     return _of_one_form(source, list(_parsed(contents, source, directory, columns, skipped, confined=confined)))
 
 
-def _usual(content: Any, where: str, columns: Mapping[str, str]) -> Any:
-    """Return a row with the usual columns.
-
-    Raises:
-        EmlocError: it has neither a column of its own name nor one of the usual name.
-    """
-    if not columns or not isinstance(content, Mapping):
-        return content
-    found = renamed(content, columns)
-    if not columns.keys() & found.keys():
-        raise EmlocError(
-            f"{where}: has none of the columns {', '.join(columns.values())}, but {', '.join(map(str, content))}.",
-            "Correct --columns.",
-        )
-    return found
-
-
 def _parsed(
     contents: Iterable[tuple[int, Any]],
     source: str,
@@ -139,7 +122,7 @@ def _parsed(
         try:
             if isinstance(given, EmlocError):
                 raise given
-            content = _usual(given, where, columns)
+            content = renamed(given, where, columns)
             row = parse_row(content, where, number, directory, confined=confined)
         except EmlocError as error:
             if skipped is None:

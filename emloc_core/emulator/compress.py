@@ -5,13 +5,12 @@ before gathers the spectra that they are shared out by.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from emloc_core.algorithms.allocation import uniform
-from emloc_core.data.row import Row
 from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
@@ -63,35 +62,26 @@ class Compress(Job):
         self.request = request
         self.base = open_original(request.model, request.device)
         self.skipped: list[Skipped] = []
-        rows = self._read()
-        settings = request.settings.for_tuning(request.tuning).settled()
-        format = format_named(settings.kind)
-        format.check(settings)
+        skipped = self.skipped if request.skip_bad_rows else None
+        rows = load_rows(request.data, request.split, request.settings.loss, request.columns, skipped)
+        rows = without(rows, request.exclude, request.split, request.columns)
+        asked = request.settings.for_tuning(request.tuning).settled()
+        format = format_named(asked.kind)
+        format.check(asked)
+        model, family = self.base.skeleton.model, self.base.family
         distinct = len({row.key for row in rows})
-        linears = find_linears(self.base.skeleton.model, self.base.family, format)
-        self.method = method_of(settings, format, linears, self.base.skeleton.model, rows=distinct)
-        self.format = self.method.format
-        self._keeps_fewer = self.method.settings.selection < settings.selection
-        self.settings = settings = self.method.settings
-        found = self.method.linears
-        self.coverage: Coverage = coverage(self.base.skeleton.model, self.base.family, found)
+        self.method = method_of(asked, format, find_linears(model, family, format), model, rows=distinct)
+        self.format, self.settings = self.method.format, self.method.settings
+        self._keeps_fewer = self.settings.selection < asked.selection
+        self.coverage: Coverage = coverage(model, family, self.method.linears)
         self.plan: RankPlan = self.method.plan()
         # Weights alone need no calibration: its rows are left for tuning.
-        samples = 0 if settings.calibration == "none" else settings.samples
-        self.rows = draw(rows, settings.seed, samples, settings.selection)
-        self.samples = self._sampled()
+        samples = 0 if self.settings.calibration == "none" else self.settings.samples
+        self.rows = draw(rows, self.settings.seed, samples, self.settings.selection)
+        self.base.samples(self.rows.selection, self.settings.max_length, "selection")  # which must be readable too
+        self.samples = self.base.samples(self.rows.calibration, self.settings.max_length)
         weight_keys(self.base.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused
-        self.format.config(self.plan.ranks, self.base.skeleton.model, self.base.skeleton.dtype)
-
-    def _read(self) -> list[Row]:
-        asked, skipped = self.request, self.skipped if self.request.skip_bad_rows else None
-        rows = load_rows(asked.data, asked.split, asked.settings.loss, asked.columns, skipped)
-        return without(rows, asked.exclude, asked.split, asked.columns)
-
-    def _sampled(self) -> Sequence[Sample]:
-        """Return the calibration rows as samples; those of the correction must be readable too."""
-        self.base.samples(self.rows.selection, self.settings.max_length, "selection")
-        return self.base.samples(self.rows.calibration, self.settings.max_length)
+        self.format.config(self.plan.ranks, model, self.base.skeleton.dtype)
 
     @cached_property
     def output(self) -> Output:
@@ -184,9 +174,8 @@ class Compress(Job):
 
     def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
         """Return the plan with ranks by spectra, which are gathered unless an interrupted run has."""
-        spectra = Spectra(
-            self.base.skeleton.blocks, staging / ".spectra"
-        )  # hidden: removed when the emulator is published
+        place = staging / ".spectra"  # hidden: removed when the emulator is published
+        spectra = Spectra(self.base.skeleton.blocks, place)
         if not spectra.are_complete:
             ranking = self.format.ranking()
             found = find_linears(self.base.skeleton.model, self.base.family, ranking).without_experts(NO_EXPERTS)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import Checkpoint, is_in_mxfp4
+from emloc_core.files.checkpoint import MXFP4, Checkpoint
 from emloc_core.files.shards import DTYPES
 from emloc_core.model import mxfp4_checkpoints, nf4_checkpoints
 from emloc_core.model.absent import Absent
@@ -59,12 +59,13 @@ class Skeleton:
         self.model = build_model(config, family, self.dtype)
         quantisation = checkpoint.config.get("quantization_config") or {}
         method, conversions = quantisation.get("quant_method"), []
+        self._in_mxfp4 = method == MXFP4
         if method == METHOD:
             EmlocConfig(**quantisation).replace(self.model)
         elif method == nf4_checkpoints.METHOD:
             nf4_checkpoints.replace_quantised(self.model, quantisation)
             conversions = nf4_checkpoints.conversions()
-        elif is_in_mxfp4(checkpoint.config):
+        elif self._in_mxfp4:
             conversions = mxfp4_checkpoints.conversions()
         else:
             checkpoint.require_unquantised()
@@ -124,7 +125,7 @@ class Skeleton:
 
     def unpacks(self, keys: Sequence[str]) -> bool:
         """Return whether tensors of the checkpoint are a stack of experts in MXFP4, which is unpacked as it is read."""
-        return is_in_mxfp4(self.checkpoint.config) and any(key.endswith(("_blocks", "_scales")) for key in keys)
+        return self._in_mxfp4 and any(key.endswith(("_blocks", "_scales")) for key in keys)
 
     def shape_of(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor of the checkpoint; that of a Linear's weight is (out_features, in_features)."""
