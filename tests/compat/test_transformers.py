@@ -276,7 +276,9 @@ def test_models_whose_modules_quantisation_replaces_are_known():
     assert not transformers.laid_out_otherwise(model, "emloc")
 
 
-@pytest.mark.parametrize("first", ["transformers.quantizers", "transformers.modeling_utils"])
+@pytest.mark.parametrize(
+    "first", ["transformers.quantizers", pytest.param("transformers.modeling_utils", marks=pytest.mark.thorough)]
+)
 def test_emulators_are_registered_whatever_a_program_imports_first(first):
     """It may be what imports torch, whose entry point we are: the module we wait for is then half imported."""
     script = f"import {first}, transformers.modeling_utils as _; from transformers.quantizers import auto"

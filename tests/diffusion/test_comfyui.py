@@ -21,7 +21,14 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family is not SD3], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.name, marks=() if family is FLUX else pytest.mark.thorough)
+        for family in FAMILIES
+        if family is not SD3
+    ],
+)
 def test_diffusers_reads_the_same_lora_from_these_names(family):
     few = {name: value for name, value in family.tiny_configs[0].items() if name != "model_type"}
     if family is FLUX:  # whose widths the reader expects

@@ -33,7 +33,9 @@ def killed(pipeline, rows, output, exact):
     emloc.train(pipeline, rows, output, exact=exact, **USUAL)
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["in memory", "exact steps"])
+@pytest.mark.parametrize(
+    "exact", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["in memory", "exact steps"]
+)
 def test_a_killed_training_resumes_to_the_same_lora(exact, tmp_path):
     pipeline, rows = str(flux_pipeline(tmp_path / "pipeline")), picture_rows(tmp_path / "rows", 6)
     whole = emloc.train(pipeline, rows, str(tmp_path / "whole"), exact=exact, **USUAL)

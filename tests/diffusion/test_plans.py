@@ -14,6 +14,10 @@ from emloc_core.files.checkpoint import find_config
 from emloc_core.memory.known import known
 from emloc_core.memory.model import MemoryModel
 
+#: All classes, of which one is enough for `make test`.
+CASES = [
+    pytest.param(family, id=family.name, marks=() if family is FLUX else pytest.mark.thorough) for family in FAMILIES
+]
 USUAL = {"kind": "low-rank", "ratio": 0.5, "batch_size": 1, "lora_rank": 2, "device": "cuda"}
 
 
@@ -28,7 +32,7 @@ def needs(planned):
     return {need.stage: need for need in planned.needs}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", CASES)
 def test_every_stage_is_planned_and_tuning_grows_with_the_picture(family, tmp_path):
     file = write(tmp_path, family.tiny_configs[0])
     small, large = (emloc.plan(file, length=length, memory="1GB", **USUAL) for length in (9, 36))
@@ -40,7 +44,7 @@ def test_every_stage_is_planned_and_tuning_grows_with_the_picture(family, tmp_pa
     assert {"encode the rows", "compress", "correct", "exact steps", "merge"} <= needs(small).keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", CASES)
 def test_a_linear_is_given_what_passes_through_it(family, tmp_path):
     file = write(tmp_path, family.tiny_configs[0])
     step = FlowStep(emloc.plan(file, length=16, memory="1GB", **USUAL).model)
@@ -56,6 +60,7 @@ def test_a_linear_is_given_what_passes_through_it(family, tmp_path):
         assert by_end["single_transformer_blocks.0.proj_mlp"] == 528
 
 
+@pytest.mark.thorough
 def test_a_few_blocks_are_traced_for_all(tmp_path, monkeypatch):
     file = write(tmp_path, {**FLUX.tiny_configs[0], "num_layers": 6, "num_single_layers": 7})
     few = emloc.plan(file, length=16, memory="1GB", **USUAL)
