@@ -283,9 +283,9 @@ DOCUMENTED, FORMATS = ((DOCS / page).read_text() for page in ("plugins.md", "for
 def test_the_plugins_of_the_documentation_work(entry, capsys):
     manager = PluginManager()
     examples = re.findall(r"```python\n(.*?)```", DOCUMENTED + FORMATS, re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 5
     manager.load([entry(source) for source in examples])
-    assert [report.error for report in manager.reports] == [None] * 6
+    assert [report.error for report in manager.reports] == [None] * 5
     assert [family.name for family in manager.families()] == ["my_llama"]
     manager.notify("emloc_block_done", **BLOCK, index=0)
     assert capsys.readouterr().out == "model.layers.0 is done, 1 of 2\n"

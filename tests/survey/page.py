@@ -88,5 +88,7 @@ def _cell(text: str) -> str:
         text = text.replace(told, "")
     text = re.sub(r"^No plugin declares the model type '[^']*', ", "", text)
     text = re.sub(r"^The config of this '[^']*' cannot be shrunk to a tiny one: ", "cannot be shrunk: ", text)
-    text = re.sub(r"Class validation error for validator '[^']*': |/tmp/\S+ ", "", text)
+    text = re.sub(r"Class validation error for validator '[^']*': |/tmp/\S+ |Could not run: |\b\w+Error: ", "", text)
+    text = re.sub(r"(an image as the config describes it: )?The config of this '[^']*' ", "the config ", text)
+    text = re.sub(r"No block of this '[^']*' holds", "no block holds", text)
     return textwrap.shorten(text.replace("|", "/").replace("<", "").replace(">", ""), 110, placeholder=" ...")
