@@ -64,6 +64,9 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
     if adds_polish and plan["polished"] and recipe.polish is None:
         changes["polish"] = one_row_at_a_time(PolishSettings(batch_size=recipe.train.batch_size,
                                                              accumulation=recipe.train.accumulation))  # fmt: skip
+    elif recipe.polish and plan["way"] != "emulator":
+        tell("Exact steps would only repeat what is tuned on the model itself: [polish] is left out.")
+        changes["polish"] = None
     elif recipe.polish and "batch_size" not in recipe.polish.model_fields_set:
         changes["polish"] = one_row_at_a_time(recipe.polish)
     if other := plan["alternative"]:

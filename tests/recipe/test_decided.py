@@ -102,6 +102,13 @@ def test_an_ordinary_lora_is_trained_where_it_fits(emloc, write, tmp_path, capsy
 
 
 @pytest.mark.usefixtures("calls_here")
+def test_no_exact_steps_follow_an_ordinary_lora(write, capsys):
+    recipe = decided(write(None, overrides=["polish.steps=2"]))
+    assert [stage.name for stage in stages(recipe)] == ["adapter", "merged"]
+    assert "[polish] is left out" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("calls_here")
 def test_exact_steps_alone_are_a_way_too(emloc, write, tmp_path):
     write(None)
     code, out, err = emloc("run", tmp_path / "recipe.toml", "--set", "way=exact", "--json")
