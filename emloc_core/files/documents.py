@@ -1,8 +1,9 @@
-"""JSON and TOML files: written whole or not at all, read with clear errors."""
+"""Text, JSON and TOML in files: written whole or not at all, read with clear errors."""
 
 import json
 import os
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,23 @@ def write_json(path: Path, content: Any) -> None:
         finally:
             if is_at(file, temporary):
                 temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that the user asked for, whole or not at all, in a directory that is made if there is none.
+
+    Raises:
+        EmlocError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):  # the directory may not exist
+            partial.unlink()
+        raise EmlocError(f"{path} cannot be written ({error.strerror}).", "Choose another place with -o.") from error
 
 
 def read_json(path: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable
-from emloc_core.files.documents import read_json
+from emloc_core.files.documents import read_json, write_text
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import TIMING
@@ -22,7 +22,7 @@ from emloc_core.recipe.recipe import FIRST
 from emloc_core.recipe.stages import suffix
 from emloc_core.report.chart import Line, chart
 from emloc_core.report.error_plot import Strip, finite, sparkline, strips
-from emloc_core.report.pages import environment, publish_page
+from emloc_core.report.pages import environment
 from emloc_core.report.table import rows as table_rows
 from emloc_core.report.verdict import verdict
 from emloc_core.units import human_bytes, human_seconds
@@ -265,13 +265,7 @@ def write_page(run: Path, output: Path) -> Path:
     Raises:
         EmlocError: no stage is finished there, or the page cannot be written.
     """
-    text = _render(RunView.read(run))
-    try:
-        publish_page(output, text)
-    except OSError as error:
-        raise EmlocError(
-            f"The page cannot be written to {output} ({error.strerror}).", "Choose another place with -o."
-        ) from error
+    write_text(output, _render(RunView.read(run)))
     return output
 
 

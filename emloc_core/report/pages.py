@@ -1,7 +1,6 @@
-"""Shared by all pages: templates with one look, and files that are written whole."""
+"""Templates with one look, for all pages."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -18,15 +17,3 @@ def environment(package: str, **filters: Callable[[Any], Any]) -> Environment:
     )
     found.filters.update(filters)
     return found
-
-
-def publish_page(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, in a directory that is made if there is none.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(path)

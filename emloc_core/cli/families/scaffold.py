@@ -1,12 +1,12 @@
 """``emloc families scaffold``."""
 
-from contextlib import suppress
 from pathlib import Path
 
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.errors import EmlocError
+from emloc_core.files.documents import write_text
 
 
 @click.command("scaffold")
@@ -36,7 +36,7 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
         noted, draft = len(draft.notes), check_draft(draft)
         faults = draft.notes[noted:]
     if output is not None:
-        _write(output, draft.source)
+        write_text(output, draft.source)
     if as_json:
         print_json({**draft.describe(), "output": str(output) if output else None, "checked": check})
     elif output is None:
@@ -49,15 +49,3 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
         click.echo("The draft passes every check of the conformance kit.", err=True)
     name = draft.family.name
     click.echo(f"Next: `emloc families new {name} --from {model}` writes a package that declares this.", err=True)
-
-
-def _write(file: Path, source: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(source, encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        with suppress(OSError):  # the directory may not exist
-            part.unlink()
-        raise EmlocError(f"{file} cannot be written: {error.strerror}.", "Choose another file.") from error

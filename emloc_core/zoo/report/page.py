@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core import __version__
-from emloc_core.errors import EmlocError
+from emloc_core.files.documents import write_text
 from emloc_core.report.error_plot import band, sparkline
-from emloc_core.report.pages import environment, publish_page
+from emloc_core.report.pages import environment
 from emloc_core.zoo.report import view
 from emloc_core.zoo.report.log_end import plain
 from emloc_core.zoo.report.view import STATES, JobView, Summary
@@ -54,13 +54,8 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
         DATA: json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         TEXT: _render("report.md.j2", head, summary, views),
     }
-    try:
-        for name, text in files.items():
-            publish_page(directory / name, text)
-    except OSError as error:
-        raise EmlocError(
-            f"The report cannot be written into {directory} ({error.strerror}).", "Choose another place with -o."
-        ) from error
+    for name, text in files.items():
+        write_text(directory / name, text)
     return content
 
 

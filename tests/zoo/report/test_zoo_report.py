@@ -218,7 +218,7 @@ def test_there_has_to_be_a_zoo(tmp_path):
 
 def test_a_report_that_cannot_be_written(zoo, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EmlocError, match="cannot be written into"):
+    with pytest.raises(EmlocError, match="cannot be written"):
         write_report(zoo, tmp_path / "file")
 
 
