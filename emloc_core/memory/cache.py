@@ -68,10 +68,10 @@ def directory() -> Path | None:
 
 
 def key(*parts: Any, code: Sequence[str] = _CODE) -> str:
-    """Return a digest of values whose text tells all of them apart, of versions, and of the code.
+    """Return a digest of values, of the versions of packages, and of the code that decides what is kept.
 
     Args:
-        parts: the values.
+        parts: the values; equal ones have the same text, and others have another.
         code: the packages and modules that decide what is kept.
     """
     text = json.dumps([_versions(), _code(tuple(code)), *parts], sort_keys=True, default=_plain)

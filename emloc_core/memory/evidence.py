@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Recovery(NamedTuple):
-    """How much of what a LoRA on the base gains, an emulator's LoRA gives the base: shares of the loss.
+    """The share of what a LoRA on the base gains, in loss, that the base gains by a LoRA from an emulator.
 
     Attributes:
         corrected: after the correction ``auto``.

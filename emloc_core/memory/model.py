@@ -93,7 +93,6 @@ class MemoryModel:
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self._take(workload)
         self.method = self._method()
-        self.format = self.method.format
 
     def _take(self, workload: Workload) -> None:
         self.workload = workload
@@ -108,6 +107,11 @@ class MemoryModel:
         format = format_named(self.settings.kind)
         settings = self.settings.for_tuning(self.workload.train)
         return method_of(settings, format, find_linears(self.model, self.family, format), self.model)
+
+    @property
+    def format(self) -> Format:
+        """The emulator's format."""
+        return self.method.format
 
     @property
     def packed(self) -> Sequence[str]:
@@ -206,7 +210,6 @@ class MemoryModel:
         other._take(workload)
         if workload.train.trains_modules != self.workload.train.trains_modules:
             other.method = other._method()
-            other.format = other.method.format
         return other
 
     def with_kind(self, kind: str) -> "MemoryModel":
@@ -214,7 +217,6 @@ class MemoryModel:
         other = copy.copy(self)
         other.settings = CompressSettings(kind=kind, keep=self.settings.keep)
         other.method = other._method()
-        other.format = other.method.format
         return other
 
     def least_length(self) -> int:
@@ -229,7 +231,7 @@ class MemoryModel:
         )
 
     def _need_of(self, work: str, trace: Callable[[], Need]) -> Need:
-        """Return what a step needs, as it is known by a digest of all that it depends on, or traced."""
+        """Return what a step needs: as kept under a digest of all that it depends on, or else traced and kept."""
         kept = self._known.traces.values
         try:
             terms = {term: kept[work]["terms"][term] + 0 for term in TERMS if term in kept[work]["terms"]}
@@ -374,7 +376,7 @@ class MemoryModel:
     def _few(self, path: str, count: int, period: int) -> int:
         """Return how many of a tower's blocks to trace first: a period between the first and the last, or more.
 
-        They are whole periods fewer than all.
+        The others are a whole number of periods.
         """
         enough = _OUTER + period + self._apart.get(path, 0)
         few = enough + (count - enough) % period

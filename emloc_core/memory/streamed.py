@@ -163,5 +163,5 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
 
 
 def _need(stage: str, terms: Mapping[str, int], phase: str) -> Need:
-    """Return what a stage needs, without the terms that are nothing."""
+    """Return what a stage needs, without the terms that are 0."""
     return Need(stage, {term: need for term, need in terms.items() if need}, phase)

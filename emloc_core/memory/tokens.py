@@ -57,7 +57,7 @@ class TokenStep:
         return {**inputs, "images": workload.images, "image": image, "image_token": token}
 
     def positions(self, path: str) -> int:
-        """Return how many tokens, patches, or tokens that these become, pass through a module."""
+        """Return how many positions pass through a module: tokens, patches, or the tokens that patches become."""
         memory = self._memory
         image, images = memory.image, memory.workload.images
         *others, language = (tower.blocks for tower in memory.family.towers)
@@ -84,7 +84,7 @@ class TokenStep:
 
     @contextmanager
     def tracing(self, model: Any) -> Iterator[Any]:
-        """Make tensors fake, and TRL's loss one kernel per tile where it is: on a GPU."""
+        """Make tensors fake; on a GPU, count TRL's loss as the one kernel per tile that it is there."""
         from emloc_core.compat.trl import tiles_in_place, tiles_of
         from emloc_core.memory.fake import fake
         from emloc_core.standins.vocabulary import rows_at_once

@@ -64,7 +64,7 @@ def cap_told() -> str:
 
 
 def _cap_process(nbytes: int) -> None:
-    """Let the kernel refuse data (heap, and mappings without a file) with which the process would have so many bytes.
+    """Limit the process to so many bytes of data (heap, and mappings without a file), beyond which the kernel refuses.
 
     It counts what is asked for, touched or not; so what libraries have asked for and not touched so far is added.
     """

@@ -21,7 +21,7 @@ def conversions() -> list[Any]:
 
 
 class _Unpack(ConversionOps):
-    """Unpacks the matrices of a stack one by one, as transposed as the model has them."""
+    """Unpacks the matrices of a stack one by one, transposed where those of the model are."""
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **given: Any) -> dict[str, list[torch.Tensor]]:
         if missing := [name for name in (_BLOCKS, _SCALES) if name not in input_dict]:

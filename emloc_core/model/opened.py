@@ -89,7 +89,7 @@ def open_model(name: str, device: str = "auto") -> OpenModel:
 
 
 def open_original(name: str, device: str = "cpu", option: str = "") -> OpenModel:
-    """Open a model whose weights are there themselves; see :func:`open_model`.
+    """Open an original, which is neither quantised nor an emulator; see :func:`open_model`.
 
     Args:
         name, device: as there.

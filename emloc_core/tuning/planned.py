@@ -1,4 +1,4 @@
-"""The rows of a step that an emulator was planned for: stage 2 takes as many where the user says nothing else."""
+"""Trains with the batch that an emulator was planned for, unless the user gives another."""
 
 import click
 
@@ -11,7 +11,7 @@ SHAPE = ("batch_size", "accumulation", "max_length")
 
 
 def as_planned(settings: TrainSettings, model: Checkpoint) -> TrainSettings:
-    """Return settings with the rows of a step that the plan of an emulator has, unless they say how many."""
+    """Return settings with the batch and the length that an emulator was planned for, unless they set one of these."""
     found = ((read_manifest(model.directory) or {}).get("result") or {}).get("tuning")
     if not isinstance(found, dict) or settings.model_fields_set & set(SHAPE):
         return settings

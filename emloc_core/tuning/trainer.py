@@ -108,7 +108,7 @@ class LoraSteps(Trainer):
         set_peft_model_state_dict(self.lora, load_peft_weights(str(directory), device="cpu"))
 
     def restore(self, state: TrainerState) -> None:
-        """Be as after the last step of a run that took all its steps and ended before the LoRA was written."""
+        """Restore what there is after the last step, for a run that ended before it had written the LoRA."""
         self.state = state
         self.load_step(state.global_step)
         optimizer = self._checkpoint(state.global_step) / "optimizer.pt"
