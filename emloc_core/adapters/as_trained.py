@@ -47,10 +47,8 @@ class AsTrained(Job):
             EmlocError: the adapter does not belong to the base.
         """
         files = Inputs(self._path.resolve().parent)
-        fingerprint = self.base.fingerprint(files)
-        require_base(self.adapter, self.base, fingerprint)
-        moments = hash_moments(self.adapter.directory, files)
-        request = {"adapter": self.adapter.fingerprint(files), **moments, "base": fingerprint}
+        original, moments = require_base(self.adapter, self.base, files), hash_moments(self.adapter.directory, files)
+        request = {"adapter": self.adapter.fingerprint(files), **moments, "base": original}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
         return Output(self._path, "corrected-adapter", request, inputs=inputs, files=files, family=self.model.family)
 

@@ -12,6 +12,7 @@ from emloc_core.adapters.emulator import Emulator
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import manifest_value, read_manifest
 from emloc_core.standins.experts import matrices
 
@@ -49,13 +50,19 @@ def _shape(model: nn.Module, path: str, lora: Lora) -> tuple[int, ...]:
     return tuple(module.weight.shape)
 
 
-def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:
-    """Refuse an adapter that was not made for this base, or may have been trained on an emulator and not corrected.
+def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_uncorrected: bool = False) -> str:
+    """Return the fingerprint of the base of an adapter.
+
+    Args:
+        adapter: for the base, not for an emulator of it.
+        base: whose files are added to ``files``.
+        files: those that the caller reads.
+        allow_uncorrected: take an adapter that was trained on an emulator of it, or may have been.
 
     Raises:
         EmlocError: manifests name another base; the adapter is not corrected; or it is unknown whether it is.
     """
-    request = adapter.manifest.get("request", {})
+    fingerprint, request = base.fingerprint(files), adapter.manifest.get("request", {})
     made_for = request.get("base") or request.get("model")
     if not adapter.is_corrected:
         model = adapter.trained_on
@@ -69,7 +76,7 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
                     code="mismatch",
                 )
         if emulator is None and model and is_rounded_form(Checkpoint(model), base):
-            return
+            return fingerprint
         named = adapter.config.get("base_model_name_or_path")
         if not model and made_for and made_for != fingerprint and named != base.name:
             raise EmlocError(
@@ -90,6 +97,7 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
             "Give the base that the adapter was made for, unchanged.",
             code="mismatch",
         )
+    return fingerprint
 
 
 def is_rounded_form(model: Checkpoint, base: Checkpoint) -> bool:

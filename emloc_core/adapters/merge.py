@@ -61,9 +61,8 @@ class Merge(Job):
             EmlocError: the adapter does not belong to the base.
         """
         files = Inputs(self.request.output.resolve().parent)
-        fingerprint = self.base.fingerprint(files)
-        require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self.request.allow_uncorrected)
-        request = {"adapter": self.adapter.fingerprint(files), "base": fingerprint}
+        original = require_base(self.adapter, self.base, files, allow_uncorrected=self.request.allow_uncorrected)
+        request = {"adapter": self.adapter.fingerprint(files), "base": original}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
         return Output(self.request.output, "checkpoint", request, inputs=inputs, files=files, family=self.model.family)
 

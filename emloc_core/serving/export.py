@@ -76,11 +76,9 @@ class Export(Job):
             EmlocError: the adapter does not belong to the base.
         """
         files = Inputs(self.request.output.resolve().parent)
-        fingerprint = self.base.fingerprint(files)
-        request = {"base": fingerprint, **self.settings.model_dump()}
-        inputs = {"base": self.base.name}
+        request, inputs = {"base": self.base.fingerprint(files), **self.settings.model_dump()}, {"base": self.base.name}
         if self.adapter is not None:
-            require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self.request.allow_uncorrected)
+            require_base(self.adapter, self.base, files, allow_uncorrected=self.request.allow_uncorrected)
             request["adapter"] = self.adapter.fingerprint(files)
             inputs["adapter"] = str(self.adapter.directory.absolute())
         kind = "gguf" if self.settings.gguf else "comfyui" if self.settings.comfyui else "served-adapter"

@@ -261,8 +261,7 @@ class Polish(ExactTrain):
         return f"Polish: {steps_described(self.settings, request, result)}{kept}."
 
     def _require_base(self, files: Inputs) -> None:
-        base = self.model.checkpoint
-        require_base(self.adapter, base, base.fingerprint(files), allow_uncorrected=True)
+        require_base(self.adapter, self.model.checkpoint, files, allow_uncorrected=True)
 
 
 def _no_modules(names: str) -> EmlocError:
