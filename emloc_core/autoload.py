@@ -7,22 +7,26 @@ would cost every program that uses torch a second, so its import is watched for.
 switches all such entry points off.
 """
 
+from functools import partial
 from importlib import import_module
 
 from emloc_core.compat.imports import is_being_imported, when_imported
 from emloc_core.compat.lighter import lighten
 
-#: When this package has been imported, emulators can be registered with it.
-_WATCHED = "transformers.quantizers"
-#: It imports that, and is imported before any model is loaded.
-_IMPORTER = "transformers.modeling_utils"
-
 
 def watch() -> None:
     """Register emulators with transformers as soon as its quantizers are imported, and lighten other imports."""
-    when_imported(_IMPORTER if is_being_imported(_WATCHED) else _WATCHED, _register)
+    register_with("transformers", "transformers.modeling_utils", "emloc_core.standins.quantizer")
     lighten()
 
 
-def _register() -> None:
-    import_module("emloc_core.standins.quantizer")
+def register_with(library: str, importer: str, module: str) -> None:
+    """Import a module of ours, which registers emulators, as soon as the quantizers of a library have been imported.
+
+    Args:
+        library: the library. It has a package ``quantizers``.
+        importer: what imports that package, and is imported before any model is loaded.
+        module: ours.
+    """
+    watched = f"{library}.quantizers"
+    when_imported(importer if is_being_imported(watched) else watched, partial(import_module, module))

@@ -80,6 +80,7 @@ class Objective(Protocol):
 
     Attributes:
         type_key: the key of ``config.json`` that names the architecture.
+        dtype_key: the key of an emulator's that names the dtype of its base.
         weights: how the names of files of weights begin: ``model`` as in ``model.safetensors``.
         folder: where this model is in a directory of several; empty if it has one of its own.
         keeps_rows: whether rows that an emulator is calibrated on, or that its correction is chosen on, are never tuned
@@ -89,6 +90,7 @@ class Objective(Protocol):
     """
 
     type_key: str
+    dtype_key: str
     weights: str
     folder: str
     keeps_rows: bool

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class TokenObjective:
     """See :class:`emloc_core.objective.Objective`."""
 
-    type_key, weights, folder = "model_type", "model", ""
+    type_key, dtype_key, weights, folder = "model_type", "dtype", "model", ""
     keeps_rows = True
     task = "CAUSAL_LM"
     library = "transformers"

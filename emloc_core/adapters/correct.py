@@ -39,7 +39,7 @@ from emloc_core.report.verdict import verdict
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import PAPER_CLAMP, Loss
 from emloc_core.standins import StandIn
-from emloc_core.standins.format import MARK
+from emloc_core.standins.format import kind_of
 
 
 class Correct(Job):
@@ -264,6 +264,6 @@ def prepare(request: CorrectRequest) -> Correct | AsTrained:
             code="mismatch",
         )
     model = adapter.trained_on
-    if request.emulator or not model or MARK in Checkpoint(model).config:  # its manifest may be lost
+    if request.emulator or not model or kind_of(Checkpoint(model).config):  # its manifest may be lost
         return Correct(request, adapter)
     return AsTrained(request, adapter)

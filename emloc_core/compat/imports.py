@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 
-def when_imported(name: str, action: Callable[[], None]) -> None:
+def when_imported(name: str, action: Callable[[], object]) -> None:
     """Call ``action`` when a module has been imported: now, if it has been."""
     if name in sys.modules:
         action()

@@ -103,7 +103,14 @@ def kept_in_fp32(model: Any) -> list[str]:
 
 
 def laid_out_otherwise(model: Any, method: str) -> list[str]:
-    """Return the paths of modules that ``from_pretrained`` replaces by others in a model quantised by this method."""
+    """Return the paths of modules that ``from_pretrained`` replaces by others in a model quantised by this method.
+
+    All modules count where transformers does not load the model: other libraries may replace others.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return [path for path, _ in model.named_modules()]
     with private("transformers"):
         from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
     known: dict[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION

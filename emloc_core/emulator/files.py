@@ -17,7 +17,7 @@ from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.documents import write_json
+from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
@@ -25,7 +25,7 @@ from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.standins import Format, StandIn
 from emloc_core.standins.experts import part_name
-from emloc_core.standins.format import MARK
+from emloc_core.standins.format import MARK, METHOD
 from emloc_core.standins.standin import Fitted
 from emloc_core.standins.vocabulary import PARTS
 
@@ -155,8 +155,11 @@ class EmulatorFiles:
         # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
         if plan.vocabulary:
             settings["vocabulary"] = packings(plan.vocabulary)
-        dtype = self.base.config.get("dtype") or str(self.skeleton.dtype).removeprefix("torch.")
-        config = {**self.base.config, "dtype": dtype, "quantization_config": settings, MARK: self.format.name}
+        config, key = read_object(self.base.directory / "config.json"), self.base.objective.dtype_key
+        config[key] = config.get(key) or str(self.skeleton.dtype).removeprefix("torch.")
+        config["quantization_config"] = settings
+        if settings["quant_method"] != METHOD:
+            config[MARK] = self.format.name
         write_json(self.staging / "config.json", config)
         self.base.copy_side_files(self.staging)
         before, after = plan.parameters(self.format)

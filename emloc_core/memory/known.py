@@ -15,7 +15,7 @@ from emloc_core.files.checkpoint import is_in_mxfp4, read_config_json
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.standins.format import MARK
+from emloc_core.standins.format import kind_of
 from emloc_core.standins.layer import replace_linear
 from emloc_core.standins.nf4 import FourBitLinear
 
@@ -154,7 +154,7 @@ def _require_base(raw: Mapping[str, Any], config_file: Path) -> None:
     """Refuse an emulator, and a base that is quantised to anything but four bits."""
     from emloc_core.model.nf4_checkpoints import is_in_four_bits
 
-    is_emulator = MARK in raw
+    is_emulator = kind_of(raw) is not None
     if is_emulator or not is_in_four_bits(raw):
         raise EmlocError(
             f"The model of {config_file} is {'an emulator' if is_emulator else 'quantised, and not in four bits'}.",

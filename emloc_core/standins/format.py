@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,10 +19,24 @@ from emloc_core.standins.experts import is_stack, replace_experts
 from emloc_core.standins.layer import PackedLinear, Parts, StandInLinear, replace_linear
 from emloc_core.standins.standin import Fitted, Movable, StandIn
 
-#: The ``quant_method`` of an emulator.
-METHOD = "emloc"
-#: Field of an emulator's config.json with its kind, by which one in four bits differs from a base that is.
+
+class Method(StrEnum):
+    """The ``quant_method`` of an emulator, as diffusers asks for it: a member of an enumeration."""
+
+    EMLOC = "emloc"
+
+
+METHOD = Method.EMLOC
+#: Field of config.json with the kind of an emulator that bitsandbytes loads, by which it differs from such a base.
 MARK = "emloc_kind"
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of an emulator, by its ``config.json``; None: it is no emulator."""
+    settings = config.get("quantization_config")
+    if isinstance(settings, Mapping) and settings.get("quant_method") == METHOD:
+        return str(settings.get("format"))
+    return config.get(MARK)
 
 
 class Ratios(NamedTuple):

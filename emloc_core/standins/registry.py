@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.standins.format import MARK, METHOD, Format
+from emloc_core.standins.format import METHOD, Format, kind_of
 
 
 def format_named(name: str) -> Format:
@@ -23,5 +23,7 @@ def format_of(config: Mapping[str, Any]) -> Format:
     Raises:
         EmlocError: no plugin provides it.
     """
-    found = format_named(config[MARK])
+    kind = kind_of(config)
+    assert kind
+    found = format_named(kind)
     return found.own() if config["quantization_config"]["quant_method"] == METHOD else found

@@ -4,14 +4,15 @@ They learn by flow matching. Imports nothing heavy.
 """
 
 from collections.abc import Callable
-from typing import Any
-
-import click
+from typing import TYPE_CHECKING, Any
 
 from emloc_core.family import Family
 from emloc_core.hookspecs import hookimpl
 from emloc_diffusers.families import FAMILIES
 from emloc_diffusers.objective import FlowMatching
+
+if TYPE_CHECKING:
+    import click
 
 
 @hookimpl
@@ -21,7 +22,7 @@ def emloc_families() -> list[Family]:
 
 
 @hookimpl
-def emloc_commands() -> list[click.Command]:
+def emloc_commands() -> "list[click.Command]":
     """Add ``emloc pictures``."""
     from emloc_diffusers.command import command
 

@@ -26,6 +26,7 @@ class FlowMatching:
     """See :class:`emloc_core.objective.Objective`."""
 
     type_key, weights, folder = "_class_name", "diffusion_pytorch_model", "transformer"
+    dtype_key = "_dtype"  # diffusers takes a `dtype` for an argument of the class, and warns of what has no underscore
     keeps_rows = False
     task = None
     library = "diffusers"
@@ -85,9 +86,7 @@ class FlowMatching:
     def usage(self, kind: str, class_name: str, base: str) -> str | None:
         """Return how a pipeline takes it."""
         pipe = f'pipe = DiffusionPipeline.from_pretrained("{base}"'
-        if kind == "emulator":
-            return "# An emulator is for training: emloc train DIRECTORY rows.jsonl -o adapter"
-        if kind == "checkpoint":
+        if kind in ("emulator", "checkpoint"):
             loaded = f'transformer = {class_name}.from_pretrained("DIRECTORY")'
             return (
                 f"from diffusers import DiffusionPipeline, {class_name}\n\n{loaded}\n{pipe}, transformer=transformer)"

@@ -16,7 +16,7 @@ class Config(dict[str, Any]):
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that an emulator's config has; other configs have none."""
-        named = self.get("dtype")
+        named = self.get("_dtype")
         found = getattr(torch, named, None) if isinstance(named, str) else None
         return found if isinstance(found, torch.dtype) else None
 

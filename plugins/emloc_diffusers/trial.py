@@ -11,9 +11,6 @@ from emloc_core.data.images import Picture
 from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.model.opened import OpenModel
-from emloc_core.standins.layer import StandInLinear
 from emloc_diffusers.calls import call_of
 from emloc_diffusers.encoding import Encoded
 from emloc_diffusers.flow import Drawn, Times, draws, forward
@@ -66,17 +63,15 @@ class FlowTrial:
 
     def load(self, family: Family, directory: Path) -> Any:
         """Return the model or emulator in memory."""
-        skeleton = OpenModel(Checkpoint(directory), family).skeleton
-        skeleton.load_parameters([name for name, _ in skeleton.model.named_parameters()])
-        skeleton.model.name_or_path = str(directory)  # as PEFT notes it in a LoRA
-        return skeleton.model
+        import emloc_diffusers.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
+
+        model = getattr(library(), family.auto_class).from_pretrained(str(directory))
+        model.name_or_path = str(directory)  # as PEFT notes it in a LoRA
+        return model
 
     def unpacked(self, model: Any) -> Any:
         """Return an emulator with ordinary Linears."""
-        for path, layer in list(model.named_modules()):
-            if isinstance(layer, StandInLinear):
-                model.set_submodule(path, layer.dense().to(model.dtype))
-        return model
+        return model.dequantize()
 
     def loss(self, model: Any, sample: Drawn) -> torch.Tensor:
         """Return the mean squared error of the velocity."""

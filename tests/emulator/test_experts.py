@@ -30,7 +30,7 @@ from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.standins import LowRank
 from emloc_core.standins.experts import StandInExperts, activate, stacks
-from emloc_core.standins.format import MARK
+from emloc_core.standins.format import kind_of
 from emloc_core.standins.registry import format_named
 
 SETTINGS = {**QWEN_MOE.tiny_configs[0], "num_experts": 6}
@@ -289,7 +289,7 @@ def test_missing_factors_are_found(emulator, tmp_path):
 
 
 def test_packed_experts_are_planned_loaded_and_saved(base, packed, rows_file, tmp_path):
-    kind = Checkpoint(packed).config[MARK]
+    kind = kind_of(Checkpoint(packed).config)
     job = compress_job(base, rows_file, packed, CompressSettings(kind=kind, samples=12, selection=6))
     written = Checkpoint(packed)
     assert job.describe()["emulator_bytes"] == written.nbytes < Checkpoint(base).nbytes

@@ -1,0 +1,141 @@
+"""Emulators are loaded by diffusers itself, and are what EMLoC trains on."""
+
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from emloc_diffusers import quantizer
+from emloc_diffusers.lora_file import FILE
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from support.contracts import contract
+from support.pipelines import flux_pipeline, picture_rows
+
+import emloc_core as emloc
+from emloc_core.data.rows import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_json, write_json
+from emloc_core.files.pretrained import load_lora
+from emloc_core.model.opened import open_model
+
+KINDS = ("low-rank", "nf4")
+TUNED = {"steps": 2, "batch_size": 2, "lora_rank": 2, "learning_rate": 0.05, "bf16": False}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pipeline in bfloat16, rows, emulators by their kind, and a LoRA."""
+    place = tmp_path_factory.mktemp("loading")
+    pipeline, rows = flux_pipeline(place / "pipeline"), picture_rows(place / "rows", 4)
+    plain(pipeline / "transformer", torch.bfloat16).save_pretrained(pipeline / "transformer")
+    emulators = {
+        kind: emloc.compress(str(pipeline), rows, str(place / kind), kind=kind, samples=2, selection=1).path
+        for kind in KINDS
+    }
+    adapter = emloc.train(str(pipeline), rows, str(place / "adapter"), **TUNED)
+    return {"pipeline": pipeline, "rows": rows, "adapter": adapter.path, **emulators}
+
+
+def plain(directory, dtype=torch.bfloat16):
+    return diffusers.FluxTransformer2DModel.from_pretrained(str(directory), torch_dtype=dtype)
+
+
+def streamed(directory, made):
+    """The emulator as EMLoC loads it, and a sample."""
+    model = open_model(str(directory), "cpu")
+    model.skeleton.load_parameters([name for name, _ in model.skeleton.model.named_parameters()])
+    return model.skeleton.model.eval(), model.samples(load_rows(made["rows"]), None, "selection")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_loads_what_was_made_and_saves_it(kind, made, tmp_path, caplog):
+    loaded, (ours, sample) = plain(made[kind]), streamed(made[kind], made)
+    assert loaded.dtype == ours.dtype == torch.bfloat16
+    assert not caplog.records  # of keys in the config, or of weights, that diffusers does not know
+    loaded.save_pretrained(tmp_path / "saved")
+    again = plain(tmp_path / "saved")
+    theirs, others = dict(loaded.named_parameters()), dict(again.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert theirs[name].dtype == parameter.dtype, name  # ranges of scales are in fp32
+        assert torch.equal(theirs[name], parameter), name
+        assert torch.equal(others[name], parameter), name
+    with torch.no_grad():
+        assert torch.equal(sample.run(loaded, "cpu"), sample.run(ours, "cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_made_dense(kind, made):
+    loaded, (_, sample) = plain(made[kind], torch.float32), streamed(made[kind], made)
+    with torch.no_grad():
+        wanted, found = sample.run(loaded, "cpu"), sample.run(loaded.dequantize(), "cpu")
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert {type(module) for module in loaded.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_draws_with_an_emulator_and_loads_the_lora_into_it(kind, made):
+    """Pipelines of FLUX.1 would take a factor for a weight that the LoRA is too large for, and change it."""
+    emulator, sample = plain(made[kind], torch.float32), streamed(made[kind], made)[1]
+    pipe = diffusers.FluxPipeline.from_pretrained(str(made["pipeline"]), transformer=emulator)
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", height=8, width=8, num_inference_steps=2, generator=generator, output_type="latent",
+                    max_sequence_length=6).images  # fmt: skip
+
+    before = drawn()
+    assert torch.isfinite(before).all()
+    pipe.load_lora_weights(str(made["adapter"]), weight_name=FILE)
+    assert not torch.equal(drawn(), before)
+    with torch.no_grad():
+        found, without = sample.run(emulator, "cpu"), sample.run(plain(made[kind], torch.float32), "cpu")
+        wanted = sample.run(load_lora(plain(made[kind], torch.float32), made["adapter"]), "cpu")
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert (found - without).abs().max() > 1e-2
+    pipe.unload_lora_weights()
+    assert torch.equal(drawn(), before)
+
+
+def test_peft_trains_a_lora_on_it_and_refuses_what_would_not_hold_on_the_base(made):
+    targets = ["attn.to_q"]
+    lora = get_peft_model(plain(made["nf4"]), LoraConfig(r=2, target_modules=targets))
+    _, sample = streamed(made["nf4"], made)
+    sample.run(lora, "cpu").float().square().mean().backward()
+    assert all(each.grad is not None for each in lora.parameters() if each.requires_grad)
+    with pytest.raises(EmlocError, match="DoRA"):
+        get_peft_model(plain(made["nf4"]), LoraConfig(r=2, target_modules=targets, use_dora=True))
+
+
+def test_an_emulator_that_lacks_a_part_is_refused(made, tmp_path):
+    part = "transformer_blocks.0.attn.to_q.weight_scales"
+    for file in made["nf4"].iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            tensors.pop(part, None)
+            save_file(tensors, tmp_path / file.name)
+        elif file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    content = read_json(index)
+    del content["weight_map"][part]
+    write_json(index, content)
+    with pytest.raises(EmlocError, match=f"lacks {part}"):
+        plain(tmp_path)
+
+
+def test_it_is_loaded_without_an_import_of_ours(made):
+    code = f"import diffusers as d; print(d.FluxTransformer2DModel.from_pretrained({str(made['nf4'])!r}).is_quantized)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+@contract("diffusers", "emloc_diffusers.quantizer")
+def test_quantizers_are_registered_in_two_dictionaries():
+    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+    settings = {"quant_method": "emloc", "format": "nf4", "ranks": {}}
+    found = DiffusersAutoQuantizer.from_config(DiffusersAutoQuantizer.from_dict(settings), pre_quantized=True)
+    assert isinstance(found, quantizer.Quantizer), "AUTO_QUANTIZER_MAPPING is not what is looked in"
