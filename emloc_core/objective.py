@@ -87,6 +87,7 @@ class Objective(Protocol):
             on. If not, what is drawn for them differs.
         task: PEFT's name for it, if it has one.
         library: the library that loads models, as the hub calls it.
+        scored_by: the command that compares systems.
     """
 
     type_key: str
@@ -96,6 +97,7 @@ class Objective(Protocol):
     keeps_rows: bool
     task: str | None
     library: str
+    scored_by: str
 
     def config(self, path: "Path") -> Any:
         """Return the library's config for a ``config.json``; its ``dtype`` may be None."""

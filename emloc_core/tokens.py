@@ -31,6 +31,7 @@ class TokenObjective:
     keeps_rows = True
     task = "CAUSAL_LM"
     library = "transformers"
+    scored_by = "eval"
 
     def config(self, path: Path) -> Any:
         """Return transformers' config."""

@@ -120,8 +120,9 @@ class Evaluate(Job):
 
     def __init__(self, request: EvaluateRequest) -> None:
         self.request = request
-        self._specs = _specs(request.tasks, Inputs())  # nothing is written, not even hashes beside the output
         self.systems = [_local(system) for system in request.systems]
+        _require_text(self.systems)
+        self._specs = _specs(request.tasks, Inputs())  # nothing is written, not even hashes beside the output
         _check(self.systems, self._specs)
 
     @cached_property
@@ -208,6 +209,18 @@ def prepare(request: EvaluateRequest) -> Evaluate:
 def _local(system: System) -> System:
     """Return the system with its model as a directory."""
     return system.model_copy(update={"model": str(open_checkpoint(system.model).directory)})
+
+
+def _require_text(systems: Sequence[System]) -> None:
+    from emloc_core.files.checkpoint import Checkpoint
+
+    for system in systems:
+        if (command := Checkpoint(system.model).objective.scored_by) != "eval":
+            raise EmlocError(
+                f"lm-eval has no tasks for {system.model} ({system.name}), which does not write text.",
+                f"Score it by `emloc {command} {system.model}`: see `emloc {command} --help`.",
+                code="unsupported",
+            )
 
 
 def _specs(tasks: Sequence[str], files: Inputs) -> list[TaskSpec]:

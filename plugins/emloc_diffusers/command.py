@@ -1,33 +1,74 @@
 """``emloc pictures``."""
 
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
+
+from emloc_core.cli.console import as_json, print_json
+
+#: Prompts of the data that are drawn, at most, where none is given.
+_PROMPTS = 8
+_DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 @click.command("pictures")
 @click.argument("model")
-@click.option("--adapter", "adapters", multiple=True, type=click.Path(path_type=Path, exists=True, file_okay=False),
+@click.option("--adapter", "adapters", multiple=True, type=_DIRECTORY,
               help="Adapter for the model; repeatable: each has a row of the grid.")  # fmt: skip
-@click.option("--prompt", "prompts", multiple=True, required=True, help="Prompt; repeatable: each has a column.")
+@click.option("--prompt", "prompts", multiple=True, help="Prompt; repeatable: each has a column.")
+@click.option("--data", help="Held-out rows of pictures: the loss of each system on them is told, and without --prompt "
+              "their first prompts are drawn.")  # fmt: skip
+@click.option("--judge", type=_DIRECTORY, help="Directory of a CLIP or a DINOv2: how like the pictures of --data are "
+              "those that are drawn.")  # fmt: skip
 @click.option("--side", type=click.IntRange(1), default=512, show_default=True, help="Height and width in pixels.")
 @click.option("--steps", type=click.IntRange(1), default=28, show_default=True, help="Steps of the solver.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the noise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("pictures.png"),
               show_default=True, help="File of the grid.")  # fmt: skip
+@as_json
 def command(
-    model: str, adapters: tuple[Path, ...], prompts: tuple[str, ...], side: int, steps: int, seed: int, output: Path
+    model: str,
+    adapters: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    data: str | None,
+    judge: Path | None,
+    side: int,
+    steps: int,
+    seed: int,
+    output: Path,
+    as_json: bool,
 ) -> None:
-    """Draw what a pipeline makes of prompts, alone and with adapters, always from the same noise."""
+    """Draw what a pipeline makes of prompts, alone and with adapters, always from the same noise; and score it."""
+    from emloc_core.data.rows import load_rows
     from emloc_core.errors import EmlocError
     from emloc_diffusers.pictures import Drawing, grid
+    from emloc_diffusers.scores import Judge, Losses
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise EmlocError(f"{output} is no picture.", "End its name in .png, .jpg or .webp.")
-    rows = {}
+    if data is None and (judge or not prompts):
+        raise EmlocError(
+            "Nothing says what to draw." if not judge else "A judge compares with pictures.", "Add --data."
+        )
+    rows = load_rows(data) if data else []
+    losses, judging = Losses(model, rows, side) if rows else None, Judge(judge) if judge else None
+    references = [row.images[0].read() for row in rows if row.images]
+    prompts = prompts or tuple(dict.fromkeys(str(row.prompt) for row in rows))[:_PROMPTS]
+    drawn: dict[str, Any] = {}
+    scores: dict[str, dict[str, float]] = {}
     for adapter in (None, *adapters):
         name = adapter.name if adapter else "base"
+        name = str(adapter) if name in drawn else name
         click.echo(f"drawing: {name}", err=True)
-        rows[name] = Drawing(model, adapter).draw(prompts, side=side, steps=steps, seed=seed)
-    grid(rows, prompts, min(side, 256)).save(output)
+        drawn[name] = Drawing(model, adapter).draw(prompts, side=side, steps=steps, seed=seed)
+        scores[name] = {"loss": losses.of(adapter)} if losses else {}
+        if judging:
+            scores[name]["similarity"] = judging.similarity(drawn[name], references)
+    grid(drawn, prompts, min(side, 256)).save(output)
+    if as_json:
+        print_json({"output": str(output), "systems": scores})
+        return
+    for name, found in scores.items() if rows else ():
+        click.echo(f"{name}: " + ", ".join(f"{what} {value:.4f}" for what, value in found.items()))
     click.echo(output)

@@ -30,6 +30,7 @@ class FlowMatching:
     keeps_rows = False
     task = None
     library = "diffusers"
+    scored_by = "pictures"
 
     def config(self, path: Path) -> Any:
         """Return diffusers' config."""

@@ -1,0 +1,91 @@
+"""What a system is worth on held-out pictures: its loss on them, and how like them are those that it draws."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.held_out import summed_loss
+from emloc_core.data.row import Row
+from emloc_core.errors import EmlocError
+from emloc_core.files.pretrained import load_model, load_processing
+from emloc_core.model.opened import OpenModel, open_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Losses:
+    """The loss of a model, with and without adapters, on held-out rows, with the same noise for all.
+
+    Args:
+        model: its directory, or its pipeline's. It is streamed, so that it need not fit in memory.
+        rows: the rows.
+        side: height and width in pixels, to which the pictures are scaled down.
+
+    Raises:
+        EmlocError: the rows are no pictures with prompts.
+    """
+
+    def __init__(self, model: str, rows: Sequence[Row], side: int) -> None:
+        self.model: OpenModel = open_model(model)
+        self.model.objective.require_rows(rows, self.model.family)
+        self.samples = self.model.samples(rows, patches(self.model, side), "evaluation")
+
+    def of(self, adapter: Path | None) -> float:
+        """Return the mean loss of a picture.
+
+        Raises:
+            EmlocError: the adapter is none, or was not made for such a model.
+        """
+        loras = Adapter(adapter).loras if adapter else {}
+        total = summed_loss(self.model.skeleton, self.samples, loras)
+        return float(total[0] / total[1])
+
+
+def patches(model: OpenModel, side: int) -> int:
+    """Return how many patches a square picture has, of a side in pixels."""
+    from emloc_diffusers.calls import call_of
+    from emloc_diffusers.pipeline import Parts, pipeline_of
+
+    patch = Parts(pipeline_of(model.checkpoint)).factor * call_of(model.family.auto_class).patch
+    return max(1, side // patch) ** 2
+
+
+class Judge:
+    """A CLIP or a DINO, which tells how like pictures are, as DreamBooth does (Ruiz et al., 2023, arXiv 2208.12242).
+
+    Args:
+        directory: of the model, with its image processor.
+
+    Raises:
+        EmlocError: the model gives no features of pictures, or cannot be loaded.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            self._processor = load_processing("AutoImageProcessor", directory)
+            self._model = load_model("AutoModel", directory).eval()
+        except (OSError, ValueError) as error:
+            raise EmlocError(
+                f"{directory} is no model that judges pictures: {error}",
+                "Give the directory of a CLIP or a DINOv2, in the layout of transformers.",
+            ) from error
+
+    @torch.no_grad()
+    def features(self, pictures: "Sequence[Image]") -> torch.Tensor:
+        """Return what it sees in pictures, (N, d), each of length 1: CLIP's image embeddings, or DINO's first token."""
+        given = self._processor([each.convert("RGB") for each in pictures], return_tensors="pt")
+        pixels = given["pixel_values"].to(self._model.dtype)
+        if hasattr(self._model, "get_image_features"):
+            found = self._model.get_image_features(pixel_values=pixels).pooler_output
+        else:
+            found = self._model(pixel_values=pixels).last_hidden_state[:, 0]
+        return functional.normalize(found.float(), dim=-1)
+
+    def similarity(self, pictures: "Sequence[Image]", references: "Sequence[Image]") -> float:
+        """Return the mean cosine similarity of every picture to every reference, -1 to 1."""
+        return float((self.features(pictures) @ self.features(references).T).mean())
