@@ -60,6 +60,24 @@ _NAMES: dict[str, dict[str, tuple[str, Names]]] = {
             {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
         ),
     },
+    "SD3Transformer2DModel": {
+        "transformer_blocks": (
+            "joint_blocks",
+            {
+                "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "x_block_attn_proj": ("attn.to_out.0",),
+                "context_block_attn_proj": ("attn.to_add_out",),
+                "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+                "x_block_attn2_proj": ("attn2.to_out.0",),
+                "x_block_mlp_fc1": ("ff.net.0.proj",),
+                "x_block_mlp_fc2": ("ff.net.2",),
+                "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+                "context_block_mlp_fc2": ("ff_context.net.2",),
+                "x_block_adaLN_modulation_1": ("norm1.linear",),  # that of prompts has other halves in the last block
+            },
+        ),
+    },
 }
 _PATH = re.compile(r"(\w+)\.(\d+)\.(.+)")
 

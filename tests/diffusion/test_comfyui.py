@@ -1,8 +1,11 @@
 """Names of ComfyUI and kohya's scripts, read again by diffusers' own loaders of such files."""
 
+import re
+
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from emloc_diffusers.comfyui import renamed
 from emloc_diffusers.families import FAMILIES, FLUX, SD3
 from emloc_diffusers.lora_file import FILE
@@ -59,9 +62,37 @@ def test_what_has_no_lora_in_a_joined_matrix_gets_none():
     assert found[f"{name}.alpha"] == 6
 
 
+class Checkpoint(dict):
+    """Weights as they were first published; those that do not matter are zero."""
+
+    def pop(self, key):
+        return super().pop(key, torch.zeros(6))
+
+
+def test_the_names_of_stable_diffusion_3_are_those_of_its_own_weights():
+    """By the reader of its published checkpoints, as diffusers has none of such LoRAs."""
+    ends = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+            "attn.to_out.0", "attn.to_add_out", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+            "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear"]  # fmt: skip
+    blocks = [f"transformer_blocks.{index}.{end}" for index in range(2) for end in ends]
+    loras = {path: Lora(torch.randn(2, 8), torch.randn(6, 2), 1.0) for path in blocks if ".1.attn.to_add" not in path
+             and ".1.ff_context" not in path}  # fmt: skip
+    found = renamed("SD3Transformer2DModel", loras, lambda _: 6)
+    weights = Checkpoint({"context_embedder.weight": torch.zeros(6, 6)})
+    for name in {key.partition(".")[0] for key in found}:
+        index, stream, part = re.fullmatch(r"lora_unet_joint_blocks_(\d)_(x|context)_block_(.+)", name).groups()
+        part = part.replace("_1", ".1") if part.startswith("ada") else part.replace("_", ".")
+        product = found[f"{name}.lora_up.weight"] @ found[f"{name}.lora_down.weight"]
+        weights[f"joint_blocks.{index}.{stream}_block.{part}.weight"] = product
+    read = convert_sd3_transformer_checkpoint_to_diffusers(weights)
+    assert all(torch.allclose(read[f"{path}.weight"], lora.b @ lora.a, atol=1e-5) for path, lora in loras.items())
+    with pytest.raises(EmlocError, match="no matrix like"):
+        renamed("SD3Transformer2DModel", {"transformer_blocks.0.norm1_context.linear": loras[blocks[0]]}, lambda _: 6)
+
+
 def test_a_class_without_known_names_is_refused():
     with pytest.raises(EmlocError, match="not known what ComfyUI calls"):
-        renamed("SD3Transformer2DModel", {}, lambda _: 8)
+        renamed("PixArtTransformer2DModel", {}, lambda _: 8)
 
 
 def test_an_adapter_is_exported(tmp_path):
