@@ -20,34 +20,6 @@ from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings
 
 
-def require_preferences(rows: Iterable[Row], settings: StepSettings) -> None:
-    """Refuse rows that are no preferences between two texts, and for KTO have no label either.
-
-    Raises:
-        EmlocError: a row has no rejected answer, or no label, or has images or tools; names the first.
-    """
-    objective: str = getattr(settings, "objective", "")
-    labels = objective == "kto"
-    for row in rows:
-        if labels and row.rejected is None and row.label is None:
-            raise EmlocError(
-                f"Row {row.number} does not say whether its answer is wanted.",
-                "KTO needs rows of `prompt`, `completion` and `label` (true or false), or of `chosen` and `rejected`.",
-            )
-        if not labels and row.rejected is None:
-            raise EmlocError(
-                f"Row {row.number} has no rejected answer.",
-                f"{objective.upper()} needs rows of `prompt`, `chosen` and `rejected`; train on answers alone with the "
-                "objective sft.",
-            )
-        if row.images or row.tools:
-            raise EmlocError(
-                f"Row {row.number} has {'images' if row.images else 'tools'}, which preferences do not take here.",
-                "Leave the row out, or use your own script.",
-                code="unsupported",
-            )
-
-
 def preference_dataset(
     rows: Sequence[Row],
     processing: Processing,

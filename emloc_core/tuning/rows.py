@@ -12,7 +12,6 @@ from emloc_core.errors import EmlocError
 from emloc_core.model.opened import OpenModel
 from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings
-from emloc_core.tuning.preferences import require_preferences
 
 _OTHER_ROWS = (
     "Give --eval-data alone for all its rows, or --eval-split alone, such as 0.05, to hold out some of --data."
@@ -52,7 +51,7 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
     rows = load_rows(data, request.split, settings.loss, request.columns, skip)
     model.objective.require_rows(rows, model.family)
     if settings.learns_preferences:
-        require_preferences(rows, settings)
+        _require_preferences(rows, settings)
         if request.evaluation != EvalRows():
             raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
     places = [model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
@@ -71,6 +70,34 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
         why = f"all {len(left)} that are left are evaluated" if left else why
         raise EmlocError(f"No row of {source} is left to train on: {why}.", "Give more rows.")
     return TuningRows(train, evaluated, len(rows) - len(left), skipped)
+
+
+def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:
+    """Refuse rows that are no preferences between two texts, and for KTO have no label either.
+
+    Raises:
+        EmlocError: a row has no rejected answer, or no label, or has images or tools; names the first.
+    """
+    objective: str = getattr(settings, "objective", "")
+    labels = objective == "kto"
+    for row in rows:
+        if labels and row.rejected is None and row.label is None:
+            raise EmlocError(
+                f"Row {row.number} does not say whether its answer is wanted.",
+                "KTO needs rows of `prompt`, `completion` and `label` (true or false), or of `chosen` and `rejected`.",
+            )
+        if not labels and row.rejected is None:
+            raise EmlocError(
+                f"Row {row.number} has no rejected answer.",
+                f"{objective.upper()} needs rows of `prompt`, `chosen` and `rejected`; train on answers alone with the "
+                "objective sft.",
+            )
+        if row.images or row.tools:
+            raise EmlocError(
+                f"Row {row.number} has {'images' if row.images else 'tools'}, which preferences do not take here.",
+                "Leave the row out, or use your own script.",
+                code="unsupported",
+            )
 
 
 def divide(

@@ -1,13 +1,11 @@
 """Checks where PEFT would put a LoRA, without weights: only a LoRA on a Linear can be corrected and merged."""
 
 import warnings
-from collections.abc import Collection, Sequence
 
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PreTrainedModel
 
 from emloc_core.emulator.declared import all_linears
 from emloc_core.errors import EmlocError, did_you_mean
@@ -38,30 +36,13 @@ def choose_targets(model: OpenModel, settings: TrainSettings) -> list[str]:
     if chosen == [ALL_LINEAR]:
         chosen = all_linears(model.build())
     targets = sorted(set(chosen or model.family.lora_targets()))
-    packed = packed_layers(model.checkpoint.config)
-    require_linears(model.build(), settings, targets, model.objective.task, packed)
+    _require_linears(model, settings, targets)
     return targets
 
 
-def require_linears(
-    model: PreTrainedModel,
-    settings: TrainSettings,
-    targets: Sequence[str],
-    task: str | None = "CAUSAL_LM",
-    packed: Collection[str] = (),
-) -> None:
-    """Refuse targets that match no module, or on which PEFT would adapt anything but a Linear. Reads no weights.
-
-    Args:
-        model: the model; it is changed.
-        settings: settings of the LoRA.
-        targets: ends of module paths.
-        task: PEFT's name for it.
-        packed: paths of output layer and embeddings, where the emulator has them packed.
-
-    Raises:
-        EmlocError: a target is refused; names the target and the module.
-    """
+def _require_linears(opened: OpenModel, settings: TrainSettings, targets: list[str]) -> None:
+    """Refuse targets that match no module, or on which PEFT would adapt anything but a Linear."""
+    model = opened.build()
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = sorted({path.rpartition(".")[2] for path in linears})
     remedy = f"Give ends of paths that match only Linears: {', '.join(names)}."
@@ -75,12 +56,13 @@ def require_linears(
     theirs = "Leave out the targets that match them."
     try:  # for some model types PEFT maps targets to others, such as fused experts
         with warnings.catch_warnings(action="ignore"):
-            config = lora_config(settings.model_copy(update={"lora_experts": False}), list(targets), task)
+            plain = settings.model_copy(update={"lora_experts": False})
+            config = lora_config(plain, targets, opened.objective.task)
             lora = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error
     _require_matches(lora, settings)
-    require(module_problems(config.to_dict(), model, packed))
+    require(module_problems(config.to_dict(), model, packed_layers(opened.checkpoint.config)))
     for path, module in lora.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
             where = path.removeprefix("base_model.model.").removesuffix(".base_layer")
