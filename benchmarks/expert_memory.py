@@ -1,16 +1,17 @@
-"""Plans of tuning a mixture of experts beside the measured peak: two blocks as wide as those of Qwen3-30B-A3B.
+"""Plans of stages 1 and 2 of a mixture of experts beside the measured peak: blocks as wide as those of Qwen3-30B-A3B.
 
 Packed weights are random: what they are worth does not matter, what they weigh does. Each kind is tuned for two steps
 in a process of its own, on this CPU. All weights are read once before: of a mapped file, embeddings of words that no
-row has would take no memory, which on a GPU they do. `python benchmarks/expert_memory.py` prints the table and writes
-it to benchmarks/results/.
+row has would take no memory, which on a GPU they do. Stage 1 is of one block with a quarter of the experts: more of
+them take longer, not more memory. `python benchmarks/expert_memory.py` prints the table and writes it to
+benchmarks/results/.
 """
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import goal, in_process, markdown, write_results
+from harness import goal, in_process, markdown, resident_bytes, write_results
 from memory import VOCABULARY, tune, write_rows
 
 KINDS = ("nf4", "2.7-bit", "1.6-bit+repair")
@@ -21,21 +22,47 @@ SHAPE = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
 BATCH, LENGTH = 2, 512
+#: Of stage 1.
+FEWER, SAMPLES, COMPRESSED = {"num_hidden_layers": 1, "num_experts": 32}, 48, ("nf4", "2.7-bit")
 
 
-def write_base(place: str) -> dict[str, Any]:
-    """Write the base, and the rows."""
+def write_bases(place: str) -> dict[str, Any]:
+    """Write a base for each stage, the rows, and those of them that are cut at the length."""
     import torch
     from emloc_demo.model import write_base
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     work = Path(place)
     write_base(work / "smollm2")
-    config = AutoConfig.for_model("qwen3_moe", vocab_size=VOCABULARY, **SHAPE)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(work / "base")
-    AutoTokenizer.from_pretrained(work / "smollm2").save_pretrained(work / "base")
+    for name, fewer in (("base", {}), ("smaller", FEWER)):
+        config = AutoConfig.for_model("qwen3_moe", vocab_size=VOCABULARY, **SHAPE | fewer)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(work / name)
+        AutoTokenizer.from_pretrained(work / "smollm2").save_pretrained(work / name)
     write_rows(work / "rows.jsonl")
+    lines = (work / "rows.jsonl").read_text().splitlines(keepends=True)
+    (work / "long.jsonl").write_text("".join(line for line in lines if len(line) > 4 * LENGTH))
     return {}
+
+
+def compress(base: str, rows: str, kind: str, output: str) -> dict[str, Any]:
+    """Make an emulator; return the peak of that as predicted, and what the process takes before, with its imports."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
+
+    from emloc_core.emulator.compress import Compress
+    from emloc_core.memory import streamed
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import Workload
+    from emloc_core.model.overhead import IMPORTS
+    from emloc_core.requests import CompressRequest
+    from emloc_core.settings import CompressSettings
+
+    settings = CompressSettings(kind=kind, keep="head", samples=SAMPLES, selection=0, max_length=LENGTH)
+    job = Compress(CompressRequest(model=base, data=rows, output=Path(output), device="cpu", settings=settings))
+    floor = resident_bytes()
+    job.run()
+    model = MemoryModel(Path(base) / "config.json", Workload(1, LENGTH, device="cpu"), settings)
+    need = streamed.compress(model, model.plan())
+    return {"bytes": need.total - IMPORTS["cpu"], "terms": dict(need.terms), "floor_bytes": floor}
 
 
 def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
@@ -87,11 +114,15 @@ def tune_read(*given: Any) -> dict[str, Any]:
         return tune(*given)
 
 
-def measure(work: Path, kind: str) -> dict[str, Any]:
-    predicted = in_process(write_emulator, work / "base", kind, work / kind)
-    reading = in_process(tune_read, work / kind, work / "rows.jsonl", work / f"adapter-{kind}", BATCH, LENGTH, True)
+def measure(work: Path, stage: str, kind: str) -> dict[str, Any]:
+    if stage == "compress":
+        predicted = reading = in_process(compress, work / "smaller", work / "long.jsonl", kind, work / f"small-{kind}")
+    else:
+        predicted = in_process(write_emulator, work / "base", kind, work / kind)
+        reading = in_process(tune_read, work / kind, work / "rows.jsonl", work / f"adapter-{kind}", BATCH, LENGTH, True)
     measured = reading["peak_rss_bytes"] - reading["floor_bytes"]
     return {
+        "stage": stage,
         "kind": kind,
         "predicted_bytes": predicted["bytes"],
         "predicted_terms": predicted["terms"],
@@ -103,13 +134,14 @@ def measure(work: Path, kind: str) -> dict[str, Any]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
-        in_process(write_base, work)
-        rows = [measure(work, kind) for kind in KINDS]
+        in_process(write_bases, work)
+        cases = [("train", kind) for kind in KINDS] + [("compress", kind) for kind in COMPRESSED]
+        rows = [measure(work, *case) for case in cases]
     worst = max(abs(row["error"]) for row in rows)
     goals = [goal("largest error of a prediction, of the peak above imports", 0.06, worst, worst <= 0.06)]
-    header = ["kind", "predicted, MB", "measured, MB", "error"]
+    header = ["stage", "kind", "predicted, MB", "measured, MB", "error"]
     cells = [
-        [row["kind"], *(f"{row[name] / 1e6:,.0f}" for name in ("predicted_bytes", "measured_bytes")),
+        [row["stage"], row["kind"], *(f"{row[name] / 1e6:,.0f}" for name in ("predicted_bytes", "measured_bytes")),
          f"{row['error']:+.1%}"]
         for row in rows
     ]  # fmt: skip

@@ -80,7 +80,7 @@ class Decomposition:
         format: fits stand-ins.
         progress: called after every block.
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
-        directory: for a file of what waiting rows hold beyond what they do at blocks; None: that stays in memory.
+        directory: for files of what rows hold beyond what they do at blocks; None: that stays in memory.
 
     Linears that no token reaches get no stand-in, since there is nothing to fit it to.
     """
@@ -96,7 +96,7 @@ class Decomposition:
         directory: Path | None = None,
     ) -> None:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
-        self.format, self.progress, self.refine = format, progress, refine
+        self.format, self.progress, self.refine, self._directory = format, progress, refine, directory
         self.blocks = skeleton.blocks
         own = (
             tensor for sample in samples for tensor in sample.others.values()
@@ -210,7 +210,7 @@ class Decomposition:
             with known, emulating(self.stream, routed, experts, rows):
                 yield
         else:
-            ends, stops = Ends(self.stream, block, rows), self._experts(block)
+            ends, stops = Ends(self.stream, block, rows, self._directory), self._experts(block)
             with (
                 requiring_shared_inputs(self.stream, planned, self.skeleton.family),
                 requiring_products(self.stream, planned, rows),
@@ -284,7 +284,8 @@ class Decomposition:
     def _experts(self, block: str) -> dict[str, ExpertFitting]:
         model, planned = self.skeleton.model, self.plan.experts_in_block(block)
         return {
-            path: ExpertFitting(model.get_submodule(path), of, self.format, self._alone) for path, of in planned.items()
+            path: ExpertFitting(model.get_submodule(path), of, self.format, self._alone, self._directory)
+            for path, of in planned.items()
         }
 
     def _keeping(self, path: str, experts: ExpertFitting) -> Callable[..., None]:

@@ -1,28 +1,34 @@
 """Stand-ins for fused experts, each fitted to the tokens that the base's router sends to it.
 
-The tokens of a layer are kept, and experts are fitted one by one: their matrices have statistics of their own, which
-for all experts at once would take more than the layer. An expert that fewer tokens reach than its activations have
-features is fitted to tokens of the whole layer besides, as if they had been sent to it: as many as are missing, evenly
-spaced over all rows.
+The tokens of a layer are kept in a file, and experts are fitted one by one, to those of theirs: their matrices have
+statistics of their own, which for all experts at once would take more than the layer. An expert that fewer tokens reach
+than its activations have features is fitted to tokens of the whole layer besides, as if they had been sent to it: as
+many as are missing, evenly spaced over all rows.
 
 Where errors are propagated, every token has an input in the base and one in the emulator. What an expert makes of
 either is defined wherever the token is sent; it is fitted to those that the base sends to it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from emloc_core.algorithms.statistics import Gram
+from emloc_core.algorithms.statistics import ROWS, Gram
 from emloc_core.emulator.propagation import PairedMoments
 from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan
 from emloc_core.errors import EmlocError
+from emloc_core.files.scratch import ScratchTensors
 from emloc_core.standins import Format
 from emloc_core.standins.experts import StandInExperts, activate, matrices, stacks, with_bias
 from emloc_core.standins.standin import Fitted
+
+#: Bytes of tokens that are read at a time, for as many experts as they are sent to: all rows are read for them.
+AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class ExpertFitting:
         planned: its stacks that get stand-ins.
         format: of the emulator.
         fit: takes the plan, a matrix and the Gram of its inputs or outputs; by the format.
+        directory: for a file of the tokens; None: they stay in memory.
     """
 
     def __init__(
@@ -80,13 +87,15 @@ class ExpertFitting:
         planned: Sequence[ExpertsPlan],
         format: Format,
         fit: Callable[[LinearPlan, torch.Tensor, Gram], Fitted],
+        directory: Path | None = None,
     ) -> None:
         self._experts, self._planned = experts, {each.name: each for each in planned}
         self._format, self._fit = format, fit
         sizes = (each.out_features if each.tap == "output" else each.in_features for each in planned)
         #: An expert that fewer tokens reach needs others.
         self._enough = max(sizes)
-        self._tokens: list[list[torch.Tensor]] = []
+        self._tokens = ScratchTensors(directory)  # by row: (streams, tokens, n)
+        self._index: list[torch.Tensor] = []
         self._stacks = {name: Stack(each.experts) for name, each in self._planned.items()}
 
     def add(self, *given: torch.Tensor) -> None:
@@ -99,12 +108,11 @@ class ExpertFitting:
         Raises:
             EmlocError: they hold NaN or Inf; the caller adds the row.
         """
-        kept = given[:3]
-        if not all(bool(torch.isfinite(each).all()) for each in kept):
+        tokens = torch.stack(given[::2])
+        if not bool(torch.isfinite(tokens).all()):
             raise EmlocError("NaN or Inf among the activations", code="not-finite")
-        self._tokens = self._tokens or [[] for _ in kept]
-        for rows, each in zip(self._tokens, kept, strict=True):
-            rows.append(each.detach().clone())
+        self._tokens[len(self._index)] = tokens
+        self._index.append(given[1].detach().clone())
 
     def fit(self) -> dict[str, Stacked]:
         """Return what stands in for the stacks, by path; nothing where no token reaches the layer.
@@ -112,18 +120,47 @@ class ExpertFitting:
         Raises:
             EmlocError: what an expert computes is NaN or Inf.
         """
-        if not self._tokens:
+        if not self._index:
             return {}
-        hidden, index, *others = [torch.cat(self._tokens.pop(0)) for _ in self._tokens.copy()]
         up, down = stacks(self._experts)
-        for expert in range(self._experts.num_experts):
-            chosen = (index == expert).any(dim=-1).nonzero()[:, 0]
-            if len(chosen) < self._enough:
-                chosen = torch.cat([chosen, _spread(len(hidden), self._enough - len(chosen)).to(chosen)])
-            inner = self._through(up, expert, [of[chosen] for of in (hidden, *others)])
+        for expert, streams in enumerate(self._sent()):
+            inner = self._through(up, expert, streams)
             biased = (with_bias(self._experts, up, of, expert) for of in inner)
             self._through(down, expert, [activate(self._experts, of) for of in biased])
         return {each.path: self._stacks[name].whole() for name, each in self._planned.items()}
+
+    def _sent(self) -> Iterator[torch.Tensor]:
+        """Yield the tokens that each expert is fitted to, (streams, tokens, n); those of some experts are read at once.
+
+        Every token of the layer is read once for them, so that more of them take less time.
+        """
+        index = torch.cat(self._index)
+        places = [self._places(index, expert) for expert in range(self._experts.num_experts)]
+        row = self._tokens[0]
+        a_token = len(row) * row.shape[-1] * row.itemsize
+        while places:
+            sizes = accumulate(len(of) * a_token for of in places)
+            count = max(1, sum(size <= AT_ONCE for size in sizes))
+            yield from self._read(places[:count])
+            del places[:count]
+
+    def _places(self, index: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return where the tokens of an expert are among all."""
+        chosen = (index == expert).any(dim=-1).nonzero()[:, 0]
+        if len(chosen) < self._enough:
+            chosen = torch.cat([chosen, _spread(len(index), self._enough - len(chosen)).to(chosen)])
+        return chosen
+
+    def _read(self, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tokens at these places, for each of some experts."""
+        found: list[torch.Tensor] = []
+        for row, (start, stop) in enumerate(pairwise(accumulate(map(len, self._index), initial=0))):
+            tokens = self._tokens[row]
+            found = found or [tokens.new_empty(len(tokens), len(of), tokens.shape[-1]) for of in places]
+            for of, here in zip(found, places, strict=True):
+                inside = ((here >= start) & (here < stop)).nonzero()[:, 0]
+                of[:, inside] = tokens[:, here[inside] - start]
+        return found
 
     def settle(self) -> tuple[dict[str, Stacked], dict[str, Callable[..., torch.Tensor]]]:
         """Return what stands in for the stacks, and what computes with it in the emulator, by path of the module."""
@@ -170,12 +207,13 @@ def _statistics(
     """Return what to fit, the weight or what answers as it does on the emulator's inputs, and the Gram to fit it to."""
     if emulated is not None:
         moments = PairedMoments([weight])
-        moments.add(x, emulated)
+        for some in zip(x.split(ROWS), emulated.split(ROWS), strict=True):
+            moments.add(*some)
         (target,) = moments.fit()
         return target, moments.gram_for(target, tap)
-    activations = linear(x, weight) if tap == "output" else x
-    gram = Gram(tap, activations.shape[1], device=weight.device)
-    gram.add(activations)
+    gram = Gram(tap, len(weight) if tap == "output" else weight.shape[1], device=weight.device)
+    for some in x.split(ROWS):
+        gram.add(linear(some, weight) if tap == "output" else some)
     return weight, gram
 
 

@@ -9,6 +9,7 @@ relative to its own length, as in :mod:`emloc_core.emulator.sensitivity`.
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from emloc_core.emulator.sensitivity import Arguments, hidden_states
+from emloc_core.files.scratch import ScratchTensors
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
 from emloc_core.standins import Format
@@ -54,13 +56,13 @@ class Ends:
     """Where samples come out of a block: those of the base leave a target there, those of the emulator wait.
 
     Attributes:
-        targets: what the base's block passes on, by row.
+        targets: what the base's block passes on, by row; in a file, if there is a directory for one.
         change: how far what the emulator's passes on is from that; see :func:`_change`. The sum over rows.
     """
 
-    def __init__(self, stream: Stream, block: str, rows: int) -> None:
+    def __init__(self, stream: Stream, block: str, rows: int, directory: Path | None) -> None:
         self._stream, self._block, self.rows = stream, block, rows
-        self.targets: dict[int, torch.Tensor] = {}
+        self.targets = ScratchTensors(directory)
         self.change = 0.0
 
     @contextmanager
@@ -73,7 +75,7 @@ class Ends:
         def leave(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             sample, hidden = self._stream.sample, hidden_states(output)
             if sample < self.rows:
-                self.targets[sample] = hidden.clone()
+                self.targets[sample] = hidden
                 return None
             self.change += float(_change(hidden, self.targets[sample - self.rows]))
             self._stream.pause(f"the end of {self._block}", args, kwargs)

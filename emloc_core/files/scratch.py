@@ -3,6 +3,7 @@
 import ctypes
 import os
 import tempfile
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,43 @@ class ScratchFile:
     def close(self) -> None:
         """Remove the file."""
         self._file.close()
+
+
+class ScratchTensors:
+    """Tensors by name, in such a file; in memory, where there is no directory for one.
+
+    Args:
+        directory: on the disk that holds the file; or None.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._file = ScratchFile(directory) if directory else None
+        self._kept: dict[Hashable, torch.Tensor] = {}  # in a file, without contents
+        self._places: dict[Hashable, tuple[int, torch.device]] = {}
+        self._end = 0
+
+    def __setitem__(self, name: Hashable, tensor: torch.Tensor) -> None:
+        """Keep a copy of a tensor that has no such name yet."""
+        if self._file is None:
+            self._kept[name] = tensor.detach().clone()
+            return
+        self._file.write(tensor.detach().cpu().contiguous(), self._end)
+        self._kept[name], self._places[name] = torch.empty_like(tensor, device="meta"), (self._end, tensor.device)
+        self._end += tensor.nbytes
+
+    def __getitem__(self, name: Hashable) -> torch.Tensor:
+        """Return a tensor, on the device that it was on."""
+        kept = self._kept[name]
+        if self._file is None:
+            return kept
+        place, device = self._places[name]
+        found = torch.empty(kept.shape, dtype=kept.dtype)
+        self._file.read(found, place)
+        return found.to(device)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the names, in the order in which tensors came."""
+        return iter(self._kept)
 
 
 def _bytes(content: torch.Tensor | torch.UntypedStorage) -> memoryview:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
+from emloc_core.emulator.experts import AT_ONCE
 from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.exact.memory import Positions, lora_need, step_need
@@ -18,43 +19,63 @@ _MERGED = 2 << 20  # bytes of a weight merged at a time
 
 
 def compress(model: MemoryModel, plan: RankPlan) -> Need:
-    """Return what stage 1 needs: one block, its statistics, one factorisation, and the samples.
+    """Return what stage 1 needs where it needs most: as the Linears of a block are fitted, or as its experts are.
 
     - weights: the largest unit loaded at a time, in the model's dtype: a block, or a module outside the blocks (the
       embedding, the output projection).
-    - statistics: what fitting a block takes, by the format (:mod:`emloc_core.standins.costs`); with refinement at least
-      what that takes, and with ranks shared out by spectra at least what the pass before does: fitting factors, and the
-      block's at half of the parameters, fp32. Experts are fitted one by one, to tokens that are kept for it.
+    - statistics: what fitting takes; see :func:`_fitting_linears` and :func:`_fitting_experts`.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
-      twice, those of the base and of the emulator; a third time for refinement, as the base's block passes them on.
+      twice, those of the base and of the emulator. On a CPU, those that wait at experts do so in a file.
     - stand-ins: where errors are propagated, the block's as rows pass through them; those of experts stay packed, but
       for some.
 
     Without calibration it is far less: one Linear at a time.
     """
-    weight = model.dtype.itemsize
-    blocks, outside = _units(model)
-    settings = model.method.settings
+    settings, device = model.method.settings, model.workload.device
     propagated = settings.calibration == "propagated"
-    linears = {block: plan.in_block(block) for block in blocks}
-    needs = [_fitting_experts(model, of) for block in blocks for of in plan.experts_in_block(block).values()]
-    needs += [model.format.fitting_bytes(of, propagated=propagated, itemsize=weight) for of in linears.values()]
-    if model.method.by_spectra:
-        needs += [_ranking(model, of) for of in linears.values()]
-    if settings.refine:
-        needs += [model.format.refining_bytes(of, weight) for of in linears.values()]
-    terms = {
-        "weights": max(outside, *blocks.values()) * weight,
-        "statistics": max(needs),
-        "activations": (1 + propagated + bool(settings.refine)) * model.step.waiting("calibration", settings.samples),
-        # Rows of many lengths need as many kernels as tuning.
-        "overhead": overhead(model.workload.device, tuning=True),
+    blocks, outside = _units(model)
+    linears = {path: plan.in_block(path) for path in blocks}
+    layers = [stacks for path in blocks for stacks in plan.experts_in_block(path).values()]
+    # Rows of many lengths need as many kernels as tuning.
+    always = {
+        "weights": max(outside, *blocks.values()) * model.dtype.itemsize,
+        "overhead": overhead(device, tuning=True),
     }
+    waiting = (1 + propagated) * model.step.waiting("calibration", settings.samples)
+    terms = always | {"activations": waiting, "statistics": max(_fitting_linears(model, of) for of in linears.values())}
     if propagated:
-        refined = bool(settings.refine)
-        read = {block: model.format.reading_bytes(of, weight, refined=refined) for block, of in linears.items()}
-        terms["stand-ins"] = max(held + _packed_experts(model, plan, block) for block, held in read.items())
-    return _need("compress", terms, "the largest block")
+        packed = {path: _packed_experts(model, plan, path) for path in blocks}
+        terms["stand-ins"] = max(_unpacked(model, of) + packed[path] for path, of in linears.items())
+    needs = [_need("compress", terms, "the largest block")]
+    if layers:
+        terms = always | {"activations": waiting, "statistics": max(_fitting_experts(model, of) for of in layers)}
+        if propagated:
+            terms["stand-ins"] = max(_unpacked(model, of) for of in linears.values())
+        if propagated and device == "cpu":
+            del terms["activations"]
+        needs.append(_need("compress", terms, "the experts of a layer"))
+    return max(needs, key=lambda need: need.total)
+
+
+def _fitting_linears(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
+    """Return the peak of fitting the Linears of a block, by the format (:mod:`emloc_core.standins.costs`).
+
+    With refinement it is at least what that takes, and with ranks shared out by spectra at least what the pass before
+    does: fitting factors, and the block's at half of the parameters, fp32.
+    """
+    settings, itemsize = model.method.settings, model.dtype.itemsize
+    propagated = settings.calibration == "propagated"
+    needs = [model.format.fitting_bytes(linears, propagated=propagated, itemsize=itemsize)]
+    if model.method.by_spectra:
+        needs.append(_ranking(model, linears))
+    if settings.refine:
+        needs.append(model.format.refining_bytes(linears, itemsize))
+    return max(needs)
+
+
+def _unpacked(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
+    """Return the bytes of the stand-ins of a block's Linears as rows pass through them."""
+    return model.format.reading_bytes(linears, model.dtype.itemsize, refined=bool(model.method.settings.refine))
 
 
 def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
@@ -68,19 +89,28 @@ def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
 
 
 def _fitting_experts(model: MemoryModel, stacks: Sequence[ExpertsPlan]) -> int:
-    """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of all rows.
+    """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of some.
 
-    Tokens are kept as the base has them, and where errors are propagated as the emulator has them, and one kind of them
-    once more while the rows are joined; for every token there are 8 bytes for each of its experts.
+    Tokens are read for as many experts as :data:`AT_ONCE` allows, for one at least, as the base has them, and where
+    errors are propagated as the emulator has them; as many are sent to every expert. What its first matrix makes of
+    them is there while the second is fitted. For every token of the layer there are 8 bytes for each of its experts,
+    three times: by row, of all rows, and by expert.
     """
     settings, itemsize = model.method.settings, model.dtype.itemsize
-    propagated = settings.calibration == "propagated"
-    alone = [[replace(each, experts=1)] for each in stacks]
-    fitting = max(model.format.fitting_bytes(of, propagated=propagated, itemsize=itemsize) for of in alone)
+    streams, top = 1 + (settings.calibration == "propagated"), experts_per_token(model.config)
     hidden = max(each.out_features if each.name == "down_proj" else each.in_features for each in stacks)
-    a_token = (2 + propagated) * hidden * itemsize + 2 * 8 * experts_per_token(model.config)
-    tokens = settings.samples * model.step.positions(stacks[0].path) * a_token
-    return fitting + tokens + sum(each.nbytes(model.format, model.dtype) for each in stacks)
+    tokens = top * settings.samples * model.step.positions(stacks[0].path)
+    sent = streams * tokens * itemsize
+    of_one = -(-sent // stacks[0].experts)
+
+    def fitting(stack: ExpertsPlan) -> int:
+        alone = [replace(stack, experts=1)]
+        inner = 4 * stack.in_features * of_one if stack.name == "down_proj" else 0
+        return inner + model.format.fitting_bytes(alone, propagated=streams > 1, itemsize=itemsize)
+
+    read = min(sent, max(AT_ONCE // hidden, of_one)) * hidden
+    packed = sum(each.nbytes(model.format, model.dtype) for each in stacks)
+    return packed + max(map(fitting, stacks)) + read + 3 * 8 * tokens
 
 
 def _packed_experts(model: MemoryModel, plan: RankPlan, block: str) -> int:

@@ -94,8 +94,10 @@ def test_factors_of_full_rank_are_the_experts(base):
     assert torch.allclose(dense.down_proj, model.model.layers[1].mlp.experts.down_proj, atol=1e-5)
 
 
-def fitting(experts, plan):
-    return ExpertFitting(experts, plan, LowRank(), lambda each, weight, gram: factorize(weight, gram, each.rank))
+def fitting(experts, plan, directory=None):
+    return ExpertFitting(
+        experts, plan, LowRank(), lambda each, weight, gram: factorize(weight, gram, each.rank), directory
+    )
 
 
 def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
@@ -162,6 +164,39 @@ def test_an_expert_answers_on_the_emulator_s_inputs_as_on_the_base_s(base):
     lost, before = ((of - expected).norm() / expected.norm() for of in (answered, uncorrected))
     assert float(lost) < 0.05
     assert float(before) > 0.5
+
+
+@pytest.mark.parametrize("at_once", [1, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_read_for_some_experts_at_a_time_give_the_same(base, tmp_path, monkeypatch, dtype, at_once):
+    experts = loaded(base).model.layers[1].mlp.experts.to(dtype)
+    plan = planned(loaded(base))
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(5, (300, 2), generator=generator)  # none is sent to the last
+    streams = [torch.randn(300, 32, generator=generator).to(dtype) for _ in range(2)]
+    reads, read = [], ExpertFitting._read
+
+    def counted(self, places):
+        reads.append(len(places))
+        return read(self, places)
+
+    def fitted(directory):
+        found = fitting(experts, plan, directory)
+        for rows in (slice(0, 130), slice(130, 300)):  # rows of two lengths
+            found.add(streams[0][rows], index[rows], streams[1][rows], index[rows])
+        return found.fit()
+
+    monkeypatch.setattr(ExpertFitting, "_read", counted)
+    with torch.no_grad():
+        in_memory = fitted(None)
+        assert reads == [6]
+        monkeypatch.setattr("emloc_core.emulator.experts.AT_ONCE", at_once)
+        in_file = fitted(tmp_path)
+    assert sum(reads[1:]) == 6
+    assert len(reads) > 2
+    for each in plan:
+        for name, part in in_memory[each.path].parts.items():
+            assert torch.equal(part, in_file[each.path].parts[name])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
