@@ -35,6 +35,7 @@ BASELINES = (
 #: Other ways to make emulators of a kind, one of which might be its default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
+    "nf4-vocabulary": {"kind": "nf4", "keep": None},
     "low-rank-paper": {"kind": "low-rank", "calibration": "base"},
     "low-rank-svd": {"kind": "low-rank", "calibration": "base", "factorizer": "svd"},
     "low-rank-asvd": {"kind": "low-rank", "calibration": "base", "factorizer": "asvd"},
@@ -57,8 +58,8 @@ VARIED = {
     "1.6-bit+repair": (0.17,),
     "2.7-bit": (0.17,),
 }
-#: Those with factors, which are measured without exact steps.
-LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
+#: Those that are measured without exact steps: with factors, or with output layer and embeddings packed.
+WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name == "nf4-vocabulary"]
 #: A kind that gained nothing and is gone; its rows are kept.
 GONE = "nf4+repair"
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
