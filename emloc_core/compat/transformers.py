@@ -74,6 +74,25 @@ def gated(experts: Any, x: "torch.Tensor") -> "torch.Tensor":
     return found
 
 
+@contextlib.contextmanager
+def attending(sink: Callable[..., None]) -> Iterator[None]:
+    """Give ``sink`` the queries, keys and values of every attention by torch's own function, before it is computed."""
+    from transformers import AttentionInterface
+
+    name = "sdpa"
+    attend = AttentionInterface()[name]
+
+    def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        sink(query, key, value)
+        return attend(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, attend)
+
+
 def keep_as_it_is(module: Any) -> None:
     """Have ``from_pretrained`` draw no initial values for a module: codes in bytes cannot be drawn."""
     module._is_hf_initialized = True

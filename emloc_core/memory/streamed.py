@@ -25,34 +25,32 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       embedding, the output projection).
     - statistics: what fitting takes; see :func:`_fitting_linears` and :func:`_fitting_experts`.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
-      twice, those of the base and of the emulator. On a CPU, those that wait at experts do so in a file.
+      twice, those of the base and of the emulator. Inside a block, samples have as much that is not in the file.
     - stand-ins: where errors are propagated, the block's as rows pass through them; those of experts stay packed, but
       for some.
 
     Without calibration it is far less: one Linear at a time.
     """
-    settings, device = model.method.settings, model.workload.device
+    settings = model.method.settings
     propagated = settings.calibration == "propagated"
     blocks, outside = _units(model)
     linears = {path: plan.in_block(path) for path in blocks}
     layers = [stacks for path in blocks for stacks in plan.experts_in_block(path).values()]
-    # Rows of many lengths need as many kernels as tuning.
     always = {
         "weights": max(outside, *blocks.values()) * model.dtype.itemsize,
-        "overhead": overhead(device, tuning=True),
+        "activations": (1 + propagated) * model.step.waiting("calibration", settings.samples),
+        # Rows of many lengths need as many kernels as tuning.
+        "overhead": overhead(model.workload.device, tuning=True),
     }
-    waiting = (1 + propagated) * model.step.waiting("calibration", settings.samples)
-    terms = always | {"activations": waiting, "statistics": max(_fitting_linears(model, of) for of in linears.values())}
+    terms = always | {"statistics": max(_fitting_linears(model, of) for of in linears.values())}
     if propagated:
         packed = {path: _packed_experts(model, plan, path) for path in blocks}
         terms["stand-ins"] = max(_unpacked(model, of) + packed[path] for path, of in linears.items())
     needs = [_need("compress", terms, "the largest block")]
     if layers:
-        terms = always | {"activations": waiting, "statistics": max(_fitting_experts(model, of) for of in layers)}
+        terms = always | {"statistics": max(_fitting_experts(model, of) for of in layers)}
         if propagated:
             terms["stand-ins"] = max(_unpacked(model, of) for of in linears.values())
-        if propagated and device == "cpu":
-            del terms["activations"]
         needs.append(_need("compress", terms, "the experts of a layer"))
     return max(needs, key=lambda need: need.total)
 

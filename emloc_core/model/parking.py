@@ -40,7 +40,7 @@ class Parking:
         self.keep(shared)
         self._held: dict[int, int] = {}  # sample -> its bytes on the device
         self._moved: dict[int, list[_Moved]] = {}
-        self._hidden: dict[int, list[weakref.ref[torch.Tensor]]] = {}  # what a sample's units were called with
+        self._hidden: dict[int, list[weakref.ref[torch.Tensor]]] = {}  # of a sample
         self._directory = directory
         self._file: ScratchFile | None = None
         self._room: dict[int, tuple[int, int]] = {}  # sample -> the place in the file that is its own, and its length
@@ -67,6 +67,10 @@ class Parking:
         finally:
             self._shared -= added
 
+    def know(self, sample: int, *hidden: torch.Tensor) -> None:
+        """Take in hidden states that a sample has computed for itself: they are parked too, as long as they live."""
+        self._hidden.setdefault(sample, []).extend(map(weakref.ref, hidden))
+
     def enter(self, sample: int, arguments: Any, hidden: Any = None, *, inside: bool = False) -> None:
         """Park a sample.
 
@@ -79,10 +83,9 @@ class Parking:
         Raises:
             EmlocError: it waits with a tensor of another sample that waits.
         """
-        known = [ref for ref in self._hidden.get(sample, ()) if ref() is not None]
         if isinstance(hidden, torch.Tensor):
-            known.append(weakref.ref(hidden))
-        self._hidden[sample] = known
+            self.know(sample, hidden)
+        known = self._hidden[sample] = [ref for ref in self._hidden.get(sample, ()) if ref() is not None]
         tensors = [tensor for ref in known if (tensor := ref()) is not None]
         if self._directory is None:
             tensors += _tensors(arguments)

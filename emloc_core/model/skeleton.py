@@ -165,6 +165,7 @@ class Skeleton:
                     code="unsupported",
                 )
         self._read(wanted.values())
+        merges = any(len(self._sources[source]) > 1 for source in wanted.values())
         for name, source in wanted.items():
             loaded = self.model.get_parameter(source)
             if loaded.is_meta:
@@ -174,6 +175,9 @@ class Skeleton:
                     code="damaged",
                 )
             loaded.requires_grad_(False)
+            if merges and self.device.type == "cpu" and len(self._sources[source]) == 1:
+                # One that is a view of the file would keep in memory what stacks were copied from.
+                self._set(source, loaded := nn.Parameter(loaded.detach().clone(), requires_grad=False))
             if name != source:
                 self._set(name, loaded)
         for source in set(wanted.values()) - set(wanted):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from emloc_core.compat.transformers import attending
 from emloc_core.model.lockstep import Forward, Lockstep, units
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
@@ -53,7 +54,7 @@ class Stream(Lockstep):
             EmlocError: a sample returned to a finished block, or a forward failed.
         """
         try:
-            with torch.no_grad(), self._loading() as load:
+            with torch.no_grad(), self._loading() as load, attending(self._know):
 
                 @contextmanager
                 def loaded(unit: str) -> Iterator[None]:
@@ -71,6 +72,9 @@ class Stream(Lockstep):
         finally:
             for unit in self.units:
                 self.skeleton.free(unit)
+
+    def _know(self, *attended: torch.Tensor) -> None:
+        self.parking.know(self.sample, *attended)
 
     @contextmanager
     def _loading(self) -> Iterator[Callable[[str], None]]:

@@ -1,6 +1,8 @@
 """Devices, and where waiting samples are kept. What a GPU would do is done here between two places of the CPU."""
 
 import copy
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -85,6 +87,32 @@ def test_inside_a_block_hidden_states_go_to_a_file(tmp_path):
     assert torch.equal(inputs, torch.arange(40.0))
     assert torch.equal(view, torch.arange(10.0, 90.0))
     assert not list(tmp_path.iterdir())  # a file without a name
+
+
+def test_queries_keys_and_values_of_rows_that_wait_behind_attention_go_to_the_file(tiny_model, tmp_path):
+    skeleton = OpenModel(Checkpoint(tiny_model), LLAMA).skeleton
+    ids = torch.randint(3, 128, (1, 17), generator=torch.Generator().manual_seed(0))
+    attended, sizes = [], []
+    stream = Stream(skeleton, Parking(float("inf"), skeleton.model.buffers(), tmp_path))
+    know = stream.parking.know
+    stream.parking.know = lambda sample, *hidden: (know(sample, *hidden), attended.extend(map(weakref.ref, hidden)))
+
+    @contextmanager
+    def visit(unit):
+        o_proj = skeleton.model.get_submodule(f"{unit}.self_attn.o_proj")
+        hook = o_proj.register_forward_pre_hook(lambda _, args: stream.pause("o_proj", args, inside=True))
+        assert stream.step(0) == "o_proj"
+        alive = [of for ref in attended if (of := ref()) is not None]
+        sizes.append([each.untyped_storage().nbytes() for each in alive])
+        hook.remove()
+        stream.step(0)
+        yield
+
+    whole = Stream(skeleton).run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits])
+    visiting = lambda unit: visit(unit) if unit in skeleton.blocks else None  # noqa: E731
+    (found,) = stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits], visiting)
+    assert torch.equal(found, whole[0])
+    assert all(len(each) >= 4 and not any(each) for each in sizes)  # those three, and what o_proj is called with
 
 
 def test_logits_are_the_same_when_nothing_may_stay(tiny_model):
