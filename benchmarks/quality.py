@@ -8,10 +8,11 @@ benchmark can be interrupted at any time and continued, on another machine too. 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
 it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and takes
 10 and 20 exact steps from there. Variants of kinds with factors alone, which are there to say which should be their
-default, take none; nor does the one whose output layer and embeddings are packed, as they are by default. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch. Of three
-learning rates the one with the least loss of the base on the selection rows counts. Baselines from the literature
-(``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160 test rows;
-that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
+default, take none; nor does the one whose output layer and embeddings are packed, as they are by default. Controls are
+LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch. Of three learning rates the one with the
+least loss of the base on the selection rows counts. Baselines from the literature (``quality_baselines.py``) are
+carried over as they are. The loss is the NLL per token of the answers of 160 test rows; that of the emulator itself,
+which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
 learning rate, with fewer rows to test and to select on, and without exact steps. Those of more steps have one row per
