@@ -124,7 +124,7 @@ class ExpertFitting:
             return {}
         up, down = stacks(self._experts)
         for expert, streams in enumerate(self._sent()):
-            inner = self._through(up, expert, streams)
+            inner = self._through(up, expert, streams.unbind())
             biased = (with_bias(self._experts, up, of, expert) for of in inner)
             self._through(down, expert, [activate(self._experts, of) for of in biased])
         return {each.path: self._stacks[name].whole() for name, each in self._planned.items()}
