@@ -156,13 +156,12 @@ def test_a_trace_equals_a_step_of_experts(tmp_path: Path) -> None:
     ("family", "settings"),
     [
         (QWEN, QWEN.tiny_configs[1]),
-        PICTURED[0],
         *(
             pytest.param(*case, marks=pytest.mark.thorough)
             for case in (
                 (GEMMA, GEMMA.tiny_configs[0]),
                 (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": []}),
-                *PICTURED[1:],
+                *PICTURED,
             )
         ),
     ],

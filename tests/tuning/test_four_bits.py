@@ -106,6 +106,7 @@ def test_the_plan_is_a_lora_on_it_as_it_is(packed, emloc):
     assert ways == ["LoRA on the base", "exact steps"]
 
 
+@pytest.mark.thorough
 def test_too_little_memory_is_told_what_fits(packed, emloc):
     shorter = {"length": 64, "batch_size": 1, "accumulation": 8, "objective": "dpo"}
     needed = plan(packed, device="cpu", **shorter).decision.ways[0].bytes

@@ -154,6 +154,7 @@ def test_an_entry_with_rows_of_its_own_is_trained_and_a_glob_is_many(tmp_path):
     assert (none.data, none.train, none.merge) == ("org/rows", None, False)
 
 
+@pytest.mark.thorough
 def test_the_kind_is_chosen_by_a_memory_target():
     (job,) = resolve(["SmolLM2-135M"], Defaults(compress={"kind": "auto"}, preset="inference"))
     assert job.compress.kind in RECOMMENDED
