@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import shutil
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 from emloc_core.errors import EmlocError
 
@@ -56,16 +58,19 @@ def write_checkpoint(source: Path, directory: str | Path) -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise EmlocError("Reading this model needs the package gguf.", "pip install 'emloc[demo]'") from None
 
+    import gguf
     import torch
 
     from emloc_core.files.pretrained import load_gguf
 
-    model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32)
+    # transformers reads the file for the config, for the weights and for the tokenizer, which takes seconds each time.
+    with mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+        model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32)
+        tokenizer = load_gguf("AutoTokenizer", source)
     # From here on these are ordinary dense weights; the marks of the file they came from would mislead a loader.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
-    tokenizer = load_gguf("AutoTokenizer", source)
 
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
