@@ -5,7 +5,7 @@ before gathers the spectra that they are shared out by.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,17 @@ class Compress(Job):
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if self.settings.calibration == "none" else self.settings.samples
         self.rows = draw(rows, self.settings.seed, samples, self.settings.selection)
-        self.base.samples(self.rows.selection, self.settings.max_length, "selection")  # which must be readable too
-        self.samples = self.base.samples(self.rows.calibration, self.settings.max_length)
+        self.samples = self._sampled()
         weight_keys(self.base.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused
         self.format.config(self.plan.ranks, model, self.base.skeleton.dtype)
+
+    def _sampled(self) -> Sequence[Sample]:
+        """Return the calibration rows as samples; those of the correction must be readable too.
+
+        The conformance kit has its own in their place.
+        """
+        self.base.samples(self.rows.selection, self.settings.max_length, "selection")
+        return self.base.samples(self.rows.calibration, self.settings.max_length)
 
     @cached_property
     def output(self) -> Output:

@@ -37,8 +37,8 @@ from emloc_core.model.device import free_of
 from emloc_core.model.nf4_checkpoints import is_in_four_bits
 from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.model.overhead import overhead
-from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
-from emloc_core.settings import ExactSettings, StepSettings, TrainSettings
+from emloc_core.requests import PolishRequest, TrainRequest
+from emloc_core.settings import StepSettings, TrainSettings
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
 from emloc_core.tuning.train import Train, steps_described
 from emloc_core.tuning.trainer import SETTINGS, LoraSteps, LoraTrainer, balance_no_experts, refusing
@@ -48,7 +48,6 @@ from emloc_core.units import human_bytes, parse_bytes
 if TYPE_CHECKING:
     from emloc_core.exact.steps import ExactSteps
 
-_LIMITS, _NONE = ExactSettings(), EvalRows()
 #: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
 _SHARE = 0.25
 #: How many times their bytes they may take there: torch pins powers of two.
