@@ -4,13 +4,17 @@ from functools import cache
 
 import pytest
 import torch
+from emloc_diffusers import objective
 from emloc_diffusers.families import FAMILIES
+from emloc_diffusers.flow import Times
 from emloc_diffusers.lora_file import FILE, write_for_pipelines
 from emloc_diffusers.training import ExactFlow, Pictures
 from emloc_diffusers.trial import FlowTrial
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+import emloc_core as emloc
 from emloc_core.conformance.tiny import TinyModel, labels
 from emloc_core.exact.lora import lora_on
 from emloc_core.model.parking import Parking
@@ -92,3 +96,39 @@ def test_what_is_written_for_pipelines_is_loaded_exactly(label, tiny, tmp_path):
         expected, found = sample.run(lora.eval(), "cpu"), sample.run(loaded, "cpu")
     assert torch.allclose(found, expected, atol=1e-5)
     assert (plain - expected).abs().max() > 1e-3
+
+
+class InterruptedStepError(Exception):
+    pass
+
+
+class Interrupts(TrainerCallback):
+    def on_step_end(self, _args, state, _control, **_):
+        if state.global_step == 3:
+            raise InterruptedStepError
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("exact", [False, True], ids=["in memory", "exact steps"])
+@pytest.mark.parametrize("label", [labels(family)[0] for family in FAMILIES])
+def test_interrupted_training_resumes_to_the_same_lora(label, exact, tiny, tmp_path, monkeypatch):
+    model = tiny(label)
+    rows = list({sample.row: sample.encoded for sample in model.samples}.values())
+    monkeypatch.setattr(objective, "encoded", lambda *_: rows)
+    monkeypatch.setattr(objective, "times", lambda _: Times("logit-normal"))
+
+    def train(name, *callbacks):
+        given = FlowTrial().rows(rows)
+        settings = {"steps": 4, "batch_size": 2, "save_steps": 2, "lora_rank": 2, "lora_dropout": 0.1, "bf16": False}
+        return emloc.train(
+            str(model.base.directory), given, str(tmp_path / name), exact=exact, callbacks=callbacks, **settings
+        )
+
+    whole = train("whole")
+    with pytest.raises(InterruptedStepError):
+        train("resumed", Interrupts())
+    assert not (tmp_path / "resumed").exists()
+    assert list(tmp_path.rglob("checkpoint-2"))
+    one, other = (load_file(each.path / "adapter_model.safetensors") for each in (whole, train("resumed")))
+    assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
+    assert all(torch.equal(one[name], other[name]) for name in one)
