@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from emloc_core.compat.torch import writes
@@ -29,6 +30,9 @@ from emloc_core.model.readahead import ReadAhead
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.quantizer import METHOD, EmlocConfig
 from emloc_core.standins.transposed import TransposedLinear, as_linears
+
+#: Bytes of a tensor that is never given memory as a model is built: a stack of experts, of which some have 15 GB.
+_LARGE = 1 << 30
 
 
 class Skeleton:
@@ -264,12 +268,24 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
         EmlocError: its library does not have the class that the family declares.
     """
     objective = plugin_manager().objective_of(family)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
         model = as_linears(objective.build(family, deepcopy(config), dtype))  # which may edit it
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     model.eval().requires_grad_(False)
     return model
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Puts large tensors that are empty on the meta device at once: others are, when they have become parameters."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            found = func(*args, **{**kwargs, "device": "meta"})
+            if found.nbytes >= _LARGE:
+                return found
+        return func(*args, **kwargs)
 
 
 def most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from emloc_qwen import QWEN_MOE
 from support.models import tiny_tokenizer
 from transformers import AutoConfig
 from transformers.utils import chat_template_utils
@@ -21,6 +22,7 @@ from emloc_core.files import limits, pretrained, templates
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.limits import limited
 from emloc_core.files.pretrained import load_config
+from emloc_core.model.skeleton import build_model
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 #: Never finish, or not within this machine's memory.
@@ -93,6 +95,16 @@ def test_experts_that_are_rows_of_a_matrix_may_be_many(tmp_path: Path) -> None:
     config = AutoConfig.for_model("doge")
     config.save_pretrained(tmp_path)
     assert load_config(tmp_path / "config.json").num_experts == config.num_experts > 10_000
+
+
+def test_a_stack_of_experts_takes_no_memory_as_its_model_is_built() -> None:
+    """As wide as in DeepSeek-V3: 15 GB, more than building may take."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 7168, "moe_intermediate_size": 2048, "num_experts": 256,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 128}  # fmt: skip
+    model = build_model(AutoConfig.for_model("qwen3_moe", **sizes), QWEN_MOE, torch.bfloat16)
+    stack = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+    assert stack.is_meta
+    assert stack.nbytes > 15e9
 
 
 def spin() -> None:
