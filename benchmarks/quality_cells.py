@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
     "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
     "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
+    "2.7-bit-64-unrefined": {"kind": "2.7-bit", "samples": 64, "refine": 0},
 }
 #: Memories that variants of a kind are measured at.
 VARIED = {
@@ -210,7 +211,7 @@ def wider_cells() -> Iterator[Cell]:
     others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
     for other, way in product(others, (control, small)):
         yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)
-    for way in (control, usual, *RIVALS, ("low-rank", usual[1]), small):
+    for way in (control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, ("low-rank", usual[1]), small):
         yield Cell(WIDER_TASK, *way, 0, FEWER_STEPS, rate, EXPERTS)
 
 
