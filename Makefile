@@ -14,6 +14,7 @@ BENCHMARKS := startup factorize allocation stages scale kinds step memory exact 
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
+export LRU_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean

@@ -74,6 +74,40 @@ def test_calls_of_a_dry_run_are_made_here() -> None:
     assert next(call("os:getpid", {})) != os.getpid()
 
 
+SHAPES = """
+from pathlib import Path
+import torch
+
+def used():
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("RssAnon:") + 1])
+
+weight = torch.zeros(256, 128, dtype=torch.bfloat16)
+def product(rows):
+    torch.nn.functional.linear(torch.zeros(rows, 128, dtype=torch.bfloat16), weight)
+
+product(8)
+before = used()
+for rows in range(20, 420):
+    product(rows)
+print(used() - before)
+"""
+
+
+@pytest.mark.usefixtures("unset")
+def test_products_of_many_shapes_take_no_more_and_more_memory() -> None:
+    """What is kept for each shape is dropped, so that rows of many lengths stay within the plan: 54 MB, not 250."""
+    kept, dropped = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", SHAPES], env={**os.environ, **asked}, capture_output=True, check=True
+            ).stdout
+        )
+        for asked in ({}, VARIABLES)
+    )
+    assert dropped < 0.5 * kept
+
+
 ENDING = """
 import atexit, sys, threading, time
 from emloc_core.processes.lifetime import run_to_end
