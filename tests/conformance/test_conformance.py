@@ -317,6 +317,11 @@ def test_other_keys_are_found(tmp_path, change, message):
     assert fails(CHECKS["adapter-keys"].on(subject), message)
 
 
+def test_an_emulator_is_made_of_the_kits_own_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.model.opened.OpenModel.samples", lambda *_: pytest.fail("rows were tokenized"))
+    assert subject_of(ONE, tmp_path).emulator
+
+
 def test_a_wrong_correction_is_found(tmp_path):
     subject = subject_of(ONE, tmp_path)
     assert CHECKS["adapter-keys"].on(subject).passed
