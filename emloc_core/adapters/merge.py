@@ -234,8 +234,3 @@ def _untie(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     parts = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
     return {**config, **parts, "tie_word_embeddings": False}
-
-
-def prepare(request: MergeRequest) -> Merge:
-    """Return the job of a request."""
-    return Merge(request)

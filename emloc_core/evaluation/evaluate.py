@@ -201,11 +201,6 @@ class Evaluate(Job):
         return answer
 
 
-def prepare(request: EvaluateRequest) -> Evaluate:
-    """Return the job of a request."""
-    return Evaluate(request)
-
-
 def _local(system: System) -> System:
     """Return the system with its model as a directory."""
     return system.model_copy(update={"model": str(open_checkpoint(system.model).directory)})

@@ -223,8 +223,3 @@ def native_tensors(config: Mapping[str, Any], family: Family) -> tuple[dict[str,
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return shapes, dict(getattr(model, "all_tied_weights_keys", {}) or {})
-
-
-def prepare(request: ImportRequest) -> Import:
-    """Return the job of a request."""
-    return Import(request)

@@ -117,8 +117,3 @@ class Export(Job):
         self.output.result = result
         how = f"GGUF, matrices in {self.settings.dtype}" if self.settings.gguf else f"one rank, {result['rank']}"
         self.output.made = f"Export: {how}{'' if self.settings.gguf else ', and a scale of 1'}."
-
-
-def prepare(request: ExportRequest) -> Export:
-    """Return the job of a request."""
-    return Export(request)

@@ -1,7 +1,7 @@
 """Runs a stage, from its request to its finished output. Every caller goes through here."""
 
 import logging
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
@@ -12,16 +12,16 @@ from emloc_core.requests import Request, request_from_json
 from emloc_core.stages.precheck import precheck
 from emloc_core.stages.result import Result
 
-#: The module of each stage, whose ``prepare`` turns a request into a job. Imported on demand: stages need torch.
-_MODULES = {
-    "import": "emloc_core.model.importing",
-    "compress": "emloc_core.memory.decision",
-    "train": "emloc_core.tuning.exact",
-    "correct": "emloc_core.adapters.correct",
-    "polish": "emloc_core.tuning.exact",
-    "merge": "emloc_core.adapters.merge",
-    "export": "emloc_core.serving.export",
-    "eval": "emloc_core.evaluation.evaluate",
+#: What makes a request of each stage a job. Imported on demand: stages need torch.
+_JOBS = {
+    "import": "emloc_core.model.importing:Import",
+    "compress": "emloc_core.memory.decision:prepare",
+    "train": "emloc_core.tuning.exact:prepare",
+    "correct": "emloc_core.adapters.correct:prepare",
+    "polish": "emloc_core.tuning.exact:prepare",
+    "merge": "emloc_core.adapters.merge:Merge",
+    "export": "emloc_core.serving.export:Export",
+    "eval": "emloc_core.evaluation.evaluate:Evaluate",
 }
 
 
@@ -43,8 +43,8 @@ def prepare(request: Request) -> Job:
     """
     precheck(request)
     with without_collections():
-        module = import_module(_MODULES[request.stage])
-    job: Job = module.prepare(request)
+        make = resolve_name(_JOBS[request.stage])
+    job: Job = make(request)
     return job
 
 
