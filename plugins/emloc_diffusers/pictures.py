@@ -34,7 +34,7 @@ class Drawing:
     """A pipeline that draws.
 
     Args:
-        model: its directory, or that of its transformer.
+        model: its directory, or that of its transformer, or of an emulator, which draws in its place.
         adapter: a LoRA for it.
 
     Raises:
@@ -45,7 +45,7 @@ class Drawing:
         checkpoint = open_checkpoint(model)
         self.call = call_of(plugin_manager().family_for(checkpoint.config).auto_class)
         self.parts = Parts(pipeline_of(checkpoint))
-        self.pipe = self.parts.whole(self.call.pipelines)
+        self.pipe = self.parts.whole(self.call.pipelines, checkpoint)
         self.pipe.set_progress_bar_config(disable=True)
         if adapter:
             Adapter(adapter)  # refuses what is none

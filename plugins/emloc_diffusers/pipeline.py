@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_object
 from emloc_core.files.manifest import made_from, read_manifest
+from emloc_core.model.skeleton import most_common_dtype
 from emloc_diffusers.pretrained import library, load_part
+from emloc_diffusers.transformer import read_config
 
 INDEX = "model_index.json"
 #: The parts that read prompts.
@@ -104,19 +107,27 @@ class Parts:
         """
         yield self._made(classes, self.readers).to(device)
 
-    def whole(self, classes: Sequence[str]) -> Any:
-        """Return the pipeline itself, with its transformer.
+    def whole(self, classes: Sequence[str], transformer: Checkpoint) -> Any:
+        """Return the pipeline with a transformer, all of it in the transformer's dtype.
 
         Args:
             classes: one of which it is.
+            transformer: its own, or an emulator of that.
 
         Raises:
             EmlocError: it is another one, or a part cannot be loaded.
         """
-        return self._made(classes, [name for name in self.index if self.has(name)])
+        dtype = read_config(transformer.directory / "config.json").dtype or most_common_dtype(transformer)
+        model = load_part("diffusers", self.index["transformer"][1], transformer.directory, dtype)
+        others = [name for name in self.index if self.has(name) and name != "transformer"]
+        pipe = self._made(classes, others, transformer=model)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module) and part is not model:  # whose scales, of an emulator, have their own
+                part.to(dtype)
+        return pipe
 
-    def _made(self, classes: Sequence[str], names: Sequence[str]) -> Any:
-        """Return the pipeline with parts of these names; the others are None."""
+    def _made(self, classes: Sequence[str], names: Sequence[str], **given: Any) -> Any:
+        """Return the pipeline with parts that are given, and those of these names; the others are None."""
         if self.class_name not in classes:
             raise EmlocError(
                 f"{self.directory} is a {self.class_name}; how pictures are learned is known of {', '.join(classes)}.",
@@ -125,7 +136,7 @@ class Parts:
             )
         kind = getattr(library(), self.class_name)
         taken = inspect.signature(kind.__init__).parameters
-        parts = {name: self.load(name) for name in names if name in taken}
+        parts = {**given, **{name: self.load(name) for name in names if name in taken}}
         missing = [name for name, each in taken.items() if each.default is each.empty and name not in ("self", *parts)]
         return kind(**dict.fromkeys(missing), **parts)
 

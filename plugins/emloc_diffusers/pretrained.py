@@ -74,25 +74,26 @@ def _copied(_module: nn.Module, _args: Any, output: Any) -> Any:
     return tree_map(lambda each: each.clone() if hasattr(each, "clone") else each, output)
 
 
-def load_part(owner: str, class_name: str, directory: Path) -> Any:
-    """Return a part of a pipeline, in the dtype that it is stored in.
+def load_part(owner: str, class_name: str, directory: Path, dtype: "torch.dtype | None" = None) -> Any:
+    """Return a part of a pipeline.
 
     Args:
         owner, class_name: library and class, as the pipeline's index names them.
         directory: of the part.
+        dtype: of a part of diffusers; None: fp32. Those of transformers are in the dtype that they are stored in.
 
     Raises:
         EmlocError: neither transformers nor diffusers has the class, or the part cannot be loaded.
     """
+    import emloc_diffusers.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
+
     kind = _class_of(owner, class_name, directory)
     require_own_files(directory, ["*"])
     settings: dict[str, Any] = {"local_files_only": True}
     if owner == "transformers":
         settings["trust_remote_code"] = False
     if hasattr(kind, "forward"):
-        settings |= (
-            {"use_safetensors": True, "torch_dtype": "auto"} if owner == "transformers" else {"use_safetensors": True}
-        )
+        settings |= {"use_safetensors": True, "torch_dtype": "auto" if owner == "transformers" else dtype}
     try:
         return kind.from_pretrained(str(directory), **settings)
     except Exception as error:  # whatever the libraries raise of a damaged file

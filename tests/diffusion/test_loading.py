@@ -8,6 +8,7 @@ import pytest
 import torch
 from emloc_diffusers import quantizer
 from emloc_diffusers.lora_file import FILE
+from emloc_diffusers.pictures import Drawing
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.contracts import contract
@@ -107,6 +108,16 @@ def test_peft_trains_a_lora_on_it_and_refuses_what_would_not_hold_on_the_base(ma
     assert all(each.grad is not None for each in lora.parameters() if each.requires_grad)
     with pytest.raises(EmlocError, match="DoRA"):
         get_peft_model(plain(made["nf4"]), LoraConfig(r=2, target_modules=targets, use_dora=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_emulator_draws_in_place_of_its_base_and_in_its_dtype(kind, made):
+    base, emulator = Drawing(str(made["pipeline"])), Drawing(str(made[kind]))
+    assert {base.pipe.transformer.dtype, base.pipe.vae.dtype, emulator.pipe.vae.dtype} == {torch.bfloat16}
+    stored, loaded = plain(made[kind]).state_dict(), emulator.pipe.transformer.state_dict()
+    assert all(torch.equal(loaded[name], part) and loaded[name].dtype == part.dtype for name, part in stored.items())
+    one, other = (drawing.draw(["a cat"], side=8, steps=2)[0] for drawing in (base, emulator))
+    assert one.tobytes() != other.tobytes()
 
 
 def test_an_emulator_that_lacks_a_part_is_refused(made, tmp_path):
