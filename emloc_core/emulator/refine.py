@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from emloc_core.algorithms.products import by_onednn
 from emloc_core.emulator.sensitivity import Arguments, hidden_states
 from emloc_core.files.scratch import ScratchTensors
 from emloc_core.model.hooks import forward_hooks
@@ -104,6 +105,7 @@ def errors(linears: Mapping[str, nn.Module]) -> Iterator[Callable[[], dict[str, 
     lost, whole = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
 
     def comparing(path: str) -> Callable[..., None]:
+        @by_onednn()
         def compare(module: nn.Module, args: tuple[Any, ...], found: torch.Tensor) -> None:
             weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
             exact = functional.linear(args[0], weight)
@@ -134,6 +136,7 @@ class Refinement:
         self._keys = {path: f"{names[linear]}.weight" for path, linear in self._linears.items()}
         self._waiting = list(ends.targets)
 
+    @by_onednn()
     def run(self, epochs: int) -> bool:
         """Take steps for so many passes over the rows; return whether the block is nearer to the base's for them."""
         steps = epochs * -(-len(self._waiting) // _ROWS)
