@@ -14,7 +14,7 @@ from emloc_core.family import Family
 from emloc_diffusers.calls import call_of
 from emloc_diffusers.encoding import Encoded
 from emloc_diffusers.flow import Drawn, Times, draws, forward
-from emloc_diffusers.pretrained import library
+from emloc_diffusers.pretrained import library, load_part
 from emloc_diffusers.transformer import Config
 
 #: Height and width of pictures, in latents: two shapes, since positions depend on them.
@@ -63,9 +63,7 @@ class FlowTrial:
 
     def load(self, family: Family, directory: Path) -> Any:
         """Return the model or emulator in memory."""
-        import emloc_diffusers.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
-
-        model = getattr(library(), family.auto_class).from_pretrained(str(directory))
+        model = load_part("diffusers", family.auto_class, directory)
         model.name_or_path = str(directory)  # as PEFT notes it in a LoRA
         return model
 
