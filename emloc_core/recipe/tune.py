@@ -142,6 +142,7 @@ class Tune(Settings):
         content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         rows_of = recipe.data.model_dump(mode="json", exclude_defaults=True)
         content |= {"output": ".", "data": {**rows_of, "test": [HELD_OUT]}}
+        content = {name: value for name, value in content.items() if value != {}}
         comments = "".join(f"# {line}\n" for line in lines)
         head = f"# Written by `emloc tune`. Edit it, and run `emloc run` on it.\n{comments}\n"
         (self.output / RECIPE).write_text(head + tomli_w.dumps(content), encoding="utf-8")

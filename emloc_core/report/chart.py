@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 #: The drawing's own units: it is scaled to the width that it has.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 240, 52, 12, 10, 40
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 240, 68, 12, 10, 40
 #: Gaps between ticks that are easy to read, times a power of ten; and about how many there are.
 _GAPS, _TICKS = (1, 2, 2.5, 5, 10), 4
 
