@@ -79,7 +79,7 @@ PARAMETERS = {DEMO: 135e6, GEMMA: 268e6, EXPERTS: 374e6}
 #: What is usual of the LoRA and its steps.
 BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
 #: Steps of longer cells, which have one row each.
-LONGER = 240
+LONGER = (240, 960)
 #: Steps on the mixture of experts, which take longest.
 FEWER_STEPS = 30
 #: The task of wider cells, where emulators differ most.
@@ -207,7 +207,9 @@ def wider_cells() -> Iterator[Cell]:
     rate, lower, _ = LEARNING_RATES[WIDER_TASK]
 
     yield from (Cell(WIDER_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
-    yield from (Cell(WIDER_TASK, *way, 0, LONGER, lower, GEMMA, batch=1) for way in (control, small))
+    for steps, way in product(LONGER, (control, small)):
+        yield Cell(WIDER_TASK, *way, 0, steps, lower, batch=1)
+    yield from (Cell(WIDER_TASK, *way, 0, LONGER[0], lower, GEMMA, batch=1) for way in (control, small))
     others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
     for other, way in product(others, (control, small)):
         yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)
