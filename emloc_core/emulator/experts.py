@@ -20,15 +20,12 @@ from torch.nn.functional import linear
 
 from emloc_core.algorithms.statistics import ROWS, Gram
 from emloc_core.emulator.propagation import PairedMoments
-from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan
+from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.scratch import ScratchTensors
 from emloc_core.standins import Format
 from emloc_core.standins.experts import StandInExperts, activate, matrices, stacks, with_bias
 from emloc_core.standins.standin import Fitted
-
-#: Bytes of tokens that are read at a time, for as many experts as they are sent to: all rows are read for them.
-AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class ExpertFitting:
         a_token = len(row) * row.shape[-1] * row.itemsize
         while places:
             sizes = accumulate(len(of) * a_token for of in places)
-            count = max(1, sum(size <= AT_ONCE for size in sizes))
+            count = max(1, sum(size <= TOKENS_AT_ONCE for size in sizes))
             yield from self._read(places[:count])
             del places[:count]
 

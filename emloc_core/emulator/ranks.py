@@ -14,6 +14,8 @@ from emloc_core.standins import Format
 
 #: Ranks of experts are multiples of it: torch multiplies groups whose rows have a multiple of 16 bytes, 8 of bf16.
 _ALIGNED = 8
+#: Bytes of tokens that are read at a time, for as many experts as they are sent to: all rows are read for them.
+TOKENS_AT_ONCE = 1 << 30
 NO_EXPERTS = "spectra are of Linears alone; the allocator uniform, without spectra, makes experts smaller too"
 UNREACHED = "no calibration row passes through it"
 NO_SMALLER = "factors of that rank would be no smaller than the weight"

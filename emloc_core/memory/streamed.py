@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
-from emloc_core.emulator.experts import AT_ONCE
-from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan, RankPlan
+from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.exact.memory import Positions, lora_need, step_need
 from emloc_core.memory.model import MemoryModel, Need
@@ -89,7 +88,7 @@ def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
 def _fitting_experts(model: MemoryModel, stacks: Sequence[ExpertsPlan]) -> int:
     """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of some.
 
-    Tokens are read for as many experts as :data:`AT_ONCE` allows, for one at least, as the base has them, and where
+    Tokens are read for as many experts as :data:`TOKENS_AT_ONCE` allows, for one at least, as the base has them; where
     errors are propagated as the emulator has them; as many are sent to every expert. What its first matrix makes of
     them is there while the second is fitted. For every token of the layer there are 8 bytes for each of its experts,
     three times: by row, of all rows, and by expert.
@@ -106,7 +105,7 @@ def _fitting_experts(model: MemoryModel, stacks: Sequence[ExpertsPlan]) -> int:
         inner = 4 * stack.in_features * of_one if stack.name == "down_proj" else 0
         return inner + model.format.fitting_bytes(alone, propagated=streams > 1, itemsize=itemsize)
 
-    read = min(sent, max(AT_ONCE // hidden, of_one)) * hidden
+    read = min(sent, max(TOKENS_AT_ONCE // hidden, of_one)) * hidden
     packed = sum(each.nbytes(model.format, model.dtype) for each in stacks)
     return packed + max(map(fitting, stacks)) + read + 3 * 8 * tokens
 

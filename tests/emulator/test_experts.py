@@ -190,7 +190,7 @@ def test_tokens_that_are_read_for_some_experts_at_a_time_give_the_same(base, tmp
     with torch.no_grad():
         in_memory = fitted(None)
         assert reads == [6]
-        monkeypatch.setattr("emloc_core.emulator.experts.AT_ONCE", at_once)
+        monkeypatch.setattr("emloc_core.emulator.experts.TOKENS_AT_ONCE", at_once)
         in_file = fitted(tmp_path)
     assert sum(reads[1:]) == 6
     assert len(reads) > 2
