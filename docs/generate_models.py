@@ -21,7 +21,7 @@ from emloc_core.plugins.manager import TOKENS, plugin_manager
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
 from emloc_core.settings import CompressSettings
-from emloc_core.units import human_bytes, human_seconds
+from emloc_core.units import human_seconds
 
 PAGE = Path(__file__).parent / "models.md"
 #: Memory of cards without a name, in 10^9 bytes.
@@ -44,7 +44,7 @@ INTRODUCTION = f"""# Models
 
 The workload: one row of {LENGTH:,} tokens, in image-text models one image of 448 x 448 pixels among them; a LoRA of
 rank 8 where the entry's preset `default` puts it; gradient checkpointing, bf16 autocast. 5 % of a card's memory stay
-free, at most 1 GiB. GB are 10^9 bytes. All figures are [predictions](memory.md); none has been measured on a GPU yet.
+free, at most 1 GiB. Memory is in GB, 10^9 bytes. All figures are [predictions](memory.md); none was measured on a GPU.
 
 | column | meaning |
 | --- | --- |
@@ -63,7 +63,7 @@ GLM-4-0414 and InternVL3-9B have no entry, for want of published numbers.
 WHOLE, KINDS = "bf16", ("nf4", "2.7-bit", "1.6-bit+repair")
 EXPERTS = """## Mixtures of experts
 
-The weights of the model in bfloat16, and those of its emulators: experts, output layer and embeddings are packed too.
+The weights in GB, of the model in bfloat16 and of its emulators: experts, output layer and embeddings are packed too.
 """
 HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{size} GB" for size in SMALL), *map(named, NAMED)]
 
@@ -76,10 +76,10 @@ def figures(entry: Entry) -> dict[str, str]:
         model = MemoryModel(file, workload, CompressSettings(kind=workload.recommended_kinds[0]))
         plan = model.plan()
         found = {
-            "inference": human_bytes(model.inference().total),
-            "LoRA": human_bytes(model.tuning().total),
-            "EMLoC": human_bytes(model.tuning(plan).total),
-            "compress": human_bytes(compress(model, plan).total),
+            "inference": gigabytes(model.inference().total),
+            "LoRA": gigabytes(model.tuning().total),
+            "EMLoC": gigabytes(model.tuning(plan).total),
+            "compress": gigabytes(compress(model, plan).total),
             **weights(model),
         }
         for size in SMALL:
@@ -96,7 +96,12 @@ def weights(model: MemoryModel) -> dict[str, str]:
     kinds = {kind: MemoryModel(model.config_file, model.workload, CompressSettings(kind=kind)) for kind in KINDS}
     emulators = {f"`{kind}`": each.emulator_bytes(each.plan()) for kind, each in kinds.items()}
     found = {WHOLE: model.parameters() * model.dtype.itemsize, **emulators}
-    return {column: human_bytes(nbytes) for column, nbytes in found.items()}
+    return {column: gigabytes(nbytes) for column, nbytes in found.items()}
+
+
+def gigabytes(nbytes: int) -> str:
+    """Return bytes in GB, to three digits."""
+    return f"{float(f'{nbytes / 1e9:.3g}'):,g}"
 
 
 def cell(decision: Decision) -> str:
@@ -139,7 +144,7 @@ def shown() -> list[Entry]:
 def marks(entries: list[Entry]) -> Iterator[str]:
     """Yield a comment per entry, by which a test sees that the page is about the entries as they are."""
     for entry in entries:
-        yield f"<!-- {entry.id} {entry.fingerprint[:16]} -->"
+        yield f"<!--{entry.id}:{entry.fingerprint[:16]}-->"
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
