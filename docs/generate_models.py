@@ -56,8 +56,6 @@ free, at most 1 GiB. Memory is in GB, 10^9 bytes. All figures are [predictions](
 
 Times are those of an optimiser step, **computed** from the card's published figures, as by
 `emloc plan ID --card "RTX 4090"`: it takes at least that long.
-
-GLM-4-0414 and InternVL3-9B have no entry, for want of published numbers.
 """
 #: Kinds whose weights are told of mixtures of experts.
 WHOLE, KINDS = "bf16", ("nf4", "2.7-bit", "1.6-bit+repair")
