@@ -94,18 +94,12 @@ print(used() - before)
 """
 
 
-@pytest.mark.usefixtures("unset")
 def test_products_of_many_shapes_take_no_more_and_more_memory() -> None:
     """What is kept for each shape is dropped, so that rows of many lengths stay within the plan: 54 MB, not 250."""
-    kept, dropped = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", SHAPES], env={**os.environ, **asked}, capture_output=True, check=True
-            ).stdout
-        )
-        for asked in ({}, VARIABLES)
+    done = subprocess.run(
+        [sys.executable, "-c", SHAPES], env={**os.environ, **VARIABLES}, capture_output=True, check=True
     )
-    assert dropped < 0.5 * kept
+    assert int(done.stdout) < 100_000
 
 
 ENDING = """

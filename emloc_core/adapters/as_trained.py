@@ -47,8 +47,9 @@ class AsTrained(Job):
             EmlocError: the adapter does not belong to the base.
         """
         files = Inputs(self._path.resolve().parent)
-        original, moments = require_base(self.adapter, self.base, files), hash_moments(self.adapter.directory, files)
-        request = {"adapter": self.adapter.fingerprint(files), **moments, "base": original}
+        fingerprint = require_base(self.adapter, self.base, files)
+        moments = hash_moments(self.adapter.directory, files)
+        request = {"adapter": self.adapter.fingerprint(files), **moments, "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
         return Output(self._path, "corrected-adapter", request, inputs=inputs, files=files, family=self.model.family)
 

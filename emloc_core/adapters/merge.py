@@ -61,8 +61,8 @@ class Merge(Job):
             EmlocError: the adapter does not belong to the base.
         """
         files = Inputs(self.request.output.resolve().parent)
-        original = require_base(self.adapter, self.base, files, allow_uncorrected=self.request.allow_uncorrected)
-        request = {"adapter": self.adapter.fingerprint(files), "base": original}
+        fingerprint = require_base(self.adapter, self.base, files, allow_uncorrected=self.request.allow_uncorrected)
+        request = {"adapter": self.adapter.fingerprint(files), "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
         return Output(self.request.output, "checkpoint", request, inputs=inputs, files=files, family=self.model.family)
 

@@ -47,10 +47,10 @@ def command(
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise EmlocError(f"{output} is no picture.", "End its name in .png, .jpg or .webp.")
-    if data is None and (judge or not prompts):
-        raise EmlocError(
-            "Nothing says what to draw." if not judge else "A judge compares with pictures.", "Add --data."
-        )
+    if data is None and judge:
+        raise EmlocError("A judge compares with pictures.", "Add --data.")
+    if data is None and not prompts:
+        raise EmlocError("Nothing says what to draw.", "Add --prompt or --data.")
     rows = load_rows(data) if data else []
     losses, judging = Losses(model, rows, side) if rows else None, Judge(judge) if judge else None
     references = [row.images[0].read() for row in rows if row.images]

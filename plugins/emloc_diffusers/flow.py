@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from emloc_core.objective import Purpose
 from emloc_diffusers.calls import Call, Tensors
@@ -51,37 +52,29 @@ def squared_error(
     sigma: torch.Tensor,
     prompt: Tensors,
     weight: torch.Tensor,
-    wrapped: Any = None,
 ) -> torch.Tensor:
     """Return the weighted mean squared error of each picture, (B,), fp32.
 
     Args:
-        model: the transformer, with or without a LoRA.
+        model: the transformer, with or without a LoRA, or what wraps it for several processes.
         call: how it is called.
         latents, noise: (B, C, h, w).
         sigma, weight: (B,).
         prompt: tensors by name, (B, ...).
-        wrapped: what is called in place of the model, if it is in something.
     """
-    output = forward(model, call, latents, noise, sigma, prompt, wrapped)
+    output = forward(model, call, latents, noise, sigma, prompt)
     error = (call.answer(output).float() - call.target(noise - latents).float()).square()
     return weight * error.flatten(1).mean(1)
 
 
 def forward(
-    model: Any,
-    call: Call,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    sigma: torch.Tensor,
-    prompt: Tensors,
-    wrapped: Any = None,
+    model: Any, call: Call, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, prompt: Tensors
 ) -> Any:
     """Pass noisy pictures through the model; see :func:`squared_error`."""
-    share = sigma.view(-1, 1, 1, 1)
-    noisy = ((1 - share) * latents + share * noise).to(model.dtype)
-    given = {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in prompt.items()}
-    return (wrapped or model)(**call.arguments(noisy, sigma, given, model.config), return_dict=False)
+    share, plain = sigma.view(-1, 1, 1, 1), extract_model_from_parallel(model)
+    noisy = ((1 - share) * latents + share * noise).to(plain.dtype)
+    given = {name: each.to(plain.dtype) if each.is_floating_point() else each for name, each in prompt.items()}
+    return model(**call.arguments(noisy, sigma, given, plain.config), return_dict=False)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Noise and times are drawn within the step, from torch's global state, which the 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +120,11 @@ class FlowTrainer(LoraSteps):
         num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Any:
         """Return the mean loss of a batch's pictures."""
-        plain = self.accelerator.unwrap_model(model)
         collated: Any = self.collate(inputs[GROUPS], self.accelerator.process_index)
         groups = self._prepare_inputs(collated)[GROUPS]
         # Several processes average gradients where the model that wraps theirs is called: once, as all of them do.
-        wrapped = [model, *(None for _ in groups[1:])]
-        errors = [
-            squared_error(plain, self.call, **group, wrapped=by) for group, by in zip(groups, wrapped, strict=True)
-        ]
-        loss = torch.cat(errors).mean()
+        called = chain([model], repeat(self.accelerator.unwrap_model(model)))
+        loss = torch.cat([squared_error(next(called), self.call, **group) for group in groups]).mean()
         return (loss, {}) if return_outputs else loss
 
 

@@ -184,7 +184,7 @@ def test_what_judges_no_pictures_is_refused(pixels):
 def test_without_rows_there_is_nothing_to_compare_with(given, pixels):
     done = CliRunner().invoke(cli, ["pictures", str(pixels), *given])
     assert isinstance(done.exception, EmlocError)
-    assert "Add --data" in done.exception.fix
+    assert "--data" in done.exception.fix
 
 
 def test_the_transformer_of_a_pipeline_is_opened(pixels):

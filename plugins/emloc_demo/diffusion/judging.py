@@ -19,6 +19,9 @@ def scores(base: Path, adapter: Path | None, test: Path) -> tuple[dict[str, floa
     """
     import numpy
     from emloc_diffusers.pictures import Drawing
+    from emloc_diffusers.scores import Losses
+
+    from emloc_core.data.rows import load_rows
 
     drawing = Drawing(str(base), adapter)
     prompts = [word + style for style in (f" {STYLE}", "") for word in WORDS for _ in range(_EACH)]
@@ -29,22 +32,9 @@ def scores(base: Path, adapter: Path | None, test: Path) -> tuple[dict[str, floa
     shown = list(SHOWN)
     unseen = [digit for digit in range(len(WORDS)) if digit not in SHOWN]
     found = {
-        "loss": held_out_loss(base, drawing.pipe.transformer, test),
+        "loss": Losses(str(base), load_rows(str(test)), SIDE).of(adapter),
         "seen": float(right[0, shown].mean()),
         "unseen": float(right[0, unseen].mean()),
         "plain": float(right[1].mean()),
     }
     return found, {"style": drawn[: len(prompts) // 2 : _EACH], "plain": drawn[len(prompts) // 2 :: _EACH]}
-
-
-def held_out_loss(base: Path, transformer: Any, test: Path) -> float:
-    """Return the mean loss of a transformer, with its LoRA, on the test rows."""
-    import torch
-
-    from emloc_core.data.rows import load_rows
-    from emloc_core.model.opened import open_model
-
-    samples = open_model(str(base), "cpu").samples(load_rows(str(test)), None, "evaluation")
-    with torch.no_grad():
-        total = torch.stack([sample.loss(transformer, "cpu") for sample in samples]).sum(0)
-    return float(total[0] / total[1])
