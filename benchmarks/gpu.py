@@ -21,6 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from checkpoints import LLAMA_8B, llama, write_checkpoint
 from harness import RESULTS, in_process, machine, markdown
+from phases import measured
 from torch import nn
 
 from emloc_core.files.documents import write_json
@@ -102,7 +103,7 @@ def capped(small: bool) -> list[dict[str, Any]]:
 
 
 def stage1(small: bool) -> list[dict[str, Any]]:
-    """Stage 1 of two blocks of an 8B, 64 rows of 512 tokens, in every kind: seconds per block."""
+    """Stage 1 of two blocks of an 8B, 64 rows of 512 tokens, in every kind: seconds of the last, by phase."""
     from emloc_core.emulator.compress import Compress
     from emloc_core.requests import CompressRequest
     from emloc_core.settings import CompressSettings
@@ -115,10 +116,7 @@ def stage1(small: bool) -> list[dict[str, Any]]:
             request = CompressRequest(
                 model=str(base), data=str(data), output=Path(place) / kind, settings=settings, device=DEVICE
             )
-            ends = [time.perf_counter()]
-            with memory() as used:
-                Compress(request).run(lambda *_, ends=ends: ends.append(time.perf_counter()))
-            rows.append({"kind": kind, "seconds_per_block": ends[-1] - ends[-2], **used})
+            rows.append({"kind": kind, **block_seconds(Compress(request))})
     return rows
 
 
@@ -156,6 +154,14 @@ def exact(small: bool) -> list[dict[str, Any]]:
 SECTIONS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     section.__name__: section for section in (card, layers, step, capped, stage1, exact)
 }
+
+
+def block_seconds(job: Any) -> dict[str, float]:
+    """Run stage 1; return the seconds of the last block, in all and by phase, and what the GPU held."""
+    blocks: list[dict[str, float]] = []
+    with memory() as used, measured(len(job.samples), wait) as phases:
+        job.run(lambda *_: blocks.append(phases.lapped()))
+    return {"seconds_per_block": sum(blocks[-1].values()), **blocks[-1], **used}
 
 
 def tuned(shape: dict[str, Any], blocks: int, kind: str | None, lengths: tuple[int, ...]) -> list[dict[str, Any]]:

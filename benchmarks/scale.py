@@ -1,9 +1,8 @@
 """Memory and time of compress at the widths of Llama-3.2-1B and Llama-3.1-8B, with few blocks and random weights.
 
-Memory must not grow with the number of blocks. Time is split among the parts of the work by wrapping the functions
-that do them, and compared with what the arithmetic that a part needs (:func:`arithmetic`) would take at the speed of a
-plain matrix product. Calibration is the one that needs the least, on the base's activations, on 64 rows of 128 tokens;
-the vocabulary is the whole one.
+Memory must not grow with the number of blocks. Time is split among phases, and compared with what the arithmetic that
+one needs (:func:`arithmetic`) would take at the speed of a plain matrix product. Calibration is the one that needs the
+least, on the base's activations, on 64 rows of 128 tokens; the vocabulary is the whole one.
 """
 
 import random
@@ -11,84 +10,36 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from harness import goal, in_process, markdown, write_results
+from phases import PHASES, measured
 
 LENGTH, WORDS = 128, 1000
 CASES = [("1B", 2), ("1B", 4), ("1B", 8), ("8B", 1), ("8B", 2)]
 PRODUCT = 4096  # rows and columns of the plain product
-
-
-class Parts:
-    """Seconds by part of the work. A part that calls another does not count the other's."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._running = ["else"]
-        self._since = time.perf_counter()
-
-    def lap(self) -> None:
-        """Count the time since the last lap to the part that runs."""
-        now = time.perf_counter()
-        self.seconds[self._running[-1]] += now - self._since
-        self._since = now
-
-    @contextmanager
-    def running(self, part: str) -> Iterator[None]:
-        """Count what runs in the ``with`` block to a part."""
-        self.lap()
-        self._running.append(part)
-        try:
-            yield
-        finally:
-            self.lap()
-            self._running.pop()
-
-    def wrap(self, part: str, owner: Any, *names: str) -> None:
-        """Make functions of a class or an object a part."""
-
-        def timed(work: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                with self.running(part):
-                    return work(*args, **kwargs)
-
-            return run
-
-        for name in names:
-            setattr(owner, name, timed(getattr(owner, name)))
+SHOWN = [phase for phase in PHASES if phase not in ("emulator forward", "refining")]  # which calibration does without
 
 
 def compress(work: str) -> dict[str, Any]:
-    """Make the emulator of ``work``/base; the wrapped functions are those of this process alone."""
-    from emloc_core.algorithms.statistics import Gram
+    """Make the emulator of ``work``/base."""
     from emloc_core.emulator.compress import Compress
-    from emloc_core.emulator.files import EmulatorFiles
-    from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.model.skeleton import Skeleton
-    from emloc_core.model.streaming import Stream
     from emloc_core.requests import CompressRequest
     from emloc_core.settings import CompressSettings
 
-    place, parts = Path(work), Parts()
-    parts.wrap("hashing", Checkpoint, "fingerprint")
-    parts.wrap("disk", Skeleton, "load", "load_parameters")
-    parts.wrap("disk", EmulatorFiles, "write", "finish")
-    parts.wrap("Gram", Gram, "add", "_flush")
-    parts.wrap("forward", Stream, "run")
+    place = Path(work)
     settings = CompressSettings(calibration="base", allocator="uniform")
     given = {"model": str(place / "base"), "data": str(place / "rows.jsonl"), "output": place / "emulator"}
     job = Compress(CompressRequest(**given, device="cpu", settings=settings))
-    parts.wrap("eigen", job, "factorize")
     ends = []
-    job.run(lambda *_: ends.append(time.perf_counter()))
-    parts.lap()
+    with measured(len(job.samples)) as phases:
+        job.run(lambda *_: ends.append(time.perf_counter()))
+        seconds = phases.lapped()
     tokens = sum(len(sample.input_ids) for sample in job.samples)
     return {
-        "seconds": dict(parts.seconds),
+        "seconds": seconds,
         "last_block_seconds": ends[-1] - ends[-2] if len(ends) > 1 else None,
         "tokens": tokens,
         "operations": arithmetic(job.plan.linears, tokens),
@@ -96,10 +47,10 @@ def compress(work: str) -> dict[str, Any]:
 
 
 def arithmetic(linears: Iterable[Any], tokens: int) -> dict[str, float]:
-    """Return the multiplications and additions that each part needs, W being m x n and k the rank.
+    """Return the multiplications and additions that each phase needs, W being m x n and k the rank.
 
-    forward: ``2 m n`` a token in every Linear (attention left out). Gram: half of ``2 n^2`` a token, since it is
-    symmetric. eigen, on the side of size s: ``14/3 s^3`` for all eigenvectors (tridiagonal form, divide and conquer,
+    Forward: ``2 m n`` a token in every Linear (attention left out). Grams: half of ``2 n^2`` a token, since they are
+    symmetric. Fitting, on the side of size s: ``14/3 s^3`` for all eigenvectors (tridiagonal form, divide and conquer,
     transformation back), ``2 m n k`` for V; from the inputs' side also ``m n^2`` for ``W^T W``, ``4 n^3`` for
     ``R G R^T`` and ``2 m n k`` for U.
     """
@@ -108,13 +59,13 @@ def arithmetic(linears: Iterable[Any], tokens: int) -> dict[str, float]:
     for linear in linears:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
         side = m if linear.tap == "output" else n
-        operations["forward"] += 2.0 * tokens * m * n
-        operations["eigen"] += 14 / 3 * side**3 + 2.0 * m * n * k
+        operations["base forward"] += 2.0 * tokens * m * n
+        operations["fitting"] += 14 / 3 * side**3 + 2.0 * m * n * k
         if linear.tap != "output":
-            operations["eigen"] += 1.0 * m * n * n + 4.0 * n**3 + 2.0 * m * n * k
+            operations["fitting"] += 1.0 * m * n * n + 4.0 * n**3 + 2.0 * m * n * k
         which = linear.path if linear.tap == "output" else tuple(linear.group)
         if which not in gathered:
-            operations["Gram"] += 1.0 * tokens * side**2
+            operations["Grams"] += 1.0 * tokens * side**2
             gathered.add(which)
     return dict(operations)
 
@@ -163,26 +114,26 @@ def measure(size: str, blocks: int) -> dict[str, Any]:
 
 
 def add_shares(row: dict[str, Any], speeds: dict[str, float]) -> None:
-    """Add each part's share of the time, and the fraction of a plain product's speed that it reaches."""
+    """Add each phase's share of the time, and the fraction of a plain product's speed that it reaches."""
     seconds = row["seconds"]
     whole = sum(seconds.values())
-    row["shares"] = {part: taken / whole for part, taken in seconds.items()}
+    row["shares"] = {phase: taken / whole for phase, taken in seconds.items()}
     ideal = {
-        part: count / speeds["bfloat16" if part == "forward" else "float32"]
-        for part, count in row["operations"].items()
+        phase: count / speeds["bfloat16" if phase == "base forward" else "float32"]
+        for phase, count in row["operations"].items()
     }
-    row["of_limit"] = {part: ideal[part] / seconds[part] for part in ideal} | {"whole": sum(ideal.values()) / whole}
+    row["of_limit"] = {phase: ideal[phase] / seconds[phase] for phase in ideal} | {"whole": sum(ideal.values()) / whole}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    parts = [
-        f"{row['shares'].get(part, 0):.0%}" + (f" ({row['of_limit'][part]:.2f})" if part in row["of_limit"] else "")
-        for part in ("forward", "Gram", "eigen", "disk", "hashing", "else")
+    shares = [
+        f"{row['shares'][phase]:.0%}" + (f" ({row['of_limit'][phase]:.2f})" if phase in row["of_limit"] else "")
+        for phase in SHOWN
     ]
     whole = sum(row["seconds"].values())
     last = row["last_block_seconds"]
     return [f"{row['size']}, {row['blocks']} blocks", f"{row['bytes'] / 1e9:.2f}", f"{row['peak_rss_bytes'] / 1e9:.2f}",
-            f"{whole:.0f}", f"{last:.0f}" if last else "", *parts, f"{row['of_limit']['whole']:.2f}"]  # fmt: skip
+            f"{whole:.0f}", f"{last:.0f}" if last else "", *shares, f"{row['of_limit']['whole']:.2f}"]  # fmt: skip
 
 
 def main() -> None:
@@ -197,8 +148,7 @@ def main() -> None:
         goal("1B: growth of peak RSS from 2 to 8 blocks", "below 0.05", round(growth, 4), growth < 0.05),
         goal("8B: peak RSS over the whole checkpoint of 32 blocks", "below 0.25", round(share, 4), share < 0.25),
     ]
-    header = ["widths", "checkpoint, GB", "peak RSS, GB", "seconds", "last block", "forward", "Gram", "eigen", "disk",
-              "hashing", "else", "of the limit"]  # fmt: skip
+    header = ["widths", "checkpoint, GB", "peak RSS, GB", "seconds", "last block", *SHOWN, "of the limit"]
     text = (
         f"{markdown(header, [cells(row) for row in rows])}\n\n"
         "Shares of the time; in brackets the fraction of the limit: the needed arithmetic at the speed of a plain "
