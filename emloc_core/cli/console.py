@@ -16,6 +16,8 @@ from emloc_core.stages.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from emloc_core.stages.perform import Progress as Advance
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -129,6 +131,14 @@ def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before
     seconds, peak = timing.get("seconds", 0), peak_memory(timing) or 0
     when = "finished before, in " if made_before else ""
     click.echo(f"{result}  ({when}{human_seconds(seconds)}, peak memory {human_bytes(peak)})")
+
+
+def print_table(table: "Table") -> None:
+    """Print a table on stdout; rich would fold it to 80 columns in a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def print_json(content: dict[str, Any]) -> None:

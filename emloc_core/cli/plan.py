@@ -1,12 +1,11 @@
 """``emloc plan``."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, print_json, working
+from emloc_core.cli.console import as_json, print_json, print_table, working
 from emloc_core.cli.following import flags, join, read_as, rows
 from emloc_core.cli.options import data as data_option
 from emloc_core.cli.options import given, headroom, options
@@ -15,6 +14,9 @@ from emloc_core.settings import AUTO, MEMORY_SETTINGS, TrainSettings
 from emloc_core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from emloc_core.memory.model import Need
     from emloc_core.memory.plan import MemoryPlan
     from emloc_core.memory.ways import Way
 
@@ -46,10 +48,8 @@ if TYPE_CHECKING:
               "RTX 4090, L40S, A100, H100.")  # fmt: skip
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine for about a "
               "second, and show how long a step takes at least.")  # fmt: skip
-@click.option("--figure", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write a chart of the table: png, svg or pdf.")  # fmt: skip
 @as_json
-def command(data: Any, split: str, length: int | None, figure: Path | None, as_json: bool, **values: Any) -> None:
+def command(data: Any, split: str, length: int | None, as_json: bool, **values: Any) -> None:
     """Show the best way to tune MODEL in a memory, what every stage of it needs, and the commands.
 
     MODEL is a directory, a config.json, a registry entry (its id or file), or a hub id. From the hub only the config is
@@ -60,10 +60,6 @@ def command(data: Any, split: str, length: int | None, figure: Path | None, as_j
     train, others = given(TrainSettings, values)
     with working("Planning"):
         planned = plan(others.pop("model"), data=data, split=split, length=length, **others, **train)
-    if figure:
-        from emloc_core.memory.show import memory_figure
-
-        memory_figure(figure, planned.needs, planned.budget.usable)
     if as_json:
         print_json(planned.describe())
     else:
@@ -76,8 +72,6 @@ def command(data: Any, split: str, length: int | None, figure: Path | None, as_j
 
 
 def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
-    from emloc_core.memory.show import print_memory
-
     said = planned.describe()
     work, weights, parameters = said["workload"], said["weight_bytes"], said["parameters"]
     packed = "four bits and " if said["in_four_bits"] else ""
@@ -95,13 +89,32 @@ def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
     click.echo(f"memory: {planned.budget}{whose}")
     _show_ways(planned)
     click.echo(f"stages of {planned.way}:")
-    print_memory(planned.needs)
+    print_table(_stages(planned.needs))
     if planned.plan:
         click.echo(f"emulator: {parameters['emulator'] / 1e9:.3g} billion parameters, "
                    f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears become:")  # fmt: skip
         for line in planned.plan.lines(planned.model.format):
             click.echo(f"  {line}")
     _conclude(planned, asked)
+
+
+def _stages(needs: Sequence["Need"]) -> "Table":
+    """Return a row for every stage: a column for every term that any stage has, and the sum."""
+    from rich.table import Table
+
+    from emloc_core.memory.model import TERMS
+
+    terms = [term for term in TERMS if any(need.terms.get(term) for need in needs)]
+    shown = Table()
+    shown.add_column("stage", no_wrap=True)
+    for term in terms:
+        shown.add_column("KV cache" if term == "kv_cache" else term, justify="right")
+    shown.add_column("total", justify="right")
+    shown.add_column("peak in", no_wrap=True)
+    for need in needs:
+        cells = [human_bytes(need.terms[term]) if term in need.terms else "-" for term in terms]
+        shown.add_row(need.stage, *cells, f"[bold]{human_bytes(need.total)}[/]", need.phase)
+    return shown
 
 
 def _show_ways(planned: "MemoryPlan") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.console import print_json
+from emloc_core.cli.console import print_json, print_table
 from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.errors import printable
 from emloc_core.files.meter import peak_memory
@@ -46,7 +46,7 @@ def show(results: dict, directory: Path, as_json: bool = False) -> None:
         return
 
     if "systems" in results:
-        report.print_table(results["systems"], results["metrics"])
+        print_table(report.table(results["systems"], results["metrics"]))
         click.echo(report.conclusion(results))
     peaks = [f"{name} {human_bytes(peak_memory(timing) or 0)}" for name, timing in results["stages"].items()]
     for number, each in enumerate(results.get("answers", []), 1):
@@ -54,7 +54,7 @@ def show(results: dict, directory: Path, as_json: bool = False) -> None:
         for name in ("before", "after", "expected"):
             click.echo(f"  {name:<8} {_short(each[name])}")
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
-    click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
+    click.echo(f"{directory / 'results.json'}  (a page of it: {shlex.join(['emloc', 'report', str(directory)])})")
     if "selection_losses" in results:
         kinds = results["kinds"]
         told = ", ".join(f"{name} ({kinds[name]}) {loss:.4f}" for name, loss in results["selection_losses"].items())

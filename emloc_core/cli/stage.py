@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, print_json, progress
+from emloc_core.cli.console import announce, print_json, print_table, progress
 from emloc_core.cli.following import following
 from emloc_core.cli.verbosity import Verbosity, set_up_libraries, showing_families, verbosity
 from emloc_core.files.hub import check_repository
@@ -225,7 +225,7 @@ def _print_scores(request: EvaluateRequest, result: Result) -> None:
     from emloc_core.report import table
 
     results = read_results(result.path, [system.name for system in request.systems])
-    table.print_table(results["systems"], results["metrics"])
+    print_table(table.table(results["systems"], results["metrics"]))
     for line in filter(None, (table.note(results), table.conclusion(results))):
         click.echo(line)
 

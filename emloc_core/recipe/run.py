@@ -42,8 +42,6 @@ _LOGGER = logging.getLogger("emloc.recipe")
 _KEPT = "Earlier stages are kept."
 #: How to go without an alternative that fails.
 _WITHOUT = "To do without this alternative, leave it out of the recipe, or set alternatives = {}."
-#: Losses in a log, and what they are of.
-_LOSSES = {"loss": "", "eval_loss": ", held-out rows", "eval_base_loss": ", held-out rows on the base"}
 
 
 def run_recipe(
@@ -176,9 +174,8 @@ def describe_train(stage: Stage) -> dict[str, Any]:
 
 
 def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
-    """Write ``results.json``, ``table.md`` and ``figure.png`` beside the stages' directories; return the results."""
+    """Write ``results.json`` and ``table.md`` beside the stages' directories; return the results."""
     from emloc_core.report import table as report
-    from emloc_core.report.figure import figure
 
     root, attempt = Path(recipe.output), kept(recipe)
     emulator, adapter, corrected, polished, merged, evaluation = (
@@ -198,17 +195,6 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
             each.name: manifests[each.place("emulator").name]["request"]["settings"]["kind"] for each in tried(recipe)
         }
         results["selection_losses"] = {each.name: each.selection_loss for each in tried(recipe)}
-    on = "on the emulator" if recipe.makes_emulator else "on the model"
-    drawn = {adapter: on, polished: "polished on the base", "full_lora": "on the base (full LoRA)"}
-    histories = {
-        label + of: [(entry["step"], entry[loss]) for entry in log if loss in entry]
-        for name, label in drawn.items()
-        if name in manifests
-        for log in [read_json(root / name / "log.json")]
-        for loss, of in _LOSSES.items()
-    }
-    errors = manifests[emulator]["result"]["linears"] if recipe.makes_emulator else []
-    figure(root / "figure.png", histories, errors)
     if evaluation in manifests:
         results.update(read_json(root / evaluation / "results.json"))
         (root / "table.md").write_text(report.markdown(results["systems"], results["metrics"]), encoding="utf-8")

@@ -75,17 +75,6 @@ def table(systems: Systems, metrics: Metrics | None = None) -> "Table":
     return shown
 
 
-def print_table(systems: Systems, metrics: Metrics | None = None) -> None:
-    """Print the table on stdout. Arguments as for :func:`rows`."""
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(table(systems, metrics))
-    else:  # rich would fold the table to 80 columns in a file or a pipe
-        Console(width=200).print(table(systems, metrics))
-
-
 def note(results: Mapping[str, Any]) -> str:
     """Return one line on what was measured: tasks, rows, the meaning of arrows and nll."""
     tasks = ", ".join(f"{name} ({task['rows']} rows)" for name, task in sorted(results["tasks"].items()))

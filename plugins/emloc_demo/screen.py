@@ -156,9 +156,8 @@ def _scores(results: Mapping[str, Any]) -> Table:
 
 def _next(output: Path) -> Table:
     table = Table.grid(padding=(0, 2))
-    figures = f"{output / 'figure.png'}  {output / 'report.html'}"
     chat = shlex.join(["emloc", "chat", str(output / "corrected")])
-    table.add_row(Text("see", "cyan"), figures)
+    table.add_row(Text("see", "cyan"), str(output / "report.html"))
     table.add_row(Text("next", "cyan"), f"{chat}  talk to the result")
     table.add_row("", "make demo-full  compare all ways to tune it, in half an hour")
     table.add_row("", "emloc tune MODEL --data train.jsonl -o tuned  your own model")

@@ -20,7 +20,6 @@ from emloc_core.files.documents import read_json
 from emloc_core.memory import speed
 from emloc_core.memory.evidence import measured
 from emloc_core.memory.model import MemoryModel, Need
-from emloc_core.memory.show import memory_figure
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, TrainSettings
 
@@ -356,13 +355,6 @@ def test_a_config_is_enough(shallow_model: Path, tmp_path: Path) -> None:
     alone = plan(file, "--ratio", 0.5)
     assert alone["stages"] == plan(shallow_model, "--ratio", 0.5)["stages"]
     assert alone["workload"]["length"] == 256  # the model takes no more
-
-
-def test_a_figure_is_drawn(shallow_model: Path, tmp_path: Path) -> None:
-    plan(shallow_model, "--ratio", 0.5, "--memory", "4GB", "--figure", tmp_path / "figures" / "plan.png")
-    assert (tmp_path / "figures" / "plan.png").read_bytes().startswith(b"\x89PNG")
-    memory_figure(tmp_path / "plan.svg", [Need("inference on the base", {"weights": 10**9})])
-    assert "<svg" in (tmp_path / "plan.svg").read_text()
 
 
 def test_what_is_refused(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_the_whole_way_in_a_few_steps(short_demo, emloc):
     assert first["messages"][1]["content"].split()[-1] in out
     assert out.count("✗") + out.count("✓") == 6  # three messages, before and after
     assert "base+corrected" in out
-    assert all((short_demo / name).is_file() for name in ("figure.png", "report.html", "table.md"))
+    assert all((short_demo / name).is_file() for name in ("report.html", "table.md"))
     code, out, err = emloc("demo", "-o", short_demo, "--json")
     assert err.count("there already") == 5  # all but the plan and the page
     results = json.loads(out)

@@ -1,11 +1,9 @@
-"""The table, its sentence and the figure."""
-
-from xml.etree import ElementTree
+"""The table and its sentence."""
 
 import pytest
 
+from emloc_core.cli.console import print_table
 from emloc_core.report import table as report
-from emloc_core.report.figure import figure
 from emloc_core.units import human_bytes, human_seconds
 
 GB = 10**9
@@ -49,7 +47,7 @@ def test_markdown():
 
 def test_a_table_that_is_not_on_a_terminal_is_not_folded(capsys):
     systems = {name: {f"a_metric_with_a_long_name_{i}": float(i) for i in range(5)} for name in report.ORDER}
-    report.print_table(systems)
+    print_table(report.table(systems))
     lines = capsys.readouterr().out.splitlines()
     assert sum("base+uncorrected" in line and "4.0000" in line for line in lines) == 1
 
@@ -94,42 +92,3 @@ def test_the_conclusion_is_the_share_of_what_a_lora_gains():
 def test_the_conclusion_says_when_nothing_was_corrected():
     assert "The clamp chosen is 0" in report.conclusion({"systems": SYSTEMS, "correction": {"clamp": 0}})
     assert "clamp" not in report.conclusion({"systems": SYSTEMS, "correction": {"clamp": 0.3}})
-
-
-@pytest.fixture
-def errors():
-    return [
-        {"path": f"model.layers.{layer}.mlp.{kind}_proj", "relative_error": None if dense else 0.1 * layer + 0.05}
-        for layer in range(4)
-        for kind, dense in (("up", False), ("down", layer == 2))
-    ]
-
-
-def test_the_figure_has_a_line_for_each_tuning_and_kind(tmp_path, errors):
-    histories = {"on the emulator": [(1, 2.0), (2, 1.0)], "full LoRA": [(1, 1.0), (2, 0.5)]}
-    figure(tmp_path / "plots" / "run.png", histories, errors)
-    assert (tmp_path / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")
-    figure(tmp_path / "run.svg", histories, errors)
-    comments = [
-        (node.text or "").strip()
-        for node in ElementTree.parse(
-            tmp_path / "run.svg", ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-        ).iter(ElementTree.Comment)
-    ]
-    assert {"on the emulator", "full LoRA", "up_proj", "down_proj"} <= set(comments)
-
-
-def test_towers_have_lines_of_their_own(tmp_path):
-    towers = ("model.vision_tower.encoder.layer", "model.language_model.layers")
-    errors = [
-        {"path": f"{tower}.{layer}.q_proj", "relative_error": 0.1 + layer} for tower in towers for layer in range(2)
-    ]
-    figure(tmp_path / "run.svg", {}, errors)
-    drawn = (tmp_path / "run.svg").read_text()
-    assert "<!-- vision_tower q_proj -->" in drawn
-    assert "<!-- language_model q_proj -->" in drawn
-
-
-def test_a_figure_of_nothing_is_drawn(tmp_path):
-    figure(tmp_path / "empty.png", {}, [])
-    assert (tmp_path / "empty.png").stat().st_size > 0

@@ -16,7 +16,7 @@ for name in (
     "emloc_core.adapters.merge",
     "emloc_core.emulator.compress",
     "emloc_core.evaluation.evaluate",
-    "emloc_core.memory.show",
+    "emloc_core.memory.plan",
     "emloc_core.model.importing",
     "emloc_core.tuning.exact",
     "emloc_core.zoo.convert",

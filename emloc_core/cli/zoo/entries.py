@@ -6,16 +6,17 @@ from typing import Literal
 
 import rich_click as click
 
+from emloc_core.cli.console import print_table
+
 more_entries = click.option(
     "--registry", type=click.Path(path_type=Path), multiple=True, metavar="PATH",
     help="An entry of your own, or a directory of entries, besides the registry's; repeatable.",
 )  # fmt: skip
 
 
-def print_table(columns: Mapping[str, Literal["left", "right"]], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: headings with the alignment of their column, and cells as they are."""
+def print_rows(columns: Mapping[str, Literal["left", "right"]], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: headings with the alignment of their column, and cells as they are."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -24,6 +25,4 @@ def print_table(columns: Mapping[str, Literal["left", "right"]], rows: Sequence[
         shown.add_column(name, justify=side, overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))  # an id in brackets is not markup
-    console = Console()
-    # rich would fold the table to 80 columns in a file or a pipe
-    (console if console.is_terminal else Console(width=200)).print(shown)
+    print_table(shown)

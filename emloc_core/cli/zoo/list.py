@@ -5,7 +5,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
-from emloc_core.cli.zoo.entries import more_entries, print_table
+from emloc_core.cli.zoo.entries import more_entries, print_rows
 
 
 @click.command("list")
@@ -35,7 +35,7 @@ def command(pattern: str, registry: tuple[Path, ...], as_json: bool) -> None:
         ]
         print_json({"entries": listed})
         return
-    print_table(
+    print_rows(
         {"model": "left", "family": "left", "published size": "right", "licence": "left", "presets": "left"},
         [
             [

@@ -7,7 +7,7 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json, progress
 from emloc_core.cli.options import headroom
-from emloc_core.cli.zoo.entries import more_entries, print_table
+from emloc_core.cli.zoo.entries import more_entries, print_rows
 from emloc_core.settings import AUTO
 from emloc_core.units import human_bytes
 
@@ -80,7 +80,7 @@ def command(
 
 def _show(planned: "list[EntryFit]", budget: "Budget | None") -> None:
     allowed = f"in {human_bytes(budget.usable)}" if budget else "in inference's memory"
-    print_table(
+    print_rows(
         {"model": "left", "parameters": "right", "rows x tokens": "right", "inference": "right", "LoRA": "right",
          f"EMLoC {allowed}": "right", "kind": "left", "ratio": "right", "emulator": "right"},
         [_row(each) for each in planned],
