@@ -18,7 +18,7 @@ from emloc_core.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from emloc_core.stages.perform import Progress as Advance
+    from emloc_core.files.job import Progress as Advance
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 dry_run = click.option(

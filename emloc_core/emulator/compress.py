@@ -239,10 +239,10 @@ def described(settings: CompletedSettings, result: Mapping[str, Any]) -> str:
 def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:
     """Return what reports the first and the second pass over the blocks as one."""
 
-    def first(block: str, done: int, total: int) -> None:
+    def first(block: str, done: int, total: int, _loss: float | None = None, /) -> None:
         progress(block, done, 2 * total)
 
-    def second(block: str, done: int, total: int) -> None:
+    def second(block: str, done: int, total: int, _loss: float | None = None, /) -> None:
         progress(block, total + done, 2 * total)
 
     return first, second

@@ -1,14 +1,17 @@
 """What every stage is: a job, which is checked when it is made, and then described or run."""
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from emloc_core.files.output import Output
 
-#: Called with the item that is done, how many are done, and how many there are.
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """Reports progress: the item just done, the number done, the total, and for optimiser steps the loss."""
+
+    def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> None:
+        """Report an item."""
 
 
 class Job:

@@ -2,10 +2,10 @@
 
 import logging
 from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import Any
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
-from emloc_core.files.job import Job
+from emloc_core.files.job import Job, Progress
 from emloc_core.model.cap import cap_told, keep_to_cap
 from emloc_core.processes.environment import without_collections
 from emloc_core.requests import Request, request_from_json
@@ -26,13 +26,6 @@ _JOBS = {
 
 
 _LOGGER = logging.getLogger("emloc.stages")
-
-
-class Progress(Protocol):
-    """Reports progress: the item just done, the number done, the total, and for optimiser steps the loss."""
-
-    def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> None:
-        """Report an item."""
 
 
 def prepare(request: Request) -> Job:

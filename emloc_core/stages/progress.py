@@ -74,7 +74,7 @@ class Reporter:
         self._meter, self._pace = Meter(), Pace()
 
     def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> None:
-        """Report an item; see :class:`emloc_core.stages.perform.Progress`."""
+        """Report an item; see :class:`emloc_core.files.job.Progress`."""
         reading = self._meter.read()
         left = self._pace.left(reading["seconds"], done, total)
         _LOGGER.debug("%s: %d of %d (%s)", self._stage, done, total, what)

@@ -27,7 +27,7 @@ from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.job import Job
+from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import CONTENT, made_from, manifest_value, read_manifest
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_told
@@ -44,7 +44,6 @@ from emloc_core.tuning.trainer import (
     DIVERGED,
     SETTINGS,
     LoraSteps,
-    Progress,
     refusing,
 )
 

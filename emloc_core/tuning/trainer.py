@@ -1,6 +1,6 @@
 """TRL's trainer for a LoRA: resumes to the same log, evaluates the base too, and stops at a loss that is not finite."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone, mean_log_probs, note, tiles_of
 from emloc_core.errors import EmlocError
+from emloc_core.files.job import Progress
 from emloc_core.standins.vocabulary import rows_at_once
 from emloc_core.tuning.evaluation import BASE_LOSS, MARGIN, BaseLoss
 from emloc_core.tuning.preferences import odds_ratio_loss, with_mismatched
 
 SETTINGS = "The training settings do not work"
 DIVERGED = "Lower the learning rate, or train without bf16."
-#: Called with the loss as text, the number of steps done, the total, and the loss, or None before the log's first.
-Progress = Callable[[str, int, int, float | None], None]
 _PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last entry
 
 
