@@ -141,12 +141,12 @@ def tune(model: str, rows: str, output: str, batch: int, length: int, checkpoint
 
     from emloc_core.requests import TrainRequest
     from emloc_core.settings import TrainSettings
-    from emloc_core.tuning.train import Train
+    from emloc_core.tuning.exact import prepare
 
     floor = resident_bytes()
     settings = TrainSettings(steps=STEPS, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)
     with redirect_stdout(sys.stderr):
-        Train(TrainRequest(model=model, data=rows, output=Path(output), settings=settings)).run()
+        prepare(TrainRequest(model=model, data=rows, output=Path(output), settings=settings)).run()
     return {"floor_bytes": floor}
 
 

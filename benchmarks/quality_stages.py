@@ -87,11 +87,11 @@ def polished(
     """Take exact steps from an adapter; return the directory of the LoRA."""
     from emloc_core.requests import PolishRequest
     from emloc_core.settings import PolishSettings
-    from emloc_core.tuning.exact import Polish
+    from emloc_core.tuning.exact import prepare
 
     settings = PolishSettings(steps=steps, learning_rate=rate, seed=seed + 1000)  # other rows first than in tuning
     place = {"adapter": adapter, "base": str(base), "output": output}
-    return Polish(PolishRequest(**place, data=str(rows["tuning"]), settings=settings)).run()
+    return prepare(PolishRequest(**place, data=str(rows["tuning"]), settings=settings)).run()
 
 
 def taken(compress: Any) -> float:

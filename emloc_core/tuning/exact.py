@@ -1,4 +1,4 @@
-"""Exact LoRA steps on the base itself, streamed: from an adapter (``polish``), or from the start (``train --exact``).
+"""Exact LoRA steps on the base itself, streamed: from an adapter (``polish``), or a new LoRA (``train --exact``).
 
 The trainer is TRL's: optimiser, schedule, order of rows, logging, checkpoints. It gets the whole batch of a step at
 once, and the engine (:mod:`emloc_core.exact.steps`) takes its gradients in micro-batches of ``batch_size`` rows.
@@ -17,32 +17,26 @@ import torch
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
-from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.belonging import require_base, require_shapes
-from emloc_core.adapters.moments import FILE, hash_moments, load_moments, tuned_at
+from emloc_core.adapters.moments import load_moments
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.memory import Positions, lora_need, step_need
 from emloc_core.exact.parallel import Processes
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import learned_preferences
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_gpus
 from emloc_core.model.device import free_of
-from emloc_core.model.nf4_checkpoints import is_in_four_bits
-from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.model.overhead import overhead
 from emloc_core.requests import PolishRequest, TrainRequest
-from emloc_core.settings import StepSettings, TrainSettings
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
-from emloc_core.tuning.train import Train, steps_described
+from emloc_core.tuning.start import GivenLora, NewLora, loras_alone
+from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import SETTINGS, LoraSteps, LoraTrainer, balance_no_experts, refusing
-from emloc_core.tuning.trl import lora_config
 from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -64,18 +58,18 @@ class ExactTrain(Train):
     """Trains a LoRA on a model that need not fit in memory, to the same result as :class:`Train`.
 
     Args:
-        request: see :class:`Train`. An optimiser step takes ``batch_size x accumulation`` rows, and reads every block
-            twice.
+        request, start: see :class:`Train`. An optimiser step takes ``batch_size x accumulation`` rows, and reads every
+            block twice.
 
     Raises:
         EmlocError: as :class:`Train`; or the model is quantised in another way than emulators are, or a setting asks
             for ordinary steps.
     """
 
-    def __init__(self, request: TrainRequest | PolishRequest) -> None:
+    def __init__(self, request: TrainRequest | PolishRequest, start: NewLora | GivenLora) -> None:
         if request.evaluation.on_base:
             raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")
-        super().__init__(request)
+        super().__init__(request, start)
         if self.settings.learns_preferences:
             raise EmlocError(
                 "Exact steps know the likelihood of answers alone, not preferences.",
@@ -83,14 +77,11 @@ class ExactTrain(Train):
                 code="unsupported",
             )
         if self.settings.trains_modules:
-            raise _no_modules("modules")
+            raise loras_alone("modules")
         if others := [name for name in _ORDINARY if name in self.settings.extra]:
             raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")
         self.skeleton, self.limits = self.model.skeleton, request.limits
         self.memory = parse_bytes(self.limits.memory) if self.limits.memory else None
-
-    def _require_checkpointing(self, model: PreTrainedModel) -> None:
-        """Ask for nothing: the engine itself computes blocks again."""
 
     def _config(self, **fixed: Any) -> TrainingArguments:
         return super()._config(
@@ -109,17 +100,10 @@ class ExactTrain(Train):
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {**super()._request(files, processes), "exact": True}
 
-    def _lora(self) -> Any:
-        """Return what the LoRA is made from; see :func:`lora_on`."""
-        if self.start:
-            return self.start
-        assert isinstance(self.settings, TrainSettings)
-        return lora_config(self.settings, self.targets, self.model.objective.task, self.skeleton.model)
-
     def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
-            lora = lora_on(self.skeleton, self._lora(), config.device)
+            lora = lora_on(self.skeleton, self.start.lora(self.targets, self.skeleton.model), config.device)
         trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
         need = {**self._need(), "lora": lora_need(trained)}
         boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
@@ -130,7 +114,7 @@ class ExactTrain(Train):
             trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **given)
         base: Any = lora.get_base_model()
         steps = self.model.objective.exact_steps()(base, self.skeleton, config.device, room, boundaries)
-        trainer.attach(steps, self.settings.batch_size, self.start)
+        trainer.attach(steps, self.settings.batch_size, self.start.adapter)
         self._closing.callback(steps.close)
         return trainer
 
@@ -193,82 +177,6 @@ class ExactTrain(Train):
         }
         twice = sum(self.model.checkpoint.tensors[key].nbytes for key in keys)
         return {**super().describe(), "step_read_bytes": self.model.checkpoint.nbytes + twice}
-
-
-class Polish(ExactTrain):
-    """Takes exact steps from an adapter; the result is an ordinary adapter of the base.
-
-    Args:
-        request: see :class:`ExactTrain`. The adapter is of the base: corrected, trained on it or on an emulator of it,
-            or by PEFT alone.
-
-    Raises:
-        EmlocError: as :class:`ExactTrain`; or the adapter does not fit the base.
-    """
-
-    def __init__(self, request: PolishRequest) -> None:
-        self.adapter = Adapter(request.adapter)
-        super().__init__(request)
-        require_shapes(self.adapter, self.skeleton.model)
-
-    def _opened(self) -> tuple[OpenModel, StepSettings]:
-        assert isinstance(self.request, PolishRequest)
-        base, settings = open_model(self.request.base or self.adapter.base_name, "cpu"), self.request.settings
-        if not is_in_four_bits(base.checkpoint.config):
-            base.checkpoint.require_unquantised("--base")
-        if self.adapter.replaced:
-            raise _no_modules(", ".join(self.adapter.replaced))
-        self.start, self.tuned_at = self.adapter.directory, tuned_at(self.adapter.directory)
-        if settings.learning_rate is None:
-            rate = max((self.tuned_at or 0) / 2, TrainSettings().learning_rate)
-            settings = settings.model_copy(update={"learning_rate": rate})
-        return base, settings
-
-    def describe(self) -> dict[str, Any]:
-        """Return what :meth:`ExactTrain.describe` does, and whether the optimiser begins with moments of tuning.
-
-        The adapter is made for the base, as far as manifests tell.
-        """
-        self._require_base(Inputs(self.path.resolve().parent))
-        return {**super().describe(), "second_moments": (self.adapter.directory / FILE).exists()}
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the user has to know before the steps are taken: that they undo what was learned from preferences."""
-        found = super().warnings
-        if not learned_preferences(self.adapter.directory):
-            return found
-        return [
-            *found,
-            f"{self.adapter.directory} was trained by preferences, which the likelihood of answers makes it forget",
-        ]
-
-    def _targets(self) -> list[str]:
-        targets = self.adapter.config["target_modules"]
-        return sorted(targets) if isinstance(targets, list) else [targets]
-
-    def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
-        self._require_base(files)
-        start = {"adapter": self.adapter.fingerprint(files), **hash_moments(self.adapter.directory, files)}
-        return {**super()._request(files, processes), **start}
-
-    def _inputs(self) -> dict[str, str]:
-        return {**super()._inputs(), "adapter": str(self.adapter.directory.absolute())}
-
-    def _described(self, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-        kept = ", which did not make it better: it was kept as it was" if result.get("best_step") == 0 else ""
-        return f"Polish: {steps_described(self.settings, request, result)}{kept}."
-
-    def _require_base(self, files: Inputs) -> None:
-        require_base(self.adapter, self.model.checkpoint, files, allow_uncorrected=True)
-
-
-def _no_modules(names: str) -> EmlocError:
-    return EmlocError(
-        f"Exact steps train LoRAs alone, and {names} would be trained too.",
-        "Train on an emulator or an ordinary model, and leave out exact steps.",
-        code="unsupported",
-    )
 
 
 def _as_they_are(rows: list[Any]) -> Any:
@@ -342,5 +250,6 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
         EmlocError: from the model, the adapter, the rows or the settings.
     """
     if isinstance(request, PolishRequest):
-        return Polish(request)
-    return ExactTrain(request) if request.exact else Train(request)
+        return ExactTrain(request, GivenLora(request))
+    start = NewLora(request)
+    return ExactTrain(request, start) if request.exact else Train(request, start)

@@ -37,9 +37,8 @@ from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.evaluation import BaseLoss, is_over, logged, losses_at, trainer_settings
 from emloc_core.tuning.launcher import require_processes, require_room
-from emloc_core.tuning.planned import as_planned
 from emloc_core.tuning.rows import tuning_rows
-from emloc_core.tuning.targets import choose_targets
+from emloc_core.tuning.start import GivenLora, NewLora
 from emloc_core.tuning.trainer import (
     DIVERGED,
     SETTINGS,
@@ -58,59 +57,30 @@ class Train(Job):
 
     Args:
         request: what is trained, on which rows, and how. The rows that an emulator keeps are always left out.
-
-    Attributes:
-        model: an emulator, or an ordinary model.
+        start: what the steps begin from: a new LoRA, or an adapter.
 
     Raises:
         EmlocError: the model, its family, the data or the settings are wrong.
     """
 
-    #: The adapter that the steps begin from, which is kept if no step makes it better; None: a new one.
-    start: Path | None = None
-    #: The learning rate that its second moments are from, if it has any.
-    tuned_at: float | None = None
     #: The caller's own, which the trainer calls too; they are no part of the request.
     callbacks: Sequence[TrainerCallback] = ()
 
-    def __init__(self, request: TrainRequest | PolishRequest) -> None:
-        self.request, self.path = request, request.output
-        self.model, settings = self._opened()
-        self.settings: StepSettings = settings
+    def __init__(self, request: TrainRequest | PolishRequest, start: NewLora | GivenLora) -> None:
+        self.request, self.path, self.start = request, request.output, start
+        self.model, self.settings = start.model, start.settings
         _ = self.model.checkpoint.tensors  # finds truncated shards before training
         without_weights = self._without_weights()
         find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
-        self._require_checkpointing(without_weights)
-        self.model.objective.check(settings)
-        self.targets = self._targets()
-        self.rows, self.eval_rows, self.excluded, self.skipped = tuning_rows(request, self.model, settings)
+        self.model.objective.check(self.settings)
+        self.targets = start.targets(without_weights)
+        self.rows, self.eval_rows, self.excluded, self.skipped = tuning_rows(request, self.model, self.settings)
         self.base = self._base()
-
-    def _opened(self) -> tuple[OpenModel, StepSettings]:
-        """Return the model, and the settings with what it decides of them."""
-        assert isinstance(self.request, TrainRequest)
-        model = open_model(self.request.model, "cpu")
-        return model, as_planned(self.request.settings, model.checkpoint)
-
-    def _require_checkpointing(self, model: PreTrainedModel) -> None:
-        assert isinstance(self.settings, TrainSettings)
-        supported = getattr(model, "supports_gradient_checkpointing", True)
-        if self.settings.gradient_checkpointing and not supported:
-            raise EmlocError(
-                f"Transformers cannot recompute the activations of a {type(model).__name__}.",
-                "Give --no-gradient-checkpointing: it takes more memory.",
-                code="unsupported",
-            )
 
     def _without_weights(self) -> PreTrainedModel:
         if self.model.checkpoint.config.get("quantization_config"):
             return self.model.build()
         return self.model.skeleton.model  # refuses weights that are missing, or hold no floats
-
-    def _targets(self) -> list[str]:
-        """Return the ends of the paths of modules that get a LoRA, sorted."""
-        assert isinstance(self.settings, TrainSettings)
-        return choose_targets(self.model, self.settings)
 
     def _base(self) -> OpenModel | None:
         """Return the base that is evaluated with the LoRA, if there is one."""
@@ -130,8 +100,8 @@ class Train(Job):
 
     @property
     def warnings(self) -> list[str]:
-        """What the user has to know before training: which rows are left out."""
-        return told(self.skipped)
+        """What the user has to know before training: which rows are left out, and what is forgotten."""
+        return [*told(self.skipped), *self.start.warnings]
 
     def describe(self) -> dict[str, Any]:
         """Return what would be trained in one process: rows and their lengths, steps, target modules.
@@ -156,6 +126,7 @@ class Train(Job):
             "learning_rate": settings.learning_rate,
             "target_modules": self.targets,
             "model_bytes": self.model.checkpoint.nbytes,
+            **self.start.describe(Inputs(self.path.resolve().parent)),
         }
 
     def _config(self, *, exact: bool = False, **fixed: Any) -> TrainingArguments:
@@ -194,16 +165,9 @@ class Train(Job):
             output.result = self._train(config, output, state)
             if state.is_main_process:
                 output.result[CONTENT] = content_hash(output.staging)
-                output.made = self._described(request, output.result)
+                steps = steps_described(self.settings, request, output.result)
+                output.made = self.start.described(self.targets, steps)
         return self.path
-
-    def _described(self, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-        """Return what the card says of the steps, and of the LoRA."""
-        settings = self.settings
-        assert isinstance(settings, TrainSettings)
-        on = ", ".join([*(f"`{target}`" for target in self.targets), *(["experts"] if settings.lora_experts else [])])
-        steps = steps_described(settings, request, result)
-        return f"LoRA: rank {settings.lora_rank}, alpha {settings.lora_alpha}, on {on}; {steps}, with TRL."
 
     def _name(self) -> str:
         """Return what the adapter calls its model: a hub id, or the path of an emulator, which `correct` reads."""
@@ -212,7 +176,7 @@ class Train(Job):
 
     def _inputs(self) -> dict[str, str]:
         """Return the paths of the inputs, for the manifest."""
-        return {"model": self._name(), "data": data_name(self.request.data)}
+        return {"model": self._name(), "data": data_name(self.request.data), **self.start.inputs}
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {
@@ -223,6 +187,7 @@ class Train(Job):
             ),
             "processes": processes,  # they multiply the batch
             **self._evaluated(files),
+            **self.start.fingerprints(files),
         }
 
     def _evaluated(self, files: Inputs) -> dict[str, Any]:
@@ -245,7 +210,7 @@ class Train(Job):
             remove_incomplete(checkpoints, state.num_processes)
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
-        if self.eval_rows and self.start:
+        if self.eval_rows and self.start.adapter:
             config.eval_on_start = resume is None
         data = self.model.objective.datasets(self.model, self.rows, self.eval_rows, self.settings, config)
         self.sizes, dropped = data.sizes, len(self.rows) - len(data.sizes)
@@ -278,7 +243,7 @@ class Train(Job):
         state.wait_for_everyone()
         log = logged(trainer.state.log_history)
         best = trainer.state.best_global_step
-        kept = self.start if best == 0 else None  # no step made it better
+        kept = self.start.adapter if best == 0 else None  # no step made it better
         if kept:
             trainer.load(kept)
         elif best is not None:
@@ -320,7 +285,7 @@ class Train(Job):
         if kept:  # with its own moments, and not those of steps that made it worse
             copy_moments(kept, staging)
         else:
-            rate = self.tuned_at or self.settings.learning_rate
+            rate = self.start.tuned_at or self.settings.learning_rate
             assert rate is not None
             write_moments(staging, trainer.lora, trainer.optimizer, rate)
         config = read_json(staging / "adapter_config.json")
@@ -360,4 +325,5 @@ def steps_described(settings: StepSettings, request: Mapping[str, Any], result: 
     if settings.learns_preferences and isinstance(settings, TrainSettings):
         told += f", by {settings.objective.upper()} with beta {settings.beta}"
     loss = result["train_loss"]
-    return f"{told}, on {result['rows']} rows" + ("" if loss is None else f", mean loss {loss:.4f}")
+    kept = ", which did not make it better: it was kept as it was" if result.get("best_step") == 0 else ""
+    return f"{told}, on {result['rows']} rows" + ("" if loss is None else f", mean loss {loss:.4f}") + kept

@@ -17,7 +17,7 @@ from emloc_core.requests import (
     TrainRequest,
 )
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, TrainSettings
-from emloc_core.tuning.exact import ExactTrain, Polish
+from emloc_core.tuning.exact import prepare as prepare_tuning
 from emloc_core.tuning.train import Train
 
 
@@ -29,19 +29,20 @@ def compress_job(model: Any, data: Any, output: Path, settings: CompressSettings
 
 def train_job(model: Any, data: Any, output: Path, settings: TrainSettings, **more: Any) -> Train:
     """Stage 2 by ordinary steps."""
-    return Train(TrainRequest(model=_place(model), data=_source(data), output=output, settings=settings, **more))
+    request = TrainRequest(model=_place(model), data=_source(data), output=output, settings=settings, **more)
+    return prepare_tuning(request)
 
 
-def exact_job(model: Any, data: Any, output: Path, settings: TrainSettings, **more: Any) -> ExactTrain:
+def exact_job(model: Any, data: Any, output: Path, settings: TrainSettings, **more: Any) -> Train:
     """Stage 2 by exact steps."""
     place = {"model": _place(model), "output": output}
-    return ExactTrain(TrainRequest(**place, data=_source(data), exact=True, settings=settings, **more))
+    return prepare_tuning(TrainRequest(**place, data=_source(data), exact=True, settings=settings, **more))
 
 
-def polish_job(adapter: Any, base: Any, data: Any, output: Path, settings: PolishSettings, **more: Any) -> Polish:
+def polish_job(adapter: Any, base: Any, data: Any, output: Path, settings: PolishSettings, **more: Any) -> Train:
     """Exact steps from an adapter."""
     place = {"adapter": _place(adapter), "base": _place(base), "output": output}
-    return Polish(PolishRequest(**place, data=_source(data), settings=settings, **more))
+    return prepare_tuning(PolishRequest(**place, data=_source(data), settings=settings, **more))
 
 
 def correct_job(adapter: Any, base: Any, output: Path, settings: CorrectSettings, **more: Any) -> Correct | AsTrained:

@@ -1,0 +1,192 @@
+"""What tuning starts from: a new LoRA, or that of an adapter, which is trained further on the base.
+
+Both know the model and the settings that follow from the request, and which modules get a LoRA; how the steps are taken
+is for :mod:`emloc_core.tuning.train`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.belonging import require_base, require_shapes
+from emloc_core.adapters.moments import FILE, hash_moments, tuned_at
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs
+from emloc_core.files.manifest import learned_preferences, read_manifest
+from emloc_core.model.nf4_checkpoints import is_in_four_bits
+from emloc_core.model.opened import open_model
+from emloc_core.requests import PolishRequest, TrainRequest
+from emloc_core.settings import StepSettings, TrainSettings
+from emloc_core.tuning.targets import choose_targets
+from emloc_core.tuning.trl import lora_config
+
+#: What a plan decides about a step. An emulator that was made for a memory has it in its manifest.
+_SHAPE = ("batch_size", "accumulation", "max_length")
+
+
+class NewLora:
+    """A new LoRA on a model.
+
+    Args:
+        request: which model, and how the LoRA is trained.
+
+    Attributes:
+        model: an emulator, or an ordinary model.
+        settings: with what an emulator was planned for.
+        adapter: directory of the adapter that is kept if no step makes it better; there is none.
+        tuned_at: the learning rate that its second moments are from, if it has any.
+
+    Raises:
+        EmlocError: there is no such model, or no family declares it.
+    """
+
+    adapter: Path | None = None
+    tuned_at: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self, request: TrainRequest) -> None:
+        self.model = open_model(request.model, "cpu")
+        self.settings = _as_planned(request.settings, self.model.checkpoint)
+        self._recomputes = self.settings.gradient_checkpointing and not request.exact  # exact steps do so by themselves
+
+    def targets(self, model: PreTrainedModel) -> list[str]:
+        """Return the ends of the paths of modules that get a LoRA, sorted.
+
+        Args:
+            model: without weights.
+
+        Raises:
+            EmlocError: it cannot be trained like this.
+        """
+        if self._recomputes and not getattr(model, "supports_gradient_checkpointing", True):
+            raise EmlocError(
+                f"Transformers cannot recompute the activations of a {type(model).__name__}.",
+                "Give --no-gradient-checkpointing: it takes more memory.",
+                code="unsupported",
+            )
+        return choose_targets(self.model, self.settings)
+
+    def lora(self, targets: list[str], model: PreTrainedModel) -> LoraConfig | Path:
+        """Return what a LoRA on a model is made from; see :func:`emloc_core.exact.lora.lora_on`."""
+        return lora_config(self.settings, targets, self.model.objective.task, model)
+
+    def described(self, targets: list[str], steps: str) -> str:
+        """Return what the card says of the LoRA and of the steps that were taken."""
+        settings = self.settings
+        on = ", ".join([*(f"`{target}`" for target in targets), *(["experts"] if settings.lora_experts else [])])
+        return f"LoRA: rank {settings.lora_rank}, alpha {settings.lora_alpha}, on {on}; {steps}, with TRL."
+
+    def describe(self, _files: Inputs) -> dict[str, Any]:
+        """Return what ``--dry-run`` says besides."""
+        return {}
+
+    def fingerprints(self, _files: Inputs) -> dict[str, Any]:
+        """Return what the adapter is made from, besides the model and the rows."""
+        return {}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The paths of inputs besides those, for the manifest."""
+        return {}
+
+
+class GivenLora:
+    """The LoRA of an adapter of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
+
+    Args:
+        request: which adapter, and how it is trained further.
+
+    Attributes:
+        model: the base.
+        settings, adapter, tuned_at: see :class:`NewLora`.
+
+    Raises:
+        EmlocError: adapter or base cannot be used.
+    """
+
+    def __init__(self, request: PolishRequest) -> None:
+        self._opened = Adapter(request.adapter)
+        self.model = open_model(request.base or self._opened.base_name, "cpu")
+        if not is_in_four_bits(self.model.checkpoint.config):
+            self.model.checkpoint.require_unquantised("--base")
+        if self._opened.replaced:
+            raise loras_alone(", ".join(self._opened.replaced))
+        self.adapter: Path = self._opened.directory
+        self.tuned_at = tuned_at(self.adapter)
+        self.settings: StepSettings = request.settings
+        if self.settings.learning_rate is None:
+            rate = max((self.tuned_at or 0) / 2, TrainSettings().learning_rate)
+            self.settings = self.settings.model_copy(update={"learning_rate": rate})
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user has to know before: that the steps undo what was learned from preferences."""
+        told = f"{self.adapter} was trained by preferences, which the likelihood of answers makes it forget"
+        return (told,) if learned_preferences(self.adapter) else ()
+
+    def targets(self, model: PreTrainedModel) -> list[str]:
+        """Return the modules that have a LoRA, as the adapter names them.
+
+        Args:
+            model: the base without weights.
+
+        Raises:
+            EmlocError: the adapter does not fit it.
+        """
+        require_shapes(self._opened, model)
+        targets = self._opened.config["target_modules"]
+        return sorted(targets) if isinstance(targets, list) else [targets]
+
+    def lora(self, _targets: list[str], _model: PreTrainedModel) -> LoraConfig | Path:
+        """Return the adapter's directory."""
+        return self.adapter
+
+    def described(self, _targets: list[str], steps: str) -> str:
+        """Return what the card says of the steps that were taken."""
+        return f"Polish: {steps}."
+
+    def describe(self, files: Inputs) -> dict[str, Any]:
+        """Return whether the optimiser begins with moments of tuning. The adapter is the base's, so far as is known."""
+        self._require_base(files)
+        return {"second_moments": (self.adapter / FILE).exists()}
+
+    def fingerprints(self, files: Inputs) -> dict[str, Any]:
+        """Return what the adapter is made from, besides the model and the rows."""
+        self._require_base(files)
+        return {"adapter": self._opened.fingerprint(files), **hash_moments(self.adapter, files)}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The path of the adapter, for the manifest."""
+        return {"adapter": str(self.adapter.absolute())}
+
+    def _require_base(self, files: Inputs) -> None:
+        require_base(self._opened, self.model.checkpoint, files, allow_uncorrected=True)
+
+
+def loras_alone(names: str) -> EmlocError:
+    """Return the error for exact steps that would train other modules too."""
+    return EmlocError(
+        f"Exact steps train LoRAs alone, and {names} would be trained too.",
+        "Train on an emulator or an ordinary model, and leave out exact steps.",
+        code="unsupported",
+    )
+
+
+def _as_planned(settings: TrainSettings, model: Checkpoint) -> TrainSettings:
+    """Return settings with the batch and the length that an emulator was planned for, unless they set one of these."""
+    found = ((read_manifest(model.directory) or {}).get("result") or {}).get("tuning")
+    if not isinstance(found, dict) or settings.model_fields_set & set(_SHAPE):
+        return settings
+    planned = StepSettings(learning_rate=None, **{name: found[name] for name in _SHAPE if name in found})
+    length = "" if planned.max_length is None else f" of at most {planned.max_length} tokens"
+    click.echo(
+        f"{planned.batch_size} x {planned.accumulation} rows{length} per step, as the emulator was planned for",
+        err=True,
+    )
+    return settings.model_copy(update=planned.model_dump(include=set(_SHAPE), exclude_unset=True))
