@@ -17,7 +17,7 @@ export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export LRU_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu gpu-wheels lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -79,7 +79,10 @@ test-pythons: $(STAMP)  ## the built wheel on every supported Python that is her
 	PYTHONPATH=tests $(BIN)/python -m support.pythons
 
 test-gpu: $(STAMP)  ## what a GPU computes is what the CPU does; needs one
-	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m pytest -m cuda tests/gpu
+
+gpu-wheels: $(STAMP)  ## what a GPU machine lacks that reaches no registry: OPTIONS='--python 3.12 --cuda 130'
+	$(BIN)/python benchmarks/gpu_wheels.py $(OPTIONS)
 
 test-slow: $(STAMP)  ## the checks that take minutes, on a real model or a cluster
 	$(BIN)/python -m pytest -m slow

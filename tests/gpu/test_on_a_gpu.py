@@ -1,5 +1,8 @@
 """What a GPU computes is what the CPU does: layers, fitting, exact steps from pinned memory, stages."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 from support.forkserver import warm_process
@@ -26,6 +29,13 @@ from emloc_core.tuning.trl import lora_config
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 FORMATS = [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank()]
 M, N = 320, 576
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Kernels are compiled, not interpreted as in the tests that need no GPU."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+        yield
 
 
 def layer(format, dtype, device):
