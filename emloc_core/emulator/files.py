@@ -163,12 +163,13 @@ class EmulatorFiles:
         write_json(self.staging / "config.json", config)
         self.base.copy_side_files(self.staging)
         before, after = plan.parameters(self.format)
+        made = Checkpoint(self.staging)
         return {
             "base": self.base.name,
             "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},
-            "bytes": {"base": self.base.nbytes, "emulator": Checkpoint(self.staging).nbytes},
+            "bytes": {"base": self.base.nbytes, "emulator": made.nbytes},
             "tokens": tokens,
-            CONTENT: Checkpoint(self.staging).content_hash(Inputs()),
+            CONTENT: made.content_hash(Inputs()),
             "linears": [{**each.describe(), "relative_error": errors.get(each.path)} for each in plan.planned],
             "vocabulary": [{**each.describe(), "relative_error": errors[each.path]} for each in plan.vocabulary],
         }

@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.tasks import TaskSpec, find_task
-from emloc_core.files.checkpoint import open_checkpoint
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
+from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import read_manifest
 from emloc_core.files.output import Output
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.report.table import COSTS, ORDER
 from emloc_core.requests import EvaluateRequest, System
@@ -62,7 +64,15 @@ def canonical_systems(
     return [System(name=name, model=model, adapter=lora) for name, model, lora in ordered if model is not None]
 
 
-def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
+class _Opened(NamedTuple):
+    """A system whose model is open."""
+
+    name: str
+    model: Checkpoint
+    adapter: Path | None
+
+
+def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
     """Refuse adapters that do not belong to the models that :func:`canonical_systems` puts them on.
 
     Adapters from EMLoC record the fingerprint of their model; of others, only whether they are corrected is checked.
@@ -76,7 +86,6 @@ def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
             or an adapter was made for another model.
     """
     from emloc_core.adapters.adapter import Adapter
-    from emloc_core.files.checkpoint import Checkpoint
 
     for system in systems:
         if system.adapter is None or system.name not in ORDER:
@@ -93,9 +102,10 @@ def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
         if manifest is None or system.name == "base+uncorrected":  # made for the emulator
             continue
         known = manifest.get("request", {}).get("base" if corrected else "model")
-        if known != Checkpoint(system.model).fingerprint(files):
+        if known != system.model.fingerprint(files):
             raise EmlocError(
-                f"The adapter {system.adapter} was made for another model than {system.model} ({system.name}).",
+                f"The adapter {system.adapter} was made for another model than {system.model.directory} "
+                f"({system.name}).",
                 "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them anyway.",
                 code="mismatch",
             )
@@ -120,7 +130,7 @@ class Evaluate(Job):
 
     def __init__(self, request: EvaluateRequest) -> None:
         self.request = request
-        self.systems = [_local(system) for system in request.systems]
+        self.systems = [_Opened(each.name, open_checkpoint(each.model), each.adapter) for each in request.systems]
         _require_text(self.systems)
         self._specs = _specs(request.tasks, Inputs())  # nothing is written, not even hashes beside the output
         _check(self.systems, self._specs)
@@ -144,7 +154,10 @@ class Evaluate(Job):
         _check_adapters(self.systems, Inputs())
         return {
             "systems": {
-                system.name: {"model": system.model, "adapter": str(system.adapter) if system.adapter else None}
+                system.name: {
+                    "model": str(system.model.directory),
+                    "adapter": str(system.adapter) if system.adapter else None,
+                }
                 for system in self.systems
             },
             "tasks": {spec.name: str(spec.path or "lm-eval") for spec in self._specs},
@@ -171,10 +184,10 @@ class Evaluate(Job):
             name: {cost: row[cost] for cost in COSTS} for name, row in results["systems"].items()
         }
 
-    def _evaluate(self, system: System, staging: Path) -> dict[str, Any]:
+    def _evaluate(self, system: _Opened, staging: Path) -> dict[str, Any]:
         log = staging / f".{system.name}.log"
         arguments = {
-            "model": str(Path(system.model).resolve()),
+            "model": str(system.model.directory.resolve()),
             "adapter": str(system.adapter.resolve()) if system.adapter else None,
             "tasks": [{"name": spec.name, "path": str(spec.path) if spec.path else None} for spec in self._specs],
             "settings": self._settings,
@@ -201,19 +214,13 @@ class Evaluate(Job):
         return answer
 
 
-def _local(system: System) -> System:
-    """Return the system with its model as a directory."""
-    return system.model_copy(update={"model": str(open_checkpoint(system.model).directory)})
-
-
-def _require_text(systems: Sequence[System]) -> None:
-    from emloc_core.files.checkpoint import Checkpoint
-
+def _require_text(systems: Sequence[_Opened]) -> None:
     for system in systems:
-        if (command := Checkpoint(system.model).objective.scored_by) != "eval":
+        if (command := system.model.objective.scored_by) != "eval":
+            model = system.model.directory
             raise EmlocError(
-                f"lm-eval has no tasks for {system.model} ({system.name}), which does not write text.",
-                f"Score it by `emloc {command} {system.model}`: see `emloc {command} --help`.",
+                f"lm-eval has no tasks for {model} ({system.name}), which does not write text.",
+                f"Score it by `emloc {command} {model}`: see `emloc {command} --help`.",
                 code="unsupported",
             )
 
@@ -229,11 +236,7 @@ def _specs(tasks: Sequence[str], files: Inputs) -> list[TaskSpec]:
     return specs
 
 
-def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
-    from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.files.lora import CONFIG
-    from emloc_core.plugins.manager import plugin_manager
-
+def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
     if not systems:
         raise EmlocError("There is no system to evaluate.", "Give --base, --emulator or --system NAME=MODEL.")
     names = [system.name for system in systems]
@@ -242,12 +245,12 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
             raise EmlocError(f"{system.name!r} is not a name for a system.", "Use letters, digits and + . _ - in it.")
         if names.count(system.name) > 1:
             raise EmlocError(f"Two systems are called {system.name!r}.", "Give each its own name.")
-        family = plugin_manager().family_for(Checkpoint(system.model).config)
+        family = plugin_manager().family_for(system.model.config)
         shown = next((spec.name for spec in specs if spec.shows_images), None)
         if shown and family.modality == "text":
             raise EmlocError(
-                f"The task {shown} shows images, and {system.model} ({system.name}) is of the family {family.name},"
-                " which reads text only.",
+                f"The task {shown} shows images, and {system.model.directory} ({system.name}) is of the family "
+                f"{family.name}, which reads text only.",
                 "Give a model for images and text, or another task.",
                 code="mismatch",
             )
@@ -256,13 +259,12 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
                              code="missing")  # fmt: skip
 
 
-def _content(systems: Sequence[System], specs: Sequence[TaskSpec], files: Inputs) -> dict[str, Any]:
+def _content(systems: Sequence[_Opened], specs: Sequence[TaskSpec], files: Inputs) -> dict[str, Any]:
     from emloc_core.adapters.adapter import fingerprint
-    from emloc_core.files.checkpoint import Checkpoint
 
     described = {
         system.name: {
-            "model": Checkpoint(system.model).fingerprint(files),
+            "model": system.model.fingerprint(files),
             "adapter": fingerprint(system.adapter, files) if system.adapter else None,
         }
         for system in systems
