@@ -10,16 +10,16 @@ from emloc_core.cli.console import as_json, print_json
 @click.command("report")
 @click.argument("zoo", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIRECTORY",
-              help="Directory for the three files.  [default: the zoo]")  # fmt: skip
+              help="Directory for the two files.  [default: the zoo]")  # fmt: skip
 @as_json
 def command(zoo: Path, output: Path | None, as_json: bool) -> None:
-    """Write a report on ZOO: report.html, report.json and report.md.
+    """Write a report on ZOO: report.html and report.json.
 
     It lists every model with its sizes, the error of every layer, memory, time and scores, and every failure with its
     cause and the end of its log. The page is a single self-contained file. A report can be written at any time, even
     while jobs run.
     """
-    from emloc_core.zoo.report.page import DATA, PAGE, TEXT, write_report
+    from emloc_core.zoo.report.page import DATA, PAGE, write_report
 
     directory = output or zoo
     content = write_report(zoo, directory)
@@ -28,5 +28,5 @@ def command(zoo: Path, output: Path | None, as_json: bool) -> None:
         return
     states = ", ".join(f"{count} {state}" for state, count in content["summary"]["states"].items())
     click.echo(f"{content['summary']['jobs']} jobs: {states or 'none yet'}")
-    for name in (PAGE, DATA, TEXT):
+    for name in (PAGE, DATA):
         click.echo(directory / name)

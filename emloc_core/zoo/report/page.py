@@ -1,4 +1,4 @@
-"""The report of a zoo: an HTML page, JSON and Markdown.
+"""The report of a zoo: an HTML page, and JSON.
 
 The page is one file that asks for no other: styles, plots and the few lines of script that sort the table are in it,
 and its content security policy forbids everything else, so that nothing in a name or a log can run or call home.
@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import math
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,11 +23,11 @@ from emloc_core.zoo.report.log_end import plain
 from emloc_core.zoo.report.view import STATES, JobView, Summary
 from emloc_core.zoo.state.store import Store
 
-PAGE, DATA, TEXT = "report.html", "report.json", "report.md"
+PAGE, DATA = "report.html", "report.json"
 
 
 def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
-    """Write ``report.html``, ``report.json`` and ``report.md`` on a zoo into ``directory``.
+    """Write ``report.html`` and ``report.json`` on a zoo into ``directory``.
 
     Returns:
         The content of ``report.json``: ``zoo``, ``generated`` (UTC), ``emloc`` (version), ``summary``, ``jobs``.
@@ -50,9 +49,8 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
     }
     content: dict[str, Any] = finite({**head, "summary": asdict(summary), "jobs": [each.to_dict() for each in views]})
     files = {
-        PAGE: _render("report.html.j2", head, summary, views),
+        PAGE: _render(head, summary, views),
         DATA: json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        TEXT: _render("report.md.j2", head, summary, views),
     }
     for name, text in files.items():
         write_text(directory / name, text)
@@ -70,33 +68,20 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _render(template: str, head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
+def _render(head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
     templates = environment(
         "emloc_core.zoo.report",
         size=view.size,
         duration=view.duration,
         number=view.number,
         score=view.score,
-        cell=_cell,
-        fenced=_fenced,
         plain=plain,
         sha256=_sha256,
     )
     templates.globals.update(sparkline=sparkline, band=band, share=view.share)
     shown = sorted(views, key=lambda each: (list(STATES).index(each.state), each.number))
-    text = templates.get_template(template).render(head=head, summary=summary, jobs=shown, states=STATES)
+    text = templates.get_template("report.html.j2").render(head=head, summary=summary, jobs=shown, states=STATES)
     return f"{text.strip()}\n"
-
-
-def _cell(text: Any) -> str:
-    """Return text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", " ".join(plain(text).split()))
-
-
-def _fenced(text: str) -> str:
-    """Return a block of code that nothing within it can end."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def _sha256(text: str) -> str:
