@@ -9,7 +9,7 @@ in no calibration row. Factors are multiplied in fp32 and the forward is in bf16
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from harness import goal, in_process, markdown, write_results
 from loss import nll
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, largest_rank, uniform
+from emloc_core.algorithms.allocation import Spectrum, largest_rank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
@@ -34,13 +34,7 @@ from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import LowRank
 
-
-def energies(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum]) -> list[int]:
-    """Return the ranks of ``global`` for Linears that all disturb their blocks alike."""
-    return global_budget(shapes, ratio, [replace(each, sensitivity=1.0) for each in spectra])
-
-
-ALLOCATORS: dict[str, Callable[..., list[int]]] = {"uniform": uniform, "energies": energies, "global": global_budget}
+ALLOCATORS = ("uniform", "energies", "global")
 
 
 def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[str, Any]:
@@ -66,8 +60,8 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
 
     record(1.0, "base", 1.0)
     for ratio in ratios:
-        for name, allocate in ALLOCATORS.items():
-            plan = allocated(found, ratio, allocate, whole.spectrum)
+        for name, spectrum in zip(ALLOCATORS, (None, whole.alike, whole.spectrum), strict=True):
+            plan = allocated(found, ratio, spectrum)
             emulate(model, whole, plan)
             before, after = plan.parameters(LowRank())
             record(ratio, name, after / before)
@@ -94,6 +88,10 @@ class Whole:
         """Return a Linear's, for an allocator."""
         energies = self.factors[linear.path].spectrum
         return Spectrum(linear.path, linear.block, energies, self._sensitivities[linear.path])
+
+    def alike(self, linear: LinearPlan) -> Spectrum:
+        """Return it as if all Linears disturbed their blocks alike."""
+        return replace(self.spectrum(linear), sensitivity=1.0)
 
 
 def emulate(model: PreTrainedModel, whole: Whole, plan: RankPlan) -> None:

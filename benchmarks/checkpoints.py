@@ -11,7 +11,6 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from emloc_core.adapters.adapter import write_adapter
-from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.lora import Lora
 from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.ranks import allocated
@@ -86,7 +85,7 @@ def _values(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[byte
 def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoint:
     """Write the factors that an emulator of ``base`` would have, with random values."""
     model = OpenModel(base)
-    plan = allocated(find_linears(model.skeleton.model, model.family), ratio, uniform)
+    plan = allocated(find_linears(model.skeleton.model, model.family), ratio)
     tensors: dict[str, tuple[int, ...]] = {}
     for linear in plan.linears:
         if linear.path in plan.ranks:

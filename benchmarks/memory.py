@@ -72,7 +72,6 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from emloc_core.algorithms.allocation import uniform
     from emloc_core.emulator.declared import find_linears
     from emloc_core.emulator.ranks import allocated
     from emloc_core.files.documents import read_json, write_json
@@ -80,7 +79,7 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     from emloc_core.standins import LowRank
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    ranks = allocated(find_linears(model, plugin_manager().family_for({"model_type": "llama"})), ratio, uniform).ranks
+    ranks = allocated(find_linears(model, plugin_manager().family_for({"model_type": "llama"})), ratio).ranks
     LowRank().replace(model, ranks)
     for path in ranks:
         for parameter in (model.get_submodule(path).weight, model.get_submodule(path).V):

@@ -1,15 +1,9 @@
-"""Rank allocation: the rank of every Linear.
+"""Rank allocation: the rank of every Linear, by its shape alone or by what calibration says of it."""
 
-An allocator is a function ``f(shapes, ratio) -> ranks``, or, if it uses the results of calibration,
-``f(shapes, ratio, spectra) -> ranks``: a third parameter of that name receives a :class:`Spectrum` per Linear.
-"""
-
-import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -48,11 +42,6 @@ def largest_rank(out_features: int, in_features: int) -> int:
 def rank_cap(rank: int, shape: Shape) -> int:
     """Return the cap under ``global`` of a Linear whose uniform rank is ``rank``."""
     return max(rank, min(math.floor(BOUNDS[1] * rank), largest_rank(*shape)))
-
-
-def wants_spectra(allocate: Callable[..., Any]) -> bool:
-    """Return whether an allocator has a parameter ``spectra``: all Linears are then decomposed before it is called."""
-    return "spectra" in inspect.signature(allocate).parameters
 
 
 def uniform(shapes: Sequence[Shape], ratio: float) -> list[int]:
@@ -128,7 +117,3 @@ def spend(
     left = budget - int((torch.tensor(floors) * costs).sum())
     taken = owner[order[costs[owner][order].cumsum(0) <= left]]
     return [floor + int(more) for floor, more in zip(floors, torch.bincount(taken, minlength=len(shapes)), strict=True)]
-
-
-#: By the name that ``--allocator`` has for it.
-ALLOCATORS: dict[str, Callable[..., list[int]]] = {"uniform": uniform, "global": global_budget}

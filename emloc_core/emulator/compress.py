@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emloc_core.algorithms.allocation import uniform
 from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
@@ -52,7 +51,7 @@ class Compress(Job):
 
     Attributes:
         base: the model.
-        plan: the ranks; those of ``uniform``, which has the same budget, if the allocator needs spectra.
+        plan: the ranks; those of ``uniform``, which has the same budget, if ranks are shared out by spectra.
 
     Raises:
         EmlocError: the model, the rows or the settings cannot be used; nothing has been written.
@@ -187,7 +186,7 @@ class Compress(Job):
             ranking = self.format.ranking()
             found = find_linears(self.base.skeleton.model, self.base.family, ranking).without_experts(NO_EXPERTS)
             found = found.without_vocabulary()
-            how = (allocated(found, RATIO, uniform), self.samples, ranking, progress)
+            how = (allocated(found, RATIO), self.samples, ranking, progress)
             Decomposition(self.base.skeleton, *how).run(spectra, PROBES)
         return self.method.plan(spectra=(spectra.reached(self.method.linears), spectra.spectrum))
 

@@ -1,12 +1,12 @@
 """Fills in the settings that the user left open, by the kind of emulator and by the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
-from emloc_core.algorithms.allocation import ALLOCATORS, Spectrum, uniform, wants_spectra
+from emloc_core.algorithms.allocation import Spectrum
 from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
@@ -34,19 +34,17 @@ class Method:
     Attributes:
         format: of the emulator.
         settings: those of the user, completed.
-        allocate: shares out ranks.
         linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
     """
 
     format: Format
     settings: CompletedSettings
-    allocate: Callable[..., Sequence[int]]
     linears: RankPlan
 
     @property
     def by_spectra(self) -> bool:
         """Whether a first pass decomposes the model, since ranks are known only then."""
-        return self.format.ratios is not None and wants_spectra(self.allocate)
+        return self.format.ratios is not None and self.settings.allocator == "global"
 
     def plan(
         self, ratio: float | None = None, spectra: tuple[RankPlan, Callable[[LinearPlan], Spectrum]] | None = None
@@ -55,8 +53,8 @@ class Method:
 
         Args:
             ratio: instead of that of the settings.
-            spectra: the Linears that have one, and what returns it, for an allocator that needs them; None: ranks are
-                those of ``uniform``, which has the same budget.
+            spectra: the Linears that have one, and what returns it; None: ranks are those of ``uniform``, which has the
+                same budget.
 
         Raises:
             EmlocError: at this ratio nothing becomes smaller.
@@ -65,8 +63,8 @@ class Method:
             return self.linears
         ratio = ratio or self.settings.ratio
         if spectra:
-            return allocated(spectra[0], ratio, self.allocate, spectra[1])
-        return allocated(self.linears, ratio, uniform if self.by_spectra else self.allocate)
+            return allocated(spectra[0], ratio, spectra[1])
+        return allocated(self.linears, ratio)
 
 
 def method_of(
@@ -112,8 +110,7 @@ def method_of(
         "refine": refine or 0,
     }
     completed = CompletedSettings(**settings.model_dump() | found)
-    allocate = ALLOCATORS[allocator]
-    method = Method(format, completed, allocate, linears)
+    method = Method(format, completed, linears)
     if method.by_spectra:
         return replace(method, linears=linears.without_experts(NO_EXPERTS))
     return method

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from emloc_core.algorithms.allocation import Spectrum, largest_rank, rank_cap, uniform, wants_spectra
+from emloc_core.algorithms.allocation import Spectrum, global_budget, largest_rank, rank_cap, uniform
 from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
 from emloc_core.standins import Format
@@ -223,18 +223,14 @@ class RankPlan:
 
 
 def allocated(
-    plan: RankPlan,
-    ratio: float | None,
-    allocate: Callable[..., Sequence[int]],
-    spectrum: Callable[[LinearPlan], Spectrum] | None = None,
+    plan: RankPlan, ratio: float | None, spectrum: Callable[[LinearPlan], Spectrum] | None = None
 ) -> RankPlan:
-    """Return the plan with the ranks that an allocator gives.
+    """Return the plan with ranks; see :mod:`emloc_core.algorithms.allocation`.
 
     Args:
         plan: its candidates get ranks.
         ratio: fraction of their parameters to keep, in (0, 1).
-        allocate: rank allocator; see :mod:`emloc_core.algorithms.allocation`.
-        spectrum: returns a Linear's spectrum, for an allocator that needs it.
+        spectrum: returns a Linear's spectrum, by which ranks are shared out; None: uniformly.
 
     Raises:
         EmlocError: the ratio is out of range, or the ranks save nothing.
@@ -244,12 +240,9 @@ def allocated(
     if not linears:
         return plan
     shapes = [(linear.out_features, linear.in_features) for linear in linears]
-    known = {}
-    if wants_spectra(allocate) and spectrum is not None:
-        known["spectra"] = [spectrum(linear) for linear in linears]
-    ranks = allocate(shapes, ratio, **known)
+    ranks = global_budget(shapes, ratio, list(map(spectrum, linears))) if spectrum else uniform(shapes, ratio)
     chosen = dict(zip((linear.path for linear in linears), ranks, strict=True))
-    # The experts of a stack share a rank, whatever the allocator: they are multiplied by together.
+    # The experts of a stack share a rank in any case: they are multiplied by together.
     chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.reason is None}
     found = plan.with_ranks(chosen)
     if not found.ranks:

@@ -15,7 +15,6 @@ from emloc_core.algorithms.allocation import (
     largest_rank,
     spend,
     uniform,
-    wants_spectra,
 )
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
@@ -128,30 +127,12 @@ def plan_of(shapes):
     return RankPlan(tuple(LinearPlan(f"l{i}", "b", (f"l{i}",), m, n, None, "input") for i, (m, n) in enumerate(shapes)))
 
 
-def test_an_allocator_gets_spectra_only_if_it_has_a_parameter_for_them():
-    plan, asked = plan_of([(32, 32), (16, 32)]), []
-
-    def two(shapes, ratio):
-        return uniform(shapes, ratio)
-
-    def three(shapes, ratio, spectra):
-        asked.extend(each.path for each in spectra)
-        return uniform(shapes, ratio)
-
-    def spectrum(linear):
-        return Spectrum(linear.path, linear.block, torch.ones(16), 1.0)
-
-    assert (wants_spectra(two), wants_spectra(three)) == (False, True)
-    assert allocated(plan, 0.5, two, spectrum).ranks == allocated(plan, 0.5, three, spectrum).ranks
-    assert asked == ["l0", "l1"]
-
-
 def test_a_rank_that_saves_nothing_leaves_the_linear_dense():
-    plan = allocated(plan_of([(32, 32), (16, 32)]), 0.5, lambda _shapes, _ratio: [16, 5])
+    plan = plan_of([(32, 32), (16, 32)]).with_ranks({"l0": 16, "l1": 5})
     assert plan.ranks == {"l1": 5}
     assert "no smaller" in plan.linears[0].reason
 
 
 def test_ranks_that_make_nothing_smaller_are_refused():
     with pytest.raises(EmlocError, match="nothing becomes smaller"):
-        allocated(plan_of([(32, 32)]), 0.5, lambda _shapes, _ratio: [99])
+        allocated(plan_of([(2, 2)]), 0.5)

@@ -12,7 +12,6 @@ from support.jobs import compress_job
 from support.models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles
@@ -59,7 +58,7 @@ def products(emulator):
 
 def test_a_spectrum_has_all_energies_and_the_sensitivity_of_the_whole_model(tiny_model, rows_file, tmp_path):
     job = compression(tiny_model, rows_file, tmp_path / "emulator")
-    plan = allocated(job.method.linears, RATIO, uniform)
+    plan = allocated(job.method.linears, RATIO)
     spectra, known = Spectra(job.base.skeleton.blocks, tmp_path / "spectra"), {}
 
     class Both:

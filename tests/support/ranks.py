@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.family import Family
@@ -10,4 +9,4 @@ from emloc_core.family import Family
 
 def plan_ranks(model: Any, family: Family, ratio: float) -> RankPlan:
     """Return what a family declares of a model, with uniform ranks of this ratio."""
-    return allocated(find_linears(model, family), ratio, uniform)
+    return allocated(find_linears(model, family), ratio)
