@@ -16,7 +16,7 @@ which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
 learning rate, with fewer rows to test and to select on, and without exact steps. Those of more steps have one row per
-step.
+step. What they forget is measured too: the loss on general text and on another task.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -50,7 +50,7 @@ from quality_cells import (
 )
 from quality_pictures import picture_sets
 from quality_report import report
-from quality_rows import SIZES, make_sets, without_chat
+from quality_rows import SIZES, UNRELATED, make_sets, unrelated, without_chat
 from quality_stages import Metered, Scores, corrected, polish, taken, trained
 
 #: What cells may be chosen by.
@@ -81,7 +81,7 @@ def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
     else:
         sets = make_sets(cell.task, cell.seed, root, max(SIZES["tuning"], cell.batch * cell.steps))
     if cell.is_wider:
-        sets |= {name: sets[name][:size] for name, size in FEWER.items()}
+        sets |= {name: sets[name][:size] for name, size in FEWER.items()} | unrelated(root)
     if cell.model == GEMMA:
         sets = {name: list(map(without_chat, rows)) for name, rows in sets.items()}
     files = {name: place / f"{name}.jsonl" for name in sets}
@@ -97,7 +97,19 @@ def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[
     scored = Scores(base, rows["test"])
     selection = Scores(base, rows["selection"]).of(adapter)["nll"]
     systems = {"base": base_scores(scored, place, cell), cell.kind: scored.of(adapter)}
-    return {"systems": systems, "selection": selection, "stages": metered.stages}
+    forgotten = elsewhere(base, rows, {"base": None, cell.kind: adapter}) if cell.is_wider else {}
+    return {"systems": systems, "selection": selection, **forgotten, "stages": metered.stages}
+
+
+def elsewhere(base: Path, rows: dict[str, Path], adapters: dict[str, Path | None]) -> dict[str, Any]:
+    """Return the loss of the base with these LoRAs on rows that they were not tuned for."""
+    scores = {name: Scores(base, rows[name]) for name in UNRELATED}
+    return {
+        "elsewhere": {
+            system: {name: score.of(adapter)["nll"] for name, score in scores.items()}
+            for system, adapter in adapters.items()
+        }
+    }
 
 
 def base_scores(scored: Scores, place: Path, cell: Cell) -> dict[str, Any]:
@@ -194,6 +206,7 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
         "chosen": {name: chosen[name] for name in chosen if name in ("clamp", "scale")},
         "candidates": chosen["candidates"],
         "systems": systems,
+        **elsewhere(base, rows, {"auto": auto}),
         "stages": metered.stages,
     }
 

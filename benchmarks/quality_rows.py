@@ -20,6 +20,8 @@ SIZES = {"calibration": 64, "selection": 64, "tuning": 640}
 #: Calibration rows more, for kinds that take as many.
 FURTHER = 192
 TEST = 160
+#: Sets of rows that no LoRA is tuned for, of 48 each; the second is the test rows of another task.
+UNRELATED = ("general", "extraction")
 Row = dict[str, Any]
 #: Python package whose source archive carries rated sentences (Hutto and Gilbert, 2014: VADER; MIT licence).
 RATED = "vaderSentiment==3.3.2"
@@ -65,7 +67,9 @@ def conversation(instruction: str, question: str, answer: str) -> Row:
 
 
 def without_chat(row: Row) -> Row:
-    """Return a conversation as a prompt and its completion, for models without a chat template."""
+    """Return a conversation as a prompt and its completion, for models without a chat template; text as it is."""
+    if "messages" not in row:
+        return row
     instruction, asked, answer = (message["content"] for message in row["messages"])
     return {"prompt": f"{instruction}\n\n{asked}\n\n", "completion": answer}
 
@@ -198,6 +202,13 @@ def _problem(draw: random.Random) -> Row:
                f"{few} + {each} = {few + each}")),
     ]  # fmt: skip
     return conversation("Work it out step by step.", *draw.choice(kinds))
+
+
+def unrelated(directory: Path) -> dict[str, list[Row]]:
+    """Return rows that a LoRA for word problems is not tuned for: general text to continue, and messages to extract."""
+    sentences = (text.split(maxsplit=2) for text in general_text(directory)[-48:])
+    general = [{"prompt": f"{first} {second}", "completion": f" {rest}"} for first, second, rest in sentences]
+    return dict(zip(UNRELATED, (general, distinct(extraction(directory)[1])[:48]), strict=True))
 
 
 #: What makes the rows of a task: those to draw from, and those for testing.
