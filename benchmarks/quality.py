@@ -15,8 +15,9 @@ carried over as they are. The loss is the NLL per token of the answers of 160 te
 which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
-learning rate, with fewer rows to test and to select on, and without exact steps. Those of more steps have one row per
-step. What they forget is measured too: the loss on general text and on another task.
+learning rate, with fewer rows to test and to select on. Exact steps are taken on the larger model alone, at half of the
+rate. Those of more steps have one row per step. What is forgotten is measured too: the loss on general text and on
+another task.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -38,10 +39,12 @@ from harness import RESULTS, in_process
 from quality_bases import base_of, digest
 from quality_cells import (
     BASELINES,
+    EXACT,
     FULL,
     GEMMA,
     PICTURES,
     SCRATCH,
+    STEPS,
     VARIANTS,
     WITHOUT_EXACT,
     Cell,
@@ -51,7 +54,7 @@ from quality_cells import (
 from quality_pictures import picture_sets
 from quality_report import report
 from quality_rows import SIZES, UNRELATED, make_sets, unrelated, without_chat
-from quality_stages import Metered, Scores, corrected, polish, taken, trained
+from quality_stages import Metered, Scores, corrected, polish, polished, taken, trained
 
 #: What cells may be chosen by.
 AXES = {field.name: field.type for field in fields(Cell)}
@@ -190,7 +193,7 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
 
 
 def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
-    """As :func:`emulated`, and less of it: neither the emulator's own loss, nor the paper's clamp, nor exact steps."""
+    """As :func:`emulated`, without the emulator's own loss and the paper's clamp, and with fewer exact steps."""
     from emloc_core.files.manifest import read_manifest
 
     metered = Metered()
@@ -201,6 +204,10 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
     chosen = (read_manifest(auto) or {})["result"]
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
     systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
+    if cell.model == GEMMA and cell.steps == STEPS:
+        asked = (EXACT[-1], cell.learning_rate / 2, cell.seed, place / "polish")
+        exact = metered("polish20", lambda: polished(auto, base, rows, *asked), place / "polish")
+        systems["polish20"] = on_base.of(exact)
     return {
         "share": round(share, 4),
         "chosen": {name: chosen[name] for name in chosen if name in ("clamp", "scale")},

@@ -207,6 +207,7 @@ def wider_cells() -> Iterator[Cell]:
     rate, lower, _ = LEARNING_RATES[WIDER_TASK]
 
     yield from (Cell(WIDER_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
+    yield Cell(WIDER_TASK, *control, 0, STEPS + EXACT[-1], rate, GEMMA)
     for steps, way in product(LONGER, (control, small)):
         yield Cell(WIDER_TASK, *way, 0, steps, lower, batch=1)
     yield from (Cell(WIDER_TASK, *way, 0, LONGER[0], lower, GEMMA, batch=1) for way in (control, small))
