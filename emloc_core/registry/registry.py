@@ -117,6 +117,13 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
     if entry is not None and with_tokenizer:
         yield find_config(entry.model)
     elif entry is None:
+        if not (Path(model).exists() or "/" in model):
+            meant = did_you_mean(model, [each.name for each in load_entries()])
+            raise EmlocError(
+                f"There is no model at {model}, and no entry of the registry is called that.{meant}",
+                "Check the path, or give a hub id (organisation/name) or an entry that `emloc zoo list` shows.",
+                code="missing",
+            )
         yield find_config(model)
     else:
         with entry.config_file() as file:

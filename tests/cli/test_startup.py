@@ -70,7 +70,7 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
         *(
             pytest.param(*case, marks=pytest.mark.thorough)
             for case in (
-                ("plan missing", "There is no model at missing"),
+                ("plan Qwen-14B", "Did you mean 'Qwen3-14B'?"),
                 ("plan model --memory 12", "Write the unit"),
                 ("plan model --batch-size 0", "batch_size = 0"),
                 ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit+repair"),
