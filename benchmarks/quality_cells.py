@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
     "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
     "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
+    "2.7-bit-once": {"kind": "2.7-bit", "refine": 1},
     "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
     "2.7-bit-64-unrefined": {"kind": "2.7-bit", "samples": 64, "refine": 0},
 }
@@ -59,8 +60,8 @@ VARIED = {
     "1.6-bit+repair": (0.17,),
     "2.7-bit": (0.17,),
 }
-#: Those that are measured without exact steps: with factors, or with output layer and embeddings packed.
-WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name == "nf4-vocabulary"]
+#: Those that are measured without exact steps: with factors, and what is compared at the same memory alone.
+WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name in ("nf4-vocabulary", "2.7-bit-once")]
 #: A kind that gained nothing and is gone; its rows are kept.
 GONE = "nf4+repair"
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
