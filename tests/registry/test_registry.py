@@ -137,7 +137,7 @@ def test_the_series_are_complete() -> None:
         "phi-": ["4"],
         "Mixtral-": ["8x7B-v0.1"],
         "gpt-oss-": ["20b", "120b"],
-        "FLUX.": ["1-dev", "2-dev"],
+        "FLUX.": ["1-dev", "1-schnell", "2-dev"],
         "Qwen-": ["Image"],
         "stable-diffusion-": ["3.5-medium"],
         "Z-Image-": ["Turbo"],
