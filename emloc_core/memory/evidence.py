@@ -22,6 +22,7 @@ RECOVERY: dict[str, dict[float, Recovery]] = {
     "1.6-bit+repair": {0.23: Recovery(0.974, 0.994)},
     "2.7-bit": {0: Recovery(0.972, 0.993)},
     "low-rank-nf4": {0.39: Recovery(0.93, 0.985), 0.6: Recovery(0.964, 0.993)},
+    "low-rank-2-bit": {0.54: Recovery(0.871, 0.981)},
 }
 
 #: Share of the loss from which exact steps are worth reading the model for.

@@ -22,7 +22,8 @@ TASKS = ("extraction", "classification", "arithmetic")
 @pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, of in RECOVERY.items() for ratio in of])
 def test_plans_say_what_was_measured(kind, ratio):
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["recovery"]
-    memory = round(BESIDE.get(kind, 0) + 0.28 * ratio, 2) if ratio else MEMORY[kind]  # in four bits, scales included
+    factors = 0.13 if kind == "low-rank-2-bit" else 0.28  # of 16 bits, scales included
+    memory = round(BESIDE.get(kind, 0) + factors * ratio, 2) if ratio else MEMORY[kind]
     for system, told in zip(("auto", "polish20"), RECOVERY[kind][ratio], strict=True):
         wanted = (f"{kind}+{system}", memory)
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
