@@ -144,10 +144,7 @@ def compress_request(recipe: Recipe, attempt: Attempt) -> CompressRequest:
     sized = {"memory": model.memory, "headroom": model.headroom, "tuning": recipe.train} if model.memory else {}
     return CompressRequest(
         model=model.base,
-        data=data.calibration or data.train,
-        split=data.split,
-        columns=data.columns,
-        skip_bad_rows=data.skip_bad_rows,
+        **_rows(recipe) | {"data": data.calibration or data.train},
         exclude=(*_held_out(recipe, attempt), *(Path(name) for name in [data.eval] if name and not data.eval_split)),
         output=attempt.place("emulator"),
         settings=attempt.settings,
@@ -188,7 +185,7 @@ def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
 def rest(recipe: Recipe) -> list[Stage]:
     """Return the stages that follow. They start from the LoRA that is kept, which is known once all are corrected."""
     attempt, first = kept(recipe), attempts(recipe)[0]
-    base, data, test = recipe.model.base, recipe.data, tuple(map(Path, recipe.data.test))
+    base, test = recipe.model.base, tuple(map(Path, recipe.data.test))
     selection = selection_rows(recipe)
     found = []
     final = attempt.place("corrected")
@@ -201,10 +198,7 @@ def rest(recipe: Recipe) -> list[Stage]:
         polish = PolishRequest(
             adapter=final,
             base=base,
-            data=data.train,
-            split=data.split,
-            columns=data.columns,
-            skip_bad_rows=data.skip_bad_rows,
+            **_rows(recipe),
             exclude=(*test, attempt.place("emulator") / CALIBRATION, selection),
             evaluation=_evaluation(recipe),
             output=attempt.place("polished"),
@@ -235,10 +229,13 @@ def rest(recipe: Recipe) -> list[Stage]:
 
 
 def _train(recipe: Recipe, model: str, output: Path, exclude: tuple[Path, ...], **more: Any) -> TrainRequest:
+    usual = {"evaluation": _evaluation(recipe), "settings": recipe.train}
+    return TrainRequest(model=model, output=output, exclude=exclude, **_rows(recipe), **(usual | more))
+
+
+def _rows(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
-    rows = {"data": data.train, "split": data.split, "columns": data.columns, "exclude": exclude}
-    usual = {"skip_bad_rows": data.skip_bad_rows, "evaluation": _evaluation(recipe), "settings": recipe.train}
-    return TrainRequest(model=model, output=output, **rows, **(usual | more))
+    return {"data": data.train, "split": data.split, "columns": data.columns, "skip_bad_rows": data.skip_bad_rows}
 
 
 def _evaluation(recipe: Recipe, **on_base: Any) -> EvalRows:
