@@ -13,7 +13,7 @@ from emloc_core.data.images import Picture
 from emloc_core.data.limits import Limits
 from emloc_core.data.messages import IMAGE, Message, in_parts
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.system import load_system
+from emloc_core.evaluation.loading import load_system
 from emloc_core.files.checkpoint import open_checkpoint
 
 

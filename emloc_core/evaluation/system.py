@@ -1,150 +1,21 @@
-"""Loads one system, a model with or without an adapter, and evaluates it with lm-eval, in this process."""
+"""Evaluates one system, a model with or without an adapter, with lm-eval, in this process."""
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from emloc_core.compat.lm_eval import answer_tokens
-from emloc_core.errors import EmlocError, first_line
+from emloc_core.errors import EmlocError
 from emloc_core.evaluation.conversations import ask_conversations, asks_conversations
 from emloc_core.evaluation.images import shows_pictures
+from emloc_core.evaluation.loading import load_system
 from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
 from emloc_core.files.meter import Meter, peak_memory
-from emloc_core.units import human_bytes
 
 #: Number of generated rows to keep per task, for people to read.
 SAMPLES = 6
-#: Share of a GPU's free memory that a model may take, and that the layers of one may take which does not fit: what
-#: else there is at a time, a layer from the CPU's memory and the cache of keys and values, takes the rest.
-_WHOLE, _PART = 0.9, 0.6
-
-
-def load_system(model: Path, adapter: Path | None, *, images: bool | None = False) -> tuple[Any, Any]:
-    """Load a model, its adapter if there is one, and its tokenizer; on the GPU if there is one.
-
-    Where the model does not fit the GPU, the layers that do not wait in CPU memory, and are copied when they are used.
-
-    Args:
-        model: directory of the model.
-        adapter: directory of a PEFT adapter.
-        images: whether there are images: then the model's processor is returned, which contains the tokenizer. None:
-            it is returned if the model reads images and has one.
-
-    Raises:
-        EmlocError: the model cannot be loaded, does not fit in memory, does not read images or has no processor though
-            there are images, or the adapter does not fit it.
-    """
-    import torch
-
-    from emloc_core.data.tokenize import load_processor, load_tokenizer
-    from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.files.manifest import read_manifest
-    from emloc_core.files.pretrained import load_model
-    from emloc_core.observed.record import recall
-    from emloc_core.plugins.manager import plugin_manager
-
-    checkpoint = Checkpoint(model)
-    recall(read_manifest(model))
-    family = plugin_manager().family_for(checkpoint.config)
-    if images is None:
-        images = family.modality != "text" and any(model.glob("*processor_config.json"))
-    if images and family.modality == "text":
-        raise EmlocError(f"A task shows images, and models of the family {family.name} read text only.",
-                         code="mismatch")  # fmt: skip
-    processing = load_processor(model) if images else load_tokenizer(model)
-    parts = _parts(checkpoint.nbytes)
-    try:
-        loaded = load_model(family.auto_class, model, device_map="auto" if parts else None, max_memory=parts)
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
-    _require_memory(loaded)
-    if adapter is not None:
-        loaded = _add_adapter(loaded, adapter, parts)
-    if not parts:
-        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded.eval(), processing
-
-
-def _parts(nbytes: int) -> dict[int | str, int] | None:
-    """Return how many bytes of a model to place on which device; None: all of it on one.
-
-    Raises:
-        EmlocError: it does not fit in the memory of GPU and CPU together.
-    """
-    import psutil
-    import torch
-
-    from emloc_core.model.device import free_of
-
-    if not torch.cuda.is_available():
-        return None
-    free = [free_of(gpu) for gpu in range(torch.cuda.device_count())]
-    if nbytes <= _WHOLE * free[0]:
-        return None
-    parts: dict[int | str, int] = {gpu: int(_PART * room) for gpu, room in enumerate(free)}
-    parts["cpu"] = psutil.virtual_memory().available
-    if nbytes > sum(parts.values()):
-        raise EmlocError(
-            f"The model has {human_bytes(nbytes)}, and GPU and CPU have room for {human_bytes(sum(parts.values()))}.",
-            "Free memory, or use a machine with more.",
-            code="memory",
-        )
-    click.echo(
-        f"emloc: the model has {human_bytes(nbytes)}, and the GPU {human_bytes(free[0])} free: layers that do not fit "
-        "are copied from CPU memory whenever they are used, which is slow",
-        err=True,
-    )
-    return parts
-
-
-def _require_memory(model: Any) -> None:
-    """Refuse layers on disk, where accelerate puts what GPU and CPU have no room for.
-
-    Every token would wait for them, and PEFT would write a copy of them into the working directory.
-
-    Raises:
-        EmlocError: a layer is on disk.
-    """
-    if "disk" in getattr(model, "hf_device_map", {}).values():
-        raise EmlocError(
-            "GPU and CPU have too little free memory for the model's layers.",
-            "Free memory, or use a machine with more.",
-            code="memory",
-        )
-
-
-def _add_adapter(model: Any, adapter: Path, parts: dict[int | str, int] | None) -> Any:
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    from emloc_core.files.pretrained import load_lora
-
-    try:
-        # Not HFLM(peft=...), which is silently ignored if the model is an object.
-        with warnings.catch_warnings():
-            # torch warns about each weight that waits elsewhere; the LoRA itself is loaded.
-            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
-            combined = load_lora(model, adapter, max_memory=parts)
-        with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
-            given = set(file.keys())
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise EmlocError(f"The adapter {adapter} cannot be put on the model ({reason}).", "Check both.") from error
-    differing = sorted(given ^ set(get_peft_model_state_dict(combined)))
-    if differing:  # PEFT only warns, and leaves these layers unchanged
-        raise EmlocError(
-            f"The adapter {adapter} does not fit the model: {len(differing)} of its tensors have no place or are"
-            f" missing, {differing[0]} for one.",
-            "Use it on the model that it was trained for.",
-            code="mismatch",
-        )
-    return combined
 
 
 def run_tasks(

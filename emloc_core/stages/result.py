@@ -226,7 +226,7 @@ class Result(_Directory, Generic[Found]):
         """
         if self.kind == "evaluation":
             return read_json(self.path / "results.json")
-        from emloc_core.evaluation.system import load_system
+        from emloc_core.evaluation.loading import load_system
 
         if "adapter" not in self.kind:
             return load_system(self.path, None)[0]

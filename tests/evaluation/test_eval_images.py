@@ -23,9 +23,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.evaluate import canonical_systems
+from emloc_core.evaluation.loading import load_system
 from emloc_core.evaluation.multimodal_lm import ImageTextLM
 from emloc_core.evaluation.new_task import write_task
-from emloc_core.evaluation.system import load_system, run_tasks
+from emloc_core.evaluation.system import run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.inputs import Inputs
 from emloc_core.settings import CompressSettings

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.evaluation.loading import load_system
 from emloc_core.evaluation.new_task import write_task
-from emloc_core.evaluation.system import load_system, run_tasks
+from emloc_core.evaluation.system import run_tasks
 from emloc_core.evaluation.tasks import TaskSpec, find_task, load_task
 from emloc_core.files.inputs import Inputs
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from emloc_core.cli.eval import command
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation import evaluate as evaluation
-from emloc_core.evaluation import system as system_module
+from emloc_core.evaluation import loading
 from emloc_core.evaluation.evaluate import Evaluate, canonical_systems
+from emloc_core.evaluation.loading import load_system
 from emloc_core.evaluation.new_task import write_task
-from emloc_core.evaluation.system import load_system
 from emloc_core.evaluation.tasks import find_task
 from emloc_core.files import pretrained
 from emloc_core.files.checkpoint import Checkpoint
@@ -302,9 +302,9 @@ def test_layers_that_do_not_fit_wait_elsewhere(tiny_model, adapter, tmp_path, mo
     whole, _ = load_system(tiny_model, adapter)
     # Without a GPU, it is the CPU's memory that is too small, and layers wait on disk: PEFT copies them to where it is.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(system_module, "_require_memory", lambda _: None)
+    monkeypatch.setattr(loading, "_require_memory", lambda _: None)
     elsewhere = {"offload_folder": tmp_path / "waiting"}
-    monkeypatch.setattr(system_module, "_parts", lambda nbytes: {"cpu": nbytes // 2})
+    monkeypatch.setattr(loading, "_parts", lambda nbytes: {"cpu": nbytes // 2})
     for name in ("load_model", "load_lora"):
         monkeypatch.setattr(pretrained, name, partial(getattr(pretrained, name), **elsewhere))
     apart, _ = load_system(tiny_model, adapter)
@@ -314,7 +314,7 @@ def test_layers_that_do_not_fit_wait_elsewhere(tiny_model, adapter, tmp_path, mo
 
 def test_layers_never_wait_on_disk(tiny_model, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(system_module, "_parts", lambda nbytes: {"cpu": nbytes // 2})
+    monkeypatch.setattr(loading, "_parts", lambda nbytes: {"cpu": nbytes // 2})
     with pytest.raises(EmlocError, match="too little free memory"):
         load_system(tiny_model, adapter)
     assert not list(tmp_path.glob("*"))
@@ -332,6 +332,6 @@ def test_how_much_of_a_model_goes_where(nbytes, found, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=70))
     if found is EmlocError:
         with pytest.raises(EmlocError, match="have room for"):
-            system_module._parts(nbytes)
+            loading._parts(nbytes)
     else:
-        assert system_module._parts(nbytes) == found
+        assert loading._parts(nbytes) == found

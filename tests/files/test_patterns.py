@@ -7,7 +7,7 @@ import pytest
 
 from emloc_core.adapters.adapter import config_problems
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.system import load_system
+from emloc_core.evaluation.loading import load_system
 from emloc_core.files.documents import write_json
 from emloc_core.files.patterns import pattern_problems
 

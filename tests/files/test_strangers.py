@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.data.tokenize import load_processor
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.system import load_system
+from emloc_core.evaluation.loading import load_system
 from emloc_core.files import pretrained
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.model.skeleton import build_model

@@ -6,7 +6,8 @@ import torch
 from support.rows import example_rows
 
 from emloc_core.evaluation.evaluate import Evaluate, read_results
-from emloc_core.evaluation.system import load_system, run_tasks
+from emloc_core.evaluation.loading import load_system
+from emloc_core.evaluation.system import run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.inputs import Inputs
 from emloc_core.requests import System, make_request
