@@ -149,7 +149,7 @@ def short_demo(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: shutil.copytree(tiny_model, path))
     monkeypatch.setattr(emloc_demo.processes, "planned", lambda **_: {"ways": WAYS, "best": WAYS[2]["name"]})
     monkeypatch.setattr("emloc_demo.command.call", call_here)
-    monkeypatch.setattr("emloc_core.recipe.page._planned", lambda *_: {})
+    monkeypatch.setattr("emloc_core.recipe.view.planned_bytes", lambda *_: {})
     write_data(tmp_path / "data", train=40, test=8, short=True)
     recipe = prepare(tmp_path)
     text = recipe.read_text()

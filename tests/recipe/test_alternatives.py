@@ -17,9 +17,10 @@ from emloc_core.files.documents import read_json
 from emloc_core.files.manifest import MANIFEST, made_from
 from emloc_core.model.opened import OpenModel
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.recipe.page import RunView, write_page
+from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import Recipe, load_recipe
 from emloc_core.recipe.stages import attempts, kept, rest, stages
+from emloc_core.recipe.view import RunView
 
 RECIPE = """
 output = "run"

@@ -17,7 +17,8 @@ from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING
 from emloc_core.memory.ways import EXACT, ORDINARY
-from emloc_core.recipe.page import RunView, write_page
+from emloc_core.recipe.page import write_page
+from emloc_core.recipe.view import RunView
 from emloc_core.settings import TrainSettings
 
 

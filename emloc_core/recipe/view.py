@@ -1,0 +1,270 @@
+"""A run, ready to be shown: what each stage did, its losses and memory, the corrections compared, the scores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_json
+from emloc_core.files.manifest import MANIFEST
+from emloc_core.files.meter import peak_memory
+from emloc_core.files.output import TIMING
+from emloc_core.recipe.answers import FILE as ANSWERS
+from emloc_core.recipe.planned import planned_bytes
+from emloc_core.recipe.recipe import FIRST
+from emloc_core.recipe.stages import suffix
+from emloc_core.report.chart import Line
+from emloc_core.report.error_plot import Strip, finite, strips
+from emloc_core.report.table import rows as table_rows
+from emloc_core.report.verdict import verdict
+
+#: What the stages of a recipe do, by the directories that they write.
+PURPOSES = {
+    "emulator": "emulator made",
+    "adapter": "LoRA tuned",
+    "corrected": "carried over to the base",
+    "polished": "exact steps on the base",
+    "merged": "merged into the base",
+    "full_lora": "control: LoRA tuned on the base",
+    "exact_alone": "control: exact steps alone",
+    "evaluation": "all compared",
+}
+#: The losses in a log, and what they are of.
+LOSSES = {"loss": "rows of the step", "eval_loss": "held-out rows", "eval_base_loss": "held-out rows, on the base"}
+#: Whose versions are shown, and the kind of device.
+_VERSIONS = ("emloc", "python", "torch", "transformers", "peft", "trl", "device")
+#: Standard errors in half of a 95 % interval.
+_HALF = 1.96
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage that is finished.
+
+    Attributes:
+        name: of its directory.
+        manifest: the content of ``emloc.json``.
+        timing: that of ``timing.json``.
+        log: of tuning: entries with a step, and losses or a margin.
+        planned: bytes by the memory plan; None where there is none.
+    """
+
+    name: str
+    manifest: Mapping[str, Any]
+    timing: Mapping[str, Any]
+    log: list[dict[str, Any]]
+    planned: int | None = None
+
+    @property
+    def purpose(self) -> str:
+        """What it did."""
+        known = (text for name, text in PURPOSES.items() if self.name == name or self.name.startswith(f"{name}_"))
+        return next(known, self.name)
+
+    @property
+    def settings(self) -> list[tuple[str, Any]]:
+        """The settings that it had, by name."""
+        settings = self.manifest.get("request", {}).get("settings", {})
+        return [(name, value) for name, value in settings.items() if value not in (None, {}, [])]
+
+    @property
+    def losses(self) -> list[Line]:
+        """The losses of tuning: on the rows of each step, and of evaluations."""
+        return [
+            line for key, name in LOSSES.items() if (line := Line(name, self._logged(key), marked=key != "loss")).points
+        ]
+
+    @property
+    def unit(self) -> str:
+        """What its losses are in: those of answers in nats per token, others in units of their own."""
+        return "nats per token" if dict(self.settings).get("objective", "sft") == "sft" else "loss"
+
+    @property
+    def margins(self) -> list[Line]:
+        """By how much the reward of chosen answers exceeds that of rejected ones, where preferences were learned."""
+        points = self._logged("rewards/margins")
+        return [Line("margin", points)] if points else []
+
+    def _logged(self, key: str) -> list[tuple[float, float]]:
+        return [(entry["step"], entry[key]) for entry in self.log if isinstance(entry.get(key), int | float)]
+
+    @property
+    def peak(self) -> int | None:
+        """The memory that it took: of the GPU, or of the process."""
+        return peak_memory(self.timing)
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A finished run, ready to be shown.
+
+    Attributes:
+        name: of its directory.
+        stages: those that are finished, in order.
+        results: the content of ``results.json``; empty without one.
+        answers: to a few held-out rows, before tuning and after it.
+    """
+
+    name: str
+    stages: list[StageView]
+    results: Mapping[str, Any]
+    answers: list[Mapping[str, str]]
+
+    @classmethod
+    def read(cls, run: Path, *, whole: bool = True) -> "RunView":
+        """Read the directory that ``emloc run`` wrote to.
+
+        Args:
+            run: the directory.
+            whole: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
+
+        Raises:
+            EmlocError: no stage is finished there.
+        """
+        made = sorted(run.iterdir(), key=_order) if run.is_dir() else []
+        finished = {path.name: path for path in made if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()}
+        if whole and not finished:
+            raise EmlocError(
+                f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
+            )
+        results = _read(run / "results.json")
+        tried = results.get("selection_losses", [FIRST])
+        # Those of the kept emulator come last: the plans of the base's stages are theirs.
+        order = sorted(tried, key=lambda name: name == results.get("kept"))
+        planned = {
+            name: size for each in order if whole for name, size in planned_bytes(finished, suffix(each)).items()
+        }
+        stages = [
+            StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
+            for name, path in finished.items()
+        ]
+        return cls(run.resolve().name, stages, results, _read(run / ANSWERS).get("answers", []))
+
+    @property
+    def suffix(self) -> str:
+        """What the names of the kept emulator's directories end with."""
+        return suffix(self.results.get("kept", FIRST))
+
+    @property
+    def selection_losses(self) -> Mapping[str, float]:
+        """The loss of the base on the selection rows by emulator, where several were tried."""
+        losses: Mapping[str, float] = self.results.get("selection_losses", {})
+        return losses
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """The kind by emulator, where several were tried; nothing of runs of older versions."""
+        kinds: Mapping[str, str] = self.results.get("kinds", {})
+        return kinds
+
+    def stage(self, name: str) -> StageView | None:
+        """Return a stage by the name of its directory."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    @property
+    def seconds(self) -> float:
+        """How long all stages took."""
+        return sum(stage.timing.get("seconds", 0) for stage in self.stages)
+
+    @property
+    def bytes(self) -> tuple[int, int] | None:
+        """Bytes of the base and of the emulator."""
+        sizes = self._result(f"emulator{self.suffix}").get("bytes")
+        return (sizes["base"], sizes["emulator"]) if sizes else None
+
+    @property
+    def errors(self) -> list[Strip]:
+        """The error of every Linear of the emulator."""
+        linears = self._result(f"emulator{self.suffix}").get("linears", [])
+        return strips({linear["path"]: linear.get("relative_error") for linear in linears})
+
+    @property
+    def top_error(self) -> float:
+        """The largest of these."""
+        return max((value for strip in self.errors for value in finite(strip.values)), default=0)
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What the run is of: base, data, emulator, LoRA, device and versions, as far as the files say."""
+        emulator, adapter = (self._manifest(f"{name}{self.suffix}") for name in ("emulator", "adapter"))
+        inputs, made = emulator.get("inputs", {}), emulator.get("request", {}).get("settings", {})
+        lora, tuned = adapter.get("request", {}).get("settings", {}), adapter.get("inputs", {})
+        targets = ", ".join(map(str, adapter.get("result", {}).get("target_modules", [])))
+        ratio = f", ratio {made['ratio']:g}" if isinstance(made.get("ratio"), int | float) else ""
+        used = [stage.manifest.get("versions", {}) for stage in self.stages]
+        versions = {name: list(dict.fromkeys(str(each[name]) for each in used if name in each)) for name in _VERSIONS}
+        facts = {
+            "base": _name(inputs.get("base") or tuned.get("model", "")),
+            "data": _name(tuned.get("data") or inputs.get("data", "")),
+            "emulator": f"{made['kind']}{ratio}" if made.get("kind") else "",
+            "LoRA": f"rank {lora['lora_rank']}" + (f" on {targets}" if targets else "")
+            if lora.get("lora_rank")
+            else "",
+            "versions": ", ".join(f"{name} {' and '.join(each)}" for name, each in versions.items() if each),
+        }
+        return [(name, value) for name, value in facts.items() if value]
+
+    @property
+    def verdict(self) -> str:
+        """What the correction came to; empty without one."""
+        result = self._result(f"corrected{self.suffix}")
+        return verdict(result) if "clamp" in result else ""
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """What the correction compared, each with whether it was chosen."""
+        result = self._result(f"corrected{self.suffix}")
+        chosen = result.get("clamp"), result.get("scale", 1)
+        compared = [{"scale": 1, **each} for each in result.get("candidates", [])]
+        return [{**each, "chosen": (each["clamp"], each["scale"]) == chosen} for each in compared]
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """A row for every system: its name, and by metric the value, half of its interval, and whether it is best."""
+        systems = self.results.get("systems", {})
+        spreads = self.results.get("stderr", {})
+        rows = []
+        for row in table_rows(systems, self.results.get("metrics")) if systems else []:
+            cells = {}
+            for metric in self.metrics:
+                spread = spreads.get(row["system"], {}).get(metric)
+                half = _HALF * spread if isinstance(spread, int | float) else None
+                cells[metric] = row[metric], half, metric in row["best"]
+            rows.append({"system": row["system"], "cells": cells})
+        return rows
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics."""
+        return sorted(self.results.get("metrics", {}), key=lambda name: (not name.endswith("nll"), name))
+
+    def _manifest(self, name: str) -> Mapping[str, Any]:
+        stage = self.stage(name)
+        return stage.manifest if stage else {}
+
+    def _result(self, name: str) -> Mapping[str, Any]:
+        result: Mapping[str, Any] = self._manifest(name).get("result", {})
+        return result
+
+
+def _order(path: Path) -> tuple[int, str]:
+    """Return the place of a stage's directory among the stages."""
+    for index, name in enumerate(PURPOSES):
+        if path.name == name or path.name.startswith(f"{name}_"):
+            return index, path.name
+    return len(PURPOSES), path.name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _log(stage: Path) -> list[dict[str, Any]]:
+    log: list[dict[str, Any]] = read_json(stage / "log.json") if (stage / "log.json").is_file() else []
+    return log
+
+
+def _name(given: str) -> str:
+    """Return a hub id, or the last part of a path, since pages are made to be sent."""
+    return Path(given).name if Path(given).is_absolute() else given
