@@ -26,15 +26,15 @@ from emloc_core.model.hooks import forward_hooks
 from emloc_core.objective import Sample
 
 #: The path of each distinct block's list, and its Linears by the input that they read, in order of execution.
-Layout = frozenset[tuple[str, tuple[frozenset[str], ...]]]
+Wiring = frozenset[tuple[str, tuple[frozenset[str], ...]]]
 
 _BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")
 #: Switches that change no module and no order.
 _IGNORED = re.compile(r"_.*|use_cache|output_\w+|return_\w+|tie_\w+|is_\w+|add_cross_attention|\w*deprecated\w*")
 
 
-def layout(model: nn.Module, samples: Sequence[Sample]) -> Layout:
-    """Return how the blocks of a model are laid out, as forwards of the samples show it.
+def wiring(model: nn.Module, samples: Sequence[Sample]) -> Wiring:
+    """Return how the blocks of a model are wired, as forwards of the samples show it.
 
     Args:
         model: in eval mode, with weights.
@@ -68,15 +68,15 @@ def layout(model: nn.Module, samples: Sequence[Sample]) -> Layout:
 
 
 def other_branches(
-    family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]], known: Layout
+    family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]], known: Wiring
 ) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """Flip every switch of a tiny config that the model's code reads, and yield those that make another layout.
+    """Flip every switch of a tiny config that the model's code reads, and yield those that wire blocks otherwise.
 
     Args:
         family: says how models are built.
         settings: the tiny config, as keyword arguments of ``AutoConfig.for_model``.
         make_samples: returns what a model of a config is run on.
-        known: the layouts that have a tiny config; a branch that is like one before it is left out.
+        known: the wirings that have a tiny config; a branch that is like one before it is left out.
 
     Yields:
         The switch as ``section.name=value``, the tiny config with it, and its model. Switches with which transformers
@@ -89,7 +89,7 @@ def other_branches(
             flipped = _with(settings, path, value)
             other = tiny_config(flipped, family)
             changed = random_model(family, other)
-            found = layout(changed, make_samples(other))
+            found = wiring(changed, make_samples(other))
             if not found <= known:
                 known |= found
                 yield f"{'.'.join(path)}={value!r}", flipped, changed
@@ -147,9 +147,9 @@ def _with(settings: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dic
     return changed
 
 
-def layouts(family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]]) -> Layout:
-    """Return the layout of a tiny config's model; empty where it does not run, which other checks tell."""
+def wiring_of(family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]]) -> Wiring:
+    """Return the wiring of a tiny config's model; empty where it does not run, which other checks tell."""
     with suppress(EmlocError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
         config = tiny_config(settings, family)
-        return layout(random_model(family, config), make_samples(config))
+        return wiring(random_model(family, config), make_samples(config))
     return frozenset()

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 
 from torch import nn
 
-from emloc_core.conformance.branches import layouts, other_branches
+from emloc_core.conformance.branches import other_branches, wiring_of
 from emloc_core.conformance.check import Subject, check, require
 from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config, trial_of
 from emloc_core.emulator.coverage import undeclared
@@ -84,7 +84,7 @@ def branches(subject: Declaration) -> None:
     for model_type in sorted(family.model_types):
         found = [settings for settings in family.tiny_configs if settings["model_type"] == model_type]
         make = partial(trial_of(family).samples, family)
-        known = frozenset().union(*(layouts(family, settings, make) for settings in found))
+        known = frozenset().union(*(wiring_of(family, settings, make) for settings in found))
         for settings in found if known else ():
             require(
                 [

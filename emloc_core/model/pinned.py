@@ -15,7 +15,7 @@ _ALIGNMENT = 512
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Layout:
+class Places:
     """Where the tensors of a unit lie in a buffer.
 
     Args:
@@ -44,15 +44,15 @@ class Layout:
 class Pinned:
     """A unit in pinned memory, and on a GPU the event that ends its last copy from there."""
 
-    layout: Layout
+    places: Places
     memory: torch.Tensor
     copied: "torch.cuda.Event | None" = None
 
     def copy(self, device: torch.device, stream: "torch.cuda.Stream") -> torch.Tensor:
         """Begin to copy it to a GPU on a stream; return the buffer there, which is whole after ``copied``."""
         with torch.cuda.stream(stream):
-            buffer = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
-            buffer.copy_(self.memory[: self.layout.nbytes], non_blocking=True)
+            buffer = torch.empty(self.places.nbytes, dtype=torch.uint8, device=device)
+            buffer.copy_(self.memory[: self.places.nbytes], non_blocking=True)
             self.copied = stream.record_event()
         return buffer
 
@@ -74,24 +74,24 @@ class PinnedMemory:
         if name in self._staying:
             return self._staying[name]
         tensors = read()
-        layout = Layout(tensors)
-        if _taken(layout.nbytes) <= self._room:
-            self._room -= _taken(layout.nbytes)
-            found = self._staying[name] = Pinned(layout, _buffer(layout.nbytes))
+        places = Places(tensors)
+        if _taken(places.nbytes) <= self._room:
+            self._room -= _taken(places.nbytes)
+            found = self._staying[name] = Pinned(places, _buffer(places.nbytes))
         else:
-            found = self._passing = self._through(layout)
-        for tensor, place in layout.tensors(found.memory).items():
+            found = self._passing = self._through(places)
+        for tensor, place in places.tensors(found.memory).items():
             place.copy_(tensors[tensor])
         return found
 
-    def _through(self, layout: Layout) -> Pinned:
+    def _through(self, places: Places) -> Pinned:
         """Return the buffer that units pass through, once the one before has left it."""
         before = self._passing
-        if before is None or before.memory.nbytes < layout.nbytes:
-            return Pinned(layout, _buffer(layout.nbytes))
+        if before is None or before.memory.nbytes < places.nbytes:
+            return Pinned(places, _buffer(places.nbytes))
         if before.copied is not None:
             before.copied.synchronize()
-        return Pinned(layout, before.memory)
+        return Pinned(places, before.memory)
 
     def clear(self) -> None:
         """Forget all units."""

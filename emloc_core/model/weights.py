@@ -142,7 +142,7 @@ class FrozenWeights:
             self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
             return _Loaded(tensors)
         pinned = self._pinned.unit(unit, lambda: self._read(unit))
-        self.bytes_read += pinned.layout.nbytes
+        self.bytes_read += pinned.places.nbytes
         if self._side is None or left is None:
             return pinned
         left.synchronize()  # its memory is free only then; the CPU, which runs ahead of a GPU, would take more
@@ -151,7 +151,7 @@ class FrozenWeights:
     def _copied(self, pinned: Pinned, stream: "torch.cuda.Stream") -> _Loaded:
         """Begin to copy a unit to the GPU."""
         buffer = pinned.copy(self.device, stream)
-        return _Loaded(pinned.layout.tensors(buffer), buffer, pinned.copied)
+        return _Loaded(pinned.places.tensors(buffer), buffer, pinned.copied)
 
     def _read(self, unit: str) -> Mapping[str, torch.Tensor]:
         with self.skeleton.parameters(self._names[unit]) as found:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from emloc_core.conformance import check_family
-from emloc_core.conformance.branches import layouts, other_branches
+from emloc_core.conformance.branches import other_branches, wiring_of
 from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.inputs import as_sample, tiny_samples
 from emloc_core.conformance.tiny import random_model
@@ -157,7 +157,7 @@ class _Scaffold:
             family = replace(self.family, modality="text") if self.probe.make or self.given == "text" else self.family
             return [*tiny_samples(family, config), *(as_sample(inputs, 0) for inputs in image)]
 
-        known = layouts(self.family, self.tiny, samples)
+        known = wiring_of(self.family, self.tiny, samples)
         for switch, tiny, model in other_branches(self.family, self.tiny, samples, known) if known else ():
             with suppress(EmlocError):  # it ran on these inputs a moment ago
                 yield Observation(model, self.lists, self.probe.inputs)

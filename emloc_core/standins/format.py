@@ -20,13 +20,13 @@ from emloc_core.standins.layer import PackedLinear, Parts, StandInLinear, replac
 from emloc_core.standins.standin import Fitted, Movable, StandIn
 
 
-class Method(StrEnum):
+class _QuantMethod(StrEnum):
     """The ``quant_method`` of an emulator, as diffusers asks for it: a member of an enumeration."""
 
     EMLOC = "emloc"
 
 
-METHOD = Method.EMLOC
+METHOD = _QuantMethod.EMLOC
 #: Field of config.json with the kind of an emulator that bitsandbytes loads, by which it differs from such a base.
 MARK = "emloc_kind"
 

@@ -36,7 +36,7 @@ def test_units_are_as_they_were_read_and_read_once_where_there_is_room(units, ro
     for index in [*range(len(files)), *range(len(files))]:
         before = len(reads)
         found = memory.unit(str(index), lambda index=index: reads.append(index) or files[index])
-        given = found.layout.tensors(found.memory)
+        given = found.places.tensors(found.memory)
         assert given.keys() == files[index].keys()
         assert all(torch.equal(given[name], tensor) for name, tensor in files[index].items())
         assert all(

@@ -47,7 +47,7 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
         "generated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "emloc": __version__,
     }
-    content: dict[str, Any] = finite({**head, "summary": asdict(summary), "jobs": [each.to_dict() for each in views]})
+    content: dict[str, Any] = in_json({**head, "summary": asdict(summary), "jobs": [each.to_dict() for each in views]})
     files = {
         PAGE: _render(head, summary, views),
         DATA: json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -57,14 +57,14 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
     return content
 
 
-def finite(value: Any) -> Any:
+def in_json(value: Any) -> Any:
     """Return JSON values with words for the numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
+        return {key: in_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
+        return [in_json(each) for each in value]
     return value
 
 
