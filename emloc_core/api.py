@@ -561,20 +561,21 @@ def tune(  # noqa: PLR0913 - all by keyword
         evaluated = dict(evaluation or {})
         if evaluated.get("data") is not None:
             evaluated["data"] = by_name(evaluated["data"], Path(output), columns=columns or {}, name=EVALUATED)
-        asked = Tune(
-            model=fspath(model),
-            data=by_name(data, Path(output), split, columns or {}, skip_bad_rows=skip_bad_rows),
-            output=Path(output),
-            memory=memory,
-            headroom=headroom,
-            merge=merge,
-            split=split,
-            columns=columns or {},
-            skip_bad_rows=skip_bad_rows,
-            evaluation=evaluated,
-            paper=paper,
-            settings=validated(TrainSettings, _with_extra(settings), "See `emloc tune --help`."),
-        )
+        given = {
+            "model": fspath(model),
+            "data": by_name(data, Path(output), split, columns or {}, skip_bad_rows=skip_bad_rows),
+            "output": Path(output),
+            "memory": memory,
+            "headroom": headroom,
+            "merge": merge,
+            "split": split,
+            "columns": columns or {},
+            "skip_bad_rows": skip_bad_rows,
+            "evaluation": evaluated,
+            "paper": paper,
+            "settings": _with_extra(settings),
+        }
+        asked = validated(Tune, given, "See `emloc tune --help`.")
         asked.run(tell=logging.getLogger("emloc.tune").info, progress=progress)
     return RunResult(Path(output))
 

@@ -413,7 +413,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             text = f"{where} = {problem['input']!r}: {problem['msg']}"
         if text not in texts:
             texts.append(text)
-    return "; ".join(texts) + "."
+    told = "; ".join(texts)
+    return told if told.endswith("?") else f"{told}."
 
 
 def _section(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from emloc_core.data.images import IMAGES
 from emloc_core.data.mixture import weights
@@ -54,6 +54,13 @@ class Tune(Settings):
     paper: bool = Field(False, description="Make the emulator as in the paper, for reference.")
     merge: bool = Field(False, description="Write the merged model too.")
     settings: TrainSettings = TrainSettings()
+
+    @field_validator("evaluation")
+    @classmethod
+    def _base_is_the_model(cls, rows: EvalRows) -> EvalRows:
+        if rows.base is not None:
+            raise ValueError("the base that is evaluated is the model that is tuned: leave out `base`")
+        return rows
 
     def run(
         self,

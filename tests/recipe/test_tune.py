@@ -140,6 +140,12 @@ def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+def test_another_base_to_evaluate_is_refused(shallow_model, rows_file, tmp_path):
+    evaluated = {"data": str(rows_file), "on_base": True, "base": "another"}
+    with pytest.raises(EmlocError, match="leave out `base`"):
+        emloc_api.tune(str(shallow_model), data=str(rows_file), output=tmp_path / "tuned", evaluation=evaluated)
+
+
 def test_bad_rows_are_left_out_and_counted(emloc, shallow_model, rows_file, tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "tuned"
     data.write_text(rows_file.read_text() + '{"prompt": 3}\n{"prompt": \n')
