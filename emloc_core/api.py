@@ -17,7 +17,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, validated
 from emloc_core.keywords.settings import (
     CompressKwargs,
     CorrectKwargs,
@@ -32,7 +32,7 @@ from emloc_core.keywords.settings import (
 from emloc_core.keywords.trainer import PolishAllKwargs, TrainAllKwargs, TrainerFields
 from emloc_core.processes.environment import quiet, settle, without_collections
 from emloc_core.requests import Request, Rows, System, make_request
-from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, validated
+from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings
 from emloc_core.stages.progress import ProgressEvent, Reporter
 from emloc_core.stages.result import (
     AdapterResult,

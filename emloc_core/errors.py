@@ -1,6 +1,13 @@
-"""The exception that users see, its subclass for full disks, and what other exceptions say."""
+"""The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too."""
 
 import errno
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound="BaseModel")
 
 #: Error codes, for programs, with their meanings.
 CODES = {
@@ -99,3 +106,82 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     near = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+#: Names that the command line or other tools have for settings.
+_SHORT = {
+    "lr": "learning_rate",
+    "rank": "lora_rank",
+    "r": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "target": "target_modules",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "max_seq_length": "max_length",
+}
+#: Prefixes of pydantic's names for a union's members.
+_MEMBERS = ("literal[", "constrained-", "float", "function-", "bool")
+
+
+def validated(model: type[Model], values: Mapping[str, Any], remedy: str, where: str = "") -> Model:
+    """Return a model of values by name.
+
+    Args:
+        model: its class.
+        values: what is said of its fields; the rest have their defaults.
+        remedy: what to do about the error, a sentence.
+        where: the file that they were read from, if there is one.
+
+    Raises:
+        EmlocError: names or values are wrong; the message lists them all.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise EmlocError(f"{where and f'{where}: '}{explain(error, model)}", remedy) from None
+
+
+def explain(error: "ValidationError", model: type["BaseModel"]) -> str:
+    """Return all problems of a failed validation in one line, with suggestions for misspelt names."""
+    texts = []
+    for problem in error.errors():
+        # Users need not know which member of a union pydantic tried.
+        steps = [str(step) for step in problem["loc"] if not str(step).startswith(_MEMBERS)]
+        where = ".".join(steps) or "settings"
+        if problem["type"] == "extra_forbidden":
+            known = list(_section(model, steps[:-1]).model_fields)
+            short = _SHORT.get(steps[-1])
+            meant = f" Did you mean '{short}'?" if short in known else did_you_mean(steps[-1], known)
+            text = f"there is no setting {where!r}.{meant}".removesuffix(".")
+        elif problem["type"] == "model_type":
+            fields = ", ".join(_section(model, steps).model_fields)
+            text = f"{where} = {problem['input']!r}: this is a section, with {fields}"
+        elif problem["type"] == "missing":
+            text = f"{where} is missing"
+        elif problem["type"] == "value_error":  # about several settings together: the input is all of them
+            text = (f"{where}: " if steps else "") + problem["msg"].removeprefix("Value error, ")
+        else:
+            text = f"{where} = {problem['input']!r}: {problem['msg']}"
+        if text not in texts:
+            texts.append(text)
+    told = "; ".join(texts)
+    return told if told.endswith("?") else f"{told}."
+
+
+def _section(model: type["BaseModel"], steps: list[str]) -> type["BaseModel"]:
+    from pydantic import BaseModel
+
+    remaining = iter(steps)
+    for step in remaining:
+        annotation: Any = model.model_fields[step].annotation
+        if get_origin(annotation) in (dict, list):
+            next(remaining, None)  # a key or an index
+        options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
+        model = next(option for option in options if issubclass(option, BaseModel))
+    return model

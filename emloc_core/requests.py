@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from emloc_core.errors import validated
 from emloc_core.settings import (
     FREE,
     Columns,
@@ -23,7 +24,6 @@ from emloc_core.settings import (
     Settings,
     SplitOrShare,
     TrainSettings,
-    validated,
 )
 from emloc_core.units import parse_bytes
 

@@ -20,7 +20,8 @@ from emloc_core.cli.options import (
 )
 from emloc_core.cli.recipes import planning, reporting, show, show_plan
 from emloc_core.cli.verbosity import Verbosity, verbosity
-from emloc_core.settings import FREE, TrainSettings, validated
+from emloc_core.errors import validated
+from emloc_core.settings import FREE, TrainSettings
 
 
 @click.command("tune")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, validated
 from emloc_core.files.documents import read_toml
 from emloc_core.files.hub import check_repository
 from emloc_core.requests import SKIP
@@ -21,7 +21,6 @@ from emloc_core.settings import (
     Settings,
     SplitOrShare,
     TrainSettings,
-    validated,
 )
 
 #: Suffixes of files: rows, and lm-eval's tasks.

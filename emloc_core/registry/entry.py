@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from emloc_core.errors import EmlocError, did_you_mean
+from emloc_core.errors import EmlocError, did_you_mean, validated
 from emloc_core.files.documents import read_toml, write_json
-from emloc_core.settings import Settings, TrainSettings, validated
+from emloc_core.settings import Settings, TrainSettings
 from emloc_core.units import parse_bytes
 
 #: The memory target that is the model's own inference memory, as in the paper.

@@ -13,8 +13,8 @@ import rich_click as click
 from emloc_core.cli.console import as_json, dry_run, print_json, progress
 from emloc_core.cli.options import given, options
 from emloc_core.cli.zoo.records import line, totals
-from emloc_core.errors import EmlocError
-from emloc_core.settings import CompressSettings, validated
+from emloc_core.errors import EmlocError, validated
+from emloc_core.settings import CompressSettings
 from emloc_core.units import human_bytes, human_seconds, parse_bytes
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, explain
 from emloc_core.evaluation.entry_task import require_data_alone
 from emloc_core.files.documents import read_toml
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
@@ -23,7 +23,6 @@ from emloc_core.settings import (
     PolishSettings,
     Settings,
     TrainSettings,
-    explain,
 )
 from emloc_core.zoo.jobs.job import NAME, ZooJob, slug, unique
 
