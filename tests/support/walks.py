@@ -24,7 +24,7 @@ from support.paths import ROOT
 #: Where each walk begins.
 STARTS = ("emulator.compress", "tuning.exact", "adapters.correct")
 #: Classes that stand for the model or the adapter.
-MODELS = {"Adapter", "Checkpoint", "Family", "OpenModel", "Skeleton"}
+MODELS = {"Adapter", "Checkpoint", "Family", "GivenLora", "NewLora", "OpenModel", "Skeleton"}
 #: What finds out what is known of a model: its family, its config, and what loads its weights.
 OPENERS = ("family_for", "load_config", "Skeleton")
 #: How code names each format of emulator.
