@@ -30,9 +30,9 @@ from emloc_core.keywords.settings import (
     TrainKwargs,
 )
 from emloc_core.keywords.trainer import PolishAllKwargs, TrainAllKwargs, TrainerFields
-from emloc_core.processes.environment import quiet, settle, without_collections
+from emloc_core.processes.environment import quiet, settle
 from emloc_core.requests import Request, Rows, System, make_request
-from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings
+from emloc_core.settings import AUTO, FREE, TrainSettings
 from emloc_core.stages.progress import ProgressEvent, Reporter
 from emloc_core.stages.result import (
     AdapterResult,
@@ -429,42 +429,21 @@ def plan(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.
     """
-    from emloc_core.files.checkpoint import read_config_json
-    from emloc_core.memory.budget import Budget
-    from emloc_core.model.image_shape import parse_size
-    from emloc_core.plugins.manager import plugin_manager
-    from emloc_core.registry.registry import config_of
-    from emloc_core.stages.precheck import check_names, check_rows
+    from emloc_core.registry.plan import plan_model
 
-    gpu = None
-    if card is not None:
-        from emloc_core.memory.cards import find_card
-
-        gpu = find_card(card)
-        device, memory = "cuda", memory or str(gpu.memory)
-    budget = Budget.named(memory, headroom, device)
-    train, names = validated(TrainSettings, settings, "See `emloc plan --help`."), columns or {}
-    size = parse_size(image_size) if image_size is not None else None
-    if kind == AUTO and ratio is not None:
-        kind = FACTORS
-    check_names(CompressSettings(kind=kind))
-    check_rows(data)
-    with config_of(fspath(model), with_tokenizer=data is not None) as file:
-        plugin_manager().family_for(read_config_json(file))
-        with without_collections():
-            from emloc_core.memory.decision import decide
-            from emloc_core.memory.plan import make_plan
-            from emloc_core.memory.speed import measure as measure_speed
-            from emloc_core.memory.workload import make_workload
-
-            workload = make_workload(
-                file, train, device, length=length, images=images, image_size=size, data=data, split=split,
-                columns=names,
-            )  # fmt: skip
-            speed = gpu.speed if gpu else measure_speed(workload.device, file.parent) if measure else None
-            emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
-            decision = decide(file, workload, budget, emulator, speed)
-            return make_plan(fspath(model), decision, card=gpu.name if gpu else None, advise=ratio is None)
+    return plan_model(
+        fspath(model),
+        validated(TrainSettings, settings, "See `emloc plan --help`."),
+        memory=memory,
+        headroom=headroom,
+        ratio=ratio,
+        kind=kind,
+        image_size=image_size,
+        device=device,
+        card=card,
+        measure=measure,
+        **{"data": data, "split": split, "columns": columns or {}, "length": length, "images": images},
+    )
 
 
 def push(
