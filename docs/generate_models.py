@@ -1,11 +1,14 @@
 """Writes models.md: the memory of every model of the registry, and what fits common GPUs (`make docs-models`).
 
-Every entry is planned as `emloc plan` does it, which takes a while; so it is not part of `make docs`.
+Every entry is planned as `emloc plan` does it, which takes a while; so it is not part of `make docs`. With `--new` only
+those are planned that the page is not about yet.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -130,7 +133,7 @@ def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
                 if WHOLE in found[entry.fingerprint]]  # fmt: skip
     parts += [EXPERTS, table(["model", *columns], mixtures)]
     parts.append("An entry's file in `registry/` says where its numbers were published, and under which licence.\n")
-    parts.append("\n".join(marks(entries)) + "\n")
+    parts.append("\n".join(map(mark, entries)) + "\n")
     return "\n".join(parts)
 
 
@@ -139,10 +142,23 @@ def shown() -> list[Entry]:
     return [entry for entry in load_entries() if plugin_manager().family_for(entry.config).objective == TOKENS]
 
 
-def marks(entries: list[Entry]) -> Iterator[str]:
-    """Yield a comment per entry, by which a test sees that the page is about the entries as they are."""
-    for entry in entries:
-        yield f"<!--{entry.id}:{entry.fingerprint[:16]}-->"
+def written() -> dict[str, dict[str, str]]:
+    """Return the figures on the page, by column, of the entries that are as they were then, by fingerprint."""
+    text = PAGE.read_text(encoding="utf-8")
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    headings: list[str] = []
+    for line in text.splitlines():
+        first, *cells = line.strip("| ").split(" | ")
+        if first == HEADINGS[0]:
+            headings = cells
+        elif line.startswith("| `"):
+            found[first.strip("`")] |= dict(zip(headings, cells, strict=True))
+    return {entry.fingerprint: found[entry.id] for entry in shown() if mark(entry) in text}
+
+
+def mark(entry: Entry) -> str:
+    """Return a comment by which one sees that the page is about an entry as it is."""
+    return f"<!--{entry.id}:{entry.fingerprint[:16]}-->"
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -151,21 +167,21 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def main() -> None:
-    """Plan all entries, architectures that are the same once, and write the page."""
+def main(*options: str) -> None:
+    """Plan all entries or new ones, architectures that are the same once, and write the page."""
     entries = shown()
-    alike = {json.dumps([entry.config, entry.preset().model_dump()], sort_keys=True): entry for entry in entries}
+    found = written() if "--new" in options else {}
+    alike = defaultdict(list)
+    for entry in entries:
+        if entry.fingerprint not in found:
+            alike[json.dumps([entry.config, entry.preset().model_dump()], sort_keys=True)].append(entry)
     with ProcessPoolExecutor(os.cpu_count()) as pool, progress("models") as report:
-        planned = {}
-        for done, (key, found) in enumerate(zip(alike, pool.map(figures, alike.values()), strict=True), 1):
-            planned[key] = found
-            report(alike[key].id, done, len(alike))
-    by_fingerprint = {
-        entry.fingerprint: planned[json.dumps([entry.config, entry.preset().model_dump()], sort_keys=True)]
-        for entry in entries
-    }
-    PAGE.write_text(page(entries, by_fingerprint), encoding="utf-8")
+        planned = pool.map(figures, [first for first, *_ in alike.values()])
+        for done, (same, each) in enumerate(zip(alike.values(), planned, strict=True), 1):
+            found |= dict.fromkeys((entry.fingerprint for entry in same), each)
+            report(same[0].id, done, len(alike))
+    PAGE.write_text(page(entries, found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,6 +1,7 @@
 """Memory to tune in, the largest ratio whose tuning fits it, and what would fit where no way does."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -98,8 +99,8 @@ class Fit:
 def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
     """Return the largest multiple of 0.01 whose tuning fits ``budget`` bytes, or None if not even the smallest fits.
 
-    The memory for tuning grows with the ratio, mostly by the weights, which are counted without tracing. So the first
-    guess is close, and few steps are traced.
+    The memory for tuning grows with the ratio, mostly by the weights and never by less, and these are counted without
+    tracing. So the first guess is close, and few steps are traced.
 
     Args:
         model: the base model's memory.
@@ -107,26 +108,25 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
     """
 
     if (ratios := model.format.ratios) is None:
-        only = model.tuning(model.plan())
-        return Fit(None, only) if only.total <= budget else None
+        plan = model.plan()
+        return Fit(None, model.tuning(plan)) if model.fits(budget, plan) else None
 
-    def need(hundredths: int) -> "Need":
-        return model.tuning(model.plan(hundredths / 100))
+    def weights(hundredths: int) -> int:
+        return model.weight_bytes(hundredths / 100)
 
     fits, too_large = round(ratios.smallest * 100), round(ratios.largest * 100) + 1
-    if need(fits).total > budget:
+    if not model.fits(budget, model.plan(fits / 100)):
         return None
-    while too_large - fits > 1:
-        room = budget - need(fits).total
-        weights = model.weight_bytes(fits / 100)
-        guess = next(
-            (at for at in range(too_large - 1, fits, -1) if model.weight_bytes(at / 100) - weights <= room), fits + 1
-        )
-        if need(guess).total <= budget:
+    while True:
+        need = model.tuning(model.plan(fits / 100))
+        room = budget - need.total
+        guess = fits + bisect_right(range(fits + 1, too_large), weights(fits) + room, key=weights)
+        if guess == fits:
+            return Fit(fits / 100, need)
+        if model.fits(budget, model.plan(guess / 100)):
             fits = guess
         else:
             too_large = guess
-    return Fit(fits / 100, need(fits))
 
 
 def advice(model: "MemoryModel", budget: int) -> Iterator[str]:

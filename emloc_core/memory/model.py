@@ -7,7 +7,6 @@ turns, so only a few are traced, at two depths, and the peak of each phase is ex
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.memory import cache
+from emloc_core.memory.depth import Depth, extend, repetition
 from emloc_core.memory.known import known
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
@@ -41,13 +41,14 @@ from emloc_core.tuning.trl import lora_config
 if TYPE_CHECKING:
     from emloc_core.memory.tracing import Phases
 
+    #: Traces a model whose towers have so many blocks, of which the first so many form their own phases.
+    Trace = Callable[[Mapping[str, int], Mapping[str, int]], Phases]
+
 #: Terms, in display order.
 TERMS = (
     "weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "stand-ins",
     "overhead",
 )  # fmt: skip
-#: A first block and a last one, which form their own phases.
-_OUTER = 2
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class MemoryModel:
         """Path prefixes of towers that no row reaches: vision towers, if the workload is text only."""
         if len(self.towers) == 1 or self.workload.images:
             return ()
-        phases = self._follow(self._trace_inference, dict.fromkeys(self.towers, 1))
+        phases = self._follow(self._trace_inference, dict.fromkeys(self.towers, 1), {})
         return tuple(f"{path}." for path, tower in self.towers.items() if f"{tower} forward" not in phases)
 
     def parameters(self, plan: RankPlan | None = None) -> int:
@@ -205,8 +206,7 @@ class MemoryModel:
     def with_workload(self, workload: Workload) -> "MemoryModel":
         """Return the same model under another workload."""
         other = copy.copy(self)
-        for name in ("_apart", "_idle_towers"):  # those of this workload
-            vars(other).pop(name, None)
+        vars(other).pop("_idle_towers", None)  # those of this workload
         other._take(workload)
         if workload.train.trains_modules != self.workload.train.trains_modules:
             other.method = other._method()
@@ -252,10 +252,10 @@ class MemoryModel:
             stage, self.step.inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
         )
 
-    def _trace_inference(self, depths: Mapping[str, int]) -> "Phases":
+    def _trace_inference(self, depths: Mapping[str, int], apart: Mapping[str, int]) -> "Phases":
         from emloc_core.memory.tracing import trace_inference
 
-        return trace_inference(self._cut(depths), self.towers, self.step, self._apart)
+        return trace_inference(self._cut(depths), self.towers, self.step, apart)
 
     def tuning(self, plan: RankPlan | None = None, *, made: bool = False) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once.
@@ -273,6 +273,11 @@ class MemoryModel:
         weights = need.terms["weights"] - self.emulator_bytes(traced) + self.emulator_bytes(plan)
         return replace(need, terms={**need.terms, "weights": weights})
 
+    def fits(self, budget: int, plan: RankPlan | None = None) -> bool:
+        """Return whether tuning fits so many bytes; nothing is traced where not even the weights do."""
+        weights = self.nbytes if plan is None else self.emulator_bytes(plan)
+        return weights <= budget and self.tuning(plan).total <= budget
+
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
         from peft import get_peft_model
 
@@ -280,7 +285,7 @@ class MemoryModel:
 
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
 
-        def trace(depths: Mapping[str, int]) -> "Phases":
+        def trace(depths: Mapping[str, int], apart: Mapping[str, int]) -> "Phases":
             model = self._cut(depths)
             if plan is not None:
                 self.format.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
@@ -299,7 +304,7 @@ class MemoryModel:
                 checkpointing=train.gradient_checkpointing,
                 accumulating=train.accumulation > 1,
                 bf16=train.bf16,
-                apart=self._apart,
+                apart=apart,
             )
 
         return self._need(stage, self._extend(trace, plan))
@@ -310,15 +315,6 @@ class MemoryModel:
         besides = overhead(self.workload.device, tuning=peak["adapter"] > 0)
         terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": besides}
         return Need(stage, {term: terms[term] for term in TERMS if terms.get(term)}, phase)
-
-    @cached_property
-    def _apart(self) -> dict[str, int]:
-        """How many of the language model's first blocks differ from the others, since DeepStack adds to their outputs.
-
-        The next block counts too: while it runs, the tensor that was added to is still alive.
-        """
-        added = max(len(self._deepstack(path)) for path in self.towers) if self.workload.images else 0
-        return {list(self.towers)[-1]: added + 1} if added else {}
 
     def _deepstack(self, path: str) -> Sequence[int]:
         """Return the indices of a tower's blocks whose outputs DeepStack adds."""
@@ -340,32 +336,17 @@ class MemoryModel:
                 replace_linear(cut, path, FourBitLinear)
         return cut
 
-    def _extend(self, trace: "Callable[[Mapping[str, int]], Phases]", plan: RankPlan | None) -> "Phases":
-        """Trace a few blocks of each tower, then a period more of each in turn, and extrapolate the difference to all.
+    def _extend(self, trace: "Trace", plan: RankPlan | None) -> "Phases":
+        """Return the phases of a step of the whole model; see :func:`~emloc_core.memory.depth.extend`."""
+        depths = {path: self._depth(path, plan) for path in self.towers}
+        apart = {path: depth.apart for path, depth in depths.items()}
+        return extend(lambda few: self._follow(trace, few, apart), depths)
 
-        Phases are divided so that each peak grows linearly with depth. Towers whose blocks do not repeat are traced in
-        full.
-        """
-        whole = {path: len(list(self.model.get_submodule(path).children())) for path in self.towers}
-        period = {path: self._period(path, plan) for path in self.towers}
-        few = {path: self._few(path, count, period[path]) for path, count in whole.items()}
-        phases = self._follow(trace, few)
-        extended = {phase: Counter(peak) for phase, peak in phases.items()}
-        for path, count in whole.items():
-            if count == few[path]:
-                continue
-            deeper = self._follow(trace, {**few, path: few[path] + period[path]})
-            times = (count - few[path]) // period[path]
-            for phase, peak in phases.items():
-                for kind in peak.keys() | deeper[phase].keys():
-                    extended[phase][kind] += times * (deeper[phase][kind] - peak[kind])
-        return extended
-
-    def _follow(self, trace: "Callable[[Mapping[str, int]], Phases]", depths: Mapping[str, int]) -> "Phases":
+    def _follow(self, trace: "Trace", depths: Mapping[str, int], apart: Mapping[str, int]) -> "Phases":
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # about names that libraries use
-                return trace(depths)
+                return trace(depths, apart)
         except Exception as error:  # the model's own code may raise anything on fake tensors
             raise EmlocError(
                 f"A step of the model in {self.config_file} cannot be traced without weights ({first_line(error)}).",
@@ -373,25 +354,13 @@ class MemoryModel:
                 code="unsupported",
             ) from error
 
-    def _few(self, path: str, count: int, period: int) -> int:
-        """Return how many of a tower's blocks to trace first: a period between the first and the last, or more.
-
-        The others are a whole number of periods.
-        """
-        enough = _OUTER + period + self._apart.get(path, 0)
-        few = enough + (count - enough) % period
-        return few if few + period < count else count
-
-    def _period(self, path: str, plan: RankPlan | None) -> int:
-        """Return after how many blocks a tower's blocks repeat; the number of all if they do not."""
+    def _depth(self, path: str, plan: RankPlan | None) -> Depth:
+        """Return which of a tower's blocks are alike, in shapes and ranks."""
         blocks = dict(self.model.get_submodule(path).named_children())
         if self._deepstack(path):
-            return len(blocks)
+            return Depth(len(blocks), 0, len(blocks))
         ranked = dict.fromkeys(self.packed, 0) if plan is None else plan.ranks
         ranks = {path: rank or 0 for path, rank in ranked.items()}  # what stays dense has none
-        types: Sequence[str] = ()
-        if path == list(self.towers)[-1]:  # such as sliding and full attention, in turn
-            types = getattr(self.config.get_text_config(), "layer_types", None) or ()
         layouts: list[tuple[Any, ...]] = [
             tuple(
                 (name, tuple(parameter.shape), ranks.get(f"{path}.{index}.{name.removesuffix('.weight')}"))
@@ -399,10 +368,23 @@ class MemoryModel:
             )
             for index, block in blocks.items()
         ]
-        if len(types) == len(layouts):
-            layouts = [(kind, *layout) for kind, layout in zip(types, layouts, strict=True)]
-        steps = range(1, len(layouts))
-        return next((step for step in steps if layouts[step:] == layouts[:-step]), max(1, len(layouts)))
+        added = 0
+        if path == list(self.towers)[-1]:
+            types: Sequence[str] = getattr(self.config.get_text_config(), "layer_types", None) or ()
+            if len(types) == len(layouts):  # such as sliding and full attention, in turn
+                layouts = [(kind, *layout) for kind, layout in zip(types, layouts, strict=True)]
+            added = self._added
+        apart, period = repetition(layouts)
+        return Depth(len(blocks), max(apart, added), period)
+
+    @property
+    def _added(self) -> int:
+        """How many of the language model's first blocks differ from the others, since DeepStack adds to their outputs.
+
+        The next block counts too: while it runs, the tensor that was added to is still alive.
+        """
+        most = max(len(self._deepstack(path)) for path in self.towers) if self.workload.images else 0
+        return most + 1 if most else 0
 
 
 def _has(model: nn.Module, path: str) -> bool:

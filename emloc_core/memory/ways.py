@@ -121,7 +121,7 @@ def ways(
         return Way(name, of, need, need <= budget, seconds=seconds, **known)
 
     def ordinary() -> Way:
-        of = _most_rows(sizes, lambda of: of.tuning().total <= budget)
+        of = _most_rows(sizes, lambda of: of.fits(budget))
         return way(ORDINARY, of, of.tuning().total)
 
     def emulator(kind: str) -> Way:
@@ -165,7 +165,7 @@ def _sized(
         return of.tuning(of.plan(at)).total
 
     if ratio is not None:
-        of = _most_rows(sizes, lambda of: need(of, ratio) <= budget)
+        of = _most_rows(sizes, lambda of: of.fits(budget, of.plan(ratio)))
         return of, ratio, need(of, ratio)
 
     def largest(of: MemoryModel) -> float:
@@ -188,7 +188,7 @@ def _most_rows(sizes: Sequence[MemoryModel], fits: Callable[[MemoryModel], bool]
 
     Args:
         sizes: from the largest to the smallest; what fits one, fits those after it.
-        fits: whether one does; it takes seconds, so those between are asked only if the smallest does.
+        fits: whether one does; it may take seconds, so those between are asked only if the smallest does.
     """
     first, *others = sizes
     if not others or fits(first):

@@ -12,7 +12,6 @@ from support.pipelines import flux_pipeline, picture_rows
 import emloc_core as emloc
 from emloc_core.files.checkpoint import find_config
 from emloc_core.memory.known import known
-from emloc_core.memory.model import MemoryModel
 
 #: All classes, of which one is enough for `make test`.
 CASES = [
@@ -64,7 +63,7 @@ def test_a_linear_is_given_what_passes_through_it(family, tmp_path):
 def test_a_few_blocks_are_traced_for_all(tmp_path, monkeypatch):
     file = write(tmp_path, {**FLUX.tiny_configs[0], "num_layers": 6, "num_single_layers": 7})
     few = emloc.plan(file, length=16, memory="1GB", **USUAL)
-    monkeypatch.setattr(MemoryModel, "_few", lambda _self, _path, count, _period: count)
+    monkeypatch.setattr("emloc_core.memory.depth._OUTER", 100)
     monkeypatch.setenv("EMLOC_CACHE", "")
     whole = emloc.plan(write(tmp_path / "again", json.loads((tmp_path / "config.json").read_text())
                              | {"model_type": "FluxTransformer2DModel"}), length=16, memory="1GB", **USUAL)  # fmt: skip

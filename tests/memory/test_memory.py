@@ -138,6 +138,11 @@ def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pyte
     assert len(traces) == 2
     assert longer.tuning().total > model.tuning().total
     assert len(traces) == 3
+    assert not model.fits(model.nbytes - 1)  # by the weights alone, which are counted
+    assert not model.fits(model.weight_bytes(0.3) - 1, model.plan(0.3))
+    assert len(traces) == 3
+    assert not model.fits(model.weight_bytes(0.3), model.plan(0.3))
+    assert len(traces) == 4
 
 
 def test_the_chosen_ratio_fits_and_the_next_does_not(shallow_model: Path) -> None:

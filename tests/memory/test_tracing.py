@@ -15,9 +15,10 @@ from support.planned import PICTURED, label, workload, write_config
 from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+import emloc_core.memory.depth
 import emloc_core.memory.known
-import emloc_core.memory.model
 from emloc_core.family import Family
+from emloc_core.memory.depth import repetition
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.memory.workload import Workload
@@ -156,6 +157,7 @@ def test_a_trace_equals_a_step_of_experts(tmp_path: Path) -> None:
     ("family", "settings"),
     [
         (QWEN, QWEN.tiny_configs[1]),
+        (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": [0, 1]}),
         *(
             pytest.param(*case, marks=pytest.mark.thorough)
             for case in (
@@ -173,6 +175,8 @@ def test_few_blocks_extended_equal_all_blocks(
 ) -> None:
     """The towers of images take most of the time, so what is tuned alternates for them: the emulator or the base."""
     deep: dict[str, Any] = {**settings, "num_hidden_layers": 5}
+    if settings.get("mlp_only_layers"):  # dense ones come before those with experts
+        deep["num_hidden_layers"] = 8
     if types := settings.get("layer_types"):  # which repeat after three blocks
         deep |= {"num_hidden_layers": 11, "layer_types": (types * 4)[:11]}
     if family.modality == "image-text":
@@ -201,13 +205,29 @@ def test_few_blocks_extended_equal_all_blocks(
     few = needs()
     if images and not checkpointing:  # else what DeepStack adds to the first blocks would not be seen
         assert few[-1].phase == "language forward"
-    monkeypatch.setattr(emloc_core.memory.model, "_OUTER", 100)
+    monkeypatch.setattr(emloc_core.memory.depth, "_OUTER", 100)
     emloc_core.memory.known._known.cache_clear()
     whole = needs()
     if settings["model_type"] == "qwen2_5_vl":  # the numbers that say where windows end are fewer without windows
         assert [need.total for need in few] == pytest.approx([need.total for need in whole], abs=64)
     else:
         assert few == whole
+
+
+@pytest.mark.parametrize(
+    ("blocks", "apart", "period"),
+    [
+        ("a", 0, 1),
+        ("aaaa", 0, 1),
+        ("abab", 0, 2),
+        ("ssfssfs", 0, 3),
+        ("ddeee", 2, 1),
+        ("dabab", 1, 2),
+        ("abcd", 0, 4),
+    ],
+)
+def test_first_blocks_may_differ_from_those_that_repeat(blocks: str, apart: int, period: int) -> None:
+    assert repetition(blocks) == (apart, period)
 
 
 def test_blocks_of_unlike_ranks_are_traced_whole(tmp_path: Path) -> None:

@@ -362,7 +362,9 @@ def test_the_page_of_models_is_about_these_entries(monkeypatch: pytest.MonkeyPat
     import generate_models
 
     text = (docs / "models.md").read_text(encoding="utf-8")
-    assert re.findall("<!--.*-->", text) == list(generate_models.marks(generate_models.shown())), "run make docs-models"
+    assert re.findall("<!--.*-->", text) == list(map(generate_models.mark, generate_models.shown())), (
+        "run make docs-models"
+    )
     lines = text.splitlines()
     for entry in generate_models.shown():
         row, *_ = (line.strip("| ").split(" | ") for line in lines if line.startswith(f"| `{entry.id}` |"))
