@@ -46,11 +46,7 @@ def require_gguf(model: OpenModel) -> Gguf:
     return layout
 
 
-def _silent(*_: Any) -> None:
-    """Report nothing."""
-
-
-def write_model(model: OpenModel, target: Path, dtype: str, progress: Progress = _silent) -> int:
+def write_model(model: OpenModel, target: Path, dtype: str, progress: Progress) -> int:
     """Write a model with its tokenizer as one GGUF file, and return the number of its tensors.
 
     Args:
@@ -74,9 +70,7 @@ def write_model(model: OpenModel, target: Path, dtype: str, progress: Progress =
     return len(tensors)
 
 
-def write_lora(
-    loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str, progress: Progress = _silent
-) -> int:
+def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str, progress: Progress) -> int:
     """Write a LoRA for a model as one GGUF file, and return the number of its tensors.
 
     Args:

@@ -19,7 +19,7 @@ from emloc_core.settings import AUTO, FREE
 from emloc_core.units import parse_bytes
 
 #: Fields that name what may be an output of an earlier stage.
-_INPUTS = ("model", "base", "adapter", "emulator", "spectra", "source")
+_INPUTS = ("model", "base", "adapter", "emulator", "source")
 #: Settings that name an algorithm, and the hook that offers it.
 _NAMED = {"kind": "emulators", "correction": "corrections"}
 
