@@ -85,10 +85,16 @@ class Gram:
         rest, heavy = self.parts()
         if rest.dtype == torch.float32 and not len(heavy):
             return rest
-        found = torch.empty_like(rest, dtype=torch.float32)
-        for rows in _blocks(len(rest)):
-            found[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy)
-        return found
+        return _rounded(rest, heavy, torch.empty_like(rest, dtype=torch.float32))
+
+    def narrow(self) -> None:
+        """Round the sum to fp32, heavy rows included, in its place where it is in fp32: it is :attr:`single` then."""
+        rest, heavy = self.parts()
+        if rest.dtype == torch.float32 and not len(heavy):
+            return
+        found = rest if rest.dtype == torch.float32 else torch.empty_like(rest, dtype=torch.float32)
+        self._sum, self._heavy = _rounded(rest, heavy, found), heavy[:0]
+        self._known.clear()
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum without the heavy rows, (size, size), and the heavy rows in fp64, (p, size), few or none.
@@ -189,6 +195,13 @@ class Gram:
             outputs._sum = _congruent(weight, rest.double())
             outputs._widen()
         return outputs
+
+
+def _rounded(rest: torch.Tensor, heavy: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Write ``rest + heavy^T heavy``, computed in fp64, to a matrix in fp32, which may be ``rest``; return that."""
+    for rows in _blocks(len(rest)):
+        found[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy)
+    return found
 
 
 def _congruent(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

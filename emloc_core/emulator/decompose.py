@@ -216,7 +216,8 @@ class Decomposition:
                 requiring_products(self.stream, planned, rows),
                 ends.waiting() if self.refine else nullcontext(),
             ):
-                found = fit_block(self.stream, planned, stops, rows, self._fit, store.as_read, self._blame)
+                how = (self._fit, store.as_read, self._blame)
+                found = fit_block(self.stream, planned, stops, rows, *how, narrow=self.format.narrow)
             if self.refine:
                 found = self._refined(block, found, linears, routed, ends, store)
             store.write(block, found, {})
@@ -255,6 +256,8 @@ class Decomposition:
     def _fit(self, linears: Sequence[LinearPlan], weights: Sequence[torch.Tensor], gram: Gram) -> Sequence[Fitted]:
         """Fit what stands in for Linears that share a Gram; the format may be a plugin's."""
         paths = ", ".join(linear.path for linear in linears)
+        if self.format.narrow:
+            gram.narrow()
         with named(f"The kind {self.format.name!r}, on {paths},"):
             found = self.format.fit(weights, gram, [linear.rank for linear in linears])
         if len(found) != len(linears):

@@ -173,7 +173,7 @@ class ExpertFitting:
         if planned is None:
             return [linear(of, weight) for of in inputs]
         try:
-            target, gram = _statistics(weight, planned.tap, *inputs)
+            target, gram = _statistics(weight, planned.tap, self._format.narrow, *inputs)
         except EmlocError as error:
             raise EmlocError(
                 f"{error}: of expert {expert} of {planned.owner}.",
@@ -199,11 +199,11 @@ def emulated(
 
 
 def _statistics(
-    weight: torch.Tensor, tap: Any, x: torch.Tensor, emulated: torch.Tensor | None = None
+    weight: torch.Tensor, tap: Any, narrow: bool, x: torch.Tensor, emulated: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Gram]:
     """Return what to fit, the weight or what answers as it does on the emulator's inputs, and the Gram to fit it to."""
     if emulated is not None:
-        moments = PairedMoments([weight])
+        moments = PairedMoments([weight], narrow=narrow)
         for some in zip(x.split(ROWS), emulated.split(ROWS), strict=True):
             moments.add(*some)
         (target,) = moments.fit()

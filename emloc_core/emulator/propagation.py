@@ -38,13 +38,16 @@ class PairedMoments:
 
     Args:
         weights: W, (m, n), of every Linear of the group.
+        narrow: whether stand-ins are fitted to the Gram in fp32; see :attr:`emloc_core.standins.Format.narrow`.
         dtype: dtype of the sums.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, weights: Sequence[torch.Tensor], *, narrow: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
         size, device = weights[0].shape[1], weights[0].device
         outputs = sum(len(weight) for weight in weights)
-        self._weights = weights
+        self._weights, self._narrow = weights, narrow
         self._crosses_outputs = outputs < size
         self.emulator = Gram("input", size, dtype, device)
         self._cross = torch.zeros(min(outputs, size), size, dtype=dtype, device=device)
@@ -82,14 +85,12 @@ class PairedMoments:
         Raises:
             EmlocError: a sum is beyond the range of its dtype.
         """
-        gram, heavy = self.emulator.parts()
-        self._flush()
-        if len(heavy):
-            gram = gram.addmm(heavy.T.to(gram), heavy.to(gram))
+        rest, heavy = self.emulator.parts()
+        self._flush()  # in the dtype that the Gram has now
+        gram = self._whole(rest, heavy)
         if not bool(torch.isfinite(gram.sum() + self._cross.sum())):
             raise EmlocError("The activations are too large to be summed", code="not-finite")
-        diagonal = gram.diagonal().clone()
-        ridge = RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
+        ridge = RIDGE * gram.diagonal().clone().mean().clamp(min=torch.finfo(gram.dtype).tiny)
         weights = [weight.to(gram) for weight in self._weights]
         if self._crosses_outputs:
             products = list(self._cross.split([len(weight) for weight in weights]))
@@ -98,9 +99,21 @@ class PairedMoments:
         targets = [product.add_(weight * ridge) for product, weight in zip(products, weights, strict=True)]
         del self._cross
         gram.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(gram)
-        gram.diagonal().copy_(diagonal)
-        return [_solved(target, factor) for target in targets]
+        torch.linalg.cholesky(gram, out=gram)
+        return [_solved(target, gram) for target in targets]
+
+    def _whole(self, rest: torch.Tensor, heavy: torch.Tensor) -> torch.Tensor:
+        """Return the Gram, (n, n), heavy rows included, by columns, as LAPACK writes; it may be overwritten.
+
+        It takes the place of a Gram in fp64 that is not needed any more.
+        """
+        wide = rest.dtype == torch.float64
+        found = rest.mT if wide and self._narrow else torch.empty_like(rest).mT.copy_(rest)
+        if len(heavy):
+            found.addmm_(heavy.T.to(found), heavy.to(found))
+        if self._narrow:
+            self.emulator.narrow()
+        return found
 
     @staticmethod
     def side(fitted: torch.Tensor, tap: Any = None) -> Side:
@@ -142,9 +155,11 @@ class _Group:
         model: nn.Module,
         fit: Callable[[Sequence[LinearPlan], Sequence[torch.Tensor], Gram], Sequence[Fitted]],
         read: Callable[[str, Fitted], StandIn],
+        narrow: bool,
     ) -> None:
         self._members, self._fit, self._read = members, fit, read
-        self._moments = PairedMoments([model.get_parameter(f"{each.path}.weight").detach() for each in members])
+        weights = [model.get_parameter(f"{each.path}.weight").detach() for each in members]
+        self._moments = PairedMoments(weights, narrow=narrow)
 
     def add(self, *given: torch.Tensor) -> None:
         self._moments.add(*given)
@@ -177,6 +192,8 @@ def fit_block(
     fit: Callable[[Sequence[LinearPlan], Sequence[torch.Tensor], Gram], Sequence[Fitted]],
     read: Callable[[str, Fitted], StandIn],
     blame: Callable[[EmlocError, str, int], EmlocError],
+    *,
+    narrow: bool,
 ) -> dict[str, Any]:
     """Fit all Linears and experts of a block while the samples that wait at it pass through it.
 
@@ -190,6 +207,7 @@ def fit_block(
             single one.
         read: takes a Linear's path and what was fitted, and returns that as it will be read.
         blame: takes an error, a path and a row's index, and returns the error for the user.
+        narrow: see :class:`PairedMoments`.
 
     Returns:
         What was fitted, by path.
@@ -218,7 +236,7 @@ def fit_block(
                     if reached is None or reached not in left or place not in ("", reached):
                         raise _did_not_run(place or left[0])
                     place = reached
-                stop = stop or experts.get(place) or _Group(members[place], model, fit, read)
+                stop = stop or experts.get(place) or _Group(members[place], model, fit, read, narrow)
                 try:
                     stop.add(*brought[0], *brought[1])
                 except EmlocError as error:

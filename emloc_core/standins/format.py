@@ -66,6 +66,8 @@ class Format(ABC):
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
         experts: whether stacks of experts get stand-ins too; otherwise they stay dense.
+        narrow: whether Grams are rounded to fp32 before it is given them, which takes less memory; otherwise they may
+            be in fp64, and have heavy rows.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Format(ABC):
     samples: int = SAMPLES
     refine: int | None = None
     experts: bool = False
+    narrow: bool = False
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse settings that mean nothing for this format.

@@ -92,6 +92,7 @@ class SixLevels(Format):
     samples = 256
     refine = 3
     experts = True
+    narrow = True
 
     def fit(
         self,

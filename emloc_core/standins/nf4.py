@@ -110,6 +110,7 @@ class PackedNF4(Format):
     layer = FourBitLinear
     calibrations = ("propagated", "base", "none")
     experts = True
+    narrow = True
 
     def fit(
         self,

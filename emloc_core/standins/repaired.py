@@ -94,6 +94,7 @@ class RepairedThreeLevels(Format):
     samples = 256
     refine = 0
     experts = True
+    narrow = True
     factorize: Factorize = staticmethod(factorize)
 
     def check(self, settings: CompressSettings) -> None:

@@ -188,3 +188,16 @@ def test_a_gram_in_single_precision_is_the_rounded_sum(dtype, massive):
     assert gram.single.dtype == torch.float32
     assert torch.allclose(gram.single, whole.float(), rtol=2**-23, atol=0)
     assert torch.equal(gram.single, gram.single.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_narrowed_gram_is_its_sum_in_fp32(dtype):
+    gram = Gram("input", 40, dtype)
+    rows = torch.randn(200, 40)
+    rows[3] *= 1000
+    gram.add(rows)
+    before = gram.single.clone()
+    gram.narrow()
+    assert gram.dtype == torch.float32
+    assert torch.equal(gram.single, before)
+    assert not len(gram.parts()[1])

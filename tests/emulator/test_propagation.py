@@ -26,7 +26,7 @@ def test_the_fit_is_the_ridge_regression_on_the_tokens_themselves(outputs):
     x, noise = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     xc = x + 0.3 * noise
     weights = [torch.randn(m, 6, generator=generator, dtype=torch.float64) for m in outputs]
-    moments = PairedMoments(weights, torch.float64)
+    moments = PairedMoments(weights, dtype=torch.float64)
     moments.add(x[:20], xc[:20])
     moments.add(x[20:], xc[20:])
     ridge = RIDGE * float((xc.T @ xc).diagonal().mean())
@@ -41,7 +41,7 @@ def test_the_fit_is_the_ridge_regression_on_the_tokens_themselves(outputs):
 def test_without_an_error_to_make_up_for_the_weight_stays():
     x = torch.randn(40, 6, dtype=torch.float64)
     weight = torch.randn(4, 6, dtype=torch.float64)
-    moments = PairedMoments([weight], torch.float64)
+    moments = PairedMoments([weight], dtype=torch.float64)
     moments.add(x, x)
     assert torch.allclose(moments.fit()[0], weight, atol=1e-9)
 
@@ -54,7 +54,7 @@ def test_massive_activations_do_not_spoil_the_fit(scale, m):
     x = torch.randn(2048, 256, generator=generator)
     x[::256] *= scale
     xc = x * (1 + 0.05 * torch.randn(2048, 256, generator=generator))
-    moments, exact = PairedMoments([weight]), PairedMoments([weight], torch.float64)
+    moments, exact = PairedMoments([weight]), PairedMoments([weight], dtype=torch.float64)
     for rows in torch.arange(2048).split(128):
         moments.add(x[rows], xc[rows])
         exact.add(x[rows], xc[rows])
@@ -91,7 +91,7 @@ def test_sums_beyond_the_range_are_refused():
 def test_the_gram_is_that_of_the_cheaper_side(shape):
     x = torch.randn(40, 6, dtype=torch.float64)
     weight = torch.randn(*shape, dtype=torch.float64)
-    moments = PairedMoments([weight], torch.float64)
+    moments = PairedMoments([weight], dtype=torch.float64)
     moments.add(x, x)
     gram = moments.gram_for(weight)
     if shape[0] < 6:
@@ -106,7 +106,7 @@ def test_a_tap_of_the_family_captures_inputs():
     """Kinds that round take the Gram for that of the inputs, whatever its shape says."""
     x = torch.randn(40, 6, dtype=torch.float64)
     weight = torch.randn(4, 6, dtype=torch.float64)
-    moments = PairedMoments([weight], torch.float64)
+    moments = PairedMoments([weight], dtype=torch.float64)
     moments.add(x, x)
     assert moments.gram_for(weight, lambda _module, args, _output: args[0]).side == "input"
     assert moments.gram_for(weight, "input").side == "input"
@@ -188,3 +188,21 @@ def test_whichever_of_a_group_runs_first_waits_for_all(tiny_model, rows_file, tm
         monkeypatch.setattr(LlamaMLP, "forward", swapped)
     shards = sorted(path.name for path in places[0].glob("*.safetensors"))
     assert all((places[0] / name).read_bytes() == (places[1] / name).read_bytes() for name in shards)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_targets_are_the_same_where_the_gram_is_narrowed(heavy):
+    weight, x = torch.randn(6, 24), torch.randn(300, 24)
+    xc = x + 0.1 * torch.randn(300, 24)
+    if heavy:
+        x[0], xc[0] = 1000 * x[0], 1000 * xc[0]
+    targets, grams = [], []
+    for narrow in (False, True):
+        moments = PairedMoments([weight], narrow=narrow)
+        moments.add(x, xc)
+        targets += moments.fit()
+        grams.append(moments.emulator)
+    assert torch.equal(*targets)
+    assert torch.equal(grams[0].single, grams[1].single)
+    assert len(grams[0].parts()[1]) == heavy
+    assert not len(grams[1].parts()[1])
