@@ -50,7 +50,7 @@ rank 8 where the entry's preset `default` puts it; gradient checkpointing, bf16 
 free, at most 1 GiB. Memory is in GB, 10^9 bytes. All figures are [predictions](memory.md); none was measured on a GPU.
 
 | column | meaning |
-| --- | --- |
+|---|---|
 | inference | reading a prompt of that length and writing the first token; the tuned model needs it too |
 | LoRA | tuning a LoRA on the model itself |
 | EMLoC | tuning it on an emulator with weights in four bits, `nf4` |
@@ -133,7 +133,7 @@ def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
                 if WHOLE in found[entry.fingerprint]]  # fmt: skip
     parts += [EXPERTS, table(["model", *columns], mixtures)]
     parts.append("An entry's file in `registry/` says where its numbers were published, and under which licence.\n")
-    parts.append("\n".join(map(mark, entries)) + "\n")
+    parts.append("".join(map(mark, entries)) + "\n")
     return "\n".join(parts)
 
 
@@ -163,8 +163,8 @@ def mark(entry: Entry) -> str:
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
     """Return a table in Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    first, *others = (f"| {' | '.join(line)} |" for line in [headings, *rows])
+    return "\n".join([first, f"|{'---|' * len(headings)}", *others]) + "\n"
 
 
 def main(*options: str) -> None:
