@@ -160,8 +160,8 @@ class RepairedThreeLevels(Format):
         return (rank or 0) * max(0, inputs * sum(shape) - shape[0] * shape[1])
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of factorising, or of rounding beside factors."""
-        return max(costs.factoring_bytes(linears, propagated=propagated), _rounding_bytes(linears))
+        """Those of rounding beside factors, which :func:`leading` finds beside the Gram and without another."""
+        return _rounding_bytes(linears)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ class _Residual(RankingFormat):
 
 
 def _rounding_bytes(linears: Sequence[Planned]) -> int:
-    return costs.rounding_bytes(linears, grams=6, copies=10, at_once=6)
+    # The Gram, and a factor of it as damped for the weight and one for the repair; the fourth, as for other kinds.
+    return costs.rounding_bytes(linears, grams=4, copies=10, at_once=6)
 
 
 def _in_turn(
