@@ -62,7 +62,7 @@ def _draw_recovery(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="memory of the blocks' weights, as a share of 16 bits", ylabel="recovery", xlim=(0.08, 0.32))
+    axes.set(xlabel="memory of the blocks' weights, as a share of 16 bits", ylabel="recovery", xlim=(0.05, 0.32))
     axes.legend(frameon=False, loc="lower right")
 
 
