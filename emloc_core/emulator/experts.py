@@ -11,6 +11,7 @@ either is defined wherever the token is sent; it is fitted to those that the bas
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from emloc_core.emulator.propagation import PairedMoments
 from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.scratch import ScratchTensors
+from emloc_core.processes.heap import give_back
 from emloc_core.standins import Format
 from emloc_core.standins.experts import StandInExperts, activate, matrices, stacks, with_bias
 from emloc_core.standins.standin import Fitted
@@ -119,12 +121,17 @@ class ExpertFitting:
         """
         if not self._index:
             return {}
-        up, down = stacks(self._experts)
         for expert, streams in enumerate(self._sent()):
-            inner = self._through(up, expert, streams.unbind())
-            biased = (with_bias(self._experts, up, of, expert) for of in inner)
-            self._through(down, expert, [activate(self._experts, of) for of in biased])
+            self._fit_expert(expert, streams.unbind())
+            give_back()
         return {each.path: self._stacks[name].whole() for name, each in self._planned.items()}
+
+    def _fit_expert(self, expert: int, inputs: Sequence[torch.Tensor]) -> None:
+        """Fit an expert's matrices to its inputs, in the base and perhaps in the emulator."""
+        up, down = stacks(self._experts)
+        products = zip(self._fit_matrix(up, expert, inputs), inputs, strict=True)
+        biased = (with_bias(self._experts, up, times(of), expert) for times, of in products)
+        self._fit_matrix(down, expert, [activate(self._experts, of) for of in biased])
 
     def _sent(self) -> Iterator[torch.Tensor]:
         """Yield the tokens that each expert is fitted to, (streams, tokens, n); those of some experts are read at once.
@@ -165,13 +172,13 @@ class ExpertFitting:
         parts = {path: of.parts for path, of in found.items()}
         return found, {planned[0].owner: emulated(self._experts, planned, self._format, parts)}
 
-    def _through(self, name: str, expert: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Fit a matrix to its inputs, in the base and perhaps in the emulator; return what becomes of them there."""
+    def _fit_matrix(self, name: str, expert: int, inputs: Sequence[torch.Tensor]) -> list[Callable[..., torch.Tensor]]:
+        """Fit a matrix to its inputs, in the base and perhaps in the emulator; return what multiplies by it there."""
         weight = matrices(self._experts, name)[expert]
-        x, *emulated = inputs
+        base = partial(linear, weight=weight)
         planned = self._planned.get(name)
         if planned is None:
-            return [linear(of, weight) for of in inputs]
+            return [base for _ in inputs]
         try:
             target, gram = _statistics(weight, planned.tap, self._format.narrow, *inputs)
         except EmlocError as error:
@@ -183,8 +190,8 @@ class ExpertFitting:
         fitted = self._fit(planned, target, gram)
         packed = self._format.pack(fitted, weight.dtype)
         self._stacks[name].add(packed, fitted.relative_error())
-        parts = [packed[part].to(weight.device) for part in self._format.names()] if emulated else []
-        return [linear(x, weight), *(self._format.read(parts, planned.shape, weight.dtype)(xc) for xc in emulated)]
+        parts = [packed[part].to(weight.device) for part in self._format.names()]
+        return [base, *(self._format.read(parts, planned.shape, weight.dtype) for _ in inputs[1:])]
 
 
 def emulated(
