@@ -250,7 +250,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     factorising = 8 * (4 * n**2 + 3 * m * n)
     held = 2 * (4 * m**2 + 3 * m * n)  # of the block's factors, at half of the parameters
     gate_and_up = 2 * n * m  # which are rounded as one; all of their rows at a time
-    repairing = 4 * (4 * m**2 + (10 + 6) * gate_and_up)
+    repairing = 4 * (5 * m**2 + (10 + 6) * gate_and_up)
     expected = [
         ({"kind": "nf4"}, 4 * (4 * m**2 + 7 * gate_and_up)),
         ({"kind": "2.7-bit", "samples": 64}, 4 * (4 * m**2 + (6 + 5) * gate_and_up)),
