@@ -17,7 +17,7 @@ from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.documents import read_object, write_json
+from emloc_core.files.documents import write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
@@ -155,7 +155,9 @@ class EmulatorFiles:
         # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
         if plan.vocabulary:
             settings["vocabulary"] = packings(plan.vocabulary)
-        config, key = read_object(self.base.directory / "config.json"), self.base.objective.dtype_key
+        config, key = {**self.base.config}, self.base.objective.dtype_key  # as it was when the job began
+        if self.base.objective.type_key != "model_type":  # as the checkpoint adds it
+            del config["model_type"]
         config[key] = config.get(key) or str(self.skeleton.dtype).removeprefix("torch.")
         config["quantization_config"] = settings
         if settings["quant_method"] != METHOD:
