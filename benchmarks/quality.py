@@ -205,8 +205,8 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
     systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
     if cell.model == GEMMA and cell.steps == STEPS:
-        asked = (EXACT[-1], cell.learning_rate / 2, cell.seed, place / "polish")
-        exact = metered("polish20", lambda: polished(auto, base, rows, *asked), place / "polish")
+        exact, rate = place / "polish", cell.learning_rate / 2
+        metered("polish20", lambda: polished(auto, base, rows, EXACT[-1], rate, cell.seed, exact), exact)
         systems["polish20"] = on_base.of(exact)
     return {
         "share": round(share, 4),

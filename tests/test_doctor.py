@@ -93,10 +93,10 @@ def test_a_full_disk_and_a_cache_that_cannot_be_written_are_told(monkeypatch, tm
     assert found["models' cache"].state == "error"
 
 
-def test_this_installation_is_healthy_and_so_says_the_command(emloc):
+def test_this_installation_is_healthy_and_so_says_the_command(emloc, monkeypatch):
+    monkeypatch.setattr(doctor, "_LITTLE", 0)  # whatever room this machine's disk has
     code, out, _ = emloc("doctor", "--json")
     told = json.loads(out)
     assert (code, told["healthy"]) == (0, True), out
     names = {check["name"]: check["state"] for check in told["checks"]}
-    assert {names[name] for name in ("torch", "transformers", "llama", "memory")} == {"ok"}
-    assert names["models' cache"] in ("ok", "warning")  # as this machine's disk has room
+    assert {names[name] for name in ("torch", "transformers", "llama", "memory", "models' cache")} == {"ok"}
