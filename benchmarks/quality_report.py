@@ -22,7 +22,7 @@ from quality_cells import (
 from quality_figure import draw
 from quality_rows import TEXTS
 from quality_table import Table
-from quality_wider import wider_rows, wider_table
+from quality_wider import forgotten_table, wider_rows, wider_table
 
 #: Recovery that is aimed at, by memory: without exact steps, and with 20.
 GOALS = {0.6: (0.995, 1.0), 0.28: (0.995, 1.0), 0.17: (0.98, 0.995), 0.11: (0.96, 0.99), 0.07: (0.85, 0.97)}
@@ -274,8 +274,12 @@ def report(everything: list[dict[str, Any]]) -> None:
         if found:
             text += f"\n\nNats per answer above {title}, with 95 % intervals:\n\n"
             text += markdown(list(found[0]), [[str(value) for value in row.values()] for row in found])
-    wider = wider_rows(Table(everything))
+    all_cells = Table(everything)
+    wider = wider_rows(all_cells)
     text += f"\n\nRecovery with another model, length, rank or place of the LoRA:\n\n{wider_table(wider)}"
+    text += "\n\nLoss of the base with LoRAs on rows that they were not tuned for:\n\n" + forgotten_table(
+        all_cells.rows
+    )
     for system in dict.fromkeys(row["system"] for row in paired):
         own = [row for row in paired if row["system"] == system]
         worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in own if row["low"] > 0]

@@ -6,6 +6,7 @@ from typing import Any
 
 from harness import markdown
 from quality_cells import ALL, BATCH, FULL, MODELS, RANK, STEPS, WIDER_TASK, Cell, wider_ways
+from quality_rows import UNRELATED
 from quality_table import Table
 
 SYSTEMS = ("uncorrected", "auto", "polish20")
@@ -59,9 +60,30 @@ def wider_table(rows: Sequence[dict[str, Any]]) -> str:
               "`auto`", "95 %", "and 20 exact steps"]  # fmt: skip
     lines = []
     for row in rows:
-        lora = f"rank {row['rank']}" + ("" if row["targets"] == ALL else f", {row['targets']} alone")
-        told = [MODELS[row["model"]], str(row["steps"]), str(row["batch"]), lora, f"`{row['kind']}`"]
+        told = [MODELS[row["model"]], str(row["steps"]), str(row["batch"]), _lora(row), f"`{row['kind']}`"]
         told += [f"{row['memory']:g}", f"{row['learning_rate']:g}"]
         uncorrected, auto, polished = ("" if row[name] is None else f"{row[name]:.3f}" for name in SYSTEMS)
         lines.append([*told, uncorrected, auto, f"± {row['reach']:.3f}", polished])
     return markdown(header, lines)
+
+
+def forgotten_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return, in Markdown, the loss of the base with a LoRA on rows that it was not tuned for, beside its control's."""
+    tuned = [f"{name}, tuned on the {on}" for name in UNRELATED for on in ("base", "emulator")]
+    header = ["model", "steps", "LoRA", *tuned]
+    controls = {_way(row): row["elsewhere"][FULL] for row in rows if FULL in row.get("elsewhere", {})}
+    lines = []
+    for row in rows:
+        own, control = row.get("elsewhere", {}).get("auto"), controls.get(_way(row))
+        if own and control:
+            losses = (f"{each[name]:.3f}" for name in UNRELATED for each in (control, own))
+            lines.append([MODELS[row["model"]], str(row["steps"]), _lora(row), *losses])
+    return markdown(header, lines)
+
+
+def _way(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "steps", "batch", "rank", "targets"))
+
+
+def _lora(row: dict[str, Any]) -> str:
+    return f"rank {row['rank']}" + ("" if row["targets"] == ALL else f", {row['targets']} alone")

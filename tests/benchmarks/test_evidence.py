@@ -8,6 +8,7 @@ from quality_cells import BESIDE, MODELS, PICTURES, Cell
 from quality_cells import RECOMMENDED as BENCHMARKED
 from quality_report import recovery_rows
 from quality_table import Table
+from quality_wider import forgotten_table
 from support.paths import ROOT
 
 from emloc_core.memory.evidence import ALTERNATIVES, RECOVERY, measured
@@ -43,6 +44,14 @@ def test_what_is_said_of_a_larger_model_was_measured():
         told_of = [MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}", f"{row['uncorrected']:.3f}",
                    f"{row['auto']:.3f}", f"± {row['reach']:.3f}"]  # fmt: skip
         assert f"| {' | '.join(told_of)} |" in told
+
+
+def test_what_is_said_to_be_forgotten_was_measured():
+    told = (ROOT / "docs/evidence.md").read_text()
+    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["rows"]
+    _, _, *lines = forgotten_table(Table(rows).rows).splitlines()
+    assert lines
+    assert all(line.split(" | ", 3)[3] in told for line in lines)
 
 
 def test_trying_two_kinds_was_ahead_of_either_on_some_task():
