@@ -45,7 +45,7 @@ demo-diffusion: $(STAMP)  ## pictures, out: a small FLUX, trained here, that dra
 demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
-test: $(STAMP)  ## what the toolkit promises, on tiny models, in five minutes
+test: $(STAMP)  ## what the toolkit promises, on tiny models, in five to six minutes
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(STAMP)  ## the same, and further cases of it
