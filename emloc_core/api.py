@@ -442,7 +442,11 @@ def plan(  # noqa: PLR0913 - all by keyword
         device=device,
         card=card,
         measure=measure,
-        **{"data": data, "split": split, "columns": columns or {}, "length": length, "images": images},
+        data=data,
+        split=split,
+        columns=columns or {},
+        length=length,
+        images=images,
     )
 
 
