@@ -1,4 +1,7 @@
-"""The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too."""
+"""The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too.
+
+What refuses, parses, looks for or loads something raises it; docstrings say so where they can say when.
+"""
 
 import errno
 from collections.abc import Mapping

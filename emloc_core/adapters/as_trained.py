@@ -18,10 +18,6 @@ from emloc_core.requests import CorrectRequest
 class AsTrained(Job):
     """Copies an adapter that was trained on no emulator, so that what follows finds it where it expects it.
 
-    Args:
-        request: whose output is the copy.
-        adapter: the LoRA.
-
     Raises:
         EmlocError: the model that it was trained on, or the original of that, has no family.
     """
@@ -41,11 +37,7 @@ class AsTrained(Job):
 
     @cached_property
     def output(self) -> Output:
-        """The copy's directory.
-
-        Raises:
-            EmlocError: the adapter does not belong to the base.
-        """
+        """The copy's directory."""
         files = Inputs(self._path.resolve().parent)
         fingerprint = require_base(self.adapter, self.base, files)
         moments = hash_moments(self.adapter.directory, files)

@@ -74,11 +74,7 @@ class Correct(Job):
 
     @cached_property
     def output(self) -> Output:
-        """The corrected adapter's directory. The files of all inputs are hashed on first access.
-
-        Raises:
-            EmlocError: adapter, emulator and base do not belong together.
-        """
+        """The corrected adapter's directory. The files of all inputs are hashed on first access."""
         files, base = Inputs(self.request.output.resolve().parent), self.base.checkpoint
         emulator, original = self.emulator.fingerprint(files), base.fingerprint(files)
         require_match(self.adapter, self.emulator, emulator, base, original)
@@ -251,11 +247,7 @@ def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
 
 
 def prepare(request: CorrectRequest) -> Correct | AsTrained:
-    """Return the job of a request.
-
-    Raises:
-        EmlocError: the adapter, the emulator, the base or the settings cannot be used.
-    """
+    """Return the job of a request."""
     adapter = Adapter(request.adapter)
     if adapter.is_corrected:
         raise EmlocError(

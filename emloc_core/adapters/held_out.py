@@ -57,13 +57,7 @@ def adding(
 
 
 def summed_loss(skeleton: Skeleton, samples: Sequence[Sample], loras: Mapping[str, Lora]) -> torch.Tensor:
-    """Return the loss of a base with a LoRA, summed, and the number of tokens, (2,), fp64, in one streamed pass.
-
-    Args:
-        skeleton: of the base.
-        samples: the held-out rows.
-        loras: by module path of the base.
-    """
+    """Return the loss of a base with a LoRA, summed, and the number of tokens, (2,), fp64, in one streamed pass."""
     stream = Stream(skeleton)
 
     @contextmanager

@@ -33,12 +33,7 @@ def read_as(split: str, columns: Mapping[str, str]) -> list[str]:
 
 
 def following(request: Request, result: Result) -> list[str]:
-    """Return the commands that usually follow a stage, the most usual one first.
-
-    Args:
-        request: what the stage was asked for.
-        result: its finished output.
-    """
+    """Return the commands that usually follow a stage, the most usual one first."""
     output = result.path
     chat = join("chat", output)
     merge = join("merge", output, *_original(output), "-o", _beside(output, "merged"))

@@ -135,12 +135,7 @@ def rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adapter_on_base(base: str, directory: str) -> Callable[..., Any]:
-    """Return a decorator that adds ADAPTER, ``--base`` and ``--output``.
-
-    Args:
-        base: help text for ``--base``.
-        directory: help text for ``--output``.
-    """
+    """Return a decorator that adds ADAPTER, ``--base`` and ``--output``."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         named = f"{base}: directory or hub id.  [default: found from ADAPTER]"

@@ -44,12 +44,7 @@ class CheckResult:
 
 
 class Subject:
-    """What checks are run on: a declaration, or one of its tiny models.
-
-    Args:
-        declared: the family, as the plugin declares it.
-        label: name of what is checked.
-    """
+    """What checks are run on: a declaration, or one of its tiny models."""
 
     def __init__(self, declared: Family, label: str) -> None:
         self.declared, self.label = declared, label
@@ -104,11 +99,7 @@ def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:
 
 
 def require(problems: Iterable[str], remedy: str) -> None:
-    """Fail if there are problems.
-
-    Raises:
-        EmlocError: names the problems, once for those that differ only in the number of a block, and the remedy.
-    """
+    """Fail if there are problems."""
     alike: dict[str, list[str]] = {}
     for problem in problems:
         alike.setdefault(re.sub(r"\.\d+\b", ".N", problem), []).append(problem)

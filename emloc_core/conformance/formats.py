@@ -34,13 +34,7 @@ _APART = 1e-2
 
 
 class TinyEmulator(TinyModel):
-    """A format, and a tiny model of a family whose emulator has it.
-
-    Args:
-        format: the format.
-        family, settings: see :class:`TinyModel`.
-        directory: where files go; it is made.
-    """
+    """A format, and a tiny model of a family whose emulator has it."""
 
     def __init__(self, format: Format, family: Family, settings: Mapping[str, Any], directory: Path) -> None:
         super().__init__(family, settings, f"the format {format.name}", directory, format.name)

@@ -69,11 +69,7 @@ class TinyModel(Subject):
 
     @cached_property
     def config(self) -> Any:
-        """The library's config.
-
-        Raises:
-            EmlocError: the library refuses it.
-        """
+        """The library's config."""
         return tiny_config(self.settings, self.declared)
 
     @cached_property
@@ -119,11 +115,7 @@ class TinyModel(Subject):
 
     @cached_property
     def forward(self) -> Forward:
-        """What ordinary forwards of all samples do.
-
-        Raises:
-            EmlocError: the model does not run.
-        """
+        """What ordinary forwards of all samples do."""
         blocks = block_paths(self.meta, self.family)
         model, samples = self.whole, self.samples
         try:
@@ -159,11 +151,7 @@ class TinyModel(Subject):
 
     @cached_property
     def tuned(self) -> Tuned:
-        """The emulator, loaded from its files, with a trained LoRA.
-
-        Raises:
-            EmlocError: PEFT refuses the targets.
-        """
+        """The emulator, loaded from its files, with a trained LoRA."""
         loss, task = trial_of(self.family).loss, plugin_manager().objective_of(self.family).task
         return tune(self.load(self.emulator), self.family.lora_targets(), self.samples, loss, task)
 
@@ -189,12 +177,7 @@ class TinyModel(Subject):
 
 
 class _Compress(Compress):
-    """Stage 1 on samples that are made up.
-
-    Args:
-        request: whose rows stand for them.
-        given: the samples.
-    """
+    """Stage 1 on samples that are made up."""
 
     def __init__(self, request: CompressRequest, given: Sequence[Sample]) -> None:
         self._given = given
@@ -210,21 +193,13 @@ def trial_of(family: Family) -> Trial:
 
 
 def tiny_config(settings: Mapping[str, Any], family: Family | None = None) -> Any:
-    """Return the library's config of a tiny config; of transformers where no family is given.
-
-    Raises:
-        EmlocError: the library refuses it.
-    """
+    """Return the library's config of a tiny config; of transformers where no family is given."""
     trial = trial_of(family) if family else plugin_manager().objective_for({}).trial()
     return trial.config(settings)
 
 
 def on_meta(family: Family, config: Any) -> nn.Module:
-    """Return the model of a config, without weights.
-
-    Raises:
-        EmlocError: it cannot be built.
-    """
+    """Return the model of a config, without weights."""
     try:
         return build_model(copy.deepcopy(config), family, torch.float32)
     except Exception as error:  # whatever the model's own code raises

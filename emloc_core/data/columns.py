@@ -28,9 +28,6 @@ def require_known(columns: Mapping[str, str]) -> None:
 
     Args:
         columns: names that the data have, by those in :data:`COLUMNS`.
-
-    Raises:
-        EmlocError: there is no such column.
     """
     if unknown := [name for name in columns if name not in COLUMNS]:
         name = unknown[0]
@@ -83,10 +80,6 @@ def known_columns(content: Mapping[str, Any]) -> str:
 
 def as_trl(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Return a row in TRL's columns.
-
-    Args:
-        content: the row's columns.
-        where: its name in messages.
 
     Raises:
         EmlocError: a row in ShareGPT's or Alpaca's columns is not as it should be.

@@ -104,11 +104,7 @@ class Picture:
             raise EmlocError(f"{self.name} is damaged: {error}.", _FIX, code="damaged") from None
 
     def write(self, directory: Path) -> str:
-        """Copy the encoded bytes into a directory, named by their hash; return the path relative to it.
-
-        Raises:
-            EmlocError: as :meth:`read`.
-        """
+        """Copy the encoded bytes into a directory, named by their hash; return the path relative to it."""
         content = self._bytes()
         self.read()  # keep only images that can be read later
         with self._opened(content) as image:
@@ -173,11 +169,7 @@ def _upright(image: "Image") -> "Image":
 
 
 def pillow() -> Any:
-    """Return Pillow's module ``PIL.Image``.
-
-    Raises:
-        EmlocError: it is not installed.
-    """
+    """Return Pillow's module ``PIL.Image``."""
     try:
         from PIL import Image
     except ImportError:

@@ -78,11 +78,7 @@ def _user_parts(messages: list[Message]) -> list[Message]:
 
 
 def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:
-    """Return a string that is valid Unicode and, unless ``may_be_blank``, not blank.
-
-    Raises:
-        EmlocError: it is not.
-    """
+    """Return a string that is valid Unicode and, unless ``may_be_blank``, not blank."""
     if not isinstance(value, str):
         raise EmlocError(f"{where} is not a string but {type(value).__name__}.", "See the forms of rows in the docs.")
     if not value.strip() and not may_be_blank:

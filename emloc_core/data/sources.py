@@ -42,11 +42,7 @@ def read_source(source: str, split: str) -> Iterator[Numbered]:
 
 
 def require_source(source: str) -> None:
-    """Refuse an empty file, and what is neither a file nor a saved dataset, and cannot be the id of a hub dataset.
-
-    Raises:
-        EmlocError: as above.
-    """
+    """Refuse an empty file, and what is neither a file nor a saved dataset, and cannot be the id of a hub dataset."""
     path = Path(source)
     if path.is_file() and not path.stat().st_size:
         raise no_rows(source)

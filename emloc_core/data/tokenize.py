@@ -106,11 +106,7 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktok
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer beside a model.
-
-    Raises:
-        EmlocError: there is none, or it cannot be loaded.
-    """
+    """Return the tokenizer beside a model."""
     # Without a vocabulary transformers makes an empty tokenizer, for which every row is one unknown token.
     if not any(path.match(pattern) for pattern in _VOCABULARIES for path in directory.iterdir()):
         raise EmlocError(
@@ -144,11 +140,7 @@ def load_processor(directory: Path) -> "ProcessorMixin":
 
 
 def require_readable(rows: Iterable[Row], family: Family) -> None:
-    """Refuse rows with images for a model that reads only text.
-
-    Raises:
-        EmlocError: there is such a row; names the first.
-    """
+    """Refuse rows with images for a model that reads only text."""
     rows = list(rows)
     pictured = next((row for row in rows if row.images), None)
     if pictured and family.modality == "text":

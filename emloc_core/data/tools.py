@@ -14,11 +14,7 @@ _TOOLS = "`tools` is a list of functions in JSON schema, or that list as text."
 
 
 def parse_tools(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return the tools of a row: a list of objects, given as such or as text in JSON.
-
-    Raises:
-        EmlocError: it is something else.
-    """
+    """Return the tools of a row: a list of objects, given as such or as text in JSON."""
     found = _decoded(value, f"{where}: `tools`")
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise EmlocError(f"{where}: `tools` is not a list of objects.", _TOOLS)
@@ -26,11 +22,7 @@ def parse_tools(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def parse_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return the tool calls of a message: ``type``, ``function`` with ``name`` and ``arguments``, and ``id`` if given.
-
-    Raises:
-        EmlocError: it is no list of calls.
-    """
+    """Return a message's tool calls: ``type``, ``function`` with ``name`` and ``arguments``, and ``id`` if given."""
     calls = _decoded(value, f"{where}: `tool_calls`")
     if not isinstance(calls, list):
         raise EmlocError(f"{where}: `tool_calls` is {type(calls).__name__}, not a list.", _CALL)

@@ -217,12 +217,7 @@ def prepare(request: CompressRequest) -> Compress:
 
 
 def described(settings: CompletedSettings, result: Mapping[str, Any]) -> str:
-    """Return what the card of an emulator says of it.
-
-    Args:
-        settings: how it was made.
-        result: the manifest's.
-    """
+    """Return what the card of an emulator says of it."""
     errors = [each["relative_error"] for each in result["linears"] if each["relative_error"] is not None]
     told = f"Emulator: {settings.kind}"
     if settings.ratio:

@@ -48,11 +48,7 @@ class Stacked:
 
 
 class Stack:
-    """The packed matrices of a stack, as they come.
-
-    Args:
-        count: how many there will be.
-    """
+    """The packed matrices of a stack, as they come."""
 
     def __init__(self, count: int) -> None:
         self._parts: dict[str, torch.Tensor] = {}

@@ -117,12 +117,7 @@ def method_of(
 
 
 def usual_samples(format: Format, rows: int | None = None) -> int:
-    """Return how many rows a format is calibrated on where the user does not say.
-
-    Args:
-        format: of the emulator.
-        rows: number of distinct rows; None: there are enough.
-    """
+    """Return how many rows a format is calibrated on where the user does not say."""
     if rows is None:
         return format.samples
     return min(format.samples, max(SAMPLES, int(_SHARE * rows)), max(1, rows // 3))  # the others are trained on

@@ -35,11 +35,7 @@ class Matrices(Protocol):
 
 
 def pack_vocabulary(store: Matrices, plans: Sequence[VocabularyPlan]) -> None:
-    """Pack matrices as they are, one at a time; those that are written are left.
-
-    Raises:
-        EmlocError: one holds NaN or Inf.
-    """
+    """Pack matrices as they are, one at a time; those that are written are left."""
     for plan in plans:
         if store.is_written(plan.path):
             continue

@@ -251,11 +251,7 @@ def allocated(
 
 
 def require_ratio(ratio: float | None) -> float:
-    """Return a ratio in (0, 1).
-
-    Raises:
-        EmlocError: it is outside.
-    """
+    """Return a ratio in (0, 1)."""
     if ratio is None or not 0 < ratio < 1:
         raise EmlocError(
             f"The ratio is {ratio}; it is the fraction of parameters to keep, above 0 and below 1.",

@@ -40,11 +40,7 @@ def canonical_systems(
     merged: str | None = None,
     full_lora: Path | None = None,
 ) -> list[System]:
-    """Return the systems that can be made from what is given, in the order of the table.
-
-    Raises:
-        EmlocError: an adapter is given without its model.
-    """
+    """Return the systems that can be made from what is given, in the order of the table."""
     for option, value in (("corrected", corrected), ("polished", polished), ("full-lora", full_lora)):
         if value is not None and base is None:
             raise EmlocError(f"--{option} {value} needs the base model.", "Add --base.")

@@ -86,11 +86,7 @@ def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
 
 
 def picture_directory(data: Sequence[Path]) -> Path:
-    """Return the directory that pictures' paths are relative to: that of the files of rows.
-
-    Raises:
-        EmlocError: there are several.
-    """
+    """Return the directory that pictures' paths are relative to: that of the files of rows."""
     directories = sorted({path.parent for path in data}) or [Path()]
     if len(directories) > 1:
         raise EmlocError(

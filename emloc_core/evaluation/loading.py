@@ -97,9 +97,6 @@ def _require_memory(model: Any) -> None:
     """Refuse layers on disk, where accelerate puts what GPU and CPU have no room for.
 
     Every token would wait for them, and PEFT would write a copy of them into the working directory.
-
-    Raises:
-        EmlocError: a layer is on disk.
     """
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise EmlocError(

@@ -32,11 +32,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that the user asked for, whole or not at all, in a directory that is made if there is none.
-
-    Raises:
-        EmlocError: it cannot be written.
-    """
+    """Write a file that the user asked for, whole or not at all, in a directory that is made if there is none."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,11 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        EmlocError: the file is missing or is not JSON.
-    """
+    """Read a JSON file."""
     try:
         require_regular(path)
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
@@ -89,15 +81,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Args:
-        path: path of the file.
-        what: name for the file in messages: ``recipe``.
-
-    Raises:
-        EmlocError: the file is missing, cannot be read, or is not TOML.
-    """
+    """Read a TOML file."""
     try:
         require_regular(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))

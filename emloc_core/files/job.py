@@ -38,11 +38,7 @@ class Job:
         raise NotImplementedError
 
     def run(self, progress: Any = lambda *_: None) -> Path:
-        """Make the output, unless it is finished, or resume what an interrupted run left; return its directory.
-
-        Args:
-            progress: called with every item that is done.
-        """
+        """Make the output, unless it is finished, or resume what an interrupted run left; return its directory."""
         if not self.output.is_finished():
             with self.output.build() as staging:
                 self.make(staging, progress)

@@ -9,11 +9,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def require_lora(directory: Path) -> None:
-    """Refuse what is not the directory of a LoRA.
-
-    Raises:
-        EmlocError: a file is missing.
-    """
+    """Refuse what is not the directory of a LoRA."""
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
         raise EmlocError(
             f"{directory} is not a LoRA directory: it needs {CONFIG} and {WEIGHTS}.",

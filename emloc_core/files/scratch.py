@@ -11,11 +11,7 @@ import torch
 
 
 class ScratchFile:
-    """Bytes of tensors by their place in a file.
-
-    Args:
-        directory: on the disk that holds it.
-    """
+    """Bytes of tensors by their place in a file."""
 
     def __init__(self, directory: Path) -> None:
         self._file: Any = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - until close()
@@ -44,11 +40,7 @@ class ScratchFile:
 
 
 class ScratchTensors:
-    """Tensors by name, in such a file; in memory, where there is no directory for one.
-
-    Args:
-        directory: on the disk that holds the file; or None.
-    """
+    """Tensors by name, in such a file; in memory, where there is no directory for one."""
 
     def __init__(self, directory: Path | None) -> None:
         self._file = ScratchFile(directory) if directory else None

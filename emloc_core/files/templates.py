@@ -25,11 +25,7 @@ _is_bounded = ContextVar("_is_bounded", default=False)
 
 @contextmanager
 def rendering() -> Iterator[None]:
-    """Bound everything that the block renders together: reading how much memory is used takes longer than a template.
-
-    Raises:
-        EmlocError: it takes too much time or memory.
-    """
+    """Bound all that the block renders together: reading how much memory is used takes longer than a template."""
     if _is_bounded.get():
         yield
         return

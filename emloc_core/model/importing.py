@@ -207,10 +207,6 @@ class Import(Job):
 def native_tensors(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Shape], dict[str, str]]:
     """Return the shapes of all tensors of a config's model by name, and which are tied to which.
 
-    Args:
-        config: the content of a ``config.json``.
-        family: its declaration.
-
     Raises:
         EmlocError: transformers rejects the config.
     """

@@ -207,9 +207,6 @@ class PluginManager(pluggy.PluginManager):
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
         """Return the layout that reads checkpoints of the ``model_type`` of a config.
 
-        Args:
-            config: the content of a ``config.json``.
-
         Raises:
             EmlocError: none does.
         """
@@ -259,11 +256,7 @@ class PluginManager(pluggy.PluginManager):
         return offered[name]
 
     def objective_for(self, config: Mapping[str, Any]) -> Objective:
-        """Return what models with such a config learn, by the key in it that names their architecture.
-
-        Args:
-            config: the content of a ``config.json``.
-        """
+        """Return what models with such a config learn, by the key in it that names their architecture."""
         found = self.objectives()
         others = (objective for name, objective in found.items() if name != TOKENS)
         return next((each for each in others if each.type_key in config), found[TOKENS])
@@ -289,14 +282,7 @@ class PluginManager(pluggy.PluginManager):
         return self._objectives
 
     def require(self, hook: str, name: str) -> None:
-        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins.
-
-        Args:
-            hook, name: see :meth:`algorithm`.
-
-        Raises:
-            EmlocError: as above.
-        """
+        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins."""
         if name in ALGORITHMS[hook]:
             return
         if any(caller.plugin is not builtin for caller in getattr(self.hook, f"emloc_{hook}").get_hookimpls()):
@@ -380,11 +366,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 def _broken(report: PluginReport, error: BaseException) -> PluginReport:
-    """Return the report of a plugin that raised ``error``.
-
-    Raises:
-        EmlocError: ``EMLOC_STRICT_PLUGINS`` is set.
-    """
+    """Return the report of a plugin that raised ``error``."""
     if is_on("EMLOC_STRICT_PLUGINS"):
         raise EmlocError(
             f"The plugin {report.name!r} of {report.distribution} is broken: {error!r}.",

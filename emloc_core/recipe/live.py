@@ -39,11 +39,7 @@ class Doing:
 
 
 class Live:
-    """Keeps the file while a run lasts.
-
-    Args:
-        directory: of the run.
-    """
+    """Keeps the file while a run lasts."""
 
     def __init__(self, directory: Path) -> None:
         self._file, self._written = directory / FILE, 0.0

@@ -23,11 +23,7 @@ REFRESH = 3
 
 
 def write_page(run: Path, output: Path) -> Path:
-    """Write the page of a run, whole or not at all.
-
-    Raises:
-        EmlocError: no stage is finished there, or the page cannot be written.
-    """
+    """Write the page of a run, whole or not at all."""
     write_text(output, _render(RunView.read(run)))
     return output
 

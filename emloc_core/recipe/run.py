@@ -131,11 +131,7 @@ def _perform(
 
 
 def require_tasks(recipe: Recipe) -> None:
-    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later.
-
-    Raises:
-        EmlocError: names the file.
-    """
+    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later."""
     from emloc_core.evaluation.tasks import require_task_file
 
     for task in recipe.eval.tasks if recipe.eval else ():
@@ -144,11 +140,7 @@ def require_tasks(recipe: Recipe) -> None:
 
 
 def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
-    """Return the output of ``emloc compress --dry-run --json`` for an emulator: rows, ranks, bytes.
-
-    Raises:
-        EmlocError: it could not be made.
-    """
+    """Return the output of ``emloc compress --dry-run --json`` for an emulator: rows, ranks, bytes."""
     request = compress_request(recipe, attempt)
     rows = selection_rows(recipe)  # which are not drawn yet, where nothing was made
     known = tuple(path for path in request.exclude if path != rows or path.is_file())
@@ -163,11 +155,7 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
 
 
 def describe_train(stage: Stage) -> dict[str, Any]:
-    """Return the output of ``emloc train --dry-run --json`` for the stage that tunes the model itself.
-
-    Raises:
-        EmlocError: it could not be tuned.
-    """
+    """Return the output of ``emloc train --dry-run --json`` for the stage that tunes the model itself."""
     (content,) = call(DESCRIBE, {"request": stage.request.to_json()})
     found: dict[str, Any] = content
     return found

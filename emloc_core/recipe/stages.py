@@ -265,11 +265,7 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
 
 
 def _compared(recipe: Recipe, attempt: Attempt, controls: list[Stage]) -> list[System]:
-    """Return the systems to compare: those that the recipe names, or all, and the controls.
-
-    Raises:
-        EmlocError: the recipe names a system that it does not make.
-    """
+    """Return the systems to compare: those that the recipe names, or all, and the controls."""
     assert recipe.eval is not None
     made = {system.name: system for system in _systems(recipe, attempt)}
     names = made if recipe.eval.systems is None else recipe.eval.systems

@@ -108,11 +108,7 @@ class Tune(Settings):
         return load_recipe(self.output / RECIPE)
 
     def plan(self) -> tuple[Recipe, list[str]]:
-        """Return the recipe with what is decided for the memory, and that in lines; nothing is written.
-
-        Raises:
-            EmlocError: see :meth:`run`.
-        """
+        """Return the recipe with what is decided for the memory, and that in lines; nothing is written."""
         skipped: list[Skipped] = []
         self._rows(skipped)  # what is wrong with a row is said at once
         lines = told(skipped)

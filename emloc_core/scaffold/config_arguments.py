@@ -29,9 +29,6 @@ def needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         sizes: arguments of ``AutoConfig.for_model``.
-
-    Raises:
-        EmlocError: transformers refuses them.
     """
     wanted = make_config(sizes).to_dict()
     found = {"model_type": sizes["model_type"], **sizes}
@@ -44,11 +41,7 @@ def needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_config(arguments: Mapping[str, Any]) -> Any:
-    """Return transformers' config of these arguments of ``AutoConfig.for_model``.
-
-    Raises:
-        EmlocError: transformers refuses them.
-    """
+    """Return transformers' config of these arguments of ``AutoConfig.for_model``."""
     try:
         return AutoConfig.for_model(**arguments)
     except Exception as error:  # whatever the config class's own checks raise

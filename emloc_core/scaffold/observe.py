@@ -224,10 +224,6 @@ def without_gradient(model: PreTrainedModel, inputs: Mapping[str, Any]) -> set[s
     """Return the paths of the Linears whose weight does not move the logits by any gradient.
 
     Such a Linear chooses, as that of an indexer which only ranks tokens, or its output is not used.
-
-    Args:
-        model: small enough to run, with weights.
-        inputs: keyword arguments of its forward.
     """
     model = copy.deepcopy(model)  # some keep a state, which would hold on to the graph
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}

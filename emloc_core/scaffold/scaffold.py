@@ -205,11 +205,7 @@ class _Scaffold:
                 yield f"Check: the family {other.name!r} declares {self.type} already; beside it this one is refused."
 
     def _summary(self, family: Family, notes: list[str]) -> str:
-        """Say what the declaration covers, of the model that was asked for; note what it lacks.
-
-        Raises:
-            EmlocError: it does not fit that model.
-        """
+        """Say what the declaration covers, of the model that was asked for; note what it lacks."""
         if left := self._undeclared(family):
             notes.append(f"Edit: {left[0]} ({len(left)} in all) is in no group: the tiny model has no such block.")
         linears = self._plan(family).candidates
@@ -233,11 +229,7 @@ class _Scaffold:
 
 
 def _empty_family(config: Any) -> Family:
-    """Return the family with nothing declared but how its models are built.
-
-    Raises:
-        EmlocError: transformers has no model of the kind that can be tuned here.
-    """
+    """Return the family with nothing declared but how its models are built."""
     model_type: str = config.model_type
     name = model_type.replace("-", "_")  # part of a package's name, too
     if getattr(config, "is_encoder_decoder", False):

@@ -27,10 +27,6 @@ def shrink(config: Any, of_each: int = 1) -> dict[str, Any]:
     Heads still divide widths and key-value heads divide heads. Lists with one entry per block keep blocks of each
     kind. Values that equal the config class's default are left out.
 
-    Args:
-        config: of the model.
-        of_each: how many blocks of each kind are kept.
-
     Raises:
         EmlocError: transformers refuses the smaller config.
     """

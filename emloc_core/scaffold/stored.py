@@ -65,12 +65,7 @@ def _reason(skeleton: Skeleton, path: str, model: PreTrainedModel) -> str | None
 
 
 def keep_dense(stacks: Sequence[Stack], reasons: Mapping[str, str]) -> None:
-    """Take Linears out of the groups of stacks, in all blocks.
-
-    Args:
-        stacks: they are changed.
-        reasons: path of a Linear -> why it stays dense.
-    """
+    """Take Linears out of the groups of stacks, in all blocks."""
     places = {place: reason for linear, reason in reasons.items() if (place := _place(linear, stacks))}
     for stack in stacks:
         found = {path: reason for (blocks, path), reason in sorted(places.items()) if blocks == stack.path}

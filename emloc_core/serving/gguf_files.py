@@ -108,11 +108,7 @@ def _writer(target: Path, layout: Gguf, config: Any) -> "GGUFWriter":
 
 
 def _add_sizes(writer: "GGUFWriter", config: Any, dtype: str) -> None:
-    """Add what the config says, in GGUF's terms.
-
-    Raises:
-        EmlocError: it says something that GGUF does not.
-    """
+    """Add what the config says, in GGUF's terms."""
     from gguf import LlamaFileType, RopeScalingType
 
     head, rope = _head_size(config), config.rope_parameters

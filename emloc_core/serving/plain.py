@@ -32,13 +32,7 @@ def _plain(lora: Lora, rank: int) -> Lora:
 
 
 def plain_config(loras: Mapping[str, Lora], base: str, modules: Iterable[str]) -> dict[str, Any]:
-    """Return PEFT's config for what :func:`plain` returns.
-
-    Args:
-        loras: by module path.
-        base: path or hub id of the model.
-        modules: paths of all modules of the model.
-    """
+    """Return PEFT's config for what :func:`plain` returns."""
     rank = next(iter(loras.values())).rank
     stacks = sorted(path for path, lora in loras.items() if lora.is_stacked)
     return {

@@ -29,11 +29,7 @@ _LOGGER = logging.getLogger("emloc.stages")
 
 
 def prepare(request: Request) -> Job:
-    """Return the job of a request.
-
-    Raises:
-        EmlocError: the request cannot be met; nothing has been written.
-    """
+    """Return the job of a request."""
     precheck(request)
     with without_collections():
         make = resolve_name(_JOBS[request.stage])

@@ -25,11 +25,7 @@ _NAMED = {"kind": "emulators", "correction": "corrections"}
 
 
 def precheck(request: Request) -> None:
-    """Refuse a request whose models, rows, algorithms or memory cannot be what it says.
-
-    Raises:
-        EmlocError: one of them cannot.
-    """
+    """Refuse a request whose models, rows, algorithms or memory cannot be what it says."""
     asked: Any = request
     if (memory := getattr(asked, "memory", None)) not in (None, FREE):
         parse_bytes(memory)
@@ -51,11 +47,7 @@ def precheck(request: Request) -> None:
 
 
 def check_names(settings: Any) -> None:
-    """Refuse settings that name an algorithm that nothing offers.
-
-    Raises:
-        EmlocError: says what is offered.
-    """
+    """Refuse settings that name an algorithm that nothing offers."""
     for field, hook in _NAMED.items():
         name = getattr(settings, field, None)
         if name is not None and name != AUTO:
@@ -67,9 +59,6 @@ def check_model(name: str) -> None:
 
     Args:
         name: directory or hub id, of which nothing is downloaded.
-
-    Raises:
-        EmlocError: as above.
     """
     check_place(name)
     if Path(name).exists():
@@ -77,11 +66,7 @@ def check_model(name: str) -> None:
 
 
 def check_place(name: str) -> None:
-    """Refuse what is neither there nor a hub id.
-
-    Raises:
-        EmlocError: as above.
-    """
+    """Refuse what is neither there nor a hub id."""
     if not Path(name).exists():
         require_name(name)
 
@@ -91,9 +76,6 @@ def check_rows(data: Any) -> None:
 
     Args:
         data: see :func:`emloc_core.data.rows.load_rows`; of hub datasets nothing is downloaded.
-
-    Raises:
-        EmlocError: names the file.
     """
     sources: Iterable[Any] = weights(data) or [data]
     for source in sources:

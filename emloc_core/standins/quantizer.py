@@ -45,11 +45,7 @@ class EmlocConfig(QuantizationConfigMixin):
         format_named(format)
 
     def replace(self, model: nn.Module) -> None:
-        """Replace what has a stand-in by empty layers.
-
-        Raises:
-            EmlocError: the model has no such module at one of the paths.
-        """
+        """Replace what has a stand-in by empty layers."""
         format_named(self.format).replace(model, self.ranks)
         replace_vocabulary(model, self.vocabulary)
 
@@ -76,11 +72,7 @@ class EmlocQuantizer(HfQuantizer):
                 keep_as_it_is(layer)
 
     def postprocess_model(self, model: "PreTrainedModel", **options: Any) -> Any:
-        """Check that all parts of the stand-ins were loaded.
-
-        Raises:
-            EmlocError: one was not.
-        """
+        """Check that all parts of the stand-ins were loaded."""
         super().postprocess_model(model, **options)
         for path, layer in _stand_ins(model):
             unloaded: Any = layer.emloc_unloaded

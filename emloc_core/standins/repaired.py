@@ -98,11 +98,7 @@ class RepairedThreeLevels(Format):
     factorize: Factorize = staticmethod(factorize)
 
     def check(self, settings: CompressSettings) -> None:
-        """Refuse a repair that saves next to nothing over weights in four bits.
-
-        Raises:
-            EmlocError: names the setting.
-        """
+        """Refuse a repair that saves next to nothing over weights in four bits."""
         super().check(settings)
         if settings.ratio and settings.ratio > self.ratios.largest:
             raise EmlocError(

@@ -104,11 +104,7 @@ def stack_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
 
 
 def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
-    """Have PEFT refuse, where it wraps an emulator, what could not be transferred afterwards; see also `expert_loras`.
-
-    Args:
-        is_emulator: whether a model is one.
-    """
+    """Have PEFT refuse, where it wraps an emulator, what could not be transferred later; see also `expert_loras`."""
 
     def check(model: nn.Module, config: dict[str, Any]) -> None:
         if is_emulator(model):
@@ -120,11 +116,7 @@ def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
 
 
 def require(problems: Iterable[str]) -> None:
-    """Refuse an adapter that has problems.
-
-    Raises:
-        EmlocError: it does; names them.
-    """
+    """Refuse an adapter that has problems."""
     if found := "; ".join(problems):
         raise EmlocError(
             f"What is trained on an emulator has to hold on the base: {found}.", REMEDY, code="unsupported"

@@ -163,11 +163,7 @@ class PackedRows(HollowTensor):
 
     @classmethod
     def given(cls, operation: Any, *args: Any) -> Any:
-        """Return rows by a slice or by indices, or a single one.
-
-        Raises:
-            EmlocError: anything else is asked for.
-        """
+        """Return rows by a slice or by indices, or a single one."""
         aten, (matrix, *others) = torch.ops.aten, args
         if operation is aten.detach.default:
             return cls.of(matrix.layer)
@@ -307,11 +303,7 @@ def rows_at_once(model: Any) -> int | None:
 
 
 def packed_layers(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return how the output layer and the embeddings are packed, by path; nothing for models that have them dense.
-
-    Args:
-        config: ``config.json`` of a model.
-    """
+    """Return how the output layer and the embeddings are packed, by path; nothing for models that have them dense."""
     found: dict[str, str] = (config.get("quantization_config") or {}).get("vocabulary") or {}
     return found
 

@@ -21,9 +21,6 @@ def require_processes(started: int) -> None:
 
     Args:
         started: processes that train.
-
-    Raises:
-        EmlocError: ``accelerate launch`` was told to start more than one, and this one is alone; or to use FSDP.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}:
         raise EmlocError(

@@ -73,11 +73,7 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
 
 
 def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:
-    """Refuse rows that are no preferences between two texts, and for KTO have no label either.
-
-    Raises:
-        EmlocError: a row has no rejected answer, or no label, or has images or tools; names the first.
-    """
+    """Refuse rows that are no preferences between two texts, and for KTO have no label either."""
     objective: str = getattr(settings, "objective", "")
     labels = objective == "kto"
     for row in rows:

@@ -74,11 +74,7 @@ def _require_linears(opened: OpenModel, settings: TrainSettings, targets: list[s
 
 
 def _require_matches(lora: nn.Module, settings: TrainSettings) -> None:
-    """Refuse ranks, layers and modules that match nothing, which PEFT ignores.
-
-    Raises:
-        EmlocError: names the first.
-    """
+    """Refuse ranks, layers and modules that match nothing, which PEFT ignores."""
     adapted = [path for path, module in lora.named_modules() if isinstance(module, LoraLayer)]
     for name in settings.rank_pattern or {}:
         if not any(get_pattern_key([name], path) == name for path in adapted):
