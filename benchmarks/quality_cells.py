@@ -83,8 +83,8 @@ BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
 LONGER = (240, 960)
 #: Steps on the mixture of experts, which take longest.
 FEWER_STEPS = 30
-#: The task of wider cells, where emulators differ most.
-WIDER_TASK = "arithmetic"
+#: The task of wider cells, where emulators differ most; and one with short answers, for other lengths and models.
+WIDER_TASK, SECOND_TASK = "arithmetic", "classification"
 
 
 @dataclass(frozen=True)
@@ -198,25 +198,26 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
 
 
 def wider_ways() -> list[tuple[str, float]]:
-    """Return kind and memory of the emulators of wider cells."""
-    return [RECOMMENDED[WIDER_TASK][memory] for memory in (0.17, 0.28)]
+    """Return kind and memory of the emulators of wider cells, the most usual first."""
+    return [RECOMMENDED[WIDER_TASK][memory] for memory in (0.17, 0.28, 0.11)]
 
 
 def wider_cells() -> Iterator[Cell]:
-    """Return the cells beyond the usual set-up, the most telling first: one task, one seed, one learning rate."""
-    control, (small, usual) = (FULL, 1), wider_ways()
+    """Return the cells beyond the usual set-up, the most telling first: one seed, one learning rate."""
+    control, (small, usual, smaller) = (FULL, 1), wider_ways()
     rate, lower, _ = LEARNING_RATES[WIDER_TASK]
 
     yield from (Cell(WIDER_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
     yield Cell(WIDER_TASK, *control, 0, STEPS + EXACT[-1], rate, GEMMA)
-    for steps, way in product(LONGER, (control, small)):
-        yield Cell(WIDER_TASK, *way, 0, steps, lower, batch=1)
+    for task, steps, way in product((WIDER_TASK, SECOND_TASK), reversed(LONGER), (control, small, smaller, usual)):
+        yield Cell(task, *way, 0, steps, lower, batch=1)
     yield from (Cell(WIDER_TASK, *way, 0, LONGER[0], lower, GEMMA, batch=1) for way in (control, small))
     others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
     for other, way in product(others, (control, small)):
         yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)
     for way in (control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, ("low-rank", usual[1]), small):
         yield Cell(WIDER_TASK, *way, 0, FEWER_STEPS, rate, EXPERTS)
+    yield from (Cell(SECOND_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:

@@ -5,13 +5,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import markdown
-from quality_cells import ALL, BATCH, FULL, MODELS, RANK, STEPS, WIDER_TASK, Cell, wider_ways
+from quality_cells import ALL, BATCH, FULL, MODELS, RANK, SECOND_TASK, STEPS, WIDER_TASK, Cell, wider_ways
 from quality_rows import UNRELATED
 from quality_table import Table
 
 SYSTEMS = ("uncorrected", "auto", "polish20")
 #: What is told of a cell.
-DESCRIBED = ("model", "steps", "batch", "rank", "targets", "kind", "memory", "learning_rate")
+DESCRIBED = ("task", "model", "steps", "batch", "rank", "targets", "kind", "memory", "learning_rate")
 
 
 def wider_rows(table: Table) -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def wider_rows(table: Table) -> list[dict[str, Any]]:
 
     ``reach`` is half the 95 % interval of ``auto``, over the test rows that the cell and its control share.
     """
-    usual = {(WIDER_TASK, *way, 0, STEPS, BATCH) for way in wider_ways()}
+    usual = {(task, *way, 0, STEPS, BATCH) for task in (WIDER_TASK, SECOND_TASK) for way in wider_ways()}
     found = []
     for row in table.best:
         cell = Cell.of(row)
@@ -36,9 +36,9 @@ def wider_rows(table: Table) -> list[dict[str, Any]]:
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what orders rows: by place and rank of the LoRA, the usual ones first, and there by model and length."""
-    return (row["targets"] != ALL, row["rank"] != RANK, row["rank"], -row["batch"], row["model"], row["steps"],
-            -row["memory"])  # fmt: skip
+    """Return what orders rows: by place and rank of the LoRA, the usual first; by task, by model and by length."""
+    return (row["targets"] != ALL, row["rank"] != RANK, row["rank"], row["task"], -row["batch"], row["model"],
+            row["steps"], -row["memory"])  # fmt: skip
 
 
 def _reach(table: Table, row: dict[str, Any]) -> float:
@@ -56,11 +56,11 @@ def _losses(system: dict[str, Any]) -> list[float]:
 
 def wider_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows in Markdown."""
-    header = ["model", "steps", "rows per step", "LoRA", "stand-in", "memory", "learning rate", "uncorrected",
+    header = ["task", "model", "steps", "rows per step", "LoRA", "stand-in", "memory", "learning rate", "uncorrected",
               "`auto`", "95 %", "and 20 exact steps"]  # fmt: skip
     lines = []
     for row in rows:
-        told = [MODELS[row["model"]], str(row["steps"]), str(row["batch"]), _lora(row), f"`{row['kind']}`"]
+        told = [row["task"], MODELS[row["model"]], str(row["steps"]), str(row["batch"]), _lora(row), f"`{row['kind']}`"]
         told += [f"{row['memory']:g}", f"{row['learning_rate']:g}"]
         uncorrected, auto, polished = ("" if row[name] is None else f"{row[name]:.3f}" for name in SYSTEMS)
         lines.append([*told, uncorrected, auto, f"± {row['reach']:.3f}", polished])
@@ -70,19 +70,19 @@ def wider_table(rows: Sequence[dict[str, Any]]) -> str:
 def forgotten_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, the loss of the base with a LoRA on rows that it was not tuned for, beside its control's."""
     tuned = [f"{name}, tuned on the {on}" for name in UNRELATED for on in ("base", "emulator")]
-    header = ["model", "steps", "LoRA", *tuned]
+    header = ["task", "model", "steps", "LoRA", *tuned]
     controls = {_way(row): row["elsewhere"][FULL] for row in rows if FULL in row.get("elsewhere", {})}
     lines = []
     for row in rows:
         own, control = row.get("elsewhere", {}).get("auto"), controls.get(_way(row))
         if own and control:
             losses = (f"{each[name]:.3f}" for name in UNRELATED for each in (control, own))
-            lines.append([MODELS[row["model"]], str(row["steps"]), _lora(row), *losses])
+            lines.append([row["task"], MODELS[row["model"]], str(row["steps"]), _lora(row), *losses])
     return markdown(header, lines)
 
 
 def _way(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("model", "steps", "batch", "rank", "targets"))
+    return tuple(row[name] for name in ("task", "model", "steps", "batch", "rank", "targets"))
 
 
 def _lora(row: dict[str, Any]) -> str:

@@ -41,8 +41,8 @@ def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
 def test_what_is_said_of_a_larger_model_was_measured():
     told = (ROOT / "docs/evidence.md").read_text()
     for row in json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]:
-        told_of = [MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}", f"{row['uncorrected']:.3f}",
-                   f"{row['auto']:.3f}", f"± {row['reach']:.3f}"]  # fmt: skip
+        told_of = [row["task"], MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}",
+                   f"{row['uncorrected']:.3f}", f"{row['auto']:.3f}", f"± {row['reach']:.3f}"]  # fmt: skip
         assert f"| {' | '.join(told_of)} |" in told
 
 
