@@ -16,8 +16,8 @@ which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
 learning rate, with fewer rows to test and to select on. Exact steps are taken on the larger model alone, at half of the
-rate. Those of more steps have one row per step. What is forgotten is measured too: the loss on general text and on
-another task.
+rate. Those of more steps have one row per step. Measured too: how far the emulator is from the base, by KL divergence;
+and what is forgotten, by the loss on general text and on another task.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -84,7 +84,9 @@ def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
     else:
         sets = make_sets(cell.task, cell.seed, root, max(SIZES["tuning"], cell.batch * cell.steps))
     if cell.is_wider:
-        sets |= {name: sets[name][:size] for name, size in FEWER.items()} | unrelated(root)
+        sets |= {name: sets[name][:size] for name, size in FEWER.items()}
+    if cell.forgets:
+        sets |= unrelated(root)
     if cell.model == GEMMA:
         sets = {name: list(map(without_chat, rows)) for name, rows in sets.items()}
     files = {name: place / f"{name}.jsonl" for name in sets}
@@ -100,7 +102,7 @@ def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[
     scored = Scores(base, rows["test"])
     selection = Scores(base, rows["selection"]).of(adapter)["nll"]
     systems = {"base": base_scores(scored, place, cell), cell.kind: scored.of(adapter)}
-    forgotten = elsewhere(base, rows, {"base": None, cell.kind: adapter}) if cell.is_wider else {}
+    forgotten = elsewhere(base, rows, {"base": None, cell.kind: adapter}) if cell.forgets else {}
     return {"systems": systems, "selection": selection, **forgotten, "stages": metered.stages}
 
 
@@ -170,9 +172,7 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     with_exact = cell.kind not in WITHOUT_EXACT
     in_full = with_exact and cell.seed == 0
     exact_rate, exact = polish(cell, carried["auto"], base, rows, metered) if with_exact else (None, {})
-    # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
-    dtype = "auto" if cell.task == PICTURES else "float32"
-    on_emulator, on_base = Scores(emulator, rows["test"], 64, dtype), Scores(base, rows["test"])
+    on_emulator, on_base = Scores(emulator, rows["test"], 64, cell.dtype), Scores(base, rows["test"])
     systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter)} if in_full else {}
     systems |= {"uncorrected": on_base.of(adapter), "paper": on_base.of(carried["paper"])}
     auto = (read_manifest(carried["auto"]) or {})["result"]
@@ -197,7 +197,7 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
     from emloc_core.files.manifest import read_manifest
 
     metered = Metered()
-    share, _, adapter = tuned(base, place, cell, rows, metered)
+    share, emulator, adapter = tuned(base, place, cell, rows, metered)
     auto = metered("auto", lambda: corrected(adapter, base, rows, "auto", place / "auto"), place / "auto")
     on_base = Scores(base, rows["test"])
     systems = {"uncorrected": on_base.of(adapter)}
@@ -208,12 +208,14 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
         exact, rate = place / "polish", cell.learning_rate / 2
         metered("polish20", lambda: polished(auto, base, rows, EXACT[-1], rate, cell.seed, exact), exact)
         systems["polish20"] = on_base.of(exact)
+    forgotten = elsewhere(base, rows, {"auto": auto}) if cell.forgets else {}
     return {
         "share": round(share, 4),
         "chosen": {name: chosen[name] for name in chosen if name in ("clamp", "scale")},
         "candidates": chosen["candidates"],
         "systems": systems,
-        **elsewhere(base, rows, {"auto": auto}),
+        "divergence": on_base.divergence(Scores(emulator, rows["test"], dtype=cell.dtype)),
+        **forgotten,
         "stages": metered.stages,
     }
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from emloc_demo.model import write_base, write_checkpoint
-from quality_cells import DEMO, EXPERTS, GEMMA, PICTURES
+from quality_cells import DEMO, EXPERTS, GEMMA, PICTURES, READER
 from quality_experts import write_upcycled
 from quality_pictures import write_reader
 
@@ -20,19 +21,20 @@ _WHOLE = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 def base_of(model: str, task: str, root: Path) -> Path:
     """Return the base of a model's name and a task; it is made once."""
-    has_pictures = model == DEMO and task == PICTURES
+    has_pictures = task == PICTURES
     place = root / (model if model != DEMO else "reading-base" if has_pictures else "base")
     if place.exists():
         return place
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    partial, whole = (place.with_name(f".{place.name}.{name}") for name in ("partial", "fp32"))
-    for each in (partial, whole):
+    unfinished, whole = (place.with_name(f".{place.name}.{name}") for name in ("partial", "fp32"))
+    for each in (unfinished, whole):
         shutil.rmtree(each, ignore_errors=True)
     write: Callable[[Path], Path]
     if has_pictures:
-        write, auto, processing = write_reader, AutoModelForImageTextToText, AutoProcessor
+        write = partial(write_reader, experts=model == READER)
+        auto, processing = AutoModelForImageTextToText, AutoProcessor
     else:
         write, auto, processing = (
             {GEMMA: write_gemma, EXPERTS: write_upcycled}.get(model, write_base),
@@ -40,10 +42,10 @@ def base_of(model: str, task: str, root: Path) -> Path:
             AutoTokenizer,
         )
     source = write(whole)
-    auto.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
-    processing.from_pretrained(source).save_pretrained(partial)
+    auto.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(unfinished)
+    processing.from_pretrained(source).save_pretrained(unfinished)
     shutil.rmtree(source)
-    partial.rename(place)
+    unfinished.rename(place)
     return place
 
 

@@ -73,9 +73,10 @@ BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kin
 BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
 BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
-#: The usual base of a task; a larger one, of another family; a mixture of experts.
-DEMO, GEMMA, EXPERTS = "demo", "gemma-3-270m", "smollm2-experts"
-MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M", EXPERTS: "SmolLM2 135M, four experts"}
+#: The usual base of a task; a larger one, of another family; mixtures of experts, for text and for pictures.
+DEMO, GEMMA, EXPERTS, READER = "demo", "gemma-3-270m", "smollm2-experts", "reading-experts"
+MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M", EXPERTS: "SmolLM2 135M, four experts",
+          READER: "InternVL 3M, eight experts"}  # fmt: skip
 PARAMETERS = {DEMO: 135e6, GEMMA: 268e6, EXPERTS: 374e6}
 #: What is usual of the LoRA and its steps.
 BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
@@ -132,6 +133,19 @@ class Cell:
         """Whether it leaves the usual set-up: another model, length, batch, rank or place of the LoRA."""
         lengths, further = {STEPS, STEPS + EXACT[-1], EXACT[-1]}, {"model", "batch", "rank", "targets"}
         return self.steps not in lengths or not further.isdisjoint(self.given)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether what its LoRA forgets is measured, which takes a model of text."""
+        return self.is_wider and self.task in TEXTS
+
+    @property
+    def dtype(self) -> str:
+        """What emulators are loaded in to be measured.
+
+        Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
+        """
+        return "auto" if self.task == PICTURES else "float32"
 
     @property
     def ratio(self) -> float | None:
@@ -218,6 +232,8 @@ def wider_cells() -> Iterator[Cell]:
     for way in (control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, ("low-rank", usual[1]), small):
         yield Cell(WIDER_TASK, *way, 0, FEWER_STEPS, rate, EXPERTS)
     yield from (Cell(SECOND_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
+    for way in (control, usual, small, RIVALS[0], RECOMMENDED[PICTURES][0.17], ("low-rank", usual[1])):
+        yield Cell(PICTURES, *way, 0, STEPS, LEARNING_RATES[PICTURES][0], READER)
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:

@@ -43,8 +43,8 @@ def _rows(directory: Path, name: str) -> list[Row]:
     return [{**row, "images": [str(directory / image) for image in row["images"]]} for row in rows]
 
 
-def write_reader(place: Path) -> Path:
-    """Train the demo's model, the same every time on processors of one type."""
+def write_reader(place: Path, *, experts: bool) -> Path:
+    """Train the demo's model, or one with a mixture of experts; the same every time on processors of one type."""
     import torch
     from emloc_demo.vision.pictures import TURNS, load_digits
     from emloc_demo.vision.pretraining import pretrain
@@ -53,6 +53,6 @@ def write_reader(place: Path) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # sums in another order would give another model
     try:
-        return pretrain(place, split(load_digits(TURNS))["pretraining"])
+        return pretrain(place, split(load_digits(TURNS))["pretraining"], experts=experts)
     finally:
         torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """The stages of the toolkit as ``quality.py`` runs them, what they take, and the loss of what they give."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,26 +117,43 @@ class Scores:
 
     def of(self, adapter: Path | None) -> dict[str, Any]:
         """Return the loss per token, the share of rows that greedy decoding would write right, and each row's loss."""
-        import torch
         from torch.nn import functional
 
         from emloc_core.files.pretrained import load_lora
 
-        model = self.load()
-        model = load_lora(model, adapter) if adapter else model
         losses, tokens, exact = [], 0, 0
-        with torch.no_grad():
-            for sample in self.samples:
-                inputs = sample.inputs("cpu")
-                counted = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
-                targets = inputs["input_ids"][0, 1:][counted]
-                last = {"use_cache": False, "logits_to_keep": len(targets) + 1}  # answers end their rows
-                logits = model(**inputs, **last).logits[0, :-1].float()
-                losses.append(float(functional.cross_entropy(logits, targets, reduction="sum")))
-                tokens += len(targets)
-                exact += bool((logits.argmax(-1) == targets).all())
+        model = self.load()
+        for logits, targets in self._answers(load_lora(model, adapter) if adapter else model):
+            losses.append(float(functional.cross_entropy(logits, targets, reduction="sum")))
+            tokens += len(targets)
+            exact += bool((logits.argmax(-1) == targets).all())
         return {
             "nll": round(sum(losses) / tokens, 5),
             "exact_match": round(exact / len(losses), 4),
             "losses": " ".join(f"{loss:.3f}" for loss in losses),  # in one line of the results
         }
+
+    def divergence(self, other: "Scores") -> float:
+        """Return the KL divergence of another model from this one on the same answers, in nats per token."""
+        from torch.nn import functional
+
+        total, tokens = 0.0, 0
+        answers = zip(self._answers(self.load()), other._answers(other.load()), strict=True)
+        for (own, targets), (others, _) in answers:
+            logs = (others.log_softmax(-1), own.log_softmax(-1))
+            total += float(functional.kl_div(*logs, reduction="sum", log_target=True))
+            tokens += len(targets)
+        return round(total / tokens, 6)
+
+    def _answers(self, model: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield the logits of every row's answer, (tokens, vocabulary), in fp32, and the tokens that it has."""
+        import torch
+
+        for sample in self.samples:
+            inputs = sample.inputs("cpu")
+            counted = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
+            targets = inputs["input_ids"][0, 1:][counted]
+            last = {"use_cache": False, "logits_to_keep": len(targets) + 1}  # answers end their rows
+            with torch.no_grad():
+                logits = model(**inputs, **last).logits[0, :-1].float()
+            yield logits, targets

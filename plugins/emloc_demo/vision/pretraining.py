@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 
 STEPS, BATCH = 1200, 32
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.05
+#: What language models of the two sorts have beside what they share.
+_DENSE = {"model_type": "qwen2", "intermediate_size": 384}
+_EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192,
+            "norm_topk_prob": True, "head_dim": 32}  # fmt: skip
 
 
-def make_model(tokenizer: "PreTrainedTokenizerFast", seed: int = 0) -> "InternVLForConditionalGeneration":
-    """Return the model with random weights in fp32: a vision tower, a projector, and a Qwen2 language model."""
+def make_model(
+    tokenizer: "PreTrainedTokenizerFast", seed: int = 0, *, experts: bool = False
+) -> "InternVLForConditionalGeneration":
+    """Return the model with random weights in fp32: a vision tower, a projector, and a language model.
+
+    That is a Qwen2, or a Qwen3 with a mixture of experts.
+    """
     import torch
     from transformers import AutoConfig, InternVLForConditionalGeneration
 
@@ -37,10 +46,9 @@ def make_model(tokenizer: "PreTrainedTokenizerFast", seed: int = 0) -> "InternVL
             "layer_scale_init_value": 1.0,
         },
         text_config={
-            "model_type": "qwen2",
+            **(_EXPERTS if experts else _DENSE),
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
-            "intermediate_size": 384,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -60,6 +68,8 @@ def pretrain(
     seed: int = 0,
     steps: int = STEPS,
     advance: Callable[[str, int, int], None] = lambda *_: None,
+    *,
+    experts: bool = False,
 ) -> Path:
     """Train the model on random pictures of ``digits``, write it as an HF checkpoint, and return its directory.
 
@@ -71,11 +81,12 @@ def pretrain(
         seed: of the weights and the pictures: the same seed and versions give the same model.
         steps: optimiser steps.
         advance: is told the loss, the steps done, and ``steps``.
+        experts: whether the language model is a mixture of experts.
     """
     import torch
 
     processor = make_processor()
-    model = make_model(processor.tokenizer, seed)
+    model = make_model(processor.tokenizer, seed, experts=experts)
     conversations = Conversations(processor.tokenizer, digits, seed)
     # What is in a cell is also asked of its token directly: it shows the vision tower early what matters, and saves
     # most of the training. The layer that answers is not a part of the model.
