@@ -101,7 +101,8 @@ class Decomposition:
         own = (
             tensor for sample in samples for tensor in sample.others.values()
         )  # base and emulator are given the same
-        parking = Parking.on(skeleton.device, [*skeleton.model.buffers(), *own], directory)
+        needed = max(map(self._needed, self.blocks), default=0)
+        parking = Parking.on(skeleton.device, [*skeleton.model.buffers(), *own], directory, needed=needed)
         self.stream = Stream(skeleton, parking)
 
     def run(self, store: Store, probes: int = 0) -> None:
@@ -122,6 +123,18 @@ class Decomposition:
         """Fit to the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`."""
         forwards = [self._forward(sample) for sample in self.samples]
         self._pass(forwards * 2, store, self._propagate)  # through the base, and through the emulator
+
+    def _needed(self, block: str) -> int:
+        """Return the bytes that it takes to fit a block's Linears, beside what samples hold; ``emloc plan`` says so."""
+        linears, itemsize = self.plan.in_block(block), self.skeleton.dtype.itemsize
+        parameters = self.skeleton.model.get_submodule(block).parameters()
+        weights = sum(parameter.numel() for parameter in parameters) * itemsize
+        fitting = self.format.fitting_bytes(linears, propagated=True, itemsize=itemsize)
+        needed = [fitting + self.format.reading_bytes(linears, itemsize, refined=False)]
+        if self.refine:
+            refining = self.format.refining_bytes(linears, itemsize)
+            needed.append(refining + self.format.reading_bytes(linears, itemsize, refined=True))
+        return weights + max(needed)
 
     def _pass(self, forwards: list[Forward], store: Any, visit_block: Callable[[Any, str], Any]) -> None:
         vocabulary = {self._unit(each): each for each in self.plan.vocabulary}

@@ -18,61 +18,68 @@ _MERGED = 2 << 20  # bytes of a weight merged at a time
 
 
 def compress(model: MemoryModel, plan: RankPlan) -> Need:
-    """Return what stage 1 needs where it needs most: as the Linears of a block are fitted, or as its experts are.
+    """Return what stage 1 needs where it needs most: as the Linears of a block are fitted or refined, or its experts.
 
     - weights: the largest unit loaded at a time, in the model's dtype: a block, or a module outside the blocks (the
       embedding, the output projection).
-    - statistics: what fitting takes; see :func:`_fitting_linears` and :func:`_fitting_experts`.
+    - statistics: what fitting or refining takes; see :func:`_fitting_linears` and :func:`_fitting_experts`.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
-      twice, those of the base and of the emulator. Inside a block, samples have as much that is not in the file.
+      twice, those of the base and of the emulator. Inside a block, samples have as much that is not in the file. From a
+      GPU they move to the CPU's memory where they do not fit, so that one of them counts, unless experts are fitted.
     - stand-ins: where errors are propagated, the block's as rows pass through them; those of experts stay packed, but
       for some.
 
     Without calibration it is far less: one Linear at a time.
     """
-    settings = model.method.settings
+    settings, itemsize = model.method.settings, model.dtype.itemsize
     propagated = settings.calibration == "propagated"
     blocks, outside = _units(model)
     linears = {path: plan.in_block(path) for path in blocks}
     layers = [stacks for path in blocks for stacks in plan.experts_in_block(path).values()]
+    waiting = 1 if model.workload.device == "cuda" and not layers else settings.samples
     always = {
-        "weights": max(outside, *blocks.values()) * model.dtype.itemsize,
-        "activations": (1 + propagated) * model.step.waiting("calibration", settings.samples),
+        "weights": max(outside, *blocks.values()) * itemsize,
+        "activations": (1 + propagated) * model.step.waiting("calibration", waiting),
         # Rows of many lengths need as many kernels as tuning.
         "overhead": overhead(model.workload.device, tuning=True),
     }
-    terms = always | {"statistics": max(_fitting_linears(model, of) for of in linears.values())}
-    if propagated:
-        packed = {path: _packed_experts(model, plan, path) for path in blocks}
-        terms["stand-ins"] = max(_unpacked(model, of) + packed[path] for path, of in linears.items())
-    needs = [_need("compress", terms, "the largest block")]
+
+    def unpacked(*, refined: bool) -> dict[str, int]:
+        return {path: model.format.reading_bytes(of, itemsize, refined=refined) for path, of in linears.items()}
+
+    def need(statistics: int, standins: int, phase: str = "the largest block") -> Need:
+        return _need("compress", always | {"statistics": statistics, "stand-ins": propagated * standins}, phase)
+
+    experts = {path: _packed_experts(model, plan, path) for path in blocks}
+    fitted, refined = unpacked(refined=False), unpacked(refined=True)
+    needs = [
+        need(
+            max(_fitting_linears(model, of) for of in linears.values()),
+            max(fitted[path] + experts[path] for path in blocks),
+        )
+    ]
+    if settings.refine:
+        needs.append(
+            need(
+                max(model.format.refining_bytes(of, itemsize) for of in linears.values()),
+                max(refined[path] + experts[path] for path in blocks),
+            )
+        )
     if layers:
-        terms = always | {"statistics": max(_fitting_experts(model, of) for of in layers)}
-        if propagated:
-            terms["stand-ins"] = max(_unpacked(model, of) for of in linears.values())
-        needs.append(_need("compress", terms, "the experts of a layer"))
+        read = max((refined if settings.refine else fitted).values())
+        needs.append(need(max(_fitting_experts(model, of) for of in layers), read, "the experts of a layer"))
     return max(needs, key=lambda need: need.total)
 
 
 def _fitting_linears(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
     """Return the peak of fitting the Linears of a block, by the format (:mod:`emloc_core.standins.costs`).
 
-    With refinement it is at least what that takes, and with ranks shared out by spectra at least what the pass before
-    does: fitting factors, and the block's at half of the parameters, fp32.
+    With ranks shared out by spectra it is at least what the pass before takes: fitting factors, and the block's at half
+    of the parameters, fp32.
     """
-    settings, itemsize = model.method.settings, model.dtype.itemsize
-    propagated = settings.calibration == "propagated"
-    needs = [model.format.fitting_bytes(linears, propagated=propagated, itemsize=itemsize)]
-    if model.method.by_spectra:
-        needs.append(_ranking(model, linears))
-    if settings.refine:
-        needs.append(model.format.refining_bytes(linears, itemsize))
-    return max(needs)
-
-
-def _unpacked(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
-    """Return the bytes of the stand-ins of a block's Linears as rows pass through them."""
-    return model.format.reading_bytes(linears, model.dtype.itemsize, refined=bool(model.method.settings.refine))
+    propagated, itemsize = model.method.settings.calibration == "propagated", model.dtype.itemsize
+    fitting = model.format.fitting_bytes(linears, propagated=propagated, itemsize=itemsize)
+    return max(fitting, _ranking(model, linears)) if model.method.by_spectra else fitting
 
 
 def _units(model: MemoryModel) -> tuple[dict[str, int], int]:

@@ -47,10 +47,25 @@ class Parking:
         self._end = 0
 
     @classmethod
-    def on(cls, device: torch.device, shared: Iterable[torch.Tensor] = (), directory: Path | None = None) -> "Parking":
-        """Return a parking for a device: without limit on the CPU, with a fraction of the free memory on a GPU."""
+    def on(
+        cls,
+        device: torch.device,
+        shared: Iterable[torch.Tensor] = (),
+        directory: Path | None = None,
+        *,
+        needed: int = 0,
+    ) -> "Parking":
+        """Return a parking for a device: without limit on the CPU, with a fraction of the free memory on a GPU.
+
+        Args:
+            device: that samples compute on.
+            shared: as in the constructor.
+            directory: as in the constructor; of a GPU, everything beyond the limit goes to CPU memory.
+            needed: bytes that have to stay free of a GPU beside those of the samples.
+        """
         if device.type == "cuda":
-            return cls(SHARE * free_of(device), shared)
+            free = free_of(device)
+            return cls(max(0, min(SHARE * free, free - needed)), shared)
         return cls(float("inf"), shared, directory)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:

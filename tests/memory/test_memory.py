@@ -11,11 +11,12 @@ import transformers
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import get_peft_model
-from support.jobs import train_job
+from support.jobs import compress_job, train_job
 from support.planned import CASES, HEADLINE, PICTURED, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.allocation import Spectrum, global_budget
+from emloc_core.emulator.decompose import Decomposition
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
@@ -282,6 +283,21 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     refined = (24 + even.dtype.itemsize) * factors + 2 * even.dtype.itemsize * (4 * m**2 + 3 * m * n)
     assert refined > factorising  # which it takes the place of
     assert streamed.compress(even, plan).terms["statistics"] == refined
+
+
+@pytest.mark.parametrize("kind", ["nf4", "2.7-bit", "1.6-bit+repair"])
+def test_stage_one_leaves_a_gpu_what_is_planned(tiny_model: Path, rows_file: Path, tmp_path: Path, kind: str) -> None:
+    settings = CompressSettings(kind=kind, samples=4, selection=2)
+    job = compress_job(tiny_model, rows_file, tmp_path / "e", settings)
+    how = (job.samples, job.format, lambda *_: None, job.settings.refine)
+    decomposition = Decomposition(job.base.skeleton, job.plan, *how)
+    block = job.base.skeleton.blocks[0]
+    model = MemoryModel(tiny_model / "config.json", workload(device="cuda"), settings)
+    terms = streamed.compress(model, model.plan(job.settings.ratio)).terms
+    weights = sum(each.numel() for each in job.base.skeleton.model.get_submodule(block).parameters())
+    needed = decomposition._needed(block) - weights * model.dtype.itemsize
+    assert needed == terms["statistics"] + terms["stand-ins"]
+    assert terms["activations"] == 2 * model.step.waiting("calibration", 1)
 
 
 def test_the_sums_of_stage_three_by_hand(tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ def test_a_device_that_is_not_there_is_refused(name):
         choose_device(name)
 
 
+@pytest.mark.parametrize(("needed", "limit"), [(0, 50), (30, 50), (70, 30), (200, 0)])
+def test_samples_leave_a_gpu_what_fitting_needs(monkeypatch, needed, limit):
+    monkeypatch.setattr("emloc_core.model.parking.free_of", lambda _gpu: 100)
+    assert Parking.on(torch.device("cuda"), needed=needed).limit == limit
+
+
 def test_what_is_parked_gives_its_memory_back_and_gets_its_content_back():
     parking = Parking(limit=100)
     small, large, view = torch.arange(8.0), torch.arange(40.0), None
