@@ -1,13 +1,16 @@
-"""A few blocks of a tower stand for all: how many are traced, and how what they need grows to the whole depth."""
+"""A few blocks of a tower stand for all: how many are traced, and what the others hold at every moment of a step."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from math import ceil, floor
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from emloc_core.memory.tracing import Phases
-
+#: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
+Composition = Counter[str]
+#: A trace: the composition at the peak of each phase of a step, by phase, in order.
+Phases = dict[str, Composition]
 #: A first block and a last one, which form their own phases.
 _OUTER = 2
 
@@ -28,13 +31,73 @@ class Depth:
 
     @property
     def few(self) -> int:
-        """How many to trace first: a period between the outer ones and those apart, or more; all, if that is no more.
+        """How many are traced: a period between the outer ones and those apart, or more; all, if that is no more.
 
         The others are a whole number of periods.
         """
         enough = _OUTER + self.period + self.apart
-        few = enough + (self.count - enough) % self.period
-        return few if few + self.period < self.count else self.count
+        return min(enough + (self.count - enough) % self.period, self.count)
+
+    @property
+    def copies(self) -> int:
+        """How many periods are not traced; they come after the first that is, which is a copy of each."""
+        return (self.count - self.few) // self.period
+
+    @property
+    def copied(self) -> range:
+        """The blocks of that period."""
+        return range(self.apart + 1, self.apart + 1 + self.period)
+
+
+class Moment(NamedTuple):
+    """When something is allocated.
+
+    Attributes:
+        phase: of the step.
+        places: of every tower, see :attr:`Copies.place`.
+    """
+
+    phase: str
+    places: tuple[float, ...] = ()
+
+
+@dataclass
+class Copies:
+    """What each copy of a period of blocks holds, which is what the period itself does.
+
+    Attributes:
+        count: how many copies there are.
+        held: what one holds before it runs, once it ran, as the backward pass begins, and after its own.
+        place: the state that the step is in, and ``0.5`` more while the period passes to the next. The copies pass
+            before it or after it, so then each holds what the period began with or what it ends with; what is needed is
+            linear in how many do, so one of the two ends is the peak.
+        births: of the storages that the period made in the forward pass.
+    """
+
+    count: int
+    held: list[Composition]
+    place: float = 0
+    births: range = range(0)
+
+    def at(self, place: float) -> list[Composition]:
+        """Return what all copies may hold at a place."""
+        return [
+            Counter({kind: self.count * size for kind, size in self.held[state].items()})
+            for state in {floor(place), ceil(place)}
+        ]
+
+
+def extended(peaks: Mapping[Moment, Composition], towers: Sequence[Copies]) -> Phases:
+    """Return the peak of each phase with all blocks, from those of all moments with the few that are traced."""
+    phases: Phases = {}
+    for moment, peak in peaks.items():
+        for held in product(*(tower.at(place) for tower, place in zip(towers, moment.places, strict=True))):
+            whole = Counter(peak)
+            for each in held:
+                whole.update(each)
+            if whole.total() > phases.get(moment.phase, Counter()).total():
+                phases[moment.phase] = whole
+    return phases
 
 
 def repetition(layouts: Sequence[Any]) -> tuple[int, int]:
@@ -45,26 +108,3 @@ def repetition(layouts: Sequence[Any]) -> tuple[int, int]:
             if kinds[both:] == kinds[apart : apart - both]:
                 return apart, both - apart
     return 0, max(1, len(kinds))
-
-
-def extend(trace: Callable[[Mapping[str, int]], "Phases"], depths: Mapping[str, Depth]) -> "Phases":
-    """Trace a few blocks of each tower, then a period more of each in turn, and extrapolate the difference to all.
-
-    Phases are divided so that each peak grows linearly with depth. Towers whose blocks do not repeat are traced whole.
-
-    Args:
-        trace: takes how many blocks each tower is to have.
-        depths: the towers, by path.
-    """
-    few = {path: depth.few for path, depth in depths.items()}
-    phases = trace(few)
-    extended = {phase: Counter(peak) for phase, peak in phases.items()}
-    for path, depth in depths.items():
-        if depth.count == few[path]:
-            continue
-        deeper = trace({**few, path: few[path] + depth.period})
-        times = (depth.count - few[path]) // depth.period
-        for phase, peak in phases.items():
-            for kind in peak.keys() | deeper[phase].keys():
-                extended[phase][kind] += times * (deeper[phase][kind] - peak[kind])
-    return extended

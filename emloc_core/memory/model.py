@@ -2,7 +2,7 @@
 
 Weights, LoRA, gradients, optimiser states and the KV cache are counted exactly. Activations and logits are those of
 the real step, traced storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are alike, or take
-turns, so only a few are traced, at two depths, and the peak of each phase is extrapolated linearly.
+turns, so only a few are traced, and the others hold what these do (:mod:`emloc_core.memory.depth`).
 """
 
 import copy
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.memory import cache
-from emloc_core.memory.depth import Depth, extend, repetition
+from emloc_core.memory.depth import Depth, Phases, repetition
 from emloc_core.memory.known import known
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
@@ -38,11 +38,8 @@ from emloc_core.standins.registry import format_named
 from emloc_core.standins.vocabulary import replace_vocabulary
 from emloc_core.tuning.trl import lora_config
 
-if TYPE_CHECKING:
-    from emloc_core.memory.tracing import Phases
-
-    #: Traces a model whose towers have so many blocks, of which the first so many form their own phases.
-    Trace = Callable[[Mapping[str, int], Mapping[str, int]], Phases]
+#: Traces a few blocks of towers of these depths.
+Trace = Callable[[Mapping[str, Depth]], Phases]
 
 #: Terms, in display order.
 TERMS = (
@@ -168,7 +165,7 @@ class MemoryModel:
         """Path prefixes of towers that no row reaches: vision towers, if the workload is text only."""
         if len(self.towers) == 1 or self.workload.images:
             return ()
-        phases = self._follow(self._trace_inference, dict.fromkeys(self.towers, 1), {})
+        phases = self._follow(self._trace_inference, dict.fromkeys(self.towers, Depth(1, 0, 1)))
         return tuple(f"{path}." for path, tower in self.towers.items() if f"{tower} forward" not in phases)
 
     def parameters(self, plan: RankPlan | None = None) -> int:
@@ -227,7 +224,7 @@ class MemoryModel:
         """Return what the base needs to read a prompt of the workload's size and generate the first token."""
         stage = "inference on the base"
         return self._need_of(
-            self._work(stage, None), lambda: self._need(stage, self._extend(self._trace_inference, None))
+            self._work(stage, None), lambda: self._need(stage, self._follow(self._trace_inference, self._depths(None)))
         )
 
     def _need_of(self, work: str, trace: Callable[[], Need]) -> Need:
@@ -252,10 +249,10 @@ class MemoryModel:
             stage, self.step.inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
         )
 
-    def _trace_inference(self, depths: Mapping[str, int], apart: Mapping[str, int]) -> "Phases":
+    def _trace_inference(self, depths: Mapping[str, Depth]) -> Phases:
         from emloc_core.memory.tracing import trace_inference
 
-        return trace_inference(self._cut(depths), self.towers, self.step, apart)
+        return trace_inference(self._cut(depths), self.towers, depths, self.step)
 
     def tuning(self, plan: RankPlan | None = None, *, made: bool = False) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once.
@@ -285,7 +282,7 @@ class MemoryModel:
 
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
 
-        def trace(depths: Mapping[str, int], apart: Mapping[str, int]) -> "Phases":
+        def trace(depths: Mapping[str, Depth]) -> Phases:
             model = self._cut(depths)
             if plan is not None:
                 self.format.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
@@ -300,16 +297,16 @@ class MemoryModel:
             return trace_training(
                 lora,
                 self.towers,
+                depths,
                 self.step,
                 checkpointing=train.gradient_checkpointing,
                 accumulating=train.accumulation > 1,
                 bf16=train.bf16,
-                apart=apart,
             )
 
-        return self._need(stage, self._extend(trace, plan))
+        return self._need(stage, self._follow(trace, self._depths(plan)))
 
-    def _need(self, stage: str, phases: "Phases") -> Need:
+    def _need(self, stage: str, phases: Phases) -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())
         # AdamW keeps two moments of every trained parameter, in the parameter's dtype (Kingma and Ba, 2014).
         besides = overhead(self.workload.device, tuning=peak["adapter"] > 0)
@@ -320,13 +317,13 @@ class MemoryModel:
         """Return the indices of a tower's blocks whose outputs DeepStack adds."""
         return getattr(self.model.get_submodule(path.rpartition(".")[0]), "deepstack_visual_indexes", ())
 
-    def _cut(self, depths: Mapping[str, int]) -> nn.Module:
+    def _cut(self, depths: Mapping[str, Depth]) -> nn.Module:
         """Return a copy of the model with only the first blocks of each tower."""
         model = self._known.model
         whole = {path: model.get_submodule(path) for path in depths}
         try:
             for path, depth in depths.items():
-                model.set_submodule(path, nn.ModuleList(list(whole[path].children())[:depth]))
+                model.set_submodule(path, nn.ModuleList(list(whole[path].children())[: depth.few]))
             cut = copy.deepcopy(model)
         finally:
             for path, blocks in whole.items():
@@ -336,17 +333,14 @@ class MemoryModel:
                 replace_linear(cut, path, FourBitLinear)
         return cut
 
-    def _extend(self, trace: "Trace", plan: RankPlan | None) -> "Phases":
-        """Return the phases of a step of the whole model; see :func:`~emloc_core.memory.depth.extend`."""
-        depths = {path: self._depth(path, plan) for path in self.towers}
-        apart = {path: depth.apart for path, depth in depths.items()}
-        return extend(lambda few: self._follow(trace, few, apart), depths)
+    def _depths(self, plan: RankPlan | None) -> dict[str, Depth]:
+        return {path: self._depth(path, plan) for path in self.towers}
 
-    def _follow(self, trace: "Trace", depths: Mapping[str, int], apart: Mapping[str, int]) -> "Phases":
+    def _follow(self, trace: Trace, depths: Mapping[str, Depth]) -> Phases:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # about names that libraries use
-                return trace(depths, apart)
+                return trace(depths)
         except Exception as error:  # the model's own code may raise anything on fake tensors
             raise EmlocError(
                 f"A step of the model in {self.config_file} cannot be traced without weights ({first_line(error)}).",

@@ -16,15 +16,11 @@ from transformers import DynamicCache
 
 from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.torch import TorchDispatchMode, is_device_call, storage_id, tree_leaves
+from emloc_core.memory.depth import Composition, Copies, Depth, Moment, Phases, extended
 from emloc_core.memory.fake import without_contents
 
 if TYPE_CHECKING:
     from emloc_core.objective import Step
-
-#: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
-Composition = Counter[str]
-#: A trace: the composition at the peak of each phase of a step, by phase, in order.
-Phases = dict[str, Composition]
 
 
 class Ledger(TorchDispatchMode):
@@ -35,16 +31,26 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         phase: name of the current phase, set by the caller.
-        phases: the largest composition of each phase so far.
+        copies: those of every tower, whose places are set by the caller.
+        peaks: the largest composition of each moment so far.
+        now: what is alive.
+        births: how many storages there were so far.
     """
 
     def __init__(self, widths: Sequence[int] = ()) -> None:
         super().__init__()
         self.phase = "forward"
-        self.phases: Phases = {}
+        self.copies: dict[str, Copies] = {}
+        self.peaks: dict[Moment, Composition] = {}
+        self.now: Composition = Counter()
         self._widths = frozenset(widths)
-        self._alive: dict[int, tuple[int, str, Any]] = {}
-        self._now: Composition = Counter()
+        self._alive: dict[int, tuple[int, str, int, Any]] = {}
+        self.births = 0
+
+    @property
+    def phases(self) -> Phases:
+        """The peak of each phase, with all blocks of all towers."""
+        return extended(self.peaks, list(self.copies.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_device_call(func):  # two thirds of all calls
@@ -60,10 +66,10 @@ class Ledger(TorchDispatchMode):
         """Add a tensor as of this kind, or change its kind."""
         key = storage_id(tensor.untyped_storage())
         if key in self._alive:
-            size, before, reference = self._alive[key]
-            self._alive[key] = (size, kind, reference)
-            self._now[before] -= size
-            self._now[kind] += size
+            size, before, *rest = self._alive[key]
+            self._alive[key] = (size, kind, *rest)
+            self.now[before] -= size
+            self.now[kind] += size
         else:
             self._add(tensor, kind)
 
@@ -71,70 +77,86 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage_id(storage), storage.nbytes()
         if key not in self._alive:
-            self._alive[key] = (size, kind, weakref.ref(storage, lambda _: self._remove(key)))
-            self._now[kind] += size
-        if self._now.total() > self.phases.get(self.phase, Counter()).total():
-            self.phases[self.phase] = Counter(self._now)
+            self._alive[key] = (size, kind, self.births, weakref.ref(storage, lambda _: self._remove(key)))
+            self.births += 1
+            self.now[kind] += size
+        moment = Moment(self.phase, tuple(each.place for each in self.copies.values()))
+        if self.now.total() > self.peaks.get(moment, Counter()).total():
+            self.peaks[moment] = Counter(self.now)
 
     def _remove(self, key: int) -> None:
-        size, kind, _ = self._alive.pop(key)
-        self._now[kind] -= size
+        size, kind, *_ = self._alive.pop(key)
+        self.now[kind] -= size
+
+    def survivors(self, births: range) -> Composition:
+        """Return what is alive of the storages of these births."""
+        found: Composition = Counter()
+        for size, kind, birth, _ in self._alive.values():
+            if birth in births:
+                found[kind] += size
+        return found
 
 
 def trace_training(
     model: nn.Module,
     towers: Mapping[str, str],
+    depths: Mapping[str, Depth],
     step: "Step",
     *,
     checkpointing: bool,
     accumulating: bool,
     bf16: bool,
-    apart: Mapping[str, int] | None = None,
 ) -> Phases:
     """Run forward, loss and backward of one training step, as in stage 2.
 
     Args:
-        model: a PEFT model on the meta device, in which only the LoRAs require gradients.
+        model: a PEFT model on the meta device, in which only the LoRAs require gradients, with the first few blocks of
+            each tower.
         towers: module path of the list of blocks -> name of the tower, in execution order.
+        depths: module path of the list of blocks -> those of the whole model. The first that differ from the others
+            form their own phases (DeepStack adds to their outputs).
         step: its rows.
         checkpointing: whether activations are recomputed in the backward pass.
         accumulating: whether gradients of an earlier forward pass exist from the start.
         bf16: whether the forward runs under autocast to bfloat16.
-        apart: module path of a list of blocks -> number of its first blocks that differ from the others, and so form
-            their own phases (DeepStack adds to their outputs).
 
     Returns:
-        Peaks of the phases: the towers' forward passes, the loss, and the backward passes of each tower's last block,
-        of the blocks between, and of the first.
+        Peaks of the phases with all blocks: the towers' forward passes, the loss, and the backward passes of each
+        tower's last block, of the blocks between, and of the first.
     """
     base: Any = model.get_base_model()  # type: ignore[operator]
     model.train()
     if bf16:
         leave_casts_to_autocast(model)
     step.prepare(model, checkpointing=checkpointing)
-    blocks = {path: len(base.get_submodule(path)) for path in towers}
     with step.tracing(base) as mode:
         parameters = without_contents(model, mode)
         with Ledger(step.widths(base)) as ledger:
+            _follow_forward(ledger, base, towers, depths)
             _enter_parameters(ledger, parameters)
-            _follow_forward(ledger, base, towers, apart or {})
+            for copies in ledger.copies.values():
+                gradients = Counter(gradients=copies.held[0]["adapter"])
+                if accumulating:
+                    copies.held = [held + gradients for held in copies.held]
+                else:
+                    copies.held[3] = copies.held[3] + gradients
             for name, parameter in base.named_parameters():
                 if parameter.requires_grad:
                     if accumulating:
                         parameter.grad = torch.zeros_like(parameter)
                         ledger.enter(parameter.grad, "gradients")
-                    phase = _backward_phase(name, towers, blocks, apart or {})
-                    parameter.register_post_accumulate_grad_hook(_follow_backward(ledger, phase))
+                    parameter.register_post_accumulate_grad_hook(_follow_backward(ledger, name, towers, depths))
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss, _alive = step.loss(model)
             ledger.phase = "loss backward"
+            for copies in ledger.copies.values():
+                copies.held[2] = copies.held[2] + ledger.survivors(copies.births)
+                copies.place = 2
             loss.backward()
     return ledger.phases
 
 
-def trace_inference(
-    model: nn.Module, towers: Mapping[str, str], step: "Step", apart: Mapping[str, int] | None = None
-) -> Phases:
+def trace_inference(model: nn.Module, towers: Mapping[str, str], depths: Mapping[str, Depth], step: "Step") -> Phases:
     """Run the forward pass of a first answer.
 
     Arguments and result are as for :func:`trace_training`; the model is an ordinary one on the meta device.
@@ -143,8 +165,8 @@ def trace_inference(
     with step.tracing(model) as mode, torch.no_grad():
         parameters = without_contents(model, mode)
         with Ledger(step.widths(model)) as ledger:
+            _follow_forward(ledger, model, towers, depths)
             _enter_parameters(ledger, parameters)
-            _follow_forward(ledger, model, towers, apart or {})
             step.predict(model, ledger.enter)
     return ledger.phases
 
@@ -171,10 +193,14 @@ class EnteredCache(DynamicCache):
 
 def _enter_parameters(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
-        ledger.enter(parameter, "adapter" if parameter.requires_grad else "weights")
+        ledger.enter(parameter, _kind(parameter))
 
 
-def _follow_forward(ledger: Ledger, model: Any, towers: Mapping[str, str], apart: Mapping[str, int]) -> None:
+def _kind(parameter: nn.Parameter) -> str:
+    return "adapter" if parameter.requires_grad else "weights"
+
+
+def _follow_forward(ledger: Ledger, model: Any, towers: Mapping[str, str], depths: Mapping[str, Depth]) -> None:
     """Set the phases of the forward pass: one per tower, and one after the last block of the last tower."""
 
     def reach(phase: str) -> Callable[..., None]:
@@ -185,31 +211,58 @@ def _follow_forward(ledger: Ledger, model: Any, towers: Mapping[str, str], apart
         return hook
 
     for path, tower in towers.items():
-        blocks, first = model.get_submodule(path), apart.get(path, 0)
-        if first:
+        blocks, depth = model.get_submodule(path), depths[path]
+        if depth.apart:
             blocks[0].register_forward_pre_hook(reach(f"{tower} forward, first blocks"))
-        if first < len(blocks):
-            blocks[first].register_forward_pre_hook(reach(f"{tower} forward"))
+        if depth.apart < len(blocks):
+            blocks[depth.apart].register_forward_pre_hook(reach(f"{tower} forward"))
+        if depth.copies:
+            ledger.copies[path] = _followed_copies(ledger, blocks, depth)
     model.get_submodule(list(towers)[-1])[-1].register_forward_hook(reach("logits and loss"))
 
 
-def _backward_phase(name: str, towers: Mapping[str, str], blocks: Mapping[str, int], apart: Mapping[str, int]) -> str:
-    """Return the phase that begins once the parameter ``name`` has its gradient."""
+def _followed_copies(ledger: Ledger, blocks: Any, depth: Depth) -> Copies:
+    """Return the copies of a tower's blocks, whose place is set in the forward pass, with what they leave there."""
+    own: Composition = Counter()
+    for index in depth.copied:
+        for parameter in blocks[index].parameters():
+            own[_kind(parameter)] += parameter.nbytes
+    copies = Copies(depth.copies, [own] * 4)
+
+    def begin(*_: Any) -> None:
+        if copies.place == 0:
+            copies.place, copies.births = 0.5, range(ledger.births, ledger.births)
+            copies.held[1] = Counter(copies.held[1])
+            copies.held[1].subtract(ledger.now)
+
+    def end(*_: Any) -> None:
+        if copies.place == 0.5:
+            copies.place, copies.births = 1, range(copies.births.start, ledger.births)
+            copies.held[1].update(ledger.now)
+
+    blocks[depth.copied.start].register_forward_pre_hook(begin)
+    blocks[depth.copied.stop].register_forward_pre_hook(end)
+    return copies
+
+
+def _follow_backward(
+    ledger: Ledger, name: str, towers: Mapping[str, str], depths: Mapping[str, Depth]
+) -> Callable[[torch.Tensor], None]:
+    """Return a hook for the gradient of a parameter, which tells the block that the backward pass has reached."""
+    phase, reached, place = "backward", "", 2.0
     for path, tower in towers.items():
         if name.startswith(f"{path}."):
-            index, first = int(name.removeprefix(f"{path}.").partition(".")[0]), apart.get(path, 0)
-            last = index == blocks[path] - 1
-            place = "last block" if last else "blocks between" if index > first else "first blocks"
-            return f"{tower} backward, {place}"
-    return "backward"
-
-
-def _follow_backward(ledger: Ledger, phase: str) -> Callable[[torch.Tensor], None]:
-    """Return a hook for a LoRA's gradient, which tells the block that the backward pass has reached."""
+            index, depth = int(name.removeprefix(f"{path}.").partition(".")[0]), depths[path]
+            last = index == depth.few - 1
+            where = "last block" if last else "blocks between" if index > depth.apart else "first blocks"
+            phase, reached = f"{tower} backward, {where}", path
+            place = 3 if index < depth.copied.start else 2.5 if index in depth.copied else 2
 
     def hook(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         ledger.enter(parameter.grad, "gradients")
         ledger.phase = phase
+        if reached in ledger.copies:
+            ledger.copies[reached].place = place
 
     return hook

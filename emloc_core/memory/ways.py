@@ -5,6 +5,7 @@ are accumulated over micro-batches instead, of as many rows as fit: activations 
 same.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -188,7 +189,7 @@ def _most_rows(sizes: Sequence[MemoryModel], fits: Callable[[MemoryModel], bool]
 
     Args:
         sizes: from the largest to the smallest; what fits one, fits those after it.
-        fits: whether one does; it may take seconds, so those between are asked only if the smallest does.
+        fits: whether one does; it may take a second, so few are asked, and those between only if the smallest does.
     """
     first, *others = sizes
     if not others or fits(first):
@@ -196,4 +197,4 @@ def _most_rows(sizes: Sequence[MemoryModel], fits: Callable[[MemoryModel], bool]
     *between, least = others
     if not fits(least):
         return least
-    return next((of for of in between if fits(of)), least)
+    return others[bisect_left(between, True, key=fits)]

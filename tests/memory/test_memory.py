@@ -129,8 +129,8 @@ def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pyte
     known_before.cache_clear()
     model = MemoryModel(shallow_model / "config.json", workload())
     traces: list[str] = []
-    extend = MemoryModel._extend
-    monkeypatch.setattr(MemoryModel, "_extend", lambda *args: (traces.append(""), extend(*args))[1])
+    follow = MemoryModel._follow
+    monkeypatch.setattr(MemoryModel, "_follow", lambda *args: (traces.append(""), follow(*args))[1])
     emulator = model.tuning(model.plan(0.5))
     assert model.tuning(model.plan(0.5)) == emulator != model.tuning() == model.tuning()
     assert len(traces) == 2
