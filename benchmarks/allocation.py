@@ -79,10 +79,10 @@ class Whole:
         """Say that a block is still to be done."""
         return False
 
-    def write(self, _block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
+    def write(self, _block: str, fitted: Mapping[str, tuple[Factors, float]]) -> None:
         """Keep a block's factors."""
-        self.factors.update(factors)
-        self._sensitivities.update(sensitivities)
+        for path, (factors, sensitivity) in fitted.items():
+            self.factors[path], self._sensitivities[path] = factors, sensitivity
 
     def spectrum(self, linear: LinearPlan) -> Spectrum:
         """Return a Linear's, for an allocator."""

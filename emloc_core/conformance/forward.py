@@ -111,7 +111,7 @@ class Decomposed:
         """Say that a block is still to be done: nothing is resumed."""
         return False
 
-    def write(self, _block: str, factors: Mapping[str, Factors], _sensitivities: Mapping[str, float]) -> None:
+    def write(self, _block: str, factors: Mapping[str, Factors]) -> None:
         """Keep a block's factors, and what they were made from."""
         for path, found in factors.items():
             assert isinstance(found, _Traced)

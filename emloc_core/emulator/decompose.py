@@ -17,6 +17,7 @@ from torch import nn
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
+from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.own_forwards import requiring_products
 from emloc_core.emulator.pack_vocabulary import fit_head, looking_up
 from emloc_core.emulator.propagation import emulating, fit_block
@@ -46,28 +47,12 @@ class Store(Protocol):
     def is_written(self, block: str) -> bool:
         """Return whether a block's have been written."""
 
-    def write(self, block: str, fitted: Mapping[str, Any], sensitivities: Mapping[str, float]) -> None:
+    def write(self, block: str, fitted: Mapping[str, Any]) -> None:
         """Store what was fitted for a block's Linears, by module path, and for its stacks of experts, by path
         (:class:`~emloc_core.emulator.experts.Stacked`); empty for a block that no row passes through.
 
-        Sensitivities are given if they were requested; see :mod:`emloc_core.emulator.sensitivity`.
+        If sensitivities were requested, every Linear has a pair: what was fitted, and its sensitivity.
         """
-
-
-class ReadableStore(Store, Protocol):
-    """A store that can be read back, for rows to pass through."""
-
-    def read(self, block: str) -> Mapping[str, StandIn]:
-        """Return the stand-ins of a block's Linears by module path, as they were written."""
-
-    def read_stacks(self, block: str) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Return the parts of what stands in for a block's stacks of experts, by path and by name, as written."""
-
-    def as_read(self, path: str, fitted: Fitted) -> StandIn:
-        """Return what was fitted for a Linear as :meth:`read` will once it is written."""
-
-    def matrix(self, path: str) -> Mapping[str, torch.Tensor]:
-        """Return the parts of packed embeddings."""
 
 
 class Decomposition:
@@ -119,7 +104,7 @@ class Decomposition:
         """
         self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
 
-    def propagate(self, store: ReadableStore) -> None:
+    def propagate(self, store: EmulatorFiles) -> None:
         """Fit to the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`."""
         forwards = [self._forward(sample) for sample in self.samples]
         self._pass(forwards * 2, store, self._propagate)  # through the base, and through the emulator
@@ -156,7 +141,7 @@ class Decomposition:
         self.stream.run(forwards, visit, last)
         for block in self.blocks:
             if not store.is_written(block):  # no row passed through it: a vision tower and text rows, say
-                store.write(block, {}, {})
+                store.write(block, {})
 
     def _unit(self, plan: VocabularyPlan) -> str:
         """Return the unit that a layer of the vocabulary is, or is part of."""
@@ -164,7 +149,7 @@ class Decomposition:
 
     @contextmanager
     def _fitting_head(self, store: Store, plan: VocabularyPlan) -> Iterator[None]:
-        store.write(plan.path, {plan.path: fit_head(self.stream, plan, len(self.samples), self._blame)}, {})
+        store.write(plan.path, {plan.path: fit_head(self.stream, plan, len(self.samples), self._blame)})
         yield
 
     def _forward(self, sample: Sample) -> Forward:
@@ -199,16 +184,16 @@ class Decomposition:
             with watching, products, tapped(modules, tapping, sink), forward_hooks(routed):
                 yield
             fitted: Mapping[str, Any] = self._reached(planned, grams)
-            disturbances: Mapping[str, float] = {}
             if calls:
                 assert isinstance(self.format, RankingFormat)
                 disturbances = sensitivities(unit, calls, fitted, self.format.cut, self._answering)
+                fitted = {path: (of, disturbances[path]) for path, of in fitted.items()}
             stacked = {path: of for each in experts.values() for path, of in each.fit().items()}
-            store.write(block, {**fitted, **stacked}, disturbances)
+            store.write(block, {**fitted, **stacked})
         self._report(block)
 
     @contextmanager
-    def _propagate(self, store: ReadableStore, block: str) -> Iterator[None]:
+    def _propagate(self, store: EmulatorFiles, block: str) -> Iterator[None]:
         """Pass the samples through a block, half of them through its stand-ins, which are fitted to them first."""
         rows, planned = len(self.samples), self.plan.in_block(block)
         linears = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in planned}
@@ -229,7 +214,7 @@ class Decomposition:
                 found = fit_block(self.stream, planned, stops, rows, *how, narrow=self.format.narrow)
             if self.refine:
                 found = self._refined(block, found, linears, routed, ends, store)
-            store.write(block, found, {})
+            store.write(block, found)
             yield
         self._report(block)
 
@@ -240,7 +225,7 @@ class Decomposition:
         linears: Mapping[str, nn.Module],
         routed: Mapping[str, nn.Module],
         ends: Ends,
-        store: ReadableStore,
+        store: EmulatorFiles,
     ) -> dict[str, Any]:
         """Return what was fitted for a block with its Linears refined, and let the samples of the emulator pass on."""
         unit, rows = self.skeleton.model.get_submodule(block), len(self.samples)

@@ -56,12 +56,7 @@ class EmulatorFiles:
         """Return whether a block's shard exists."""
         return self._shard(block).exists()
 
-    def write(
-        self,
-        block: str,
-        fitted: Mapping[str, Any],
-        _sensitivities: Mapping[str, float],
-    ) -> None:
+    def write(self, block: str, fitted: Mapping[str, Any]) -> None:
         """Write what stands in for the weights of a block's Linears and experts, by path, and the error of each."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in fitted.items():

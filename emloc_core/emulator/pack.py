@@ -26,7 +26,7 @@ def pack_blocks(files: EmulatorFiles, progress: Progress) -> None:
             found: dict[str, Fitted | Stacked] = {path: _stand_in(files, path) for path in paths}
             for owner, planned in files.plan.experts_in_block(block).items():
                 found |= {each.path: _stack(files, owner, each.path) for each in planned}
-            files.write(block, found, {})
+            files.write(block, found)
         progress(block, index + 1, total)
         plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=total)
 

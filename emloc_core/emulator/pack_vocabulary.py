@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.propagation import PairedMoments
 from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
@@ -19,29 +20,14 @@ from emloc_core.standins.standin import Packed
 from emloc_core.standins.vocabulary import PACKINGS, packed_embedding
 
 
-class Matrices(Protocol):
-    """Holds packed matrices of the vocabulary, by the path of their layer."""
-
-    skeleton: Skeleton
-
-    def is_written(self, unit: str) -> bool:
-        """Return whether a matrix has been written."""
-
-    def write(self, unit: str, fitted: Mapping[str, Any], sensitivities: Mapping[str, float]) -> None:
-        """Write a matrix."""
-
-    def matrix(self, path: str) -> Mapping[str, torch.Tensor]:
-        """Return its parts."""
-
-
-def pack_vocabulary(store: Matrices, plans: Sequence[VocabularyPlan]) -> None:
+def pack_vocabulary(files: EmulatorFiles, plans: Sequence[VocabularyPlan]) -> None:
     """Pack matrices as they are, one at a time; those that are written are left."""
     for plan in plans:
-        if store.is_written(plan.path):
+        if files.is_written(plan.path):
             continue
         name = f"{plan.path}.weight"
-        with store.skeleton.parameters([name]) as loaded:
-            store.write(plan.path, {plan.path: _packed(store.skeleton, plan, loaded[name])}, {})
+        with files.skeleton.parameters([name]) as loaded:
+            files.write(plan.path, {plan.path: _packed(files.skeleton, plan, loaded[name])})
 
 
 @contextmanager

@@ -43,22 +43,22 @@ class Spectra:
         """Return whether a block's have been written."""
         return self._shard(block).exists()
 
-    def write(self, block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
+    def write(self, block: str, fitted: Mapping[str, tuple[Factors, float]]) -> None:
         """Write the energies and the sensitivity of a block's Linears, by module path, in fp64.
 
         Raises:
             EmlocError: a sensitivity is NaN or Inf.
         """
         tensors: dict[str, torch.Tensor] = {}
-        for path, found in sorted(factors.items()):
-            if not isfinite(sensitivities[path]):
+        for path, (factors, sensitivity) in sorted(fitted.items()):
+            if not isfinite(sensitivity):
                 raise EmlocError(
                     f"With another {path}, the outputs of {block} are NaN or Inf.",
                     "Give --allocator uniform, which does not ask for them.",
                     code="not-finite",
                 )
-            tensors[path + _ENERGIES] = found.spectrum.to("cpu", torch.float64)
-            tensors[path + _SENSITIVITY] = torch.tensor([sensitivities[path]], dtype=torch.float64)
+            tensors[path + _ENERGIES] = factors.spectrum.to("cpu", torch.float64)
+            tensors[path + _SENSITIVITY] = torch.tensor([sensitivity], dtype=torch.float64)
         write_shard(self._shard(block), tensors)
 
     def reached(self, plan: RankPlan) -> RankPlan:

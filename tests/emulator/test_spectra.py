@@ -64,9 +64,9 @@ def test_a_spectrum_has_all_energies_and_the_sensitivity_of_the_whole_model(tiny
     class Both:
         is_written = spectra.is_written
 
-        def write(self, block, factors, sensitivities):
-            known.update(factors)
-            spectra.write(block, factors, sensitivities)
+        def write(self, block, fitted):
+            known.update({path: factors for path, (factors, _) in fitted.items()})
+            spectra.write(block, fitted)
 
     Decomposition(job.base.skeleton, plan, job.samples, LowRank(), lambda *_: None).run(Both(), PROBES)
     assert spectra.are_complete
@@ -113,7 +113,7 @@ def counted(monkeypatch):
 def test_a_sensitivity_that_is_nan_is_refused(tmp_path):
     factors = Factors(torch.ones(4, 2), torch.ones(2, 4), torch.ones(4))
     with pytest.raises(EmlocError, match=r"With another block\.linear, the outputs of block are NaN or Inf"):
-        Spectra(["block"], tmp_path / "spectra").write("block", {"block.linear": factors}, {"block.linear": torch.nan})
+        Spectra(["block"], tmp_path / "spectra").write("block", {"block.linear": (factors, torch.nan)})
 
 
 class Stop(BaseException):
