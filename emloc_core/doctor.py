@@ -40,7 +40,6 @@ class Check:
 
     Attributes:
         group: ``system``, ``packages``, ``gpu``, ``room`` or ``plugins``.
-        name: of the thing.
         state: ``error`` if EMLoC does not work with it, ``warning`` if it may not, ``note`` for what it does without.
         text: what was found, and what to do.
     """

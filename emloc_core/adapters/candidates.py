@@ -64,7 +64,6 @@ def comparison(compared: tuple[Candidate, ...], losses: torch.Tensor | None, cho
     """Return the loss per token of the chosen candidate and of all others, with their gains; nothing without losses.
 
     Args:
-        compared: the candidates.
         losses: (candidates, rows, 2): summed loss and number of tokens; None if nothing was compared.
         chosen: index of the candidate that is kept.
 

@@ -46,7 +46,6 @@ class Correct(Job):
     """Stage 3, after the cheap checks; :meth:`run` writes the corrected adapter.
 
     Args:
-        request: which LoRA is corrected, and how.
         adapter: that LoRA, which was trained on an emulator.
 
     Attributes:

@@ -19,7 +19,6 @@ class Emulator(Checkpoint):
     """An emulator: how it was made, and what stands in it for the weights of the base, read one at a time.
 
     Args:
-        directory: where it is.
         adapter: directory of the LoRA, for messages.
 
     Attributes:
@@ -55,7 +54,6 @@ class Emulator(Checkpoint):
 
         Args:
             key: of the weight in the base's checkpoint.
-            path: of its Linear.
             weight: (m, n); the stand-in has its dtype and is on its device.
         """
         packing, shape = self._vocabulary.get(path), (weight.shape[0], weight.shape[1])

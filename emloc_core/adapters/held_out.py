@@ -30,7 +30,6 @@ def adding(
     """Add LoRAs to the outputs of a model's Linears and experts while the context is active.
 
     Args:
-        model: the model.
         loras: by module path, or by that of a stack of experts.
         choose: what of these counts, asked at every call.
     """

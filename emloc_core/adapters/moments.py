@@ -33,8 +33,6 @@ def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None,
     """Write the mean squares of a LoRA's gradients, in bf16 under the names of its weights, if the optimiser has them.
 
     Args:
-        directory: of the adapter.
-        lora: the model with the LoRA.
         optimizer: Adam or AdamW, maybe wrapped by accelerate; any other one leaves nothing behind.
         learning_rate: of the tuning; see :func:`tuned_at`.
     """
@@ -78,8 +76,6 @@ def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None
     """Begin with those of an adapter, if it has any and the optimiser uses them.
 
     Args:
-        directory: of the adapter.
-        lora: the model with the LoRA.
         optimizer: for its parameters; without a state.
 
     Raises:

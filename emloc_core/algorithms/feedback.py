@@ -115,7 +115,6 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
 
     Args:
         matrix: M, (m, n), in fp32.
-        gram: of its inputs.
         nearest: rounds a column.
 
     Returns:
@@ -243,7 +242,6 @@ def to_levels(
 
     Args:
         matrix: M, (m, n), in fp32.
-        gram: of its inputs.
         levels: ascending, in fp32.
         scales: of every number, (m, n), not 0.
         kept: which numbers stay as they are, (m, n); None: none.

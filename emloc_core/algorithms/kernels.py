@@ -24,7 +24,6 @@ def round_block(
         errors: (k, m); becomes the errors, each by its pivot.
         factor: of the inverse of the Gram, (k, k), upper triangular, contiguous.
         places: of the columns in the matrix, (k,), int64.
-        grid: what to round to.
     """
     _launch(_round, (block, errors), factor, places, grid)
 
@@ -45,7 +44,6 @@ def descend_block(
         changes: (k, m); becomes by how much the numbers were changed.
         curvature: of the Gram, (k, k), contiguous.
         start: the place of the first column in the matrix.
-        grid: what to round to.
     """
     _launch(_descend, (block, slopes, changes), curvature, start, grid)
 

@@ -68,7 +68,6 @@ def rounded(
 
     Args:
         matrix: M, (m, n), any floating dtype; perhaps several with the same inputs, stacked.
-        gram: of its inputs.
         levels: how many; a key of :data:`LEVELS`.
         scales: to begin with, (m, ceil(n / GROUP)), bf16, where better ones than those are known.
         passes: of descent.

@@ -114,7 +114,6 @@ def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before
     """Print what a stage made.
 
     Args:
-        result: its finished output.
         lines: for a person.
         to_json: print the manifest and the timing as one JSON object instead.
         made_before: an earlier run finished it, and this one did nothing.

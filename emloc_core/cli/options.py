@@ -155,7 +155,6 @@ def options(
     """Return a decorator that adds an option for every field of ``model``.
 
     Args:
-        model: the settings class.
         short: shorter option names by field, beside the field's own: ``{"learning_rate": "--lr"}``.
         skip: fields without an option.
         of: the option that they belong to, if there is one, for the help texts.
@@ -195,10 +194,6 @@ def _uncapitalised(text: str | None) -> str:
 
 def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a command's values into the settings that the user gave, and the rest.
-
-    Args:
-        model: the settings class.
-        values: values by parameter name.
 
     Returns:
         The settings given, by name, and all other values.

@@ -45,14 +45,7 @@ _CALIBRATIONS = {
 
 
 def run(request: Request, *, dry_run: bool, to_json: bool, push: str | None = None) -> None:
-    """Run a stage, or print what it would do, with the result on stdout.
-
-    Args:
-        request: what is asked for.
-        dry_run: only print what would be done.
-        to_json: print JSON.
-        push: repository to upload the output to.
-    """
+    """Run a stage, or print what it would do, with the result on stdout."""
     job = _prepare(request, push)
     if dry_run:
         content = job.describe()
@@ -76,7 +69,6 @@ def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
     """Run a stage of a recipe in its own process, with progress on stderr.
 
     Args:
-        request: JSON.
         tell: called with each :class:`~emloc_core.stages.progress.ProgressEvent` as JSON values.
     """
     asked = request_from_json(request)

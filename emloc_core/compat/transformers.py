@@ -189,7 +189,6 @@ class TensorLoader:
 
         Args:
             tensors: tensors, or safetensors' slices, by key.
-            dtype: of the parameters.
             device: likewise.
 
         Returns:

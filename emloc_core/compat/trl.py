@@ -63,7 +63,6 @@ def mean_log_probs(model: Any, inputs: Mapping[str, Any]) -> Any:
     Only the tokens that count are projected on the vocabulary, as in its own loss.
 
     Args:
-        model: the model.
         inputs: what its collator made; ``completion_mask`` says which tokens count.
     """
     counted = inputs["completion_mask"]

@@ -24,7 +24,6 @@ def check_family(family: Family, progress: Progress = lambda *_: None) -> list[C
 
     Args:
         family: as a plugin declares it; it need not be installed. Families nested in it must be.
-        progress: called after every check.
 
     Returns:
         One result per check and model, starting with those of the declaration. Failed checks raise nothing.
@@ -47,7 +46,6 @@ def check_format(format: "Format", progress: Progress = lambda *_: None) -> list
 
     Args:
         format: as a plugin provides it; it need not be installed.
-        progress: called after every check.
 
     Returns:
         One result per check. Failed checks raise nothing.

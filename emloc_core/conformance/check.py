@@ -20,13 +20,9 @@ class CheckResult:
     """Result of one check on a family, or on one of its tiny models.
 
     Attributes:
-        family: the family's name.
         config: which of its tiny configs; ``all`` for a check of the declaration.
-        check: the check's name.
         passed: whether the check passed. A check that could not run has not passed.
         message: what is wrong; for a passed check, a note.
-        remedy: how to fix it.
-        traceback: traceback of an unexpected error.
         blocked: whether it was not run because a check that it needs failed.
     """
 

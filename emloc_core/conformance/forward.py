@@ -49,8 +49,6 @@ def observe(
     Args:
         model: in eval mode.
         samples: what it is run on, one after the other.
-        linears: paths of Linears to watch.
-        blocks: paths of blocks to watch.
         taps: path of a Linear -> how it is tapped.
     """
     seen = Forward()

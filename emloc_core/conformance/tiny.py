@@ -56,7 +56,6 @@ class TinyModel(Subject):
     Args:
         declared: the family, as the plugin declares it.
         settings: keyword arguments of ``AutoConfig.for_model``.
-        label: names the config.
         directory: where files go; it is made.
         kind: of emulator.
     """

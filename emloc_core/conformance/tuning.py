@@ -28,7 +28,6 @@ class Tuned:
 
     Attributes:
         model: in eval mode.
-        losses: before each step.
         odd: path of what got a LoRA and is no Linear -> what it is.
         untouched: paths of the Linears whose LoRA had no gradient, or one of zeros.
     """
@@ -50,7 +49,6 @@ def tune(
 
     Args:
         model: an emulator, or any other.
-        targets: the family's.
         samples: all of them are one batch.
         loss: of a model on a sample; that of tokens by default.
         task: PEFT's name for it.

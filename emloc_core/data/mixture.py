@@ -58,7 +58,6 @@ def weighted(rows: "Sequence[Row]", weight: float) -> "Iterable[Row]":
     """Yield every row as often as the weight says; of its fraction, the share of rows that their content chooses.
 
     Args:
-        rows: rows of one source.
         weight: 2 yields every row twice, 0.25 a quarter of them, 1.5 every row and half of them once more.
     """
     times, share = int(weight), weight % 1

@@ -154,7 +154,6 @@ def without(
     """Return the rows whose content is in none of ``files``, in their order; an empty file leaves none out.
 
     Args:
-        rows: the rows.
         files: files, or saved or hub datasets.
         split: of those datasets.
         columns: see :func:`load_rows`; what an emulator keeps has the usual ones.

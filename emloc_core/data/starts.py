@@ -24,12 +24,6 @@ def starts_in_templates(
 
     Special tokens (``<|im_start|>``, say) are found before a text is split into others. So all before the last one of a
     prompt is the same in both, and only what begins with it is tokenized by itself: the same few words in most rows.
-
-    Args:
-        asked: the prompts.
-        texts: the conversations.
-        ids: their token ids.
-        tokenizer: whose they are.
     """
     special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()
                if token.special and not (token.normalized or token.single_word)}  # fmt: skip
@@ -57,9 +51,7 @@ def starts_in_texts(prompts: Sequence[str], encoded: BatchEncoding, tokenizer: P
     Where no token holds both a word and the space behind it, what comes before a space does not depend on what follows.
 
     Args:
-        prompts: the prompts.
         encoded: prompts and answers, tokenized.
-        tokenizer: whose tokens they are.
     """
     apart = _tells_words_apart(tokenizer, len(tokenizer))
     ends = [_last_words(prompt, encoded, row) if apart else (0, 0) for row, prompt in enumerate(prompts)]

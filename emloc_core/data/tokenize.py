@@ -87,11 +87,6 @@ class Sample:
 def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Processing:
     """Return the model's tokenizer, or its processor if the rows have images.
 
-    Args:
-        directory: directory of the model.
-        family: its declaration.
-        rows: the rows of one source.
-
     Raises:
         EmlocError: a row has images and the model reads only text, or the directory lacks the files needed.
     """
@@ -191,10 +186,8 @@ def encode(
     """Tokenize rows as TRL does, one sample per row.
 
     Args:
-        rows: the rows.
         processing: the model's tokenizer or processor; see :func:`load_processing`.
         max_length: maximum tokens per sequence, which are truncated; None truncates nothing.
-        limits: limits of the model.
         dtype: dtype of the model's floating-point inputs.
 
     Raises:

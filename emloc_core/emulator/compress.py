@@ -50,7 +50,6 @@ class Compress(Job):
         request: of which model it is made, on which rows, and how. Its kind and ratio are decided.
 
     Attributes:
-        base: the model.
         plan: the ranks; those of ``uniform``, which has the same budget, if ranks are shared out by spectra.
 
     Raises:

@@ -29,7 +29,6 @@ class Part:
 
     Attributes:
         pattern: glob pattern of their paths.
-        modules: how many they are.
         parameters: number of parameters; those that are tied to a module before them count there.
         share: of the model's parameters.
     """
@@ -48,7 +47,6 @@ class Coverage:
     """What an emulator replaces of a model.
 
     Attributes:
-        family: name of the family.
         compressible: share of the parameters that are weights of Linears and experts without a reason to stay dense.
         undeclared: Linears and fused experts that are neither in an input group nor kept dense, the largest first.
         dense: everything that is not compressible, the largest first.

@@ -23,7 +23,6 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
 
     Args:
         model: the model; meta tensors suffice.
-        family: its declaration.
         format: of the emulator: experts that it cannot pack stay dense, and activations are captured as it needs them.
 
     Raises:

@@ -59,10 +59,8 @@ class Decomposition:
     """Fits what stands in for every planned Linear of a model.
 
     Args:
-        skeleton: the base.
         plan: the ranks.
         samples: the calibration rows.
-        format: fits stand-ins.
         progress: called after every block.
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
         directory: for files of what rows hold beyond what they do at blocks; None: that stays in memory.

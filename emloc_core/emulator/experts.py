@@ -70,8 +70,6 @@ class ExpertFitting:
 
     Args:
         experts: the module, with weights.
-        planned: its stacks that get stand-ins.
-        format: of the emulator.
         fit: takes the plan, a matrix and the Gram of its inputs or outputs; by the format.
         directory: for a file of the tokens; None: they stay in memory.
     """

@@ -36,9 +36,7 @@ class EmulatorFiles:
     """An emulator in its staging directory, written block by block and then finished.
 
     Args:
-        skeleton: the base.
         plan: which Linears have stand-ins, and of which ranks.
-        staging: the directory.
         format: how what stands in for a weight is kept.
     """
 

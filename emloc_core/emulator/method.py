@@ -32,7 +32,6 @@ class Method:
     """How the emulator of a model is made.
 
     Attributes:
-        format: of the emulator.
         settings: those of the user, completed.
         linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
     """
@@ -78,8 +77,6 @@ def method_of(
     """Return how an emulator is made.
 
     Args:
-        settings: what the user says.
-        format: of the emulator.
         linears: the Linears and experts of the model that this format makes smaller.
         model: it, or its outline.
         rows: number of distinct rows; None: there are enough.

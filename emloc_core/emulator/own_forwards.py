@@ -26,8 +26,6 @@ def requiring_products(stream: Stream, planned: Sequence[LinearPlan], rows: int)
 
     Args:
         stream: samples ``0 .. rows - 1`` pass through the base.
-        planned: the block's compressed Linears.
-        rows: number of calibration rows.
 
     Raises:
         EmlocError: at the end, if one returned something else.

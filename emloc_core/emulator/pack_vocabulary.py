@@ -54,8 +54,6 @@ def fit_head(
     Args:
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1``, if there are any, through the
             emulator.
-        plan: of the layer.
-        rows: number of calibration rows.
         blame: takes an error, a path and a row's index, and returns the error for the user.
 
     Raises:
@@ -106,8 +104,6 @@ def _packed(
     """Return a matrix packed.
 
     Args:
-        skeleton: the base.
-        plan: of the matrix.
         weight: (rows, features).
         gram, target: see :meth:`~emloc_core.standins.vocabulary.Packing.pack`.
 

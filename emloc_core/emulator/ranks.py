@@ -26,13 +26,11 @@ class LinearPlan:
     """What happens to one Linear.
 
     Attributes:
-        path: module path.
         block: path of the block that holds it.
         group: its input group: paths that read the same input.
         out_features, in_features: shape of the weight.
         rank: of its factors, once they have been shared out; None: its stand-in has none, or it stays dense.
         tap: how its activations are captured: ``input``, ``output``, or the family's own function.
-        reason: why it is dense.
     """
 
     path: str
@@ -79,12 +77,7 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class ExpertsPlan(LinearPlan):
-    """What happens to a stack of experts: as to so many Linears, all of one rank.
-
-    Attributes:
-        path: path of the parameter.
-        experts: how many there are.
-    """
+    """What happens to a stack of experts: as to so many Linears, all of one rank."""
 
     experts: int = 1
 
@@ -109,9 +102,7 @@ class Kept:
     """What the family keeps dense.
 
     Attributes:
-        pattern: glob pattern of module paths.
         parameters: number of parameters in the modules that it matches, tied ones included.
-        reason: why.
     """
 
     pattern: str

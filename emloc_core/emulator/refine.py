@@ -43,9 +43,7 @@ def refined(
 
     Args:
         stream, block, ends: see :class:`Refinement`.
-        found: the stand-ins by module path.
         format: says which of their numbers may move.
-        epochs: number of passes.
     """
     movables = {path: format.movable(of) for path, of in found.items()}
     if not movables or not Refinement(stream, block, movables, ends).run(epochs):

@@ -26,7 +26,6 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
 
     Args:
         stream: samples wait at the block.
-        planned: the block's compressed Linears.
         family: the declaration, for the message.
 
     Raises:
@@ -64,9 +63,6 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
 
 class _Shared:
     """What the Linears of a group are given in one forward.
-
-    Args:
-        group: their paths.
 
     Attributes:
         first: path of the one that ran first.

@@ -25,7 +25,6 @@ class Spectra:
     """The spectra of a model, written and read block by block.
 
     Args:
-        blocks: paths of all blocks.
         directory: of the shards; it is made. Damaged shards are removed.
     """
 

@@ -21,7 +21,6 @@ class VocabularyPlan:
         path: of the layer that it is stored for.
         layers: paths of all layers that have it: two where they are tied.
         packing: how it is packed; a key of :data:`~emloc_core.standins.vocabulary.PACKINGS`.
-        rows, features: its shape.
     """
 
     path: str

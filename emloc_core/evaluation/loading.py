@@ -20,8 +20,6 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
     Where the model does not fit the GPU, the layers that do not wait in CPU memory, and are copied when they are used.
 
     Args:
-        model: directory of the model.
-        adapter: directory of a PEFT adapter.
         images: whether there are images: then the model's processor is returned, which contains the tokenizer. None:
             it is returned if the model reads images and has one.
 

@@ -35,7 +35,6 @@ def run_tasks(
         processing: its tokenizer, or its processor if a task shows images.
         tasks: from :func:`load_task`.
         limit: use only this many rows of each task.
-        batch_size: rows per batch.
         chat: whether to use the chat template; None: if the rows are conversations.
         seed: seed for Python, NumPy, torch and the choice of few-shot examples.
 
@@ -186,7 +185,6 @@ def evaluate_system(
     """Evaluate one system; called in its own process, so that its peak memory is measured separately.
 
     Args:
-        model: directory of the model.
         adapter: directory of a PEFT adapter, if there is one.
         tasks: ``name`` and ``path`` of each; no path for a bundled task.
         settings: settings of :func:`run_tasks`.

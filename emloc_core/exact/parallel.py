@@ -19,7 +19,6 @@ class Processes:
     """The processes of torch's default group; this one alone where there is none.
 
     Attributes:
-        count: how many there are.
         here: how many of them share this machine's memory.
     """
 

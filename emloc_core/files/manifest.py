@@ -111,7 +111,6 @@ def require_unchanged(manifest: Mapping[str, Any], directory: Path, content: str
 
     Args:
         manifest: the content of its ``emloc.json``.
-        directory: the directory.
         content: the SHA-256 over its current content.
 
     Raises:

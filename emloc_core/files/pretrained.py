@@ -88,11 +88,6 @@ def auto_class(name: str) -> Any:
 def new_model(name: str, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
     """Return a model for a config, with initial weights.
 
-    Args:
-        name: name of the transformers class.
-        config: transformers' config.
-        dtype: dtype of the weights.
-
     Raises:
         EmlocError: the sizes in the config are larger than any model's, or transformers cannot build it.
     """
@@ -111,11 +106,6 @@ def new_model(name: str, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
 
 def load_model(name: str, directory: Path, **settings: Any) -> Any:
     """Return the model or emulator in a directory, in the dtype that it is stored in.
-
-    Args:
-        name: name of the transformers class.
-        directory: directory of the model.
-        settings: further arguments of ``from_pretrained``.
 
     Raises:
         EmlocError: it needs its own code, is quantised by a method that may read other files, or contains an adapter,
@@ -140,7 +130,6 @@ def load_processing(name: str, directory: Path) -> Any:
 
     Args:
         name: name of the transformers class, ``AutoTokenizer`` or ``AutoProcessor``.
-        directory: directory of the model.
 
     Raises:
         EmlocError: it needs its own code, or names another model to load.
@@ -171,9 +160,7 @@ def load_gguf(name: str, file: Path, **settings: Any) -> Any:
     """Return the model in a GGUF file or, with ``AutoTokenizer``, its tokenizer.
 
     Args:
-        name: name of the transformers class.
         file: the file, for example one that a package provides.
-        settings: further arguments of ``from_pretrained``.
     """
     return auto_class(name).from_pretrained(str(file.parent), gguf_file=file.name, **settings, **_NOTHING_FOREIGN)
 
@@ -183,7 +170,6 @@ def load_lora(model: Any, directory: Path, **settings: Any) -> Any:
 
     Args:
         model: the model that the LoRA was trained for.
-        directory: directory of the LoRA.
         settings: further arguments of ``PeftModel.from_pretrained``, such as ``is_trainable``.
 
     Raises:

@@ -89,7 +89,6 @@ class ShardWriter:
     """Writes a safetensors file, one tensor at a time, under a temporary name; renames it when it is complete.
 
     Args:
-        path: the file.
         tensors: key -> (safetensors dtype, shape) of every tensor, in the order in which they will be written.
         metadata: strings for the header.
     """

@@ -17,10 +17,8 @@ def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink
     """Hook Linears so that every forward passes their activations to ``sink``.
 
     Args:
-        linears: the modules by path.
         taps: path -> ``"input"``, ``"output"`` (without the bias), or a function of ``(module, args, output)`` that
             returns the input.
-        sink: receives path and activations.
     """
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:

@@ -47,7 +47,6 @@ def image_shape(config_file: Path, config: Any, size: tuple[int, int] | None = N
 
     Args:
         config_file: the model's config file, for messages.
-        config: transformers' config of the model.
         size: height and width in pixels; by default the tower's fixed size, or :data:`IMAGE_SIZE`.
 
     Raises:
@@ -75,7 +74,6 @@ def count_patches(pixels: Sequence[int], config: Any) -> int:
     Args:
         pixels: shape of ``pixel_values``: (patches, values) for a tower that takes images of any size, else
             (..., channels, height, width).
-        config: transformers' config of the model.
     """
     vision = getattr(config, "vision_config", None)
     if hasattr(vision, "spatial_merge_size"):

@@ -46,7 +46,6 @@ class Import(Job):
         request: which checkpoint is converted; an installed plugin reads its layout.
 
     Attributes:
-        layout: the source's layout.
         config: the native ``config.json``.
 
     Raises:

@@ -49,7 +49,6 @@ class Lockstep:
     """Advances samples through the units of a model together.
 
     Args:
-        model: the model.
         units: paths of the modules at which samples pause; see :func:`units`.
         block_lists: paths of the lists of blocks, in execution order; every sample passes through the last one's.
         parking: storage for the tensors of waiting samples.
@@ -148,7 +147,6 @@ class Lockstep:
         """Pause the running sample at a unit, or where the unit's visitor wants it; outside a sample, do nothing.
 
         Args:
-            place: where.
             args, kwargs: that it waits with.
             inside: whether that is inside a block, where a sample holds more than at its ends.
         """

@@ -90,7 +90,6 @@ class Parking:
         """Park a sample.
 
         Args:
-            sample: its index.
             arguments: that it waits with: nested tuples, lists and dicts of anything.
             hidden: the hidden states among them, which are the sample's alone: they stay parked as long as they live.
             inside: whether it waits inside a block.

@@ -41,7 +41,6 @@ class Skeleton:
     Args:
         checkpoint: the weights.
         family: the declaration, which names the transformers class.
-        config: transformers' config.
         device: device of loaded weights.
 
     Attributes:

@@ -21,7 +21,6 @@ class Stream(Lockstep):
     """A streamed pass of many samples over a skeleton.
 
     Args:
-        skeleton: the model.
         parking: storage for the tensors of waiting samples; by default the skeleton's device while there is room.
     """
 

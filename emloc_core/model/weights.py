@@ -38,7 +38,6 @@ class FrozenWeights:
 
     Args:
         skeleton: reads them, in memory of the CPU. It is read in another thread, so nothing else may use it meanwhile.
-        units: paths of submodules.
         device: where they are computed with.
         room: bytes of the device that units may fill to stay there, besides the one in use and the next one.
         pinned: bytes of the CPU's memory that units may fill to stay there, pinned for a GPU.
@@ -133,7 +132,6 @@ class FrozenWeights:
         """Read a unit, and on a GPU where copies begin early begin that; in the reading thread.
 
         Args:
-            unit: the unit.
             left: then the end of all that is computed with units that were asked for before the one in use.
         """
         self.reads[unit] += 1

@@ -54,8 +54,6 @@ def call(
             given a function that sends an answer at once.
         arguments: by name, JSON values.
         log: file for the process's output; stderr by default.
-        environment: variables to add.
-        cwd: working directory of the process.
 
     Yields:
         The answers, JSON values.

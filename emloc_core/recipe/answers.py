@@ -21,10 +21,6 @@ def answers_of(
     They are kept beside the adapter's directory, in a process of their own.
 
     Args:
-        base: the model.
-        adapter: directory of the adapter.
-        rows: file of rows.
-        max_new_tokens: most tokens per answer.
         log: file for what that process writes; by default it goes to stderr.
 
     Raises:

@@ -22,9 +22,6 @@ class Doing:
     """The stage that runs.
 
     Attributes:
-        name: of its directory.
-        purpose: one line for people.
-        event: the last one.
         started: when, in seconds since the epoch.
         losses: step and loss of every entry of the log so far.
         pid: of the process that runs the recipe.

@@ -18,7 +18,6 @@ def write_overview(run: Path, final: str) -> None:
     """Write the card of the final output as that of the whole directory.
 
     Args:
-        run: the directory.
         final: name of the final output's directory in it, which has a card.
     """
     text = (run / final / CARD).read_text(encoding="utf-8").replace("DIRECTORY", final)

@@ -207,7 +207,6 @@ def load_recipe(path: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -
     """Read a recipe.
 
     Args:
-        path: a TOML file.
         overrides: ``section.key=value``, the value in TOML or plain text; or sections with the values of their keys.
 
     Raises:

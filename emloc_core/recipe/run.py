@@ -54,7 +54,6 @@ def run_recipe(
     """Run all stages of the recipe at ``path``; return the results of :func:`summarise`.
 
     Args:
-        path: a TOML file.
         overrides: see :func:`emloc_core.recipe.recipe.load_recipe`.
         announce: called before each stage, with its index and the number of stages.
         progress: called with every event of every stage; what the stages write then goes to a file, which is kept

@@ -30,12 +30,7 @@ from emloc_core.settings import CompressSettings, PolishSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a recipe.
-
-    Attributes:
-        purpose: one line for people.
-        request: what it should do.
-    """
+    """One stage of a recipe."""
 
     purpose: str
     request: Request
@@ -63,7 +58,6 @@ class Attempt:
     """An emulator, and what is made with it.
 
     Attributes:
-        root: directory of the run.
         name: of an alternative; of the first emulator :data:`FIRST`.
         settings: how the emulator is made.
     """

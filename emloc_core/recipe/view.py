@@ -43,7 +43,6 @@ class StageView:
     """One stage that is finished.
 
     Attributes:
-        name: of its directory.
         manifest: the content of ``emloc.json``.
         timing: that of ``timing.json``.
         log: of tuning: entries with a step, and losses or a margin.
@@ -100,7 +99,6 @@ class RunView:
     """A finished run, ready to be shown.
 
     Attributes:
-        name: of its directory.
         stages: those that are finished, in order.
         results: the content of ``results.json``; empty without one.
         answers: to a few held-out rows, before tuning and after it.
@@ -116,7 +114,6 @@ class RunView:
         """Read the directory that ``emloc run`` wrote to.
 
         Args:
-            run: the directory.
             whole: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
         """
         made = sorted(run.iterdir(), key=_order) if run.is_dir() else []

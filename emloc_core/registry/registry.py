@@ -72,8 +72,6 @@ def resolve(
     """Return a preset's settings of stage 1 and of stage 2. A memory target is planned, with torch.
 
     Args:
-        entry: the model.
-        name: name of the preset.
         device: the device of a memory target.
         given: settings of stage 1 that go before the preset's. With a ratio nothing is planned; for a memory target
             the recommended kind is planned, or the one given, which does not take a preset's ratio.
@@ -105,7 +103,6 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
     """Yield the ``config.json`` of a directory, a file, an entry (by id or file), or a hub id, in that order.
 
     Args:
-        model: the model's name.
         with_tokenizer: require a tokenizer beside it, which an entry does not have.
 
     Raises:

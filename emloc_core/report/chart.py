@@ -17,7 +17,6 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: what it is of.
         points: (step, value); those that are not finite are left out.
         marked: whether each point has a mark: of a few evaluations, say.
     """

@@ -17,7 +17,6 @@ def lost_by_peft(model: PreTrainedModel, linears: Sequence[str]) -> set[str]:
 
     Args:
         model: the model; it is copied.
-        linears: paths of Linears.
     """
     with warnings.catch_warnings(action="ignore"):
         try:

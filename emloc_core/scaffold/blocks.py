@@ -23,7 +23,6 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any], of_each: int) 
     """Cut a section of a config to a few blocks of each kind, and at least two.
 
     Args:
-        content: the section.
         small: the same with smaller sizes; it is changed, and returned.
         of_each: how many blocks of each kind, where there are so many.
     """

@@ -16,7 +16,6 @@ class Draft:
     """A family as observed, and what a person has to know about it.
 
     Attributes:
-        family: the declaration.
         summary: sentences about the model that it was observed on.
         notes: what a person may want to know: each begins with ``Note``, ``Check`` (look whether it is right), ``More``
             (what would compress more of the model), or ``Edit`` (the conformance kit will not accept it as it is).

@@ -43,9 +43,6 @@ def layouts(config: Any) -> Iterator[dict[str, Made]]:
 
     The names are those of transformers' processors. Images of a fixed size come as an image, or as a list of an image
     and its pieces; images of any size as a list of patches.
-
-    Args:
-        config: of the model.
     """
     vision = getattr(config, "vision_config", None)
     channels = _first(vision, "num_channels", "in_channels", "in_chans") or 3

@@ -9,7 +9,6 @@ class Stack:
     """One list of blocks, as observed.
 
     Attributes:
-        path: of the list.
         groups: paths of Linears within a block; those of one group read the same input. In order of execution.
         dense: paths within a block of what cannot be compressed, each with the reason.
         experts: paths within a block of fused experts of a known layout.

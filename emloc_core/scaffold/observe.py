@@ -57,10 +57,8 @@ class Observation:
     Args:
         model: the model, small enough to run.
         lists: paths of lists of blocks; those that the forward did not reach are left out.
-        inputs: keyword arguments of its forward.
 
     Attributes:
-        model, lists: as given.
         calls: how often each module was called, by path.
         stacks: the lists that are stacks of blocks, in order of execution, with what holds in all of their blocks.
         interleaved: lists that run in between the blocks of a larger one -> path of that one.

@@ -20,7 +20,6 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
 
     Args:
         name: of the family, a Python identifier. The package is ``emloc_NAME``.
-        directory: to make.
         model_types: values of ``model_type`` that it declares; if none, those of the draft, or ``name``.
         draft: the declaration, instead of the template's.
 

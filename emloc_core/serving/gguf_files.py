@@ -51,7 +51,6 @@ def write_model(model: OpenModel, target: Path, dtype: str, progress: Progress) 
 
     Args:
         model: the model, unquantised.
-        target: path of the file.
         dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
         progress: called for every tensor that is written.
 
@@ -75,8 +74,6 @@ def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: 
 
     Args:
         loras: by module path, as :func:`emloc_core.serving.plain.plain` returns them.
-        base: the model.
-        target: path of the file.
         dtype: of the matrices.
         progress: called for every tensor that is written.
 

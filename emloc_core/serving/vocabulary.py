@@ -17,9 +17,7 @@ def add_vocabulary(writer: Any, directory: Path, size: int, layout: Gguf) -> Non
 
     Args:
         writer: ``gguf.GGUFWriter``.
-        directory: directory of the model.
         size: number of token ids of the model, which may be more than the tokenizer has.
-        layout: the family's declaration.
 
     Raises:
         EmlocError: the tokenizer is of another kind, or splits text as the family's declaration does not know.

@@ -26,7 +26,6 @@ def unpack_levels(
     Args:
         codes: (..., bytes, 1), uint8, contiguous.
         scales: (..., m, ceil(n / GROUP)), bf16, contiguous.
-        dtype: of the matrix.
         m: its rows.
         n: its columns.
         count: of levels.

@@ -66,7 +66,6 @@ class MovableScales:
     """A weight on a few levels whose scales may still move, by their logarithms.
 
     Args:
-        packed: the weight.
         unpack: returns what the Linear multiplies by, (m, n), from such scales, in a dtype.
     """
 

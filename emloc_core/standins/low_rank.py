@@ -179,11 +179,7 @@ class RoundedLowRank(LowRank):
 
 
 class MovableFactors:
-    """Two factors whose numbers may all move, in units of a share of the size that they have at first.
-
-    Args:
-        factors: U and V.
-    """
+    """Two factors whose numbers may all move, in units of a share of the size that they have at first."""
 
     def __init__(self, factors: Factors) -> None:
         self._factors = factors

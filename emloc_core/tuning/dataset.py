@@ -32,10 +32,8 @@ def make_dataset(
     training starts. Images are never cut: they are in the prompt, which is complete if any completion is left.
 
     Args:
-        rows: rows of one source.
         processing: see :func:`emloc_core.data.tokenize.load_processing`.
         max_length: truncate rows to this many tokens; None for no truncation.
-        config: of the model.
         completion_only: whether prompts are left out of the loss.
 
     Returns:

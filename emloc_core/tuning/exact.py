@@ -142,7 +142,6 @@ class ExactTrain(Train):
         """Say where activations at block boundaries wait.
 
         Args:
-            config: of the trainer.
             need: what the longest step needs; see :func:`step_need`.
 
         Raises:

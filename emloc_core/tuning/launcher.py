@@ -46,7 +46,6 @@ def require_room(nbytes: int, device: torch.device) -> None:
     """Refuse a model that one GPU has no room for: its layers are not placed on several.
 
     Args:
-        nbytes: of the model.
         device: that each process tunes on.
 
     Raises:

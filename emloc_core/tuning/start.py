@@ -102,7 +102,6 @@ class GivenLora:
         request: which adapter, and how it is trained further.
 
     Attributes:
-        model: the base.
         settings, adapter, tuned_at: see :class:`NewLora`.
 
     Raises:

@@ -22,7 +22,6 @@ def choose_targets(model: OpenModel, settings: TrainSettings) -> list[str]:
 
     Args:
         model: the model; an emulator has the same Linears as its base.
-        settings: settings of the LoRA.
 
     Raises:
         EmlocError: a target is refused; names the target and the module.

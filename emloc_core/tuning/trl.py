@@ -98,7 +98,6 @@ def trainer_config(
     """Return TRL's config.
 
     Args:
-        settings: how to train.
         checkpoints: directory for the trainer's own checkpoints.
         completion_only: whether only completions enter the loss, unless it is one of preferences; ``extra`` may
             override it.
@@ -136,7 +135,6 @@ def lora_config(
     """Return PEFT's config.
 
     Args:
-        settings: of the LoRA.
         target_modules: ends of module paths.
         task: what PEFT calls it.
         model: where a LoRA on experts is asked for, the one that has them.

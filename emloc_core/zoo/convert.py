@@ -35,7 +35,6 @@ def convert(
 
     Args:
         jobs: from :func:`emloc_core.zoo.jobs.sources.resolve`.
-        directory: of the zoo.
         make_engine: called with the lock's file descriptor, which workers of this machine are to hold.
         limits: see :class:`emloc_core.zoo.retry.Limits`.
         tell: see :class:`emloc_core.zoo.driver.Driver`.
@@ -70,7 +69,6 @@ class Preview:
     """What a conversion would do.
 
     Attributes:
-        name: of the job.
         state: ``to do``, ``done``, or ``the same as NAME``.
         needs: by the plan.
         seconds: by what finished jobs of this zoo took; None where none tells.

@@ -63,9 +63,7 @@ def start_worker(
     """Start a worker, the leader of its own group of processes.
 
     Args:
-        job: as in its file.
         place: absolute path of the directory with the job file.
-        log: file for what it prints.
         inherited: file descriptors that it holds as long as it lives.
         variables: of the environment, besides those of :func:`environment`.
         command: is given the path of the job file.

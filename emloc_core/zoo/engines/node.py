@@ -36,7 +36,6 @@ class Order:
     """What is to be done, in plain values: it travels to a node.
 
     Attributes:
-        job: JSON.
         zoo: its directory, for nodes that share the disk.
         log: path in the zoo, or in the storage.
         storage: URL of the storage; None is the zoo on a shared disk.

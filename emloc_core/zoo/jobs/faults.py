@@ -27,7 +27,6 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
     """Return the cause that an exception, or one that it came from, tells of.
 
     Args:
-        error: what a stage raised.
         offline: nothing could be fetched, so that what is not here will not be here next time.
     """
     chain = list(_chain(error))

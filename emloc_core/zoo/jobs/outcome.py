@@ -24,7 +24,6 @@ class Outcome:
         message: what happened and where, for a person.
         stage: the output that was being made, where known: ``emulator``, ``adapter``, ...
         result: of a success; see :func:`emloc_core.zoo.jobs.result.collect`.
-        host: where it ran.
     """
 
     cause: Cause | None

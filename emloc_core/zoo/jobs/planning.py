@@ -27,7 +27,6 @@ def plan(
     """Return the fingerprint of every job, and what it needs.
 
     Args:
-        jobs: to be planned.
         cache_dir: where hashes of large files are kept.
         known: fingerprints whose needs are known already, and are not planned again: None stands for them.
         advance: called with a job's name, how many are done, and how many there are.

@@ -15,10 +15,6 @@ _LINEAR = ("path", "rank", "in_features", "out_features", "relative_error", "rea
 def collect(job: ZooJob, directory: Path) -> dict[str, Any]:
     """Return the result of a job whose stages are all finished.
 
-    Args:
-        job: as it was done.
-        directory: of its outputs.
-
     Returns:
         ``kind`` of emulator; ``ratio``, None of a kind that has none; ``bytes``: of ``base`` and ``emulator``;
         ``parameters``: of the compressed Linears before and after; ``linears``: path, rank, shape and relative error

@@ -76,7 +76,6 @@ class Defaults:
         compress: settings of stage 1 that were given: they go before an entry's preset, and behind a file of jobs.
         preset: of entries; ``default`` where none is named.
         merge: whether trained jobs are merged too.
-        threads: of a worker.
         offline: never fetch anything.
         registry: files and directories of more entries.
     """

@@ -15,7 +15,6 @@ def log_end(directory: Path, log: str, lines: int = 40) -> str | None:
     """Return the last lines of a log.
 
     Args:
-        directory: the zoo.
         log: path within it.
         lines: at most.
 

@@ -50,7 +50,6 @@ class JobView:
 
     Attributes:
         record: what the store knows.
-        directory: the zoo.
         number: from 1, in the store's order; names the job's place in the page.
     """
 

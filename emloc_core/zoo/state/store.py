@@ -44,7 +44,6 @@ class Store:
     """The jobs of the zoo in ``directory``. Not for use by several threads at once.
 
     Args:
-        directory: of the zoo.
         create: make it where it is not there; for the driver alone.
 
     Raises:
