@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from emloc_core.conformance.tiny import random_model, tiny_config
-from emloc_core.emulator.shared_inputs import alike
+from emloc_core.emulator.forwards import alike
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks

@@ -1,13 +1,15 @@
 """The messages of a conversation, normalised to one form of TRL's conventions.
 
 A message's content is a string; if it has images, it is a list of parts, ``{"type": "text", "text": ...}`` and
-``{"type": "image"}``, in the images' order. So equal conversations are equal, however they were written. Tools are in
-:mod:`emloc_core.data.tools`.
+``{"type": "image"}``, in the images' order. So equal conversations are equal, however they were written.
+
+Tools, and calls of them, get the one form that chat templates read: arguments as objects. Files in OpenAI's form hold
+these as text in JSON; Arrow fills what an object lacks with nulls, which are left out.
 """
 
+import json
 from typing import Any
 
-from emloc_core.data.tools import parse_calls
 from emloc_core.errors import EmlocError
 
 #: One turn: ``role`` and ``content``; an assistant's may have ``tool_calls``, a tool's ``name`` and ``tool_call_id``.
@@ -20,6 +22,8 @@ _MARK = "<image>"
 #: What a message of a tool may have besides its content.
 _OF_TOOLS = ("name", "tool_call_id")
 _PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves go in `images`.'
+_CALL = 'A call is {"type": "function", "function": {"name": ..., "arguments": {...}}}.'
+_TOOLS = "`tools` is a list of functions in JSON schema, or that list as text."
 
 
 def parse_content(value: Any, where: str) -> Content:
@@ -125,3 +129,46 @@ def _part(value: Any, where: str) -> dict[str, str]:
     if part.keys() != {"type", "text"} or part["type"] != "text":
         raise EmlocError(f"{where} has a part with {sorted(part)} of type {part.get('type')!r}.", _PARTS)
     return {"type": "text", "text": parse_string(part["text"], f"{where}: a part's text", may_be_blank=True)}
+
+
+def parse_tools(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return the tools of a row: a list of objects, given as such or as text in JSON."""
+    found = _decoded(value, f"{where}: `tools`")
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise EmlocError(f"{where}: `tools` is not a list of objects.", _TOOLS)
+    return [_without_nulls(tool) for tool in found]
+
+
+def parse_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a message's tool calls: ``type``, ``function`` with ``name`` and ``arguments``, and ``id`` if given."""
+    calls = _decoded(value, f"{where}: `tool_calls`")
+    if not isinstance(calls, list):
+        raise EmlocError(f"{where}: `tool_calls` is {type(calls).__name__}, not a list.", _CALL)
+    return [_call(call, where) for call in calls]
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    call = _without_nulls(value)
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise EmlocError(f"{where} has a tool call without the name of a function.", _CALL)
+    arguments = _decoded(function.get("arguments", {}), f"{where}: the arguments of {function['name']}")
+    if not isinstance(arguments, dict):
+        raise EmlocError(f"{where}: the arguments of {function['name']} are no object.", _CALL)
+    named = {"id": str(call["id"])} if "id" in call else {}
+    return {**named, "type": "function", "function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
+
+
+def _decoded(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise EmlocError(f"{where}: not valid JSON ({error}).", "Correct it.") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -14,8 +14,7 @@ from typing import Any
 
 from emloc_core.data.columns import as_trl
 from emloc_core.data.images import Picture
-from emloc_core.data.messages import Content, parse_content, parse_string, place_images
-from emloc_core.data.tools import parse_tools
+from emloc_core.data.messages import Content, parse_content, parse_string, parse_tools, place_images
 from emloc_core.errors import EmlocError
 from emloc_core.settings import Loss
 

@@ -27,8 +27,7 @@ from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles, weight_keys
 from emloc_core.emulator.method import CompletedSettings, method_of
-from emloc_core.emulator.pack import pack_blocks
-from emloc_core.emulator.pack_vocabulary import pack_vocabulary
+from emloc_core.emulator.pack import pack_blocks, pack_vocabulary
 from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra

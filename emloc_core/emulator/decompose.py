@@ -18,13 +18,12 @@ from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
 from emloc_core.emulator.files import EmulatorFiles
-from emloc_core.emulator.own_forwards import requiring_products
-from emloc_core.emulator.pack_vocabulary import fit_head, looking_up
+from emloc_core.emulator.forwards import requiring_products, requiring_shared_inputs
+from emloc_core.emulator.pack import fit_head, looking_up
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.refine import Ends, errors, refined
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
-from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.job import Progress

@@ -18,9 +18,9 @@ from emloc_core.data.row import Row
 from emloc_core.data.rows import NO_RENAMING, SKIPPED, Skipped, digest, load_rows, told, write_rows, write_skipped
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
+from emloc_core.files.card import CARD
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.recipe.decided import decided
-from emloc_core.recipe.overview import write_overview
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
 from emloc_core.recipe.run import run_recipe
@@ -34,6 +34,14 @@ ROWS, EVALUATED = "rows.jsonl", "evaluated.jsonl"
 _FIRST = {ROWS, EVALUATED, SKIPPED, HELD_OUT, RECIPE, IMAGES}
 #: Rows that are never tuned on, and answered before and after.
 _ANSWERED = 5
+#: What may be beside the stages' directories, besides the final one.
+_HERE = {
+    "recipe.toml": "what was decided, to edit and run again: `emloc run recipe.toml`",
+    "report.html": "memory, losses and versions, on one page",
+    "answers.json": "answers to held-out rows, before and after",
+    "held_out.jsonl": "these rows, which were never tuned on",
+    "skipped_rows.jsonl": "rows that could not be used, and why",
+}
 
 
 class Tune(Settings):
@@ -201,3 +209,15 @@ def by_name(
 def _place(name: str) -> str:
     """Return a path that is there as an absolute one, and anything else as it is."""
     return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def write_overview(run: Path, final: str) -> None:
+    """Write the card of the final output as that of the whole directory.
+
+    Args:
+        final: name of the final output's directory in it, which has a card.
+    """
+    text = (run / final / CARD).read_text(encoding="utf-8").replace("DIRECTORY", final)
+    listed = {final: "the result", **{name: what for name, what in _HERE.items() if (run / name).is_file()}}
+    lines = "".join(f"- `{name}`: {what}\n" for name, what in listed.items())
+    (run / CARD).write_text(f"{text}\n## In this directory\n\n{lines}", encoding="utf-8")

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from emloc_core.conformance import check_family
 from emloc_core.conformance.branches import other_branches, wiring_of
-from emloc_core.conformance.conditions import under_test
+from emloc_core.conformance.check import under_test
 from emloc_core.conformance.inputs import as_sample, tiny_samples
 from emloc_core.conformance.tiny import random_model
 from emloc_core.conformance.unread import unread_features
@@ -29,13 +29,12 @@ from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config, new_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
-from emloc_core.scaffold.adapter_names import lost_by_peft
 from emloc_core.scaffold.config_arguments import large_sizes, make_config, needed, not_tiny, plain
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
-from emloc_core.scaffold.stored import RENAMED, UNREAD, is_grouped, keep_dense, stored_otherwise
+from emloc_core.scaffold.stored import RENAMED, UNREAD, is_grouped, keep_dense, lost_by_peft, stored_otherwise
 from emloc_core.standins.transposed import as_linears
 
 

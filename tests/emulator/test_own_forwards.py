@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from emloc_core.emulator.own_forwards import requiring_products
+from emloc_core.emulator.forwards import requiring_products
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 

@@ -9,8 +9,8 @@ from support.jobs import compress_job, train_job
 from support.models import save_tiny_model
 from torch import nn
 
+from emloc_core.emulator.forwards import requiring_shared_inputs
 from emloc_core.emulator.ranks import LinearPlan
-from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import TINY, Family, Tower
 from emloc_core.plugins.manager import plugin_manager

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.compat.trl import fuse_loss
-from emloc_core.emulator import pack_vocabulary
+from emloc_core.emulator import pack
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import read_manifest
@@ -99,7 +99,7 @@ def test_blocks_are_fitted_behind_packed_embeddings(rows_file, tmp_path, monkeyp
         found.append(packing)
         return SimpleNamespace(forward=lambda ids: torch.full((*ids.shape, parts["codes"].shape[1]), torch.nan))
 
-    monkeypatch.setattr(pack_vocabulary, "packed_embedding", spoilt)
+    monkeypatch.setattr(pack, "packed_embedding", spoilt)
     with pytest.raises(EmlocError, match="NaN"):
         compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(kind="2.7-bit", samples=4)).run()
     assert found == ["8-bit"]

@@ -15,7 +15,7 @@ import torch
 from support.whole_run import CRASHED, REFUSED, RIGHT, WAYS, WRONG, Verdict, whole_run
 from transformers import AutoConfig
 
-from emloc_core.conformance.conditions import under_test
+from emloc_core.conformance.check import under_test
 from emloc_core.conformance.inputs import as_sample, number_tokenizer, special_tokens, taken, vocabulary
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family

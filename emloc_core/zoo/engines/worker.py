@@ -21,8 +21,7 @@ from emloc_core.processes.lifetime import die_with, end_with_parent
 from emloc_core.recipe.stages import Stage
 from emloc_core.zoo.jobs.faults import classify, describe, ended, exit_code, memory_kills
 from emloc_core.zoo.jobs.job import ZooJob
-from emloc_core.zoo.jobs.outcome import OUTCOME, Outcome, read_outcome
-from emloc_core.zoo.jobs.result import collect
+from emloc_core.zoo.jobs.outcome import OUTCOME, Outcome, collect, read_outcome
 
 
 def run(job: ZooJob, directory: Path) -> Outcome:

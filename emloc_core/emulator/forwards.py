@@ -1,8 +1,9 @@
-"""Refuses input groups whose Linears receive different tensors, on any row that passes through a block.
+"""Refuses models that compute something else than declared, on any row that passes through a block.
 
-The statistics of a group are those of one of its Linears. Where a model's config takes another branch than those that
-its family was tested on, or where a long row takes another than a short one, the others would be fitted to inputs that
-they never see, and no number would tell.
+The statistics of an input group are those of one of its Linears. Where a model's config takes another branch than those
+that its family was tested on, or a long row another than a short one, the others would be fitted to inputs that they
+never see, and no number would tell. And what stands in for a Linear computes ``W x + b`` alone: a family's tiny models
+need not have the Linears of other classes that some blocks of a large model have.
 """
 
 from collections import defaultdict
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 from emloc_core.compat.torch import writes
 from emloc_core.emulator.ranks import LinearPlan
@@ -18,6 +21,9 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
+
+#: How far two ways to compute a product may lie apart, as a share; in dtypes that round more, two roundings.
+_ROUNDING = 1e-5
 
 
 @contextmanager
@@ -108,3 +114,42 @@ def _groups(planned: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
     for linear in planned:
         groups[linear.group].append(linear)
     return list(groups.values())
+
+
+@contextmanager
+def requiring_products(stream: Stream, planned: Sequence[LinearPlan], rows: int) -> Iterator[None]:
+    """Watch samples pass through a block, and compare what such Linears return with ``W x + b``.
+
+    Args:
+        stream: samples ``0 .. rows - 1`` pass through the base.
+
+    Raises:
+        EmlocError: at the end, if one returned something else.
+    """
+    modules = {linear.path: stream.skeleton.model.get_submodule(linear.path) for linear in planned}
+    others = {path: module for path, module in modules.items() if type(module).forward is not nn.Linear.forward}
+    odd: list[str] = []
+
+    def watching(path: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if stream.sample < rows and not _is_product(module, args, output):
+                odd.append(path)
+
+        return hook
+
+    with forward_hooks((module, watching(path)) for path, module in others.items()):
+        yield
+    if odd:
+        raise EmlocError(
+            f"{odd[0]} is a {type(modules[odd[0]]).__name__}, which computes something else than W x + b.",
+            "List it in keep_dense of the family's declaration.",
+            code="plugin",
+        )
+
+
+def _is_product(module: Any, args: tuple[Any, ...], output: Any) -> bool:
+    wanted = functional.linear(args[0], module.weight, module.bias)
+    if not isinstance(output, torch.Tensor) or output.shape != wanted.shape:
+        return False
+    room = max(_ROUNDING, 2 * torch.finfo(wanted.dtype).eps)
+    return float((output - wanted).double().norm()) <= room * float(wanted.double().norm())
