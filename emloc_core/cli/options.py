@@ -51,13 +51,15 @@ def output(help: str) -> Callable[..., Any]:
     return click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=help)
 
 
-def split(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how the rows are read: ``--split`` and ``--columns``."""
-    function = click.option("--columns", default="", metavar="NAME=COLUMN,...", show_default=False,
-                            callback=_columns, help=COLUMNS)(function)  # fmt: skip
-    return click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")(
-        function
-    )
+def _all(*added: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a decorator that adds all of these options, in this order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(added):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def _columns(_context: Any, _option: Any, text: str) -> dict[str, str]:
@@ -66,6 +68,14 @@ def _columns(_context: Any, _option: Any, text: str) -> dict[str, str]:
     except ValueError as error:
         raise EmlocError(f"--columns {text}: {error}.", "Give the usual name of each column first.") from None
     return found
+
+
+#: How the rows are read.
+split = _all(
+    click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset."),
+    click.option("--columns", default="", metavar="NAME=COLUMN,...", show_default=False, callback=_columns,
+                 help=COLUMNS),
+)  # fmt: skip
 
 
 def data(*, required: bool = False, help: str = _ROWS) -> Callable[..., Any]:
@@ -99,13 +109,7 @@ def evaluation(*, of_emulator: bool) -> Callable[..., Any]:
             click.option("--base", "eval_base", metavar="MODEL", help="With --eval-base: the base.  [default: the "
                          "model that the emulator names]"),
         ]  # fmt: skip
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(found):
-            function = option(function)
-        return function
-
-    return decorate
+    return _all(*found)
 
 
 def evaluated(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -118,31 +122,26 @@ def evaluated(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 skip = click.option("--skip-bad-rows", is_flag=True, help=SKIP)
 
 
-def rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options for the rows to train on, and ``--set`` for any other field of SFTConfig."""
-    for option in (
-        click.option("--set", "extra", multiple=True, metavar="KEY=VALUE",
-                     help="Any other field of SFTConfig (with the objective dpo or orpo, of DPOConfig, with kto of "
-                     "KTOConfig); repeatable."),
-        click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-                     help="File with rows not to train on, such as test rows; repeatable."),
-        skip,
-        split,
-        data(required=True),
-    ):  # fmt: skip
-        function = option(function)
-    return function
+#: The rows to train on, and any other field of SFTConfig.
+rows = _all(
+    data(required=True),
+    split,
+    skip,
+    click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+                 help="File with rows not to train on, such as test rows; repeatable."),
+    click.option("--set", "extra", multiple=True, metavar="KEY=VALUE",
+                 help="Any other field of SFTConfig (with the objective dpo or orpo, of DPOConfig, with kto of "
+                 "KTOConfig); repeatable."),
+)  # fmt: skip
 
 
 def adapter_on_base(base: str, directory: str) -> Callable[..., Any]:
     """Return a decorator that adds ADAPTER, ``--base`` and ``--output``."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        named = f"{base}: directory or hub id.  [default: found from ADAPTER]"
-        function = click.option("--base", help=named)(output(directory)(function))
-        return click.argument("adapter", type=click.Path(path_type=Path))(function)
-
-    return decorate
+    return _all(
+        click.argument("adapter", type=click.Path(path_type=Path)),
+        click.option("--base", help=f"{base}: directory or hub id.  [default: found from ADAPTER]"),
+        output(directory),
+    )
 
 
 def options(
@@ -161,31 +160,29 @@ def options(
         hidden: whether the help leaves them out, since another command's has them.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for name, field in reversed(model.model_fields.items()):
-            if name in skip:
-                continue
-            flags = [f"--{name.replace('_', '-')}"]
-            if short and name in short:
-                flags.insert(0, short[name])
-            default = None if field.default is PydanticUndefined else field.default
-            settings: dict[str, Any] = {
-                "default": default,
-                "help": f"With {of}: {_uncapitalised(field.description)}" if of else field.description,
-                "show_default": default is not None,
-                "hidden": hidden,
-            }
-            kind = _kind(field.annotation)
-            if kind is bool:
-                flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
-            else:
-                settings.update(type=kind)
-            if _is_list(field.annotation):
-                settings.update(multiple=True, default=None, show_default=False)
-            function = click.option(*flags, name, **settings)(function)
-        return function
-
-    return decorate
+    added = []
+    for name, field in model.model_fields.items():
+        if name in skip:
+            continue
+        flags = [f"--{name.replace('_', '-')}"]
+        if short and name in short:
+            flags.insert(0, short[name])
+        default = None if field.default is PydanticUndefined else field.default
+        settings: dict[str, Any] = {
+            "default": default,
+            "help": f"With {of}: {_uncapitalised(field.description)}" if of else field.description,
+            "show_default": default is not None,
+            "hidden": hidden,
+        }
+        kind = _kind(field.annotation)
+        if kind is bool:
+            flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
+        else:
+            settings.update(type=kind)
+        if _is_list(field.annotation):
+            settings.update(multiple=True, default=None, show_default=False)
+        added.append(click.option(*flags, name, **settings))
+    return _all(*added)
 
 
 def _uncapitalised(text: str | None) -> str:
