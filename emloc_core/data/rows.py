@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from emloc_core.data.columns import known_columns, renamed, require_known
+from emloc_core.data.columns import known_columns
 from emloc_core.data.images import Picture
 from emloc_core.data.mixture import weighted, weights
 from emloc_core.data.row import Row, parse_row
 from emloc_core.data.sources import is_folder, no_rows, read_source
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.settings import Loss
 
@@ -24,6 +24,11 @@ CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 SKIPPED = "skipped_rows.jsonl"
 
 _CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
+#: Columns that rows may have.
+COLUMNS = (
+    "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "tools",
+    "instruction", "input", "output", "system", "history", "conversations",
+)  # fmt: skip
 #: Every column has the name that TRL gives it.
 NO_RENAMING: Mapping[str, str] = {}
 
@@ -79,9 +84,25 @@ def load_rows(
     Raises:
         EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
     """
-    require_known(columns)
+    _require_known(columns)
     rows = _load(source, split, columns, skipped)
     return [replace(row, loss=loss) for row in rows] if loss != "last" else rows
+
+
+def _require_known(columns: Mapping[str, str]) -> None:
+    """Refuse names for columns that rows cannot have.
+
+    Args:
+        columns: names that the data have, by those in :data:`COLUMNS`.
+    """
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        name = unknown[0]
+        meant = f"{columns[name]}={name}" if columns[name] in COLUMNS else ""
+        hint = f" Did you mean {meant}?" if meant else did_you_mean(name, list(COLUMNS))
+        raise EmlocError(
+            f"--columns {name}={columns[name]}: rows have no column {name!r}.{hint}",
+            f"Give those of {', '.join(COLUMNS)} that you need, each with its name in your data.",
+        )
 
 
 def _load(source: Any, split: str, columns: Mapping[str, str], skipped: list[Skipped] | None) -> list[Row]:
@@ -92,15 +113,15 @@ def _load(source: Any, split: str, columns: Mapping[str, str], skipped: list[Ski
     if (mixture := weights(source)) is not None:
         parts = {name: [replace(row, source=name) for row in _load(name, split, columns, skipped)] for name in mixture}
         return _of_one_form("", [row for name, rows in parts.items() for row in weighted(rows, mixture[name])])
-    if not isinstance(source, str | Path):
-        given = enumerate(source, start=1)
-        return _of_one_form("the rows", list(_parsed(given, "the rows", Path(), columns, skipped, confined=False)))
-    source = str(source)
-    place = Path(source)
-    directory = place.parent if place.is_file() else place if is_folder(place) else Path()
+    directory = Path()
+    if isinstance(source, str | Path):
+        source, place = str(source), Path(source)
+        contents = read_source(source, split)
+        directory = place.parent if place.is_file() else place if is_folder(place) else Path()
+    else:
+        contents, source = enumerate(source, start=1), "the rows"
     # An emulator may come from someone else: it may only refer to its own images.
     confined = _is_kept(Path(source))
-    contents = read_source(source, split)
     return _of_one_form(source, list(_parsed(contents, source, directory, columns, skipped, confined=confined)))
 
 
@@ -133,6 +154,29 @@ def _parsed(
             click.echo(f"emloc: {source}: {known}'s {_CONVERSION[known]} become messages", err=True)
             told = True
         yield row
+
+
+def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
+    """Return a row whose columns have the usual names; those that it lacks are left out.
+
+    Args:
+        content: the row's columns; anything else is returned as it is.
+        where: its name in messages.
+        columns: names that the data have, by the usual ones.
+
+    Raises:
+        EmlocError: it has neither a column of its own name nor one of the usual name.
+    """
+    if not columns or not isinstance(content, Mapping):
+        return content
+    found = {name: value for name, value in content.items() if name not in columns.values()}
+    found |= {name: content[own] for name, own in columns.items() if own in content}
+    if not columns.keys() & found.keys():
+        raise EmlocError(
+            f"{where}: has none of the columns {', '.join(columns.values())}, but {', '.join(map(str, content))}.",
+            "Correct --columns.",
+        )
+    return found
 
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
