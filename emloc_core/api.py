@@ -330,15 +330,7 @@ def evaluate(  # noqa: PLR0913 - all by keyword
     from emloc_core.evaluation.evaluate import canonical_systems
 
     names = [tasks] if isinstance(tasks, str | PathLike) else list(tasks)
-    known = canonical_systems(
-        _optional(base),
-        emulator=_optional(emulator),
-        adapter=_path(adapter),
-        corrected=_path(corrected),
-        polished=_path(polished),
-        merged=_optional(merged),
-        full_lora=_path(full_lora),
-    )
+    known = canonical_systems(base, emulator, adapter, corrected, polished, merged, full_lora)
     others = [_system(name, value) for name, value in (systems or {}).items()]
     request = make_request(
         "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*known, *others), **settings
@@ -371,7 +363,7 @@ def chat(
     from emloc_core.evaluation.conversation import open_conversation
 
     settings = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    return open_conversation(fspath(model), _path(adapter), **settings)
+    return open_conversation(fspath(model), None if adapter is None else Path(adapter), **settings)
 
 
 def convert_layout(source: Name, output: Name, *, progress: OnProgress | None = None) -> Result[ImportResult]:
@@ -623,14 +615,6 @@ def _with_lora(settings: Mapping[str, Any], config: "LoraConfig") -> dict[str, A
     return {**settings, **found}
 
 
-def _optional(place: Name | None) -> str | None:
-    return None if place is None else fspath(place)
-
-
-def _path(place: Name | None) -> Path | None:
-    return None if place is None else Path(place)
-
-
 def _system(name: str, value: Name | tuple[Name, Name]) -> System:
     model, adapter = value if isinstance(value, tuple) else (value, None)
-    return System(name=name, model=fspath(model), adapter=_path(adapter))
+    return System(name=name, model=fspath(model), adapter=None if adapter is None else Path(adapter))

@@ -13,6 +13,7 @@ from emloc_core.conformance.declaration import linears
 from emloc_core.conformance.forward import logits, observe
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.unread import unread_features
+from emloc_core.emulator.forwards import alike
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.model.blocks import block_paths
 from emloc_core.standins.experts import matrices, part_name
@@ -72,7 +73,7 @@ def input_groups(subject: TinyModel) -> str | None:
             f"{path} does not read the input that {group[0]} reads"
             for group in block_of
             for path in group[1:]
-            if not _alike(inputs[path], inputs[group[0]])
+            if not alike(inputs[path], inputs[group[0]])
         ],
         "Put it into an input group of its own, or into that of the Linears whose input it reads.",
     )
@@ -94,13 +95,9 @@ def input_groups(subject: TinyModel) -> str | None:
         for other in block_of
         if block_of[one] == block_of[other]
         and place[first[one]] < place[first[other]]
-        and _alike(inputs[first[one]], inputs[first[other]])
+        and alike(inputs[first[one]], inputs[first[other]])
     ]
     return f"Note: {alike[0]} read the same input; their groups could be one." if alike else None
-
-
-def _alike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 @check(input_groups)

@@ -6,7 +6,6 @@ never see, and no number would tell. And what stands in for a Linear computes ``
 need not have the Linears of other classes that some blocks of a large model have.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
+from emloc_core.standins.costs import groups
 
 #: How far two ways to compute a product may lie apart, as a share; in dtypes that round more, two roundings.
 _ROUNDING = 1e-5
@@ -37,26 +37,26 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
     Raises:
         EmlocError: at the end, if two Linears of a group received different tensors.
     """
-    groups = [group for group in _groups(planned) if len(group) > 1]
+    shared = [group for group in groups(planned) if len(group) > 1]
     seen: dict[tuple[int, tuple[str, ...]], _Shared] = {}
-    members = {group[0].group: [linear.path for linear in group] for group in groups}
+    members = {group[0].group: [linear.path for linear in group] for group in shared}
     differing: list[tuple[str, LinearPlan]] = []
 
     def watching(linear: LinearPlan) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             given = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
-            shared = seen.setdefault((stream.sample, linear.group), _Shared(members[linear.group]))
-            if not shared.agrees(linear.path, given):
-                differing.append((shared.first, linear))
+            given_to = seen.setdefault((stream.sample, linear.group), _Shared(members[linear.group]))
+            if not given_to.agrees(linear.path, given):
+                differing.append((given_to.first, linear))
 
         return hook
 
     modules = stream.skeleton.model.get_submodule
-    with forward_hooks((modules(linear.path), watching(linear)) for group in groups for linear in group):
+    with forward_hooks((modules(linear.path), watching(linear)) for group in shared for linear in group):
         yield
-    for linear in (linear for group in groups for linear in group):
-        those = [shared for (_, group), shared in seen.items() if group == linear.group]
-        differing += [(shared.first, linear) for shared in those if not shared.ran_as_often(linear.path)]
+    for linear in (linear for group in shared for linear in group):
+        those = [each for (_, group), each in seen.items() if group == linear.group]
+        differing += [(each.first, linear) for each in those if not each.ran_as_often(linear.path)]
     for first, other in differing:
         raise EmlocError(
             f"The family {family.name!r} declares that {first} and {other.path} read the same input, and in this "
@@ -107,13 +107,6 @@ class _Shared:
 def alike(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
     """Return whether two Linears were given equal tensors at every call."""
     return len(some) == len(others) and all(map(torch.equal, some, others))
-
-
-def _groups(planned: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
-    groups: dict[tuple[str, ...], list[LinearPlan]] = defaultdict(list)
-    for linear in planned:
-        groups[linear.group].append(linear)
-    return list(groups.values())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.report.table import COSTS, ORDER
 from emloc_core.requests import EvaluateRequest, System
 
+Name = str | PathLike[str]
 #: Systems whose adapter was trained on the base itself, and is never corrected.
 _ON_THE_BASE = {"base+polished", "exact_alone", "full_lora"}
 RESULTS, TABLE, SAMPLES = "results.json", "table.md", "samples.jsonl"
@@ -32,13 +34,13 @@ _NAME = re.compile(r"[A-Za-z0-9][\w+.-]*")
 
 
 def canonical_systems(
-    base: str | None = None,
-    emulator: str | None = None,
-    adapter: Path | None = None,
-    corrected: Path | None = None,
-    polished: Path | None = None,
-    merged: str | None = None,
-    full_lora: Path | None = None,
+    base: Name | None = None,
+    emulator: Name | None = None,
+    adapter: Name | None = None,
+    corrected: Name | None = None,
+    polished: Name | None = None,
+    merged: Name | None = None,
+    full_lora: Name | None = None,
 ) -> list[System]:
     """Return the systems that can be made from what is given, in the order of the table."""
     for option, value in (("corrected", corrected), ("polished", polished), ("full-lora", full_lora)):
@@ -46,7 +48,7 @@ def canonical_systems(
             raise EmlocError(f"--{option} {value} needs the base model.", "Add --base.")
     if adapter is not None and base is None and emulator is None:
         raise EmlocError(f"--adapter {adapter} needs a model.", "Add --emulator, --base or both.")
-    known: dict[str, tuple[str | None, Path | None]] = {
+    known: dict[str, tuple[Name | None, Name | None]] = {
         "base": (base, None),
         "emulator": (emulator, None),
         "emulator+lora": (emulator if adapter else None, adapter),
@@ -57,7 +59,11 @@ def canonical_systems(
         "full_lora": (base if full_lora else None, full_lora),
     }
     ordered = [(name, *known[name]) for name in ORDER if name in known]
-    return [System(name=name, model=model, adapter=lora) for name, model, lora in ordered if model is not None]
+    return [
+        System(name=name, model=fspath(model), adapter=None if lora is None else Path(lora))
+        for name, model, lora in ordered
+        if model is not None
+    ]
 
 
 class _Opened(NamedTuple):

@@ -21,7 +21,6 @@ from emloc_core.recipe.view import RunView
 from emloc_core.report.chart import Line, chart
 from emloc_core.report.error_plot import sparkline
 from emloc_core.report.pages import environment
-from emloc_core.units import human_bytes, human_seconds
 
 #: Seconds after which the page of a run that lasts asks for itself again.
 REFRESH = 3
@@ -49,8 +48,6 @@ def live_page(run: Path) -> str:
 def _render(view: RunView, now: Doing | None = None, refresh: int | None = None) -> str:
     templates = environment(
         "emloc_core.recipe",
-        size=lambda count: "-" if count is None else human_bytes(count),
-        duration=lambda seconds: "-" if seconds is None else human_seconds(seconds),
         number=_number,
         plain=lambda text: printable(str(text)),
     )

@@ -5,9 +5,14 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from emloc_core.units import human_bytes, human_seconds
+
 
 def environment(package: str, **filters: Callable[[Any], Any]) -> Environment:
-    """Return an environment for the templates of a package, which can use those of this one; HTML is escaped."""
+    """Return an environment for the templates of a package, which can use those of this one; HTML is escaped.
+
+    Filters for all are ``size``, of bytes, and ``duration``, of seconds; None is ``-``.
+    """
     found = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("emloc_core.report")]),
         autoescape=True,
@@ -15,5 +20,9 @@ def environment(package: str, **filters: Callable[[Any], Any]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters.update(filters)
+    found.filters.update(
+        size=lambda count: "-" if count is None else human_bytes(count),
+        duration=lambda seconds: "-" if seconds is None else human_seconds(seconds),
+        **filters,
+    )
     return found

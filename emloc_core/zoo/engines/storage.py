@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -106,34 +106,26 @@ class Storage:
         with self._replacing(target) as partial:
             self.files.put_file(str(source), partial)
 
-    def _replacing(self, target: str) -> "_Replacing":
+    @contextmanager
+    def _replacing(self, target: str) -> Iterator[str]:
+        """Yield a name to write to: on a disk another one, renamed at the end. Stores of objects show whole ones."""
         self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-        return _Replacing(target, self._is_local)
+        if not self._is_local:
+            yield target
+            return
+        partial, place = f"{target}.{uuid4().hex}.partial", Path(target)
+        try:
+            yield partial
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        with suppress(FileNotFoundError):  # another writer has swept it, whose own is at the target by now
+            os.replace(partial, target)
+        for stray in place.parent.glob(f"{glob.escape(place.name)}.*.partial"):  # of writers that were killed
+            stray.unlink(missing_ok=True)
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
-
-
-class _Replacing:
-    """A name to write to: on a disk another one, renamed at the end. Stores of objects show whole ones anyway."""
-
-    def __init__(self, target: str, renames: bool) -> None:
-        self.target = target
-        self.partial = f"{target}.{uuid4().hex}.partial" if renames else target
-
-    def __enter__(self) -> str:
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.partial != self.target:
-            if kind is None:
-                with suppress(FileNotFoundError):  # another writer has swept it, whose own is at the target by now
-                    os.replace(self.partial, self.target)
-                target = Path(self.target)
-                for stray in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):  # of writers that were killed
-                    stray.unlink(missing_ok=True)
-            else:
-                Path(self.partial).unlink(missing_ok=True)
 
 
 def share(storage: Storage, path: Path) -> str:

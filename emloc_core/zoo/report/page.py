@@ -71,8 +71,6 @@ def in_json(value: Any) -> Any:
 def _render(head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
     templates = environment(
         "emloc_core.zoo.report",
-        size=view.size,
-        duration=view.duration,
         number=view.number,
         score=view.score,
         plain=plain,

@@ -11,7 +11,6 @@ from typing import Any
 from emloc_core.files.meter import peak_memory
 from emloc_core.report.error_plot import Strip, finite, strips
 from emloc_core.report.table import COSTS, rows
-from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.report.log_end import log_end
 from emloc_core.zoo.state.record import Attempt, JobRecord
@@ -276,13 +275,3 @@ def number(value: Any) -> str:
 def score(value: Any) -> str:
     """Return a score with four digits, as :func:`number` does."""
     return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else number(value)
-
-
-def size(value: float | None) -> str:
-    """Return bytes for reading; ``-`` for nothing."""
-    return "-" if value is None else human_bytes(value)
-
-
-def duration(value: float | None) -> str:
-    """Return seconds for reading; ``-`` for nothing."""
-    return "-" if value is None else human_seconds(value)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from emloc_core.errors import EmlocError
 
 LOCK = "zoo.lock"
@@ -29,7 +31,8 @@ def driving(directory: Path) -> Iterator[int]:
         deadline = time.monotonic() + _PATIENCE
         while not try_lock(descriptor):
             owner = _owner(descriptor)
-            if _is_alive(owner) or time.monotonic() > deadline:
+            # Where there is no such process, it may run on another machine, which shares this disk.
+            if (owner is not None and psutil.pid_exists(owner)) or time.monotonic() > deadline:
                 raise EmlocError(
                     f"{directory} is being converted already (process {owner or 'unknown'}).",
                     "Wait for it, or stop it; `emloc zoo status` shows how far it is.",
@@ -68,16 +71,3 @@ def _owner(descriptor: int) -> int | None:
     with contextlib.suppress(ValueError):
         return int(os.pread(descriptor, 20, 0))
     return None
-
-
-def _is_alive(process: int | None) -> bool:
-    """Say whether there is such a process. The lock's own file may be on a disk that another machine shares."""
-    if process is None:
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

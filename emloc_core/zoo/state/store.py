@@ -6,7 +6,6 @@ Only the driver writes; ``zoo.lock`` says whether there is one.
 
 import json
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.files.workspace import remove_at_once
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import JOBS, Demand
@@ -81,7 +81,8 @@ class Store:
             self._settle_duplicates()
             # Before it is recorded: after a kill between the two, the job as it was has to begin again, no more.
             for job in changed:
-                _remove(self.directory / JOBS / job.name)
+                if (made := self.directory / JOBS / job.name).is_dir():
+                    remove_at_once(made)
 
     def _add(self, job: ZooJob, fingerprint: str) -> bool:
         """Add a job, and say whether there was another one of that name."""
@@ -261,15 +262,6 @@ class Store:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
-
-
-def _remove(directory: Path) -> None:
-    """Remove a directory: under its name it is whole, or gone."""
-    if directory.is_dir():
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)  # of a removal that was killed
-        os.rename(directory, old)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _create(path: Path) -> None:
