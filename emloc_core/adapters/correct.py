@@ -51,9 +51,6 @@ class Correct(Job):
     Attributes:
         emulator: what it was trained on; by default the one that its config names.
         base: the model that the emulator was made from.
-
-    Raises:
-        EmlocError: adapter, emulator and base do not belong together.
     """
 
     def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:

@@ -202,11 +202,7 @@ class Merge(Job):
 
 
 def _by_expert(lora: Lora, path: str, keys: list[str], skeleton: Skeleton) -> dict[str, Change]:
-    """Return the LoRA on a stack of experts by the checkpoint's keys: of the stack, or of the parts of each matrix.
-
-    Raises:
-        EmlocError: the checkpoint keeps them in another way.
-    """
+    """Return the LoRA on a stack of experts by the checkpoint's keys: of the stack, or of the parts of each matrix."""
     shapes = [skeleton.shape_of(key) for key in keys]
     if len(keys) == 1 and shapes[0] == tuple(skeleton.model.get_parameter(path).shape):
         return {keys[0]: lora if lora.shape == shapes[0] else lora.transposed()}

@@ -27,11 +27,7 @@ _Render = Callable[..., Any]
 
 
 def encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Encode conversations as :func:`encode_conversation` does, together where only their last answers count.
-
-    Raises:
-        EmlocError: as :func:`encode_conversation`; the message names the row.
-    """
+    """Encode conversations as :func:`encode_conversation` does, together where only their last answers count."""
     if tokenizer.chat_template and not any(row.loss == "all" or _has_tools(row) for row in rows):
         try:
             return _last_answers(rows, tokenizer)

@@ -142,11 +142,7 @@ class Picture:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """Return the image that a text holds in base64; None if the text is something else, such as a path.
-
-    Raises:
-        EmlocError: a ``data:`` URI is not valid base64.
-    """
+    """Return the image that a text holds in base64; None if the text is something else, such as a path."""
     is_uri = text.startswith("data:")
     if not is_uri and not (text.startswith(_STARTS) and len(text) >= _LEAST):
         return None

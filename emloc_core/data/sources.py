@@ -26,9 +26,6 @@ def read_source(source: str, split: str) -> Iterator[Numbered]:
     Args:
         source: path of a file or a directory, or id of a hub dataset.
         split: of a dataset.
-
-    Raises:
-        EmlocError: it is not there, or cannot be read.
     """
     require_source(source)
     path = Path(source)

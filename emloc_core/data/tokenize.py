@@ -253,11 +253,7 @@ def _within(limits: Limits, row: Row, sample: Sample) -> Sample:
 
 
 def trl_example(row: Row) -> dict[str, Any]:
-    """Return a conversation as TRL's collator takes it: prompt and completion in parts, and its decoded images.
-
-    Raises:
-        EmlocError: an image cannot be read.
-    """
+    """Return a conversation as TRL's collator takes it: prompt and completion in parts, and its decoded images."""
     assert isinstance(row.prompt, list)
     assert isinstance(row.completion, list)
     try:

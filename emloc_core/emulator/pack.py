@@ -104,9 +104,6 @@ def fit_head(
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1``, if there are any, through the
             emulator.
         blame: takes an error, a path and a row's index, and returns the error for the user.
-
-    Raises:
-        EmlocError: hidden states hold NaN or Inf.
     """
     device, here = stream.skeleton.device, stream.here
     # What is fitted of the identity is what any weight is multiplied by.
@@ -155,9 +152,6 @@ def _packed(
     Args:
         weight: (rows, features).
         gram, target: see :meth:`~emloc_core.standins.vocabulary.Packing.pack`.
-
-    Raises:
-        EmlocError: the weight holds NaN or Inf.
     """
     _require_finite(weight, f"{plan.path}.weight", skeleton.checkpoint)
     return PACKINGS[plan.packing].pack(weight, gram, target)

@@ -79,10 +79,6 @@ def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
 
     Adapters from EMLoC record the fingerprint of their model; of others, only whether they are corrected is checked.
 
-    Args:
-        systems: systems with any names; only those of :func:`canonical_systems` are checked.
-        files: receives the models' files.
-
     Raises:
         EmlocError: a corrected adapter is given as an uncorrected one or vice versa, an adapter cannot be corrected,
             or an adapter was made for another model.
@@ -125,9 +121,6 @@ class Evaluate(Job):
     - ``tasks``: name -> ``output_type``, ``rows``;
 
     ``table.md``, and ``samples.jsonl``, a few rows that each system generated.
-
-    Raises:
-        EmlocError: systems, tasks, data or the output directory are wrong; names which.
     """
 
     def __init__(self, request: EvaluateRequest) -> None:

@@ -32,11 +32,7 @@ class Pictures:
 
 
 def read_table(path: Path) -> Any:
-    """Return a local file of rows as a ``datasets.Dataset``, as lm-eval reads it.
-
-    Raises:
-        EmlocError: it cannot be read as JSON or Parquet.
-    """
+    """Return a local file of rows as a ``datasets.Dataset``, as lm-eval reads it."""
     from datasets import disable_progress_bars, enable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
 

@@ -60,11 +60,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
 
 
 def _parts(nbytes: int) -> dict[int | str, int] | None:
-    """Return how many bytes of a model to place on which device; None: all of it on one.
-
-    Raises:
-        EmlocError: it does not fit in the memory of GPU and CPU together.
-    """
+    """Return how many bytes of a model to place on which device; None: all of it on one."""
     import psutil
     import torch
 

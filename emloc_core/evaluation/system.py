@@ -197,9 +197,6 @@ def evaluate_system(
 
     Returns:
         The result of :func:`run_tasks`, with ``seconds`` and ``peak_bytes``.
-
-    Raises:
-        EmlocError: model, adapter or tasks are wrong.
     """
     import logging
 

@@ -205,11 +205,7 @@ class PluginManager(pluggy.PluginManager):
         )
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
-        """Return the layout that reads checkpoints of the ``model_type`` of a config.
-
-        Raises:
-            EmlocError: none does.
-        """
+        """Return the layout that reads checkpoints of the ``model_type`` of a config."""
         model_type = config.get("model_type")
         for layout in self._layouts.values():
             if model_type in layout.model_types:
@@ -243,9 +239,6 @@ class PluginManager(pluggy.PluginManager):
         """Return the algorithm ``name`` from the hook ``emloc_{hook}``: emulators, corrections.
 
         Plugins are called now, not when they are loaded, since algorithms need torch.
-
-        Raises:
-            EmlocError: no plugin provides one of that name.
         """
         offered: dict[str, Any] = {}
         for owner, plugin in self.list_name_plugin():
@@ -262,11 +255,7 @@ class PluginManager(pluggy.PluginManager):
         return next((each for each in others if each.type_key in config), found[TOKENS])
 
     def objective_of(self, family: Family) -> Objective:
-        """Return what the models of a family learn.
-
-        Raises:
-            EmlocError: no plugin provides it.
-        """
+        """Return what the models of a family learn."""
         found = self.objectives()
         if family.objective not in found:
             raise _not_offered("objectives", family.objective, found)

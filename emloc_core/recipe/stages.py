@@ -77,11 +77,7 @@ class Attempt:
 
     @property
     def selection_loss(self) -> float | None:
-        """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known.
-
-        Raises:
-            EmlocError: the directory of that LoRA does not say it.
-        """
+        """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known."""
         corrected = self.place("corrected")
         manifest = read_manifest(corrected)
         return None if manifest is None else float(manifest_value(manifest, corrected, "result.nll", float))
@@ -104,11 +100,7 @@ def attempts(recipe: Recipe) -> list[Attempt]:
 
 
 def kept(recipe: Recipe) -> Attempt:
-    """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known.
-
-    Raises:
-        EmlocError: a corrected LoRA that is there does not say its loss.
-    """
+    """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known."""
     first, *others = found = attempts(recipe)
     if not others:
         return first

@@ -96,11 +96,7 @@ class Tune(Settings):
         return results
 
     def started(self) -> Recipe | None:
-        """Return the recipe that is there, as it may have been edited; None where nothing is.
-
-        Raises:
-            EmlocError: something else is there.
-        """
+        """Return the recipe that is there, as it may have been edited; None where nothing is."""
         remedy = "Choose another output directory, or remove this one."
         there = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
         if not self.output.exists() or (self.output.is_dir() and there <= _FIRST):  # killed before it had begun

@@ -32,9 +32,6 @@ class EmlocConfig(QuantizationConfigMixin):
         format: name of its format.
         ranks: by path of the Linears, and stacks of experts, that have a stand-in: the rank of its factors, or None.
         vocabulary: by path of the output layer and the embeddings, where they are packed: how.
-
-    Raises:
-        EmlocError: no plugin provides the format.
     """
 
     def __init__(

@@ -314,9 +314,6 @@ def replace_vocabulary(model: Any, packings: Mapping[str, str]) -> None:
     Args:
         model: is changed.
         packings: the name of the packing, by the path of the layer.
-
-    Raises:
-        EmlocError: the model has another module at a path.
     """
     for path, packing in packings.items():
         try:

@@ -141,9 +141,6 @@ class ExactTrain(Train):
     def _boundaries(self, config: TrainingArguments, need: Mapping[str, int]) -> Boundaries:
         """Say where activations at block boundaries wait.
 
-        Args:
-            need: what the longest step needs; see :func:`step_need`.
-
         Raises:
             EmlocError: there is no room for them.
         """
@@ -243,11 +240,7 @@ class StreamedTrainer(Streamed, LoraTrainer):
 
 
 def prepare(request: TrainRequest | PolishRequest) -> Train:
-    """Return the job of a request to train, ordinarily or by exact steps, or to polish.
-
-    Raises:
-        EmlocError: from the model, the adapter, the rows or the settings.
-    """
+    """Return the job of a request to train, ordinarily or by exact steps, or to polish."""
     if isinstance(request, PolishRequest):
         return ExactTrain(request, GivenLora(request))
     start = NewLora(request)

@@ -40,9 +40,6 @@ class NewLora:
         settings: with what an emulator was planned for.
         adapter: directory of the adapter that is kept if no step makes it better; there is none.
         tuned_at: the learning rate that its second moments are from, if it has any.
-
-    Raises:
-        EmlocError: there is no such model, or no family declares it.
     """
 
     adapter: Path | None = None
@@ -55,14 +52,7 @@ class NewLora:
         self._recomputes = self.settings.gradient_checkpointing and not request.exact  # exact steps do so by themselves
 
     def targets(self, model: PreTrainedModel) -> list[str]:
-        """Return the ends of the paths of modules that get a LoRA, sorted.
-
-        Args:
-            model: without weights.
-
-        Raises:
-            EmlocError: it cannot be trained like this.
-        """
+        """Return the ends of the paths of modules that get a LoRA, sorted."""
         if self._recomputes and not getattr(model, "supports_gradient_checkpointing", True):
             raise EmlocError(
                 f"Transformers cannot recompute the activations of a {type(model).__name__}.",
@@ -103,9 +93,6 @@ class GivenLora:
 
     Attributes:
         settings, adapter, tuned_at: see :class:`NewLora`.
-
-    Raises:
-        EmlocError: adapter or base cannot be used.
     """
 
     def __init__(self, request: PolishRequest) -> None:
@@ -129,14 +116,7 @@ class GivenLora:
         return (told,) if learned_preferences(self.adapter) else ()
 
     def targets(self, model: PreTrainedModel) -> list[str]:
-        """Return the modules that have a LoRA, as the adapter names them.
-
-        Args:
-            model: the base without weights.
-
-        Raises:
-            EmlocError: the adapter does not fit it.
-        """
+        """Return the modules that have a LoRA, as the adapter names them."""
         require_shapes(self._opened, model)
         targets = self._opened.config["target_modules"]
         return sorted(targets) if isinstance(targets, list) else [targets]

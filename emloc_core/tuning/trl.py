@@ -138,9 +138,6 @@ def lora_config(
         target_modules: ends of module paths.
         task: what PEFT calls it.
         model: where a LoRA on experts is asked for, the one that has them.
-
-    Raises:
-        EmlocError: it has none.
     """
     from peft import LoraConfig
 

@@ -48,11 +48,7 @@ class LocalEngine:
         self._gpus = visible_gpus()
 
     def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one can be started now.
-
-        Raises:
-            NoRoomError: the task needs more memory than all workers may use.
-        """
+        """Return how many more tasks like this one can be started now."""
         need = task.needs.memory
         if need is not None and need > self.memory:
             raise NoRoomError(

@@ -223,11 +223,7 @@ def _from_section(section: JobSection, file: Path, defaults: Defaults) -> ZooJob
 
 
 def _inside(file: Path, text: str, names: re.Pattern[str] | None = None) -> str:
-    """Return the absolute path of what a file names; or the text, where it may be a name and nothing is there.
-
-    Raises:
-        EmlocError: it is outside the file's directory, by a link too.
-    """
+    """Return the absolute path of what a file names; or the text, where it may be a name and nothing is there."""
     root = file.absolute().parent.resolve()
     place = (root / text).resolve()
     if Path(text).is_absolute() or text.startswith("~") or not place.is_relative_to(root):
