@@ -56,6 +56,10 @@ class EmlocError(Exception):
         self.fix = fix
         self.resumable = resumable
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments that make the same error, as JSON values."""
+        return {"message": str(self.args[0]), "fix": self.fix, "code": self.code, "resumable": self.resumable}
+
     def __str__(self) -> str:
         message = super().__str__()
         return f"{message} {self.fix}" if self.fix else message

@@ -87,7 +87,7 @@ def _connected() -> Iterator[None]:
 def _told(error: Exception) -> dict[str, Any]:
     """Return what an error says, as the arguments of an :class:`EmlocError`."""
     if isinstance(error, EmlocError):
-        return {"message": error.args[0], "fix": error.fix, "code": error.code, "resumable": error.resumable}
+        return error.to_dict()
     return {
         "message": f"Another process failed: {typed_line(error)}.",
         "fix": "Run the same command again.",

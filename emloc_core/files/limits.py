@@ -4,7 +4,6 @@ Time is limited by an alarm, whose handler raises between two Python instruction
 the kernel, which refuses allocations beyond the limit (Linux). Both are restored afterwards.
 """
 
-import contextlib
 import resource
 import signal
 import threading
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
-
-_STATUS = Path("/proc/self/status")
+from emloc_core.files.meter import own_memory
 
 
 @contextmanager
@@ -77,7 +75,7 @@ def _within(seconds: float, what: str) -> Iterator[None]:
 
 @contextmanager
 def _allocating(nbytes: int) -> Iterator[None]:
-    used = _private_memory()
+    used = own_memory("VmData")  # which counts against the limit
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if used is None or 0 <= soft <= used + nbytes:
         yield
@@ -87,12 +85,3 @@ def _allocating(nbytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _private_memory() -> int | None:
-    """Return the bytes that count against RLIMIT_DATA; None if the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmData:"):
-                return int(line.split()[1]) << 10
-    return None

@@ -4,16 +4,24 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
+def own_memory(kind: str) -> int | None:
+    """Return a size of this process as Linux says it, such as ``VmData``, in bytes; None elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{kind}:"):
+                return int(line.split()[1]) << 10
+    return None
+
+
 def peak_rss_bytes() -> int:
     """Return the largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # on Linux, ru_maxrss starts at the parent's peak; VmHWM is this program's own
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if peak := own_memory("VmHWM"):  # ru_maxrss starts at the parent's peak; this is the program's own
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

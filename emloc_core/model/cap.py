@@ -8,9 +8,9 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.meter import own_memory
 from emloc_core.model.overhead import overhead
 from emloc_core.settings import FREE
 from emloc_core.units import human_bytes, parse_bytes
@@ -66,9 +66,7 @@ def _cap_process(nbytes: int) -> None:
     """
     if sys.platform != "linux":
         raise EmlocError(f"{CAP} caps the memory of a CPU on Linux alone.", "Name cuda alone.", code="unsupported")
-    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
-    status = {name: value.split() for name, _, value in lines}
-    resident, data = (1024 * int(status[name][0]) for name in ("VmRSS", "VmData"))
+    resident, data = own_memory("VmRSS") or 0, own_memory("VmData") or 0
     if resident >= nbytes:  # Python itself would fail anywhere
         raise _too_small(nbytes, resident)
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

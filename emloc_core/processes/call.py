@@ -119,7 +119,7 @@ def unpacked(told: Mapping[str, Any]) -> Iterator[Any]:
     if "answer" in told:
         yield told["answer"]
     elif "error" in told:
-        raise EmlocError(told["error"], told["fix"], code=told["code"], resumable=told["resumable"])
+        raise EmlocError(**told["error"])
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def answer(question: Mapping[str, Any], send: Callable[[dict[str, Any]], Any]) -
         for each in found if isinstance(found, GeneratorType) else [found]:
             tell(each)
     except EmlocError as error:
-        send({"error": str(error.args[0]), "fix": error.fix, "code": error.code, "resumable": error.resumable})
+        send({"error": error.to_dict()})
     else:
         send({"done": True})
 

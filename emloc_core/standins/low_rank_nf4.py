@@ -14,26 +14,26 @@ from emloc_core.standins.layer import Parts
 from emloc_core.standins.low_rank import Factorize, RoundedLowRank, RoundedLowRankLinear
 
 
+def unpack_factors(
+    parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U, (m, k), and V, (k, n), of a weight of this shape, from their codes and scales, which tell k."""
+    (u, u_scales, v, v_scales), (m, n) = parts, shape
+    rank = (u.numel() + v.numel()) * 2 // (m + n)
+    return nf4.unpack(u, u_scales, (m, rank), dtype), nf4.unpack(v, v_scales, (rank, n), dtype)
+
+
 class FourBitLowRankLinear(RoundedLowRankLinear):
     """The layer of the kind low-rank-nf4: factors in four bits."""
+
+    factor = staticmethod(nf4.unpack)
+    factors = staticmethod(unpack_factors)
 
     @classmethod
     def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
         """Return codes and scales of both factors."""
         (m, n), k = shape, rank or 0
         return nf4.parts("weight", (m, k)) | nf4.parts("V", (k, n))
-
-    @staticmethod
-    def factor(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return one factor."""
-        return nf4.unpack(codes, scales, shape, dtype)
-
-    @classmethod
-    def factors(
-        cls, parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return both."""
-        return unpack_factors(parts, shape, dtype)
 
 
 class FourBitLowRank(RoundedLowRank):
@@ -66,15 +66,6 @@ def packed_factors(name: str, factors: Factors) -> dict[str, torch.Tensor]:
     for of, part in ((name, factors.u), ("V", factors.v)):
         found[of], found[f"{of}_scales"] = (tensor.cpu() for tensor in nf4.pack(part))
     return found
-
-
-def unpack_factors(
-    parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return U, (m, k), and V, (k, n), of a weight of this shape, from their codes and scales, which tell k."""
-    (u, u_scales, v, v_scales), (m, n) = parts, shape
-    rank = (u.numel() + v.numel()) * 2 // (m + n)
-    return nf4.unpack(u, u_scales, (m, rank), dtype), nf4.unpack(v, v_scales, (rank, n), dtype)
 
 
 def in_four_bits(
