@@ -35,6 +35,8 @@ _PROCESSING = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 #: How experts may be quantised in a base: they are unpacked as they are read.
 MXFP4 = "mxfp4"
+#: What packs a base in four bits.
+BITSANDBYTES = "bitsandbytes"
 #: A plain name: not hidden, not a path, nothing special to a terminal or a shell.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.safetensors")
 
@@ -216,6 +218,16 @@ def is_in_mxfp4(config: Mapping[str, Any]) -> bool:
     """Return whether a model's config is of a checkpoint with experts in MXFP4."""
     settings = config.get("quantization_config")
     return isinstance(settings, Mapping) and settings.get("quant_method") == MXFP4
+
+
+def is_in_four_bits(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's config is of a checkpoint that bitsandbytes packed in four bits."""
+    settings = config.get("quantization_config")
+    return (
+        isinstance(settings, Mapping)
+        and settings.get("quant_method") == BITSANDBYTES
+        and bool(settings.get("load_in_4bit"))
+    )
 
 
 def read_config_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import is_in_mxfp4, read_config_json
+from emloc_core.files.checkpoint import is_in_four_bits, is_in_mxfp4, read_config_json
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
 from emloc_core.plugins.manager import plugin_manager
@@ -152,8 +152,6 @@ def known(config_file: Path) -> Known:
 
 def _require_base(raw: Mapping[str, Any], config_file: Path) -> None:
     """Refuse an emulator, and a base that is quantised to anything but four bits."""
-    from emloc_core.model.nf4_checkpoints import is_in_four_bits
-
     is_emulator = kind_of(raw) is not None
     if is_emulator or not is_in_four_bits(raw):
         raise EmlocError(

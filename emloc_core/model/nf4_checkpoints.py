@@ -17,18 +17,10 @@ from emloc_core.errors import EmlocError
 from emloc_core.standins import nf4
 from emloc_core.standins.layer import replace_linear
 
-METHOD = "bitsandbytes"
-_FOUR = "load_in_4bit"
-_READABLE = {_FOUR: True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+_READABLE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 #: What a packed weight says of itself.
 _PACKED = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "nested_blocksize": nf4.SCALES}
 _STATE, _RANGES = "weight.quant_state.bitsandbytes__nf4", "weight.nested_absmax"
-
-
-def is_in_four_bits(config: Mapping[str, Any]) -> bool:
-    """Return whether a model's config is of a checkpoint that bitsandbytes packed in four bits."""
-    settings = config.get("quantization_config")
-    return isinstance(settings, Mapping) and settings.get("quant_method") == METHOD and bool(settings.get(_FOUR))
 
 
 def packed_linears(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import MXFP4, Checkpoint
+from emloc_core.files.checkpoint import BITSANDBYTES, MXFP4, Checkpoint
 from emloc_core.files.shards import DTYPES
 from emloc_core.model import mxfp4_checkpoints, nf4_checkpoints
 from emloc_core.model.absent import Absent
@@ -65,7 +65,7 @@ class Skeleton:
         self._in_mxfp4 = method == MXFP4
         if method == METHOD:
             EmlocConfig(**quantisation).replace(self.model)
-        elif method == nf4_checkpoints.METHOD:
+        elif method == BITSANDBYTES:
             nf4_checkpoints.replace_quantised(self.model, quantisation)
             conversions = nf4_checkpoints.conversions()
         elif self._in_mxfp4:
