@@ -145,13 +145,7 @@ class Objective(Protocol):
         """Return what a dry run says of the rows to train on."""
 
     def arguments(
-        self,
-        settings: "StepSettings",
-        checkpoints: "Path",
-        rows: "Sequence[Row]",
-        *,
-        exact: bool,
-        **fixed: Any,
+        self, settings: "StepSettings", checkpoints: "Path", rows: "Sequence[Row]", *, exact: bool, **fixed: Any
     ) -> "TrainingArguments":
         """Return the trainer's arguments: the settings, and what the stage itself sets."""
 

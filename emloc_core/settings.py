@@ -5,14 +5,7 @@ Imports nothing heavy; the command line builds its options from these fields.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 #: In place of a kind of emulator: the one that is recommended for the memory.
 AUTO = "auto"
@@ -78,8 +71,7 @@ Numbers = Annotated[
 ]
 #: Ranks by module; or both as text.
 Ranks = Annotated[
-    dict[str, Annotated[int, Field(ge=1)]],
-    BeforeValidator(parse_pairs, json_schema_input_type=str | dict[str, int]),
+    dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(parse_pairs, json_schema_input_type=str | dict[str, int])
 ]
 
 
@@ -115,8 +107,7 @@ class CompressSettings(Settings):
         "for --memory; without that 'nf4', or 'low-rank' with a ratio.",
     )
     paper: bool = Field(
-        False,
-        description="As in the paper, for reference: low-rank, uniform ranks, the base's activations, clamp 3.",
+        False, description="As in the paper, for reference: low-rank, uniform ranks, the base's activations, clamp 3."
     )
     samples: int | None = Field(
         None,
@@ -300,9 +291,7 @@ class PolishSettings(StepSettings):
 
     steps: int = Field(20, ge=1, description="Optimiser steps.")
     learning_rate: float | None = Field(
-        None,
-        gt=0,
-        description="Peak learning rate; by default half of the adapter's tuning rate, and at least 2e-4.",
+        None, gt=0, description="Peak learning rate; by default half of the adapter's tuning rate, and at least 2e-4."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for the order of rows.")
     save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
@@ -343,6 +332,5 @@ class ExportSettings(Settings):
     gguf: bool = Field(False, description="Write GGUF, for llama.cpp and tools built on it.")
     comfyui: bool = Field(False, description="Write an adapter by the names that ComfyUI and kohya's scripts read.")
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = Field(
-        "f16",
-        description="With gguf: type of the matrices; vectors are always f32, and so are LoRAs in place of q8_0.",
+        "f16", description="With gguf: type of the matrices; vectors are always f32, and so are LoRAs in place of q8_0."
     )

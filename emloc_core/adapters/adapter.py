@@ -78,9 +78,7 @@ class Adapter:
         self.config: dict[str, Any] = read_object(self.directory / CONFIG)
         if problems := config_problems(self.config):
             raise EmlocError(
-                f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.",
-                REMEDY,
-                code="unsupported",
+                f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.", REMEDY, code="unsupported"
             )
         self.manifest = read_manifest(self.directory) or {}
         if self.manifest:

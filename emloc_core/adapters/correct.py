@@ -82,11 +82,7 @@ class Correct(Job):
             **self.settings.model_dump(),
             "selection": [row.key for row in self.rows] if self.request.selection_data else None,
         }
-        inputs = {
-            "adapter": str(self.adapter.directory.absolute()),
-            "base": base.name,
-            "emulator": self.emulator.name,
-        }
+        inputs = {"adapter": str(self.adapter.directory.absolute()), "base": base.name, "emulator": self.emulator.name}
         device, family = self.base.device.type, self.base.family
         return Output(self.request.output, "corrected-adapter", request, device, inputs, files, family)
 

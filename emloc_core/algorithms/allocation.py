@@ -94,11 +94,7 @@ def descending(energies: torch.Tensor) -> torch.Tensor:
 
 
 def spend(
-    shapes: Sequence[Shape],
-    gains: Sequence[torch.Tensor],
-    floors: Sequence[int],
-    caps: Sequence[int],
-    budget: int,
+    shapes: Sequence[Shape], gains: Sequence[torch.Tensor], floors: Sequence[int], caps: Sequence[int], budget: int
 ) -> list[int]:
     """Return ranks between floors and caps that gain the most for ``budget`` parameters.
 

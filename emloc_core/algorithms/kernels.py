@@ -29,12 +29,7 @@ def round_block(
 
 
 def descend_block(
-    block: torch.Tensor,
-    slopes: torch.Tensor,
-    changes: torch.Tensor,
-    curvature: torch.Tensor,
-    start: int,
-    grid: Grid,
+    block: torch.Tensor, slopes: torch.Tensor, changes: torch.Tensor, curvature: torch.Tensor, start: int, grid: Grid
 ) -> None:
     """Round a block of columns once more, each as is best after those before it were.
 

@@ -183,10 +183,7 @@ def summary(request: Request, result: Result) -> list[str]:
             lines.append(f"{human_bytes(read)} of weights read; the steps waited {waited} for them")
         return lines
     if request.stage == "correct":
-        return [
-            f"LoRA on {made['linears']} Linears: {verdict(made)}",
-            *map(_candidate, made.get("candidates", [])),
-        ]
+        return [f"LoRA on {made['linears']} Linears: {verdict(made)}", *map(_candidate, made.get("candidates", []))]
     return _written(request.stage, made)
 
 

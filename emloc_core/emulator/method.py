@@ -67,12 +67,7 @@ class Method:
 
 
 def method_of(
-    settings: CompressSettings,
-    format: Format,
-    linears: RankPlan,
-    model: nn.Module,
-    *,
-    rows: int | None = None,
+    settings: CompressSettings, format: Format, linears: RankPlan, model: nn.Module, *, rows: int | None = None
 ) -> Method:
     """Return how an emulator is made.
 

@@ -245,8 +245,7 @@ def require_ratio(ratio: float | None) -> float:
     """Return a ratio in (0, 1)."""
     if ratio is None or not 0 < ratio < 1:
         raise EmlocError(
-            f"The ratio is {ratio}; it is the fraction of parameters to keep, above 0 and below 1.",
-            "Try --ratio 0.6.",
+            f"The ratio is {ratio}; it is the fraction of parameters to keep, above 0 and below 1.", "Try --ratio 0.6."
         )
     return ratio
 

@@ -32,12 +32,7 @@ _RATE, _BETAS = 0.01, (0.9, 0.99)
 
 
 def refined(
-    stream: Stream,
-    block: nn.Module,
-    found: Mapping[str, Fitted],
-    format: Format,
-    epochs: int,
-    ends: "Ends",
+    stream: Stream, block: nn.Module, found: Mapping[str, Fitted], format: Format, epochs: int, ends: "Ends"
 ) -> dict[str, Fitted]:
     """Return the stand-ins of a block after passes over the rows, or as they are if those have not helped.
 

@@ -33,11 +33,7 @@ Cutting = Callable[[Factors, int], StandIn]
 
 
 def sensitivities(
-    block: nn.Module,
-    calls: Sequence[Arguments],
-    factors: Mapping[str, Factors],
-    cut: Cutting,
-    answering: Answering,
+    block: nn.Module, calls: Sequence[Arguments], factors: Mapping[str, Factors], cut: Cutting, answering: Answering
 ) -> dict[str, float]:
     """Return the disturbance of the block's output per unit of a Linear's own squared relative error, by path.
 

@@ -50,13 +50,7 @@ class Skeleton:
         block_lists: module paths of the lists of blocks, in execution order.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        config: Any,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Family, config: Any, device: torch.device) -> None:
         self.checkpoint, self.family, self.device, self._config = checkpoint, family, device, config
         self.dtype = config.dtype or most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)

@@ -338,8 +338,7 @@ def is_on(variable: str) -> bool:
 def _not_offered(hook: str, name: str, offered: Iterable[str]) -> EmlocError:
     known = sorted(offered)
     return EmlocError(
-        f"There is no {name!r} among the {hook}: {', '.join(known)}.{did_you_mean(name, known)}",
-        "Choose one of these.",
+        f"There is no {name!r} among the {hook}: {', '.join(known)}.{did_you_mean(name, known)}", "Choose one of these."
     )
 
 

@@ -46,11 +46,7 @@ def live_page(run: Path) -> str:
 
 
 def _render(view: RunView, now: Doing | None = None, refresh: int | None = None) -> str:
-    templates = environment(
-        "emloc_core.recipe",
-        number=_number,
-        plain=lambda text: printable(str(text)),
-    )
+    templates = environment("emloc_core.recipe", number=_number, plain=lambda text: printable(str(text)))
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     template = templates.get_template("run.html.j2")
     drawing = {"sparkline": sparkline, "chart": chart, "line": Line}

@@ -70,11 +70,7 @@ class Tune(Settings):
             raise ValueError("the base that is evaluated is the model that is tuned: leave out `base`")
         return rows
 
-    def run(
-        self,
-        tell: Callable[[str], None] = lambda _: None,
-        **reporting: Any,
-    ) -> dict[str, Any]:
+    def run(self, tell: Callable[[str], None] = lambda _: None, **reporting: Any) -> dict[str, Any]:
         """Plan and write the recipe, or take the one that is there; run it; return what :func:`run_recipe` does.
 
         Args:

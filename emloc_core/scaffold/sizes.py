@@ -113,10 +113,7 @@ def _rotated_and_not(content: Mapping[str, Any]) -> set[int]:
 
 def _state_space(name: str, width: int) -> int | None:
     """Return a size of a state-space layer of this width, whose heads share it out."""
-    heads = {
-        r"(mamba_)?(n|num)_heads|n_mamba_heads": width // HEAD_DIM,
-        r"mamba_d_head|mamba_head_?dim": HEAD_DIM,
-    }
+    heads = {r"(mamba_)?(n|num)_heads|n_mamba_heads": width // HEAD_DIM, r"mamba_d_head|mamba_head_?dim": HEAD_DIM}
     known = {**heads, r"mamba_d_ssm": width}
     return next((size for pattern, size in known.items() if re.fullmatch(pattern, name)), None)
 

@@ -69,10 +69,7 @@ def packed_factors(name: str, factors: Factors) -> dict[str, torch.Tensor]:
 
 
 def in_four_bits(
-    factorize: Factorize,
-    weights: Sequence[torch.Tensor],
-    inputs: Gram,
-    ranks: Sequence[int | None],
+    factorize: Factorize, weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int | None]
 ) -> list[Factors]:
     """Round U with feedback, fit V to that by least squares, and round it with feedback.
 

@@ -109,10 +109,7 @@ class FourBits(Packing):
     def parts(self, rows: int, features: int, dtype: torch.dtype) -> Parts:
         """Return shape and dtype of codes and scales, for a weight of this dtype."""
         groups = -(-features // nf4.BLOCK)
-        return {
-            "codes": ((rows, groups * nf4.BLOCK // 2), torch.uint8),
-            "scales": ((rows, groups), dtype),
-        }
+        return {"codes": ((rows, groups * nf4.BLOCK // 2), torch.uint8), "scales": ((rows, groups), dtype)}
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:
         """Return rows."""

@@ -39,12 +39,7 @@ from emloc_core.tuning.evaluation import BaseLoss, is_over, logged, losses_at, t
 from emloc_core.tuning.launcher import require_processes, require_room
 from emloc_core.tuning.rows import tuning_rows
 from emloc_core.tuning.start import GivenLora, NewLora
-from emloc_core.tuning.trainer import (
-    DIVERGED,
-    SETTINGS,
-    LoraSteps,
-    refusing,
-)
+from emloc_core.tuning.trainer import DIVERGED, SETTINGS, LoraSteps, refusing
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs

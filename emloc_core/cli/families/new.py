@@ -39,11 +39,7 @@ def command(name: str, model_types: tuple[str, ...], model: str | None, output: 
     directory = output or Path(f"emloc-{name}".replace("_", "-"))
     draft = _draft(model) if model else None
     written = write_plugin(name, directory, model_types, draft)
-    steps = [
-        f"pip install --editable {directory}",
-        f"emloc families check {name}",
-        f"pytest {directory}",
-    ]
+    steps = [f"pip install --editable {directory}", f"emloc families check {name}", f"pytest {directory}"]
     notes = draft.notes if draft else []
     if as_json:
         print_json({"name": name, "output": str(directory), "files": written, "notes": notes, "next": steps})

@@ -17,13 +17,7 @@ from emloc_core.files.documents import read_toml
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry.registry import Entry, find, load_entries
 from emloc_core.registry.registry import resolve as resolve_preset
-from emloc_core.settings import (
-    CompressSettings,
-    CorrectSettings,
-    PolishSettings,
-    Settings,
-    TrainSettings,
-)
+from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
 from emloc_core.zoo.jobs.job import NAME, ZooJob, slug, unique
 
 

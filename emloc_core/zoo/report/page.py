@@ -69,13 +69,7 @@ def in_json(value: Any) -> Any:
 
 
 def _render(head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
-    templates = environment(
-        "emloc_core.zoo.report",
-        number=view.number,
-        score=view.score,
-        plain=plain,
-        sha256=_sha256,
-    )
+    templates = environment("emloc_core.zoo.report", number=view.number, score=view.score, plain=plain, sha256=_sha256)
     templates.globals.update(sparkline=sparkline, band=band, share=view.share)
     shown = sorted(views, key=lambda each: (list(STATES).index(each.state), each.number))
     text = templates.get_template("report.html.j2").render(head=head, summary=summary, jobs=shown, states=STATES)
