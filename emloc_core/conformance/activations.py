@@ -89,7 +89,7 @@ def input_groups(subject: TinyModel) -> str | None:
         "Declare input_groups in the order in which they run: error-propagating calibration follows it.",
     )
     # Two groups with one input are no fault: one would serve both, and spare a Gram.
-    alike = [
+    same = [
         f"{first[one]} and {first[other]}"
         for one in block_of
         for other in block_of
@@ -97,7 +97,7 @@ def input_groups(subject: TinyModel) -> str | None:
         and place[first[one]] < place[first[other]]
         and alike(inputs[first[one]], inputs[first[other]])
     ]
-    return f"Note: {alike[0]} read the same input; their groups could be one." if alike else None
+    return f"Note: {same[0]} read the same input; their groups could be one." if same else None
 
 
 @check(input_groups)
