@@ -1,10 +1,11 @@
 """lm-eval: the reading of task files, a sandbox for their templates, a model's processor, and how answers are cut."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from emloc_core.compat.private import private
+from emloc_core.compat.private import patched, private
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -30,6 +31,11 @@ def sandbox_templates() -> None:
             loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
         )
         utils.env.filters.update(plain.filters)
+
+
+def without_environment() -> AbstractContextManager[None]:
+    """Have lm-eval add no lists of packages and hardware to its results: it starts pip, git and others for them."""
+    return patched("lm-eval", "lm_eval.evaluator", add_env_info=lambda _: None, get_git_commit_hash=lambda: None)
 
 
 def answer_tokens(lm: Any, prompt: str, answer: str) -> list[int]:

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from emloc_core.compat.lm_eval import answer_tokens, ask
+from emloc_core.compat.lm_eval import answer_tokens, ask, without_environment
 from emloc_core.data.chat_template import encode_conversation
 from emloc_core.data.row import parse_row
 from emloc_core.errors import EmlocError
@@ -73,18 +73,19 @@ def run_tasks(
                     "Leave out --no-chat: they need the chat template.",
                 )
             ask_conversations(task, lm.tokenizer)
-        found = simple_evaluate(
-            model=lm,
-            tasks=members,
-            task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files
-            limit=limit,
-            bootstrap_iters=0,
-            apply_chat_template=with_template,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with without_environment():
+            found = simple_evaluate(
+                model=lm,
+                tasks=members,
+                task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files
+                limit=limit,
+                bootstrap_iters=0,
+                apply_chat_template=with_template,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
         for task in members:
             rows = _first_filter(found["samples"][task.task_name])
             result["tasks"][task.task_name] = {

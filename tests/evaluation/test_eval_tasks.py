@@ -3,6 +3,7 @@
 import functools
 import itertools
 import shutil
+import subprocess
 from pathlib import Path
 
 import lm_eval.tasks
@@ -52,7 +53,8 @@ def chat_rows(n):
     ]
 
 
-def test_conversations_go_through_the_chat_template(tiny_model, tmp_path):
+def test_conversations_go_through_the_chat_template(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail("lm-eval starts a process"))
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(4))
     _, samples = metrics_of(tiny_model, write_task("generation", data, tmp_path / "write.yaml"), limit=2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
