@@ -96,6 +96,7 @@ def _prune(place: Path) -> None:
         path.unlink()
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:

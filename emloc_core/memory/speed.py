@@ -11,7 +11,7 @@ import torch
 
 from emloc_core.errors import is_out_of_memory
 
-_SECONDS = 0.3  # of each measurement
+_SECONDS = 0.1  # of each measurement
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices, large enough for full speed
 _CHUNK = 4 << 20  # bytes read at a time
 _MOST = 512 << 20  # bytes read in all

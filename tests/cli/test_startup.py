@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,31 +12,64 @@ from emloc_core.plugins.builtin import ALGORITHMS
 from emloc_core.plugins.manager import plugin_manager
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "lm_eval", "numpy", "matplotlib", "accelerate")
+#: Runs each line of stdin (directory, variables, command) in a fork of a process that imported the command line alone.
 SCRIPT = f"""
-import json, sys
+import json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from emloc_core.cli import main
-try:
-    main()
-except SystemExit as end:
-    print(json.dumps([end.code or 0, [name for name in {HEAVY} if name in sys.modules]]))
-else:
-    print(json.dumps([0, [name for name in {HEAVY} if name in sys.modules]]))
+for line in sys.stdin:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        cwd, environment, *sys.argv[1:] = json.loads(line)
+        os.chdir(cwd)
+        os.environ.update(environment)
+        code, out, err = 0, StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+        heavy = [name for name in {HEAVY} if name in sys.modules]
+        with open(writer, "w") as told:
+            json.dump([code, heavy, out.getvalue().splitlines(), err.getvalue()], told)
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as told:
+        print(told.read(), flush=True)
+    os.wait()
 """
 
 
-def run(*command: str, cwd: Path | None = None) -> tuple[int, list[str], list[str], str]:
-    """Return the exit code of a command, the heavy packages that it imported, and what it printed."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, check=True, cwd=cwd)
-    *answer, last = done.stdout.splitlines()
-    code, heavy = json.loads(last)
-    return code, heavy, answer, done.stderr
+@pytest.fixture(scope="module")
+def starter() -> Iterator[subprocess.Popen[str]]:
+    """The process whose forks are as new ones."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(starter, tmp_path) -> Callable[..., tuple[int, list[str], list[str], str]]:
+    """A function that returns a command's exit code, the heavy packages that it imported, and what it printed."""
+
+    def run(*command: str, cwd: Path = tmp_path, **environment: str):
+        starter.stdin.write(json.dumps([str(cwd), environment, *command]) + "\n")
+        starter.stdin.flush()
+        return json.loads(starter.stdout.readline())
+
+    return run
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["--version"], ["families"], ["families", "--json"], ["train", "--help"]]
+    "command",
+    ["--help", "--version", "families", "families --json", "train --help", "zoo list", "zoo show SmolLM2-135M"],
 )
-def test_nothing_heavy_is_imported(command):
-    code, heavy, answer, _ = run(*command)
+def test_nothing_heavy_is_imported(command, run):
+    code, heavy, answer, _ = run(*command.split())
     assert (code, heavy) == (0, [])
     assert answer
 
@@ -89,7 +123,7 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
         ),
     ],
 )  # fmt: skip
-def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command, told, place):
+def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command, told, place, run):
     code, heavy, _, stderr = run(*command.split(), cwd=place)
     assert code == 1
     assert told in stderr
@@ -102,18 +136,17 @@ def test_the_built_in_algorithms_are_known_by_name_without_torch(hook):
     assert set(ALGORITHMS[hook]) == set(getattr(builtin, f"emloc_{hook}")())
 
 
-def test_a_command_that_is_misspelt_is_named():
+def test_a_command_that_is_misspelt_is_named(run):
     code, heavy, _, stderr = run("polsh", "x")
     assert (code, heavy) == (2, [])
     assert "No such command 'polsh'. Did you mean 'polish'?" in stderr
 
 
 @pytest.mark.thorough
-def test_a_plan_of_what_was_planned_before_imports_no_transformers(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+def test_a_plan_of_what_was_planned_before_imports_no_transformers(place, tmp_path, run):
     command = ["plan", "model", "--memory", "1GB", "--no-measure", "--json"]
-    first = run(*command, cwd=place)
-    code, heavy, answer, _ = run(*command, cwd=place)
+    first, again = (run(*command, cwd=place, EMLOC_CACHE=str(tmp_path)) for _ in range(2))
+    code, heavy, answer, _ = again
     assert "transformers" in first[1]
     assert (code, heavy) == (0, ["torch", "numpy"])
     assert answer == first[2]

@@ -29,10 +29,10 @@ def gpt2(tmp_path_factory):
     return save_tiny_model({"model_type": "gpt2", **TINY, "hidden_size": 64}, tmp_path_factory.mktemp("gpt2"))
 
 
-@pytest.fixture(params=["low-rank", "nf4", "2.7-bit"])
-def emulator(request, gpt2, rows_file, tmp_path):
+@pytest.fixture(scope="module", params=["low-rank", "nf4", "2.7-bit"])
+def emulator(request, gpt2, rows_file, tmp_path_factory):
     settings = CompressSettings(kind=request.param, samples=4, selection=2)
-    return compress_job(gpt2, rows_file, tmp_path / "emulator", settings).run()
+    return compress_job(gpt2, rows_file, tmp_path_factory.mktemp("made") / "emulator", settings).run()
 
 
 def test_as_linears_a_model_computes_the_same_on_the_same_weights(gpt2):

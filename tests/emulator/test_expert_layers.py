@@ -17,6 +17,8 @@ from emloc_core.standins.experts import StandInExperts, computes_as_experts, mat
 
 EXPERTS, HIDDEN, INNER = 5, 64, 40
 FORMATS = (NF4().own(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank())
+#: Those that take little time to fit.
+QUICK = [format for format in FORMATS if format.name in ("nf4", "2.7-bit", "low-rank")]
 LAYOUTS = {
     "usual": (Qwen3MoeExperts, {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "hidden_act": "silu"}),
     "transposed": (AriaExperts, {"moe_num_experts": EXPERTS, "intermediate_size": INNER}),
@@ -79,8 +81,15 @@ def outputs(module, hidden, index, weights):
     return found, *torch.autograd.grad((found * towards).sum(), hidden)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("format", FORMATS, **BY_NAME)
+@pytest.mark.parametrize(
+    ("layout", "format"),
+    [
+        pytest.param(layout, format, id=f"{layout}-{format.name}", marks=marks)
+        for layout in LAYOUTS
+        for format in FORMATS
+        for marks in [() if layout in ("usual", "transposed") or format in QUICK else pytest.mark.thorough]
+    ],
+)
 def test_outputs_and_gradients_are_those_of_the_dense_experts(layout, format):
     made = packed(experts_of(layout), format)
     found, expected = outputs(made, *tokens()), outputs(made.dense(), *tokens())

@@ -61,6 +61,14 @@ SETTINGS = {
 }
 
 
+#: With one kind of a fixed size and one with ranks; the others stop and go on by the same code.
+TWO_KINDS = pytest.mark.parametrize(
+    "made",
+    [pytest.param(kind, marks=() if kind in ("nf4", "1.6-bit+repair") else pytest.mark.thorough) for kind in KINDS],
+    indirect=True,
+)
+
+
 def compression(kind, model, rows, output, size=None):
     settings = CompressSettings(kind=kind, samples=12, selection=6, **(SETTINGS[kind] if size is None else size))
     return compress_job(model, rows, output, settings)
@@ -133,6 +141,7 @@ def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_pat
     assert result["bytes"]["emulator"] == sum(sizes.values())
 
 
+@TWO_KINDS
 def test_it_is_the_same_after_an_interruption(made, tiny_model, rows_file, tmp_path):
     kind, emulator, _ = made
     job = compression(kind.name, tiny_model, rows_file, tmp_path / "emulator")
@@ -366,11 +375,7 @@ def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
         assert result.passed, result
 
 
-@pytest.mark.parametrize(
-    "made",
-    [pytest.param(kind, marks=() if kind in ("nf4", "1.6-bit+repair") else pytest.mark.thorough) for kind in KINDS],
-    indirect=True,
-)
+@TWO_KINDS
 def test_training_is_resumed(made, rows_file, monkeypatch):
     _, emulator, adapter = made
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)

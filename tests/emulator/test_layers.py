@@ -15,11 +15,11 @@ from emloc_core.settings import CompressSettings
 from emloc_core.standins.registry import format_named
 
 
-@pytest.fixture(params=["low-rank", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit"])
-def made(request, tiny_model, rows_file, tmp_path):
+@pytest.fixture(scope="module", params=["low-rank", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit"])
+def made(request, tiny_model, rows_file, tmp_path_factory):
     """A kind, and its emulator."""
     chosen = CompressSettings(kind=request.param, samples=4, selection=2)
-    emulator = compress_job(tiny_model, rows_file, tmp_path / "emulator", chosen).run()
+    emulator = compress_job(tiny_model, rows_file, tmp_path_factory.mktemp("made") / "emulator", chosen).run()
     return format_named(request.param), emulator
 
 
@@ -56,3 +56,4 @@ def test_every_part_that_is_missing_is_found(made):
         with pytest.raises(EmlocError, match=rf"lacks {key}"):
             AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
         shard.write_bytes(kept)
+    index_file.write_text(json.dumps(whole))

@@ -69,8 +69,15 @@ def test_logits_are_told_from_activations(tiny_model: Path) -> None:
     assert terms["logits"] > 16 * 128 * 128 * 4  # some tensors in fp32, as wide as the vocabulary
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    ("checkpointing", "bf16"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.thorough),
+        pytest.param(False, True, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_trace_equals_what_the_trainer_allocates(
     checkpointing: bool, bf16: bool, tiny_emulator: Path, tiny_model: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -52,7 +52,7 @@ def emulators(base, data, directory, disable, **settings):
     return with_it, observed.run()
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "nf4"])
+@pytest.mark.parametrize("kind", ["low-rank", pytest.param("nf4", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_observed_of_a_tiny_model_gives_the_same_bytes(name, kind, tmp_path, disable):
     (family,) = [each for each in plugin_manager().families() if each.name == name]
