@@ -61,7 +61,7 @@ SETTINGS = {
 }
 
 
-#: With one kind of a fixed size and one with ranks; the others stop and go on by the same code.
+#: With one kind of a fixed size and one with ranks; the others are resumed by the same code.
 TWO_KINDS = pytest.mark.parametrize(
     "made",
     [pytest.param(kind, marks=() if kind in ("nf4", "1.6-bit+repair") else pytest.mark.thorough) for kind in KINDS],
