@@ -28,7 +28,7 @@ class Outcome:
         cause: of a failure; None is success.
         message: what happened and where, for a person.
         stage: the output that was being made, where known: ``emulator``, ``adapter``, ...
-        result: of a success; see :func:`emloc_core.zoo.jobs.outcome.collect`.
+        result: of a success; see :func:`collect`.
     """
 
     cause: Cause | None
