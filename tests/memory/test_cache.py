@@ -48,11 +48,11 @@ def planned(file: Path) -> dict[str, Any]:
     return plan(file.parent, memory="1GiB", device="cpu", length=64, batch_size=2).describe()
 
 
-def test_what_was_traced_once_is_not_traced_again(place: Path, tiny_model: Path, traces: list[str]) -> None:
-    fresh = planned(tiny_model / "config.json")
+def test_what_was_traced_once_is_not_traced_again(place: Path, shallow_model: Path, traces: list[str]) -> None:
+    fresh = planned(shallow_model / "config.json")
     assert traces
     traces.clear()
-    assert planned(tiny_model / "config.json") == fresh
+    assert planned(shallow_model / "config.json") == fresh
     assert not traces
     assert {path.name.partition("-")[2] for path in place.iterdir()} == {"outline.json", "traces.json"}
 
@@ -109,13 +109,13 @@ def test_a_damaged_file_is_made_again(
 
 
 def test_a_place_that_cannot_be_written_is_done_without(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "")
-    fresh = planned(tiny_model / "config.json")
+    fresh = planned(shallow_model / "config.json")
     (tmp_path / "file").touch()
     monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "below"))
-    assert planned(tiny_model / "config.json") == fresh
+    assert planned(shallow_model / "config.json") == fresh
     assert (tmp_path / "file").read_bytes() == b""
 
 
