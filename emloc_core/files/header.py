@@ -56,6 +56,7 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     try:
         require_regular(shard)
+        size = shard.stat().st_size
         with shard.open("rb") as file, safe_open(str(shard), framework="np"):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length), object_pairs_hook=_unique)
@@ -66,10 +67,11 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f"{shard} does not exist, though the checkpoint's index names it.", _REMEDY, code="missing"
         ) from None
     except OSError as error:
-        raise EmlocError(f"{shard} cannot be read ({error.strerror}).", _REMEDY, code="unavailable") from None
-    except (SafetensorError, ValueError) as error:
+        raise EmlocError(f"{shard} cannot be read ({error.strerror or error}).", _REMEDY, code="unavailable") from None
+    except (SafetensorError, ValueError, TypeError) as error:  # the library reads a tensor's entry as a list too
         raise EmlocError(
-            f"{shard} is not a safetensors file, it is truncated or it is damaged ({str(error)[:_FAULT]}).",
+            f"{shard} is not a safetensors file, or it is truncated or damaged: it has {size:,} bytes "
+            f"({str(error)[:_FAULT]}).",
             _REMEDY,
             code="damaged",
         ) from None
