@@ -1,6 +1,6 @@
 """The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too.
 
-What refuses, parses, looks for or loads something raises it; docstrings say so where they can say when.
+Whatever refuses, parses, looks up or loads something may raise it; docstrings say so where it is not plain when.
 """
 
 import errno

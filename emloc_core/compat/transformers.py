@@ -189,6 +189,7 @@ class TensorLoader:
 
         Args:
             tensors: tensors, or safetensors' slices, by key.
+            dtype: of the parameters.
             device: likewise.
 
         Returns:

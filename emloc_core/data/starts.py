@@ -24,6 +24,11 @@ def starts_in_templates(
 
     Special tokens (``<|im_start|>``, say) are found before a text is split into others. So all before the last one of a
     prompt is the same in both, and only what begins with it is tokenized by itself: the same few words in most rows.
+
+    Args:
+        asked: the prompts.
+        texts: the conversations that begin with them.
+        ids: the conversations, tokenized.
     """
     special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()
                if token.special and not (token.normalized or token.single_word)}  # fmt: skip

@@ -80,9 +80,8 @@ class Decomposition:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
         self.format, self.progress, self.refine, self._directory = format, progress, refine, directory
         self.blocks = skeleton.blocks
-        own = (
-            tensor for sample in samples for tensor in sample.others.values()
-        )  # base and emulator are given the same
+        # Base and emulator are given the same.
+        own = (tensor for sample in samples for tensor in sample.others.values())
         needed = max(map(self._needed, self.blocks), default=0)
         parking = Parking.on(skeleton.device, [*skeleton.model.buffers(), *own], directory, needed=needed)
         self.stream = Stream(skeleton, parking)
@@ -107,7 +106,7 @@ class Decomposition:
         self._pass(forwards * 2, store, self._propagate)  # through the base, and through the emulator
 
     def _needed(self, block: str) -> int:
-        """Return the bytes that it takes to fit a block's Linears, beside what samples hold; ``emloc plan`` says so."""
+        """Return the bytes of a block and of fitting its Linears, beside what samples hold, as ``emloc plan`` says."""
         linears, itemsize = self.plan.in_block(block), self.skeleton.dtype.itemsize
         parameters = self.skeleton.model.get_submodule(block).parameters()
         weights = sum(parameter.numel() for parameter in parameters) * itemsize

@@ -1,4 +1,4 @@
-"""Refuses models that compute something else than declared, on any row that passes through a block.
+"""Refuses models that compute something other than what is declared, on any row that passes through a block.
 
 The statistics of an input group are those of one of its Linears. Where a model's config takes another branch than those
 that its family was tested on, or a long row another than a short one, the others would be fitted to inputs that they
@@ -111,7 +111,7 @@ def alike(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
 
 @contextmanager
 def requiring_products(stream: Stream, planned: Sequence[LinearPlan], rows: int) -> Iterator[None]:
-    """Watch samples pass through a block, and compare what such Linears return with ``W x + b``.
+    """Watch samples pass through a block, and compare what Linears of other classes return with ``W x + b``.
 
     Args:
         stream: samples ``0 .. rows - 1`` pass through the base.

@@ -109,7 +109,7 @@ def method_of(
 
 
 def usual_samples(format: Format, rows: int | None = None) -> int:
-    """Return how many rows a format is calibrated on where the user does not say."""
+    """Return how many of so many distinct rows (None: enough) a format is calibrated on, unless the user says."""
     if rows is None:
         return format.samples
     return min(format.samples, max(SAMPLES, int(_SHARE * rows)), max(1, rows // 3))  # the others are trained on

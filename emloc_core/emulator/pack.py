@@ -1,7 +1,7 @@
-"""What is packed of the base's weights, one in memory at a time.
+"""Packs weights of the base, one in memory at a time.
 
-Without calibration those of Linears and experts are packed as they are; with it, an output layer is fitted to what
-reaches it in the emulator, and embeddings are packed as they are.
+Without calibration, those of Linears and experts are packed as they are; with it, the output layer is fitted to what
+reaches it in the emulator, and the embeddings are packed as they are.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -81,7 +81,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file."""
+    """Read a TOML file; ``what`` it is, a recipe say, is for messages."""
     try:
         require_regular(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))

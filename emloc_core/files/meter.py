@@ -10,7 +10,7 @@ from typing import Any
 
 
 def own_memory(kind: str) -> int | None:
-    """Return a size of this process as Linux says it, such as ``VmData``, in bytes; None elsewhere."""
+    """Return a size of this process as Linux reports it, such as ``VmData``, in bytes; None elsewhere."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith(f"{kind}:"):

@@ -67,7 +67,7 @@ class Copies:
 
     Attributes:
         count: how many copies there are.
-        held: what one holds before it runs, once it ran, as the backward pass begins, and after its own.
+        held: what one holds before it runs, after it ran, as the backward pass begins, and after its own.
         place: the state that the step is in, and ``0.5`` more while the period passes to the next. The copies pass
             before it or after it, so then each holds what the period began with or what it ends with; what is needed is
             linear in how many do, so one of the two ends is the peak.

@@ -61,7 +61,7 @@ class Parking:
             device: that samples compute on.
             shared: as in the constructor.
             directory: as in the constructor; of a GPU, everything beyond the limit goes to CPU memory.
-            needed: bytes that have to stay free of a GPU beside those of the samples.
+            needed: bytes of a GPU that must stay free for other than samples.
         """
         if device.type == "cuda":
             free = free_of(device)

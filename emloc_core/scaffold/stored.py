@@ -70,7 +70,7 @@ def _reason(skeleton: Skeleton, path: str, model: PreTrainedModel) -> str | None
 
 
 def keep_dense(stacks: Sequence[Stack], reasons: Mapping[str, str]) -> None:
-    """Take Linears out of the groups of stacks, in all blocks."""
+    """Take Linears, given with why they stay dense, by path, out of the groups of ``stacks``, in all blocks."""
     places = {place: reason for linear, reason in reasons.items() if (place := _place(linear, stacks))}
     for stack in stacks:
         found = {path: reason for (blocks, path), reason in sorted(places.items()) if blocks == stack.path}

@@ -32,7 +32,12 @@ def _plain(lora: Lora, rank: int) -> Lora:
 
 
 def plain_config(loras: Mapping[str, Lora], base: str, modules: Iterable[str]) -> dict[str, Any]:
-    """Return PEFT's config for what :func:`plain` returns."""
+    """Return PEFT's config for what :func:`plain` returns.
+
+    Args:
+        base: path or hub id of the model.
+        modules: paths of all of its modules.
+    """
     rank = next(iter(loras.values())).rank
     stacks = sorted(path for path, lora in loras.items() if lora.is_stacked)
     return {

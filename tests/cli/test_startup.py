@@ -66,8 +66,9 @@ def run(starter, tmp_path) -> Callable[..., tuple[int, list[str], list[str], str
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "--version", "families", "families --json", "train --help", "zoo list", "zoo show SmolLM2-135M"],
-)
+    ["--help", "--version", "families", "families --json", "train --help", "zoo list", "zoo show SmolLM2-135M",
+     "zoo plan --help"],
+)  # fmt: skip
 def test_nothing_heavy_is_imported(command, run):
     code, heavy, answer, _ = run(*command.split())
     assert (code, heavy) == (0, [])
