@@ -67,6 +67,24 @@ def wider_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(header, lines)
 
 
+def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return, in Markdown, what ``auto`` recovers on every model and task, by the steps of the usual LoRA."""
+    usual = [row for row in rows if (row["rank"], row["targets"]) == (RANK, ALL)]
+    steps = sorted({row["steps"] for row in usual})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in usual:
+        way = (row["task"], MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}")
+        lines.setdefault(way, {})[row["steps"]] = f"{row['auto']:.3f} ± {row['reach']:.3f}"
+    header = ["task", "model", "kind", "memory", *(f"{count} steps" for count in steps)]
+    return markdown(header, [[*way, *(known.get(count, "") for count in steps)] for way, known in lines.items()])
+
+
+def places_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return, in Markdown, what ``auto`` recovers with LoRAs of other ranks and places."""
+    others = [row for row in rows if (row["rank"], row["targets"]) != (RANK, ALL)]
+    return markdown(["LoRA", "recovery"], [[_lora(row), f"{row['auto']:.3f} ± {row['reach']:.3f}"] for row in others])
+
+
 def forgotten_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, the loss of the base with a LoRA on rows that it was not tuned for, beside its control's."""
     tuned = [f"{name}, tuned on the {on}" for name in UNRELATED for on in ("base", "emulator")]

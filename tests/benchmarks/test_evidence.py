@@ -4,11 +4,11 @@ import json
 from statistics import mean
 
 import pytest
-from quality_cells import BESIDE, MODELS, PICTURES, Cell
+from quality_cells import BESIDE, PICTURES, Cell
 from quality_cells import RECOMMENDED as BENCHMARKED
 from quality_report import recovery_rows
 from quality_table import Table
-from quality_wider import forgotten_table
+from quality_wider import forgotten_table, lengths_table, places_table
 from support.paths import ROOT
 
 from emloc_core.memory.evidence import ALTERNATIVES, RECOVERY, measured
@@ -38,12 +38,10 @@ def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
     assert recovery_rows(Table(usual)) == results["recovery"]
 
 
-def test_what_is_said_of_a_larger_model_was_measured():
+@pytest.mark.parametrize("table", [lengths_table, places_table])
+def test_what_is_said_of_other_models_and_loras_was_measured(table):
     told = (ROOT / "docs/evidence.md").read_text()
-    for row in json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]:
-        told_of = [row["task"], MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}",
-                   f"{row['uncorrected']:.3f}", f"{row['auto']:.3f}", f"± {row['reach']:.3f}"]  # fmt: skip
-        assert f"| {' | '.join(told_of)} |" in told
+    assert table(json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]) in told
 
 
 def test_what_is_said_to_be_forgotten_was_measured():
