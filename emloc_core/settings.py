@@ -104,7 +104,7 @@ class CompressSettings(Settings):
         AUTO,
         description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
         "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (in two), '2.7-bit' or 'low-rank'. 'auto': the best "
-        "for --memory; without that 'nf4', or 'low-rank' with a ratio.",
+        "for the memory that tuning may take, where it is given; otherwise 'nf4', or 'low-rank' with a ratio.",
     )
     paper: bool = Field(
         False, description="As in the paper, for reference: low-rank, uniform ranks, the base's activations, clamp 3."

@@ -132,7 +132,7 @@ def test_the_time_limit_ends_a_worker_and_gives_it_one_more_try(tmp_path):
     def look(*_):
         seen.update(workers_of(tmp_path, "slow"))
 
-    records = wait(tmp_path, [waiting("slow", 600), waiting("quick")], tell=look, time=1.0, retries=5)
+    records = wait(tmp_path, [waiting("slow", 600), waiting("quick")], tell=look, time=3.0, retries=5)
     assert causes(records["slow"]) == ["time limit", "time limit"]
     assert states(records) == {"slow": "failed", "quick": "done"}
     assert seen
