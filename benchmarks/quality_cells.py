@@ -77,6 +77,7 @@ FULL, SCRATCH = "full", "exact"
 DEMO, GEMMA, EXPERTS, READER = "demo", "gemma-3-270m", "smollm2-experts", "reading-experts"
 MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M", EXPERTS: "SmolLM2 135M, four experts",
           READER: "InternVL 3M, eight experts"}  # fmt: skip
+MIXTURES = (EXPERTS, READER)
 PARAMETERS = {DEMO: 135e6, GEMMA: 268e6, EXPERTS: 374e6}
 #: What is usual of the LoRA and its steps.
 BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"

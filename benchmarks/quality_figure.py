@@ -93,6 +93,8 @@ def _draw_trend(axes: Any, wider: Sequence[dict[str, Any]]) -> None:
         points = sorted(
             (PARAMETERS[row["model"]], row["auto"], row["reach"]) for row in usual if row["memory"] == memory
         )
+        if len(points) < len({row["model"] for row in usual}):
+            continue
         sizes, values, reaches = zip(*points, strict=True)
         axes.errorbar(sizes, values, yerr=reaches, marker="o", capsize=3, label=f"memory {memory:g}")
     models = {row["model"] for row in usual}

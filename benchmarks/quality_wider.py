@@ -1,11 +1,23 @@
 """Recovery beyond the usual set-up of ``quality.py``: another model, more steps, other ranks and places of the LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 from harness import markdown
-from quality_cells import ALL, BATCH, FULL, MODELS, RANK, SECOND_TASK, STEPS, WIDER_TASK, Cell, wider_ways
+from quality_cells import (
+    ALL,
+    BATCH,
+    FULL,
+    MIXTURES,
+    MODELS,
+    RANK,
+    SECOND_TASK,
+    STEPS,
+    WIDER_TASK,
+    Cell,
+    wider_ways,
+)
 from quality_rows import UNRELATED
 from quality_table import Table
 
@@ -17,7 +29,8 @@ DESCRIBED = ("task", "model", "steps", "batch", "rank", "targets", "kind", "memo
 def wider_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``wider``: the recovery of every wider cell and, to stand beside them, of the usual cells like them.
 
-    ``reach`` is half the 95 % interval of ``auto``, over the test rows that the cell and its control share.
+    ``reach`` is half the 95 % interval of ``auto``, over the test rows that the cell and its control share;
+    ``divergence`` the emulator's from the base, where it was measured.
     """
     usual = {(task, *way, 0, STEPS, BATCH) for task in (WIDER_TASK, SECOND_TASK) for way in wider_ways()}
     found = []
@@ -31,7 +44,7 @@ def wider_rows(table: Table) -> list[dict[str, Any]]:
             continue
         known = {name: None if value is None else round(value, 4) for name, value in recoveries.items()}
         described = {name: getattr(cell, name) for name in DESCRIBED}
-        found.append({**described, **known, "reach": _reach(table, row)})
+        found.append({**described, **known, "reach": _reach(table, row), "divergence": row.get("divergence")})
     return sorted(found, key=_place)
 
 
@@ -57,46 +70,79 @@ def _losses(system: dict[str, Any]) -> list[float]:
 def wider_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows in Markdown."""
     header = ["task", "model", "steps", "rows per step", "LoRA", "stand-in", "memory", "learning rate", "uncorrected",
-              "`auto`", "95 %", "and 20 exact steps"]  # fmt: skip
+              "`auto`", "95 %", "and 20 exact steps", "KL"]  # fmt: skip
     lines = []
     for row in rows:
         told = [row["task"], MODELS[row["model"]], str(row["steps"]), str(row["batch"]), _lora(row), f"`{row['kind']}`"]
         told += [f"{row['memory']:g}", f"{row['learning_rate']:g}"]
         uncorrected, auto, polished = ("" if row[name] is None else f"{row[name]:.3f}" for name in SYSTEMS)
-        lines.append([*told, uncorrected, auto, f"± {row['reach']:.3f}", polished])
+        lines.append([*told, uncorrected, auto, f"± {row['reach']:.3f}", polished, _divergence(row)])
     return markdown(header, lines)
 
 
 def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return, in Markdown, what ``auto`` recovers on every model and task, by the steps of the usual LoRA."""
-    usual = [row for row in rows if (row["rank"], row["targets"]) == (RANK, ALL)]
+    """Return, in Markdown, what ``auto`` recovers on dense models, by the steps of the usual LoRA."""
+    usual = [row for row in rows if (row["rank"], row["targets"]) == (RANK, ALL) and row["model"] not in MIXTURES]
     steps = sorted({row["steps"] for row in usual})
     lines: dict[tuple[str, ...], dict[int, str]] = {}
     for row in usual:
         way = (row["task"], MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}")
-        lines.setdefault(way, {})[row["steps"]] = f"{row['auto']:.3f} ± {row['reach']:.3f}"
+        lines.setdefault(way, {})[row["steps"]] = _recovered(row)
     header = ["task", "model", "kind", "memory", *(f"{count} steps" for count in steps)]
     return markdown(header, [[*way, *(known.get(count, "") for count in steps)] for way, known in lines.items()])
+
+
+def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return, in Markdown, what ``auto`` recovers on mixtures of experts, and how far emulators are from them."""
+    lines = [
+        [MODELS[row["model"]], row["task"], f"`{row['kind']}`", f"{row['memory']:g}", _divergence(row), _recovered(row)]
+        for row in rows
+        if row["model"] in MIXTURES
+    ]
+    return markdown(["model", "task", "kind", "memory", "KL", "recovery"], lines)
 
 
 def places_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, what ``auto`` recovers with LoRAs of other ranks and places."""
     others = [row for row in rows if (row["rank"], row["targets"]) != (RANK, ALL)]
-    return markdown(["LoRA", "recovery"], [[_lora(row), f"{row['auto']:.3f} ± {row['reach']:.3f}"] for row in others])
+    return markdown(["LoRA", "recovery"], [[_lora(row), _recovered(row)] for row in others])
+
+
+def _recovered(row: dict[str, Any]) -> str:
+    return f"{row['auto']:.3f} ± {row['reach']:.3f}"
+
+
+def _divergence(row: dict[str, Any]) -> str:
+    return "" if row["divergence"] is None else f"{row['divergence']:.4f}"
 
 
 def forgotten_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, the loss of the base with a LoRA on rows that it was not tuned for, beside its control's."""
     tuned = [f"{name}, tuned on the {on}" for name in UNRELATED for on in ("base", "emulator")]
-    header = ["task", "model", "steps", "LoRA", *tuned]
-    controls = {_way(row): row["elsewhere"][FULL] for row in rows if FULL in row.get("elsewhere", {})}
     lines = []
+    for row, control, own in _elsewhere(rows):
+        told = [row["task"], MODELS[row["model"]], str(row["steps"]), _lora(row), f"`{row['kind']}`"]
+        lines.append([*told, *(f"{each[name]:.3f}" for name in UNRELATED for each in (control, own))])
+    return markdown(["task", "model", "steps", "LoRA", "kind", *tuned], lines)
+
+
+def forgotten(rows: Sequence[dict[str, Any]]) -> str:
+    """Return, in a sentence, how many LoRAs from emulators lose more elsewhere than their controls, and how much."""
+    more = {name: [own[name] - control[name] for _, control, own in _elsewhere(rows)] for name in UNRELATED}
+    told = []
+    for name, found in more.items():
+        worse = [each for each in found if each > 0]
+        told.append(f"on {name}, {len(worse)} of {len(found)}" + (f", by at most {max(worse):.3f}" if worse else ""))
+    return "; ".join(told)
+
+
+def _elsewhere(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, float], dict[str, float]]]:
+    """Yield measurements of emulators' LoRAs, with the losses elsewhere of their control and their own."""
+    controls = {_way(row): row["elsewhere"][FULL] for row in rows if FULL in row.get("elsewhere", {})}
     for row in rows:
         own, control = row.get("elsewhere", {}).get("auto"), controls.get(_way(row))
         if own and control:
-            losses = (f"{each[name]:.3f}" for name in UNRELATED for each in (control, own))
-            lines.append([row["task"], MODELS[row["model"]], str(row["steps"]), _lora(row), *losses])
-    return markdown(header, lines)
+            yield row, control, own
 
 
 def _way(row: dict[str, Any]) -> tuple[Any, ...]:
