@@ -16,6 +16,7 @@ from emloc_core.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from emloc_core.memory.evidence import Recovery
     from emloc_core.memory.model import Need
     from emloc_core.memory.plan import MemoryPlan
     from emloc_core.memory.ways import Way
@@ -143,7 +144,8 @@ def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
                 f", and {measured.polished:.2f} with 20 exact steps (docs/evidence.md)."
             )
             click.echo(
-                "  That was in 60 steps at a rate of 2e-3, the best for an ordinary LoRA too (the default is 2e-4)."
+                "  That was in 60 steps at a rate of 2e-3, the best for an ordinary LoRA too (the default is 2e-4)"
+                f"{_in_longer_tuning(measured)}."
             )
         if best.alternative:
             click.echo(
@@ -156,6 +158,13 @@ def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
                        "runs only in part on the device, as emloc chat runs it, or quantised.")  # fmt: skip
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
+
+
+def _in_longer_tuning(measured: "Recovery") -> str:
+    if measured.longer is None:
+        return ""
+    lost = round(-measured.longer, 2)
+    return "; in 960 steps it was " + (f"{lost:.2f} less" if lost > 0 else "as much")
 
 
 def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> list[str]:

@@ -25,11 +25,23 @@ def test_plans_say_what_was_measured(kind, ratio):
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["recovery"]
     factors = 0.13 if kind == "low-rank-2-bit" else 0.28  # of 16 bits, scales included
     memory = round(BESIDE.get(kind, 0) + factors * ratio, 2) if ratio else MEMORY[kind]
-    for system, told in zip(("auto", "polish20"), RECOVERY[kind][ratio], strict=True):
+    for system, told in zip(("auto", "polish20"), RECOVERY[kind][ratio][:2], strict=True):
         wanted = (f"{kind}+{system}", memory)
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
         found = [means[task] for task in TASKS]
         assert told == pytest.approx(mean(found), abs=0.005)
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, of in RECOVERY.items() for ratio in of])
+def test_plans_say_what_longer_tuning_changes(kind, ratio):
+    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]
+    memory = MEMORY.get(kind) or round(BESIDE.get(kind, 0) + 0.28 * ratio, 2)
+    wanted = ("demo", kind, memory, "all", 8)
+    known = {(row["task"], row["steps"]): row["auto"] for row in rows
+             if tuple(row[name] for name in ("model", "kind", "memory", "targets", "rank")) == wanted}  # fmt: skip
+    changes = [recovered - known[task, 60] for (task, steps), recovered in known.items() if steps == 960]
+    longer = RECOVERY[kind][ratio].longer
+    assert longer == (pytest.approx(mean(changes), abs=0.001) if changes else None)
 
 
 def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
