@@ -128,7 +128,14 @@ def test_the_series_are_complete() -> None:
         "InternVL2_5-": ["1B", "2B", "4B", "8B", "26B", "38B", "78B"],
         "InternVL3-": ["1B", "2B", "8B", "14B", "38B", "78B"],
         "SmolLM2-": ["135M", "360M", "1.7B"],
-        "Qwen3-VL-": ["2B-Instruct", "4B-Instruct", "8B-Instruct", "32B-Instruct", "235B-A22B-Instruct"],
+        "Qwen3-VL-": [
+            "2B-Instruct",
+            "4B-Instruct",
+            "8B-Instruct",
+            "32B-Instruct",
+            "30B-A3B-Instruct",
+            "235B-A22B-Instruct",
+        ],
         "DeepSeek-": ["V3"],
         "gemma-3-": ["1b-it", "4b-it", "12b-it", "27b-it"],
         "Phi-3-mini-": ["4k-instruct"],
@@ -193,7 +200,7 @@ def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_pre
 def test_find() -> None:
     assert [entry.id for entry in find("Qwen/Qwen2.5-7B")] == ["Qwen/Qwen2.5-7B"]
     assert [entry.id for entry in find("qwen2.5-7b")] == ["Qwen/Qwen2.5-7B"]
-    assert len(find("Qwen3-*")) == 13
+    assert len(find("Qwen3-*")) == 14
     assert len(find("*/InternVL?*-38B")) == 2
     assert "Did you mean 'Qwen2.5-7B'?" in refused(find, "Qwen2.5-7")
     assert "matches 'Falcon*'" in refused(find, "Falcon*")
