@@ -1,7 +1,4 @@
-"""The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too.
-
-Whatever refuses, parses, looks up or loads something may raise it; docstrings say so where it is not plain when.
-"""
+"""The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too."""
 
 import errno
 from collections.abc import Mapping

@@ -40,7 +40,11 @@ class TokenObjective:
         return load_config(path)
 
     def build(self, family: "Family", config: Any, dtype: "torch.dtype") -> Any:
-        """Return a model of transformers."""
+        """Return a model of transformers.
+
+        Raises:
+            EmlocError: transformers does not have the class that the family declares, or cannot build it.
+        """
         from emloc_core.errors import EmlocError
         from emloc_core.files.pretrained import auto_class, new_model
 
@@ -154,7 +158,11 @@ class TokenObjective:
     def trainer(
         self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **given: Any
     ) -> "LoraSteps":
-        """Return TRL's trainer."""
+        """Return TRL's trainer.
+
+        Raises:
+            EmlocError: the model cannot be loaded, or the settings conflict.
+        """
         from emloc_core.files.pretrained import load_model
         from emloc_core.processes.heap import give_back
         from emloc_core.settings import TrainSettings

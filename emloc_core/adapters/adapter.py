@@ -155,7 +155,11 @@ class Adapter:
 
     @cached_property
     def replaced(self) -> dict[str, Replacement]:
-        """What it replaces of the embeddings and the output layer, by module path."""
+        """What it replaces of the embeddings and the output layer, by module path.
+
+        Raises:
+            EmlocError: as for :attr:`loras`.
+        """
         return replacements(self.others, self.config.get("trainable_token_indices"))
 
     @property

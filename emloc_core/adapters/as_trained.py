@@ -37,7 +37,11 @@ class AsTrained(Job):
 
     @cached_property
     def output(self) -> Output:
-        """The copy's directory."""
+        """The copy's directory.
+
+        Raises:
+            EmlocError: the adapter does not belong to the base.
+        """
         files = Inputs(self._path.resolve().parent)
         fingerprint = require_base(self.adapter, self.base, files)
         moments = hash_moments(self.adapter.directory, files)

@@ -18,7 +18,11 @@ from emloc_core.standins.experts import matrices
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse an adapter with a LoRA that fits no Linear of the model, which may be on the meta device."""
+    """Refuse an adapter with a LoRA that fits no Linear of the model, which may be on the meta device.
+
+    Raises:
+        EmlocError: a LoRA does not fit; names the first.
+    """
     for path, lora in adapter.loras.items():
         try:
             actual = _shape(model, path, lora)
@@ -115,7 +119,11 @@ def is_rounded_form(model: Checkpoint, base: Checkpoint) -> bool:
 def require_match(
     adapter: Adapter, emulator: Emulator, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
 ) -> None:
-    """Refuse an adapter, emulator and base that do not belong together."""
+    """Refuse an adapter, emulator and base that do not belong together.
+
+    Raises:
+        EmlocError: a manifest has another fingerprint; says whose.
+    """
     trained_on = adapter.manifest.get("request", {}).get("model")
     if trained_on is not None and trained_on != emulator_fingerprint:
         raise EmlocError(

@@ -51,6 +51,9 @@ class Correct(Job):
     Attributes:
         emulator: what it was trained on; by default the one that its config names.
         base: the model that the emulator was made from.
+
+    Raises:
+        EmlocError: adapter, emulator and base do not belong together.
     """
 
     def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
@@ -70,7 +73,11 @@ class Correct(Job):
 
     @cached_property
     def output(self) -> Output:
-        """The corrected adapter's directory. The files of all inputs are hashed on first access."""
+        """The corrected adapter's directory. The files of all inputs are hashed on first access.
+
+        Raises:
+            EmlocError: adapter, emulator and base do not belong together.
+        """
         files, base = Inputs(self.request.output.resolve().parent), self.base.checkpoint
         emulator, original = self.emulator.fingerprint(files), base.fingerprint(files)
         require_match(self.adapter, self.emulator, emulator, base, original)
@@ -239,7 +246,11 @@ def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
 
 
 def prepare(request: CorrectRequest) -> Correct | AsTrained:
-    """Return the job of a request."""
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: the adapter, the emulator, the base or the settings cannot be used.
+    """
     adapter = Adapter(request.adapter)
     if adapter.is_corrected:
         raise EmlocError(

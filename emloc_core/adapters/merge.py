@@ -55,7 +55,11 @@ class Merge(Job):
 
     @cached_property
     def output(self) -> Output:
-        """The checkpoint's directory. The files of adapter and base are hashed on first access."""
+        """The checkpoint's directory. The files of adapter and base are hashed on first access.
+
+        Raises:
+            EmlocError: the adapter does not belong to the base.
+        """
         files = Inputs(self.request.output.resolve().parent)
         fingerprint = require_base(self.adapter, self.base, files, allow_uncorrected=self.request.allow_uncorrected)
         request = {"adapter": self.adapter.fingerprint(files), "base": fingerprint}

@@ -62,7 +62,11 @@ def hash_moments(directory: Path, files: Inputs) -> dict[str, str]:
 
 
 def tuned_at(directory: Path) -> float | None:
-    """Return the learning rate of the tuning that an adapter's moments are from; None if it has none."""
+    """Return the learning rate of the tuning that an adapter's moments are from; None if it has none.
+
+    Raises:
+        EmlocError: the file is damaged.
+    """
     path = _checked(directory)
     found = read_header(path)[1].get(_RATE) if path else None
     return float(found) if found else None

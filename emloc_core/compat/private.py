@@ -12,7 +12,11 @@ from emloc_core.errors import EmlocError, first_line
 
 @contextmanager
 def private(library: str) -> Iterator[None]:
-    """Import or read private parts of a library in the block."""
+    """Import or read private parts of a library in the block.
+
+    Raises:
+        EmlocError: it does not have them.
+    """
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -26,7 +30,11 @@ def private(library: str) -> Iterator[None]:
 
 @contextmanager
 def patched(library: str, module: str, **others: Any) -> Iterator[None]:
-    """Replace a module's attributes, by name, while the context is active."""
+    """Replace a module's attributes, by name, while the context is active.
+
+    Raises:
+        EmlocError: the library has no such module or objects.
+    """
     with ExitStack() as stack:
         with private(library):
             for name, other in others.items():

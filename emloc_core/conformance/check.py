@@ -117,7 +117,11 @@ def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:
 
 
 def require(problems: Iterable[str], remedy: str) -> None:
-    """Fail if there are problems."""
+    """Fail if there are problems.
+
+    Raises:
+        EmlocError: names the problems, once for those that differ only in the number of a block, and the remedy.
+    """
     alike: dict[str, list[str]] = {}
     for problem in problems:
         alike.setdefault(re.sub(r"\.\d+\b", ".N", problem), []).append(problem)

@@ -84,6 +84,9 @@ def image_inputs(config: Any) -> dict[str, torch.Tensor]:
     Returns:
         ``input_ids``, (1, T), with the marks that the config gives an image; ``pixel_values``; ``image_grid_thw``,
         (1, 3), where pixels are patches; ``mm_token_type_ids``, (1, T), where positions depend on them.
+
+    Raises:
+        EmlocError: the config does not say how an image becomes tokens.
     """
     mark, vision = getattr(config, "image_token_id", None), getattr(config, "vision_config", None)
     try:

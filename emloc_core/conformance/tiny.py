@@ -68,7 +68,11 @@ class TinyModel(Subject):
 
     @cached_property
     def config(self) -> Any:
-        """The library's config."""
+        """The library's config.
+
+        Raises:
+            EmlocError: the library refuses it.
+        """
         return tiny_config(self.settings, self.declared)
 
     @cached_property
@@ -114,7 +118,11 @@ class TinyModel(Subject):
 
     @cached_property
     def forward(self) -> Forward:
-        """What ordinary forwards of all samples do."""
+        """What ordinary forwards of all samples do.
+
+        Raises:
+            EmlocError: the model does not run.
+        """
         blocks = block_paths(self.meta, self.family)
         model, samples = self.whole, self.samples
         try:
@@ -150,7 +158,11 @@ class TinyModel(Subject):
 
     @cached_property
     def tuned(self) -> Tuned:
-        """The emulator, loaded from its files, with a trained LoRA."""
+        """The emulator, loaded from its files, with a trained LoRA.
+
+        Raises:
+            EmlocError: PEFT refuses the targets.
+        """
         loss, task = trial_of(self.family).loss, plugin_manager().objective_of(self.family).task
         return tune(self.load(self.emulator), self.family.lora_targets(), self.samples, loss, task)
 
@@ -192,13 +204,21 @@ def trial_of(family: Family) -> Trial:
 
 
 def tiny_config(settings: Mapping[str, Any], family: Family | None = None) -> Any:
-    """Return the library's config of a tiny config; of transformers where no family is given."""
+    """Return the library's config of a tiny config; of transformers where no family is given.
+
+    Raises:
+        EmlocError: the library refuses it.
+    """
     trial = trial_of(family) if family else plugin_manager().objective_for({}).trial()
     return trial.config(settings)
 
 
 def on_meta(family: Family, config: Any) -> nn.Module:
-    """Return the model of a config, without weights."""
+    """Return the model of a config, without weights.
+
+    Raises:
+        EmlocError: it cannot be built.
+    """
     try:
         return build_model(copy.deepcopy(config), family, torch.float32)
     except Exception as error:  # whatever the model's own code raises

@@ -27,7 +27,11 @@ _Render = Callable[..., Any]
 
 
 def encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Encode conversations as :func:`encode_conversation` does, together where only their last answers count."""
+    """Encode conversations as :func:`encode_conversation` does, together where only their last answers count.
+
+    Raises:
+        EmlocError: as :func:`encode_conversation`; the message names the row.
+    """
     if tokenizer.chat_template and not any(row.loss == "all" or _has_tools(row) for row in rows):
         try:
             return _last_answers(rows, tokenizer)
@@ -154,7 +158,11 @@ def _require_tools_shown(row: Row, messages: list[Message], ids: list[int], rend
 
 
 def require_template(row: Row, processing: Any) -> None:
-    """Refuse a conversation if there is no chat template."""
+    """Refuse a conversation if there is no chat template.
+
+    Raises:
+        EmlocError: the tokenizer or processor has none.
+    """
     if not processing.chat_template:
         what = "tokenizer" if isinstance(processing, PreTrainedTokenizerBase) else "processor"
         raise EmlocError(

@@ -104,7 +104,11 @@ class Picture:
             raise EmlocError(f"{self.name} is damaged: {error}.", _FIX, code="damaged") from None
 
     def write(self, directory: Path) -> str:
-        """Copy the encoded bytes into a directory, named by their hash; return the path relative to it."""
+        """Copy the encoded bytes into a directory, named by their hash; return the path relative to it.
+
+        Raises:
+            EmlocError: as :meth:`read`.
+        """
         content = self._bytes()
         self.read()  # keep only images that can be read later
         with self._opened(content) as image:
@@ -165,7 +169,11 @@ def _upright(image: "Image") -> "Image":
 
 
 def pillow() -> Any:
-    """Return Pillow's module ``PIL.Image``."""
+    """Return Pillow's module ``PIL.Image``.
+
+    Raises:
+        EmlocError: it is not installed.
+    """
     try:
         from PIL import Image
     except ImportError:

@@ -82,7 +82,11 @@ def _user_parts(messages: list[Message]) -> list[Message]:
 
 
 def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:
-    """Return a string that is valid Unicode and, unless ``may_be_blank``, not blank."""
+    """Return a string that is valid Unicode and, unless ``may_be_blank``, not blank.
+
+    Raises:
+        EmlocError: it is not.
+    """
     if not isinstance(value, str):
         raise EmlocError(f"{where} is not a string but {type(value).__name__}.", "See the forms of rows in the docs.")
     if not value.strip() and not may_be_blank:
@@ -132,7 +136,11 @@ def _part(value: Any, where: str) -> dict[str, str]:
 
 
 def parse_tools(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return the tools of a row: a list of objects, given as such or as text in JSON."""
+    """Return the tools of a row: a list of objects, given as such or as text in JSON.
+
+    Raises:
+        EmlocError: it is something else.
+    """
     found = _decoded(value, f"{where}: `tools`")
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise EmlocError(f"{where}: `tools` is not a list of objects.", _TOOLS)
@@ -140,7 +148,11 @@ def parse_tools(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def parse_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return a message's tool calls: ``type``, ``function`` with ``name`` and ``arguments``, and ``id`` if given."""
+    """Return a message's tool calls: ``type``, ``function`` with ``name`` and ``arguments``, and ``id`` if given.
+
+    Raises:
+        EmlocError: it is no list of calls.
+    """
     calls = _decoded(value, f"{where}: `tool_calls`")
     if not isinstance(calls, list):
         raise EmlocError(f"{where}: `tool_calls` is {type(calls).__name__}, not a list.", _CALL)

@@ -105,6 +105,9 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         number: its position in its source.
         directory: what paths of images are relative to.
         confined: whether images must lie within that directory.
+
+    Raises:
+        EmlocError: it has no known form.
     """
     if not isinstance(content, dict):
         raise EmlocError(f"{where}: {type(content).__name__}, not an object with columns.", FORMS)

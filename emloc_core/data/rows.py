@@ -201,6 +201,9 @@ def without(
         files: files, or saved or hub datasets.
         split: of those datasets.
         columns: see :func:`load_rows`; what an emulator keeps has the usual ones.
+
+    Raises:
+        EmlocError: a file cannot be read.
     """
     some = [path for path in files if not path.is_file() or path.stat().st_size]
 
@@ -222,7 +225,11 @@ def digest(rows: Iterable[Row]) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSONL that :func:`load_rows` can read, and their images into a directory beside it."""
+    """Write rows as JSONL that :func:`load_rows` can read, and their images into a directory beside it.
+
+    Raises:
+        EmlocError: an image cannot be read.
+    """
 
     def kept(picture: Picture) -> str:
         return picture.write(path.parent)

@@ -26,6 +26,9 @@ def read_source(source: str, split: str) -> Iterator[Numbered]:
     Args:
         source: path of a file or a directory, or id of a hub dataset.
         split: of a dataset.
+
+    Raises:
+        EmlocError: it is not there, or cannot be read.
     """
     require_source(source)
     path = Path(source)
@@ -39,7 +42,11 @@ def read_source(source: str, split: str) -> Iterator[Numbered]:
 
 
 def require_source(source: str) -> None:
-    """Refuse an empty file, and what is neither a file nor a saved dataset, and cannot be the id of a hub dataset."""
+    """Refuse an empty file, and what is neither a file nor a saved dataset, and cannot be the id of a hub dataset.
+
+    Raises:
+        EmlocError: as above.
+    """
     path = Path(source)
     if path.is_file() and not path.stat().st_size:
         raise no_rows(source)

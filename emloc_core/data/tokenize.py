@@ -101,7 +101,11 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktok
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer beside a model."""
+    """Return the tokenizer beside a model.
+
+    Raises:
+        EmlocError: there is none, or it cannot be loaded.
+    """
     # Without a vocabulary transformers makes an empty tokenizer, for which every row is one unknown token.
     if not any(path.match(pattern) for pattern in _VOCABULARIES for path in directory.iterdir()):
         raise EmlocError(
@@ -135,7 +139,11 @@ def load_processor(directory: Path) -> "ProcessorMixin":
 
 
 def require_readable(rows: Iterable[Row], family: Family) -> None:
-    """Refuse rows with images for a model that reads only text."""
+    """Refuse rows with images for a model that reads only text.
+
+    Raises:
+        EmlocError: there is such a row; names the first.
+    """
     rows = list(rows)
     pictured = next((row for row in rows if row.images), None)
     if pictured and family.modality == "text":
@@ -253,7 +261,11 @@ def _within(limits: Limits, row: Row, sample: Sample) -> Sample:
 
 
 def trl_example(row: Row) -> dict[str, Any]:
-    """Return a conversation as TRL's collator takes it: prompt and completion in parts, and its decoded images."""
+    """Return a conversation as TRL's collator takes it: prompt and completion in parts, and its decoded images.
+
+    Raises:
+        EmlocError: an image cannot be read.
+    """
     assert isinstance(row.prompt, list)
     assert isinstance(row.completion, list)
     try:

@@ -50,6 +50,9 @@ class Compress(Job):
 
     Attributes:
         plan: the ranks; those of ``uniform``, which has the same budget, if ranks are shared out by spectra.
+
+    Raises:
+        EmlocError: the model, the rows or the settings cannot be used; nothing has been written.
     """
 
     def __init__(self, request: CompressRequest) -> None:

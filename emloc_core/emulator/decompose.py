@@ -101,7 +101,11 @@ class Decomposition:
         self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
 
     def propagate(self, store: EmulatorFiles) -> None:
-        """Fit to the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`."""
+        """Fit to the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`.
+
+        Raises:
+            EmlocError: as :meth:`run`.
+        """
         forwards = [self._forward(sample) for sample in self.samples]
         self._pass(forwards * 2, store, self._propagate)  # through the base, and through the emulator
 

@@ -108,7 +108,11 @@ class ExpertFitting:
         self._index.append(given[1].detach().clone())
 
     def fit(self) -> dict[str, Stacked]:
-        """Return what stands in for the stacks, by path; nothing where no token reaches the layer."""
+        """Return what stands in for the stacks, by path; nothing where no token reaches the layer.
+
+        Raises:
+            EmlocError: what an expert computes is NaN or Inf.
+        """
         if not self._index:
             return {}
         for expert, streams in enumerate(self._sent()):

@@ -129,6 +129,9 @@ class EmulatorFiles:
 
         Args:
             tokens: number of calibration tokens, for the result.
+
+        Raises:
+            EmlocError: no Linear has factors.
         """
         errors: dict[str, float] = {}
         for unit in self.units:

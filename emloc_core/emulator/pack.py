@@ -70,7 +70,11 @@ def _loaded(files: EmulatorFiles, name: str) -> Iterator[torch.Tensor]:
 
 
 def pack_vocabulary(files: EmulatorFiles, plans: Sequence[VocabularyPlan]) -> None:
-    """Pack matrices as they are, one at a time; those that are written are left."""
+    """Pack matrices as they are, one at a time; those that are written are left.
+
+    Raises:
+        EmlocError: one holds NaN or Inf.
+    """
     for plan in plans:
         if files.is_written(plan.path):
             continue
@@ -104,6 +108,9 @@ def fit_head(
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1``, if there are any, through the
             emulator.
         blame: takes an error, a path and a row's index, and returns the error for the user.
+
+    Raises:
+        EmlocError: hidden states hold NaN or Inf.
     """
     device, here = stream.skeleton.device, stream.here
     # What is fitted of the identity is what any weight is multiplied by.

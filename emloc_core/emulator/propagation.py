@@ -54,7 +54,11 @@ class PairedMoments:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, base: torch.Tensor, emulator: torch.Tensor) -> None:
-        """Add the inputs of the same tokens, (..., n), in the base and in the emulator."""
+        """Add the inputs of the same tokens, (..., n), in the base and in the emulator.
+
+        Raises:
+            EmlocError: they hold NaN or Inf.
+        """
         self.emulator.add(emulator)
         x, xc = (rows.reshape(-1, rows.shape[-1]).to(self._cross, copy=True) for rows in (base, emulator))
         self._pairs.append((x, xc))

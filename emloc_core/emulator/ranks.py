@@ -242,7 +242,11 @@ def allocated(
 
 
 def require_ratio(ratio: float | None) -> float:
-    """Return a ratio in (0, 1)."""
+    """Return a ratio in (0, 1).
+
+    Raises:
+        EmlocError: it is outside.
+    """
     if ratio is None or not 0 < ratio < 1:
         raise EmlocError(
             f"The ratio is {ratio}; it is the fraction of parameters to keep, above 0 and below 1.", "Try --ratio 0.6."

@@ -43,7 +43,11 @@ class Spectra:
         return self._shard(block).exists()
 
     def write(self, block: str, fitted: Mapping[str, tuple[Factors, float]]) -> None:
-        """Write the energies and the sensitivity of a block's Linears, by module path, in fp64."""
+        """Write the energies and the sensitivity of a block's Linears, by module path, in fp64.
+
+        Raises:
+            EmlocError: a sensitivity is NaN or Inf.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for path, (factors, sensitivity) in sorted(fitted.items()):
             if not isfinite(sensitivity):

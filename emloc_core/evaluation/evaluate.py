@@ -42,7 +42,11 @@ def canonical_systems(
     merged: Name | None = None,
     full_lora: Name | None = None,
 ) -> list[System]:
-    """Return the systems that can be made from what is given, in the order of the table."""
+    """Return the systems that can be made from what is given, in the order of the table.
+
+    Raises:
+        EmlocError: an adapter is given without its model.
+    """
     for option, value in (("corrected", corrected), ("polished", polished), ("full-lora", full_lora)):
         if value is not None and base is None:
             raise EmlocError(f"--{option} {value} needs the base model.", "Add --base.")
@@ -121,6 +125,9 @@ class Evaluate(Job):
     - ``tasks``: name -> ``output_type``, ``rows``;
 
     ``table.md``, and ``samples.jsonl``, a few rows that each system generated.
+
+    Raises:
+        EmlocError: systems, tasks, data or the output directory are wrong; names which.
     """
 
     def __init__(self, request: EvaluateRequest) -> None:

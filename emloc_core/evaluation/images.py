@@ -32,7 +32,11 @@ class Pictures:
 
 
 def read_table(path: Path) -> Any:
-    """Return a local file of rows as a ``datasets.Dataset``, as lm-eval reads it."""
+    """Return a local file of rows as a ``datasets.Dataset``, as lm-eval reads it.
+
+    Raises:
+        EmlocError: it cannot be read as JSON or Parquet.
+    """
     from datasets import disable_progress_bars, enable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -82,7 +86,11 @@ def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
 
 
 def picture_directory(data: Sequence[Path]) -> Path:
-    """Return the directory that pictures' paths are relative to: that of the files of rows."""
+    """Return the directory that pictures' paths are relative to: that of the files of rows.
+
+    Raises:
+        EmlocError: there are several.
+    """
     directories = sorted({path.parent for path in data}) or [Path()]
     if len(directories) > 1:
         raise EmlocError(

@@ -31,7 +31,11 @@ class ImageTextLM(GivenProcessor, HFMultimodalLM):
     """
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render messages, with each ``<image>`` replaced by the model's own mark."""
+        """Render messages, with each ``<image>`` replaced by the model's own mark.
+
+        Raises:
+            EmlocError: the template refuses the messages.
+        """
         try:
             return super().apply_chat_template(chat_history, add_generation_prompt)
         except TemplateError as error:

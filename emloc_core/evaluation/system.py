@@ -198,6 +198,9 @@ def evaluate_system(
 
     Returns:
         The result of :func:`run_tasks`, with ``seconds`` and ``peak_bytes``.
+
+    Raises:
+        EmlocError: model, adapter or tasks are wrong.
     """
     import logging
 

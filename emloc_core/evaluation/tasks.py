@@ -118,7 +118,11 @@ def is_conversational(task: Any) -> bool:
 
 
 def require_task_file(path: Path) -> None:
-    """Refuse a path where no task file is."""
+    """Refuse a path where no task file is.
+
+    Raises:
+        EmlocError: as above.
+    """
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.",
@@ -253,7 +257,11 @@ def _check_bundled(name: str) -> str:
 
 
 def require_data_alone(path: Path, directory: Path) -> None:
-    """Refuse a task file that would run code, or that names files outside ``directory`` (links are followed)."""
+    """Refuse a task file that would run code, or that names files outside ``directory`` (links are followed).
+
+    Raises:
+        EmlocError: the file is refused, or cannot be read.
+    """
     if not path.is_file():
         raise EmlocError(f"There is no task file {path}.", "Correct the entry that names it.", code="missing")
     files, content = read_task(path)

@@ -273,7 +273,11 @@ def _of_several(directory: Path) -> Path:
 
 
 def require_name(model: str) -> None:
-    """Refuse what is no hub id, but a path where nothing is."""
+    """Refuse what is no hub id, but a path where nothing is.
+
+    Raises:
+        EmlocError: as above.
+    """
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise EmlocError(
             f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).", code="missing"
@@ -301,6 +305,9 @@ def find_config(model: str) -> Path:
     """Return the path of a ``config.json``: itself, in a model directory, or of a hub id (nothing else is fetched).
 
     A hub id may end in ``@revision``.
+
+    Raises:
+        EmlocError: there is none.
     """
     path = Path(model)
     if path.is_file():

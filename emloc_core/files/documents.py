@@ -32,7 +32,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that the user asked for, whole or not at all, in a directory that is made if there is none."""
+    """Write a file that the user asked for, whole or not at all, in a directory that is made if there is none.
+
+    Raises:
+        EmlocError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +49,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
+    """Read a JSON file.
+
+    Raises:
+        EmlocError: the file is missing or is not JSON.
+    """
     try:
         require_regular(path)
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
@@ -81,7 +89,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file; ``what`` it is, a recipe say, is for messages."""
+    """Read a TOML file; ``what`` it is, a recipe say, is for messages.
+
+    Raises:
+        EmlocError: the file is missing, cannot be read, or is not TOML.
+    """
     try:
         require_regular(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,11 @@ _ADAPTER = "adapter_config.json"
 
 
 def check_repository(repository: str) -> None:
-    """Refuse what cannot be the id of a repository, before a stage runs for hours."""
+    """Refuse what cannot be the id of a repository, before a stage runs for hours.
+
+    Raises:
+        EmlocError: it is not ``organisation/name``.
+    """
     if not HUB_ID.fullmatch(repository) or Path(repository).exists():
         raise EmlocError(f"{repository} is not the id of a repository.", "Give organisation/name.")
 

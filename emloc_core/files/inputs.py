@@ -30,7 +30,11 @@ class Inputs:
         self._seen: dict[Path, tuple[Stamp, str]] = {}
 
     def hash(self, paths: Iterable[Path]) -> str:
-        """Return the SHA-256 over the names and contents of files, as a hexadecimal string."""
+        """Return the SHA-256 over the names and contents of files, as a hexadecimal string.
+
+        Raises:
+            EmlocError: a file is missing, or cannot be read.
+        """
         cache: dict[str, Any] = {}
         if self._cache and self._cache.is_file():
             with suppress(EmlocError):  # a damaged cache is only slower

@@ -24,6 +24,9 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
         what: the work, as the subject of a sentence: ``Rendering the chat template``.
         seconds: the most that it may take.
         nbytes: the most that it may allocate, in bytes.
+
+    Raises:
+        EmlocError: it takes more.
     """
     try:
         with _within(seconds, what), _allocating(nbytes):
@@ -40,7 +43,11 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def unpacking(paths: Iterable[Path]) -> Iterator[None]:
-    """Bound the time and memory of reading compressed files, of which a small one may unpack to gigabytes."""
+    """Bound the time and memory of reading compressed files, of which a small one may unpack to gigabytes.
+
+    Raises:
+        EmlocError: as :func:`limited`.
+    """
     paths = list(paths)
     size = sum(path.stat().st_size for path in paths)
     with limited(f"Reading {', '.join(map(str, paths))}", _SECONDS, max(_LEAST, _EXPANSION * size)):

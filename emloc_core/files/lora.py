@@ -9,7 +9,11 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def require_lora(directory: Path) -> None:
-    """Refuse what is not the directory of a LoRA."""
+    """Refuse what is not the directory of a LoRA.
+
+    Raises:
+        EmlocError: a file is missing.
+    """
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
         raise EmlocError(
             f"{directory} is not a LoRA directory: it needs {CONFIG} and {WEIGHTS}.",

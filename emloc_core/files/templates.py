@@ -25,7 +25,11 @@ _is_bounded = ContextVar("_is_bounded", default=False)
 
 @contextmanager
 def rendering() -> Iterator[None]:
-    """Bound all that the block renders together: reading how much memory is used takes longer than a template."""
+    """Bound all that the block renders together: reading how much memory is used takes longer than a template.
+
+    Raises:
+        EmlocError: it takes too much time or memory.
+    """
     if _is_bounded.get():
         yield
         return

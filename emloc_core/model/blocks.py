@@ -7,7 +7,11 @@ from emloc_core.family import Family
 
 
 def block_paths(model: nn.Module, family: Family) -> list[str]:
-    """Return the module paths of all blocks of all towers, in execution order."""
+    """Return the module paths of all blocks of all towers, in execution order.
+
+    Raises:
+        EmlocError: the model has no such list of blocks.
+    """
     found = []
     for tower in family.towers:
         try:

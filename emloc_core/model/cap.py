@@ -40,7 +40,11 @@ def keep_to_cap(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def cap_gpus(nbytes: int) -> None:
-    """Have torch allocate no more of any GPU than so many bytes, those of the driver's context counted."""
+    """Have torch allocate no more of any GPU than so many bytes, those of the driver's context counted.
+
+    Raises:
+        EmlocError: the context alone takes as much.
+    """
     import torch
 
     if not torch.cuda.is_available():

@@ -86,7 +86,11 @@ def count_patches(pixels: Sequence[int], config: Any) -> int:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Return height and width of ``"WIDTHxHEIGHT"``."""
+    """Return height and width of ``"WIDTHxHEIGHT"``.
+
+    Raises:
+        EmlocError: it has another form.
+    """
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip())
     if found is None or not all(sides := tuple(int(side) for side in found.groups())):
         raise EmlocError(f"{text!r} is not an image size.", "Give width and height in pixels, such as 448x448.")

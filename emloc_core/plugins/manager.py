@@ -205,7 +205,11 @@ class PluginManager(pluggy.PluginManager):
         )
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
-        """Return the layout that reads checkpoints of the ``model_type`` of a config."""
+        """Return the layout that reads checkpoints of the ``model_type`` of a config.
+
+        Raises:
+            EmlocError: none does.
+        """
         model_type = config.get("model_type")
         for layout in self._layouts.values():
             if model_type in layout.model_types:
@@ -239,6 +243,9 @@ class PluginManager(pluggy.PluginManager):
         """Return the algorithm ``name`` from the hook ``emloc_{hook}``: emulators, corrections.
 
         Plugins are called now, not when they are loaded, since algorithms need torch.
+
+        Raises:
+            EmlocError: no plugin provides one of that name.
         """
         offered: dict[str, Any] = {}
         for owner, plugin in self.list_name_plugin():
@@ -255,7 +262,11 @@ class PluginManager(pluggy.PluginManager):
         return next((each for each in others if each.type_key in config), found[TOKENS])
 
     def objective_of(self, family: Family) -> Objective:
-        """Return what the models of a family learn."""
+        """Return what the models of a family learn.
+
+        Raises:
+            EmlocError: no plugin provides it.
+        """
         found = self.objectives()
         if family.objective not in found:
             raise _not_offered("objectives", family.objective, found)
@@ -271,7 +282,11 @@ class PluginManager(pluggy.PluginManager):
         return self._objectives
 
     def require(self, hook: str, name: str) -> None:
-        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins."""
+        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins.
+
+        Raises:
+            EmlocError: as above.
+        """
         if name in ALGORITHMS[hook]:
             return
         if any(caller.plugin is not builtin for caller in getattr(self.hook, f"emloc_{hook}").get_hookimpls()):

@@ -22,6 +22,9 @@ def answers_of(
 
     Args:
         log: file for what that process writes; by default it goes to stderr.
+
+    Raises:
+        EmlocError: the model, the adapter or the rows cannot be used.
     """
     file = adapter.parent / FILE
     asked = {"adapter": read_json(adapter / MANIFEST)["request"], "rows": rows, "max_new_tokens": max_new_tokens}

@@ -98,6 +98,9 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
     Returns:
         The way; whether the base is in four bits; the rows of a step, as settings of stage 2; kind and ratio of the
         emulator, if there is one, of the others, and of the one to try besides; and what to tell people.
+
+    Raises:
+        EmlocError: an emulator does not fit.
     """
     from emloc_core.memory.decision import decision_for
 

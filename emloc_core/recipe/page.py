@@ -35,7 +35,11 @@ _HEADERS = {
 
 
 def write_page(run: Path, output: Path) -> Path:
-    """Write the page of a run, whole or not at all."""
+    """Write the page of a run, whole or not at all.
+
+    Raises:
+        EmlocError: no stage is finished there, or the page cannot be written.
+    """
     write_text(output, _render(RunView.read(run)))
     return output
 

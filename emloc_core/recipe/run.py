@@ -130,7 +130,11 @@ def _perform(
 
 
 def require_tasks(recipe: Recipe) -> None:
-    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later."""
+    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later.
+
+    Raises:
+        EmlocError: names the file.
+    """
     from emloc_core.evaluation.tasks import require_task_file
 
     for task in recipe.eval.tasks if recipe.eval else ():
@@ -139,7 +143,11 @@ def require_tasks(recipe: Recipe) -> None:
 
 
 def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
-    """Return the output of ``emloc compress --dry-run --json`` for an emulator: rows, ranks, bytes."""
+    """Return the output of ``emloc compress --dry-run --json`` for an emulator: rows, ranks, bytes.
+
+    Raises:
+        EmlocError: it could not be made.
+    """
     request = compress_request(recipe, attempt)
     rows = selection_rows(recipe)  # which are not drawn yet, where nothing was made
     known = tuple(path for path in request.exclude if path != rows or path.is_file())
@@ -154,7 +162,11 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
 
 
 def describe_train(stage: Stage) -> dict[str, Any]:
-    """Return the output of ``emloc train --dry-run --json`` for the stage that tunes the model itself."""
+    """Return the output of ``emloc train --dry-run --json`` for the stage that tunes the model itself.
+
+    Raises:
+        EmlocError: it could not be tuned.
+    """
     (content,) = call(DESCRIBE, {"request": stage.request.to_json()})
     found: dict[str, Any] = content
     return found

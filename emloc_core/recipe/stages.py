@@ -77,7 +77,11 @@ class Attempt:
 
     @property
     def selection_loss(self) -> float | None:
-        """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known."""
+        """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known.
+
+        Raises:
+            EmlocError: the directory of that LoRA does not say it.
+        """
         corrected = self.place("corrected")
         manifest = read_manifest(corrected)
         return None if manifest is None else float(manifest_value(manifest, corrected, "result.nll", float))
@@ -100,7 +104,11 @@ def attempts(recipe: Recipe) -> list[Attempt]:
 
 
 def kept(recipe: Recipe) -> Attempt:
-    """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known."""
+    """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known.
+
+    Raises:
+        EmlocError: a corrected LoRA that is there does not say its loss.
+    """
     first, *others = found = attempts(recipe)
     if not others:
         return first

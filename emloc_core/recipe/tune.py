@@ -92,7 +92,11 @@ class Tune(Settings):
         return results
 
     def started(self) -> Recipe | None:
-        """Return the recipe that is there, as it may have been edited; None where nothing is."""
+        """Return the recipe that is there, as it may have been edited; None where nothing is.
+
+        Raises:
+            EmlocError: something else is there.
+        """
         remedy = "Choose another output directory, or remove this one."
         there = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
         if not self.output.exists() or (self.output.is_dir() and there <= _FIRST):  # killed before it had begun
@@ -108,7 +112,11 @@ class Tune(Settings):
         return load_recipe(self.output / RECIPE)
 
     def plan(self) -> tuple[Recipe, list[str]]:
-        """Return the recipe with what is decided for the memory, and that in lines; nothing is written."""
+        """Return the recipe with what is decided for the memory, and that in lines; nothing is written.
+
+        Raises:
+            EmlocError: see :meth:`run`.
+        """
         skipped: list[Skipped] = []
         self._rows(skipped)  # what is wrong with a row is said at once
         lines = told(skipped)

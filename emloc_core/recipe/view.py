@@ -115,6 +115,9 @@ class RunView:
 
         Args:
             whole: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
+
+        Raises:
+            EmlocError: no stage is finished there.
         """
         made = sorted(run.iterdir(), key=_order) if run.is_dir() else []
         finished = {path.name: path for path in made if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()}

@@ -180,7 +180,11 @@ class Entry(Settings):
         return [path for path in (self.checkpoint, *data) if path is not None]
 
     def preset(self, name: str = "default") -> Preset:
-        """Return a preset by name."""
+        """Return a preset by name.
+
+        Raises:
+            EmlocError: there is no such preset.
+        """
         if name not in self.presets:
             known = list(self.presets)
             raise EmlocError(

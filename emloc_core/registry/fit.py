@@ -70,6 +70,9 @@ def fit(
         length: tokens per row.
         kind: of emulator; ``auto``: the one that is recommended for the budget.
         device: ``cuda`` or ``cpu``.
+
+    Raises:
+        EmlocError: there is no such preset, or the model cannot run the workload.
     """
     from emloc_core.memory.decision import decide
     from emloc_core.memory.ways import ORDINARY

@@ -49,6 +49,9 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
     Args:
         pattern: an id, a name, or a glob of either: ``organisation/model-7B``, ``model-*``.
         entries: entries to search; by default :func:`load_entries`.
+
+    Raises:
+        EmlocError: no entry matches.
     """
     among = load_entries() if entries is None else entries
     names = [(name, entry) for entry in among for name in (entry.id, entry.name)]
@@ -101,6 +104,9 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
 
     Args:
         with_tokenizer: require a tokenizer beside it, which an entry does not have.
+
+    Raises:
+        EmlocError: there is no such config.
     """
     from emloc_core.files.checkpoint import find_config
 

@@ -29,6 +29,9 @@ def needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         sizes: arguments of ``AutoConfig.for_model``.
+
+    Raises:
+        EmlocError: transformers refuses them.
     """
     wanted = make_config(sizes).to_dict()
     found = {"model_type": sizes["model_type"], **sizes}
@@ -41,7 +44,11 @@ def needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_config(arguments: Mapping[str, Any]) -> Any:
-    """Return transformers' config of these arguments of ``AutoConfig.for_model``."""
+    """Return transformers' config of these arguments of ``AutoConfig.for_model``.
+
+    Raises:
+        EmlocError: transformers refuses them.
+    """
     try:
         return AutoConfig.for_model(**arguments)
     except Exception as error:  # whatever the config class's own checks raise

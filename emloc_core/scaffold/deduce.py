@@ -34,6 +34,9 @@ def towers(seen: Observation, idle: Mapping[str, str], notes: list[str]) -> list
         seen: the forward.
         idle: paths of the Linears that get no LoRA -> why: it would learn nothing, say.
         notes: is told where LoRA is left out.
+
+    Raises:
+        EmlocError: there is none.
     """
     stacks = [stack for stack in seen.stacks if stack.groups]
     if not stacks:

@@ -63,6 +63,9 @@ class Observation:
         stacks: the lists that are stacks of blocks, in order of execution, with what holds in all of their blocks.
         interleaved: lists that run in between the blocks of a larger one -> path of that one.
         unreached: the lists that the forward did not reach.
+
+    Raises:
+        EmlocError: the forward fails.
     """
 
     def __init__(self, model: PreTrainedModel, lists: Sequence[str], inputs: Mapping[str, Any]) -> None:

@@ -26,6 +26,9 @@ def shrink(config: Any, of_each: int = 1) -> dict[str, Any]:
 
     Heads still divide widths and key-value heads divide heads. Lists with one entry per block keep blocks of each
     kind. Values that equal the config class's default are left out.
+
+    Raises:
+        EmlocError: transformers refuses the smaller config.
     """
     content = structure(config.to_dict())
     return needed(_Shrinking(set(widths(content)), of_each).section(content))

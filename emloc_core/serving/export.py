@@ -70,7 +70,11 @@ class Export(Job):
 
     @cached_property
     def output(self) -> Output:
-        """The directory. The files of the inputs are hashed on first access."""
+        """The directory. The files of the inputs are hashed on first access.
+
+        Raises:
+            EmlocError: the adapter does not belong to the base.
+        """
         files = Inputs(self.request.output.resolve().parent)
         request, inputs = {"base": self.base.fingerprint(files), **self.settings.model_dump()}, {"base": self.base.name}
         if self.adapter is not None:

@@ -29,7 +29,11 @@ _LOGGER = logging.getLogger("emloc.stages")
 
 
 def prepare(request: Request) -> Job:
-    """Return the job of a request."""
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: the request cannot be met; nothing has been written.
+    """
     precheck(request)
     with without_collections():
         make = resolve_name(_JOBS[request.stage])

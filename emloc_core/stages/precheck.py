@@ -25,7 +25,11 @@ _NAMED = {"kind": "emulators", "correction": "corrections"}
 
 
 def precheck(request: Request) -> None:
-    """Refuse a request whose models, rows, algorithms or memory cannot be what it says."""
+    """Refuse a request whose models, rows, algorithms or memory cannot be what it says.
+
+    Raises:
+        EmlocError: one of them cannot.
+    """
     asked: Any = request
     if (memory := getattr(asked, "memory", None)) not in (None, FREE):
         parse_bytes(memory)
@@ -47,7 +51,11 @@ def precheck(request: Request) -> None:
 
 
 def check_names(settings: Any) -> None:
-    """Refuse settings that name an algorithm that nothing offers."""
+    """Refuse settings that name an algorithm that nothing offers.
+
+    Raises:
+        EmlocError: says what is offered.
+    """
     for field, hook in _NAMED.items():
         name = getattr(settings, field, None)
         if name is not None and name != AUTO:
@@ -59,6 +67,9 @@ def check_model(name: str) -> None:
 
     Args:
         name: directory or hub id, of which nothing is downloaded.
+
+    Raises:
+        EmlocError: as above.
     """
     check_place(name)
     if Path(name).exists():
@@ -66,7 +77,11 @@ def check_model(name: str) -> None:
 
 
 def check_place(name: str) -> None:
-    """Refuse what is neither there nor a hub id."""
+    """Refuse what is neither there nor a hub id.
+
+    Raises:
+        EmlocError: as above.
+    """
     if not Path(name).exists():
         require_name(name)
 
@@ -76,6 +91,9 @@ def check_rows(data: Any) -> None:
 
     Args:
         data: see :func:`emloc_core.data.rows.load_rows`; of hub datasets nothing is downloaded.
+
+    Raises:
+        EmlocError: names the file.
     """
     sources: Iterable[Any] = weights(data) or [data]
     for source in sources:

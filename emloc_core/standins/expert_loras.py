@@ -34,7 +34,11 @@ def stacks_of(experts: Any) -> tuple[str, str]:
 
 
 def expert_stacks(model: nn.Module) -> list[str]:
-    """Return the full paths of all stacks of experts in a model: PEFT passes over some that it is told the end of."""
+    """Return the full paths of all stacks of experts in a model: PEFT passes over some that it is told the end of.
+
+    Raises:
+        EmlocError: there are none.
+    """
     found = [f"{path}.{name}" for path, module in expert_modules(model) for name in stacks_of(module)]
     if not found:
         raise EmlocError("The model has no experts to put a LoRA on.", "Leave out --lora-experts.")

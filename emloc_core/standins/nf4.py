@@ -187,7 +187,11 @@ class NF4(PackedNF4):
         return StandIn(_read(packed, kernels().functional.QuantState.from_dict(known, device=packed.device), dtype))
 
     def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-        """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped."""
+        """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
+
+        Raises:
+            EmlocError: transformers would skip other Linears than these.
+        """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -32,6 +32,9 @@ class EmlocConfig(QuantizationConfigMixin):
         format: name of its format.
         ranks: by path of the Linears, and stacks of experts, that have a stand-in: the rank of its factors, or None.
         vocabulary: by path of the output layer and the embeddings, where they are packed: how.
+
+    Raises:
+        EmlocError: no plugin provides the format.
     """
 
     def __init__(
@@ -42,7 +45,11 @@ class EmlocConfig(QuantizationConfigMixin):
         format_named(format)
 
     def replace(self, model: nn.Module) -> None:
-        """Replace what has a stand-in by empty layers."""
+        """Replace what has a stand-in by empty layers.
+
+        Raises:
+            EmlocError: the model has no such module at one of the paths.
+        """
         format_named(self.format).replace(model, self.ranks)
         replace_vocabulary(model, self.vocabulary)
 
@@ -69,7 +76,11 @@ class EmlocQuantizer(HfQuantizer):
                 keep_as_it_is(layer)
 
     def postprocess_model(self, model: "PreTrainedModel", **options: Any) -> Any:
-        """Check that all parts of the stand-ins were loaded."""
+        """Check that all parts of the stand-ins were loaded.
+
+        Raises:
+            EmlocError: one was not.
+        """
         super().postprocess_model(model, **options)
         for path, layer in _stand_ins(model):
             unloaded: Any = layer.emloc_unloaded

@@ -8,13 +8,21 @@ from emloc_core.standins.format import METHOD, Format, kind_of
 
 
 def format_named(name: str) -> Format:
-    """Return the format of a kind of emulator."""
+    """Return the format of a kind of emulator.
+
+    Raises:
+        EmlocError: no plugin provides one of that name.
+    """
     found: Format = plugin_manager().algorithm("emulators", name)()
     return found
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
-    """Return the format of an emulator, by its ``config.json``."""
+    """Return the format of an emulator, by its ``config.json``.
+
+    Raises:
+        EmlocError: no plugin provides it.
+    """
     kind = kind_of(config)
     assert kind
     found = format_named(kind)

@@ -98,7 +98,11 @@ class RepairedThreeLevels(Format):
     factorize: Factorize = staticmethod(factorize)
 
     def check(self, settings: CompressSettings) -> None:
-        """Refuse a repair that saves next to nothing over weights in four bits."""
+        """Refuse a repair that saves next to nothing over weights in four bits.
+
+        Raises:
+            EmlocError: names the setting.
+        """
         super().check(settings)
         if settings.ratio and settings.ratio > self.ratios.largest:
             raise EmlocError(

@@ -116,7 +116,11 @@ def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
 
 
 def require(problems: Iterable[str]) -> None:
-    """Refuse an adapter that has problems."""
+    """Refuse an adapter that has problems.
+
+    Raises:
+        EmlocError: it does; names them.
+    """
     if found := "; ".join(problems):
         raise EmlocError(
             f"What is trained on an emulator has to hold on the base: {found}.", REMEDY, code="unsupported"

@@ -160,7 +160,11 @@ class PackedRows(HollowTensor):
 
     @classmethod
     def given(cls, operation: Any, *args: Any) -> Any:
-        """Return rows by a slice or by indices, or a single one."""
+        """Return rows by a slice or by indices, or a single one.
+
+        Raises:
+            EmlocError: anything else is asked for.
+        """
         aten, (matrix, *others) = torch.ops.aten, args
         if operation is aten.detach.default:
             return cls.of(matrix.layer)
@@ -311,6 +315,9 @@ def replace_vocabulary(model: Any, packings: Mapping[str, str]) -> None:
     Args:
         model: is changed.
         packings: the name of the packing, by the path of the layer.
+
+    Raises:
+        EmlocError: the model has another module at a path.
     """
     for path, packing in packings.items():
         try:

@@ -240,7 +240,11 @@ class StreamedTrainer(Streamed, LoraTrainer):
 
 
 def prepare(request: TrainRequest | PolishRequest) -> Train:
-    """Return the job of a request to train, ordinarily or by exact steps, or to polish."""
+    """Return the job of a request to train, ordinarily or by exact steps, or to polish.
+
+    Raises:
+        EmlocError: from the model, the adapter, the rows or the settings.
+    """
     if isinstance(request, PolishRequest):
         return ExactTrain(request, GivenLora(request))
     start = NewLora(request)

@@ -21,6 +21,9 @@ def require_processes(started: int) -> None:
 
     Args:
         started: processes that train.
+
+    Raises:
+        EmlocError: ``accelerate launch`` was told to start more than one, and this one is alone; or to use FSDP.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}:
         raise EmlocError(
@@ -47,6 +50,9 @@ def require_room(nbytes: int, device: torch.device) -> None:
 
     Args:
         device: that each process tunes on.
+
+    Raises:
+        EmlocError: it is a GPU, and less of it is free.
     """
     if device.type == "cuda" and nbytes > (free := free_of(device)):
         raise EmlocError(

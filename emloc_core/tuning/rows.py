@@ -41,6 +41,9 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
     Args:
         request: which rows are trained on and evaluated.
         model: what is trained on. The rows that it keeps, if it is an emulator, are left out.
+
+    Raises:
+        EmlocError: rows cannot be read, the model cannot learn from them, or none is left.
     """
     skipped: list[Skipped] = []
     data, skip = request.data, skipped if request.skip_bad_rows else None

@@ -39,6 +39,9 @@ class NewLora:
         settings: with what an emulator was planned for.
         adapter: directory of the adapter that is kept if no step makes it better; there is none.
         tuned_at: the learning rate that its second moments are from, if it has any.
+
+    Raises:
+        EmlocError: there is no such model, or no family declares it.
     """
 
     adapter: Path | None = None
@@ -51,7 +54,11 @@ class NewLora:
         self._recomputes = self.settings.gradient_checkpointing and not request.exact  # exact steps do so by themselves
 
     def targets(self, model: PreTrainedModel) -> list[str]:
-        """Return the ends of the paths of modules that get a LoRA, sorted."""
+        """Return the ends of the paths of modules that get a LoRA, sorted.
+
+        Raises:
+            EmlocError: it cannot be trained like this.
+        """
         if self._recomputes and not getattr(model, "supports_gradient_checkpointing", True):
             raise EmlocError(
                 f"Transformers cannot recompute the activations of a {type(model).__name__}.",
@@ -92,6 +99,9 @@ class GivenLora:
 
     Attributes:
         settings, adapter, tuned_at: see :class:`NewLora`.
+
+    Raises:
+        EmlocError: adapter or base cannot be used.
     """
 
     def __init__(self, request: PolishRequest) -> None:
@@ -115,7 +125,11 @@ class GivenLora:
         return (told,) if learned_preferences(self.adapter) else ()
 
     def targets(self, model: PreTrainedModel) -> list[str]:
-        """Return the modules that have a LoRA, as the adapter names them."""
+        """Return the modules that have a LoRA, as the adapter names them.
+
+        Raises:
+            EmlocError: the adapter does not fit it.
+        """
         require_shapes(self._opened, model)
         targets = self._opened.config["target_modules"]
         return sorted(targets) if isinstance(targets, list) else [targets]

@@ -53,6 +53,9 @@ class Train(Job):
     Args:
         request: what is trained, on which rows, and how. The rows that an emulator keeps are always left out.
         start: what the steps begin from: a new LoRA, or an adapter.
+
+    Raises:
+        EmlocError: the model, its family, the data or the settings are wrong.
     """
 
     #: The caller's own, which the trainer calls too; they are no part of the request.

@@ -57,7 +57,11 @@ _OF_DPO = {
 
 
 def check_extra(settings: StepSettings) -> None:
-    """Refuse ``extra`` fields that are unknown or cannot be set."""
+    """Refuse ``extra`` fields that are unknown or cannot be set.
+
+    Raises:
+        EmlocError: a field is refused; names it and what to do instead.
+    """
     kind = _config_class(settings)
     named = {field: setting for setting, field in _NAMED.items()}
     named["gradient_checkpointing"] = "gradient_checkpointing"  # the old name of the field
@@ -138,6 +142,9 @@ def lora_config(
         target_modules: ends of module paths.
         task: what PEFT calls it.
         model: where a LoRA on experts is asked for, the one that has them.
+
+    Raises:
+        EmlocError: it has none.
     """
     from peft import LoraConfig
 

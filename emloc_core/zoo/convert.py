@@ -84,7 +84,11 @@ class Preview:
 
 
 def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda *_: None) -> list[Preview]:
-    """Return what converting the jobs would do, in order; nothing is made."""
+    """Return what converting the jobs would do, in order; nothing is made.
+
+    Raises:
+        EmlocError: there is no place for a zoo.
+    """
     _require_place(directory)
     records: list[JobRecord] = []
     if (directory / DATABASE).is_file():

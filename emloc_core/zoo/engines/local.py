@@ -48,7 +48,11 @@ class LocalEngine:
         self._gpus = visible_gpus()
 
     def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one can be started now."""
+        """Return how many more tasks like this one can be started now.
+
+        Raises:
+            NoRoomError: the task needs more memory than all workers may use.
+        """
         need = task.needs.memory
         if need is not None and need > self.memory:
             raise NoRoomError(

@@ -30,6 +30,9 @@ def plan(
         cache_dir: where hashes of large files are kept.
         known: fingerprints whose needs are known already, and are not planned again: None stands for them.
         advance: called with a job's name, how many are done, and how many there are.
+
+    Raises:
+        EmlocError: the planner itself broke.
     """
     if not jobs:
         return []
