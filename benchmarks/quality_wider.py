@@ -132,7 +132,8 @@ def forgotten(rows: Sequence[dict[str, Any]]) -> str:
     told = []
     for name, found in more.items():
         worse = [each for each in found if each > 0]
-        told.append(f"on {name}, {len(worse)} of {len(found)}" + (f", by at most {max(worse):.3f}" if worse else ""))
+        most = f", by at most {max(worse):.3f}" if worse else ""
+        told.append(f"on {'general text' if name == 'general' else name}, {len(worse)} of {len(found)}{most}")
     return "; ".join(told)
 
 
