@@ -14,6 +14,7 @@ from quality_cells import (
     RANK,
     SECOND_TASK,
     STEPS,
+    VARIANTS,
     WIDER_TASK,
     Cell,
     wider_ways,
@@ -93,11 +94,11 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return, in Markdown, what ``auto`` recovers on mixtures of experts, and how far emulators are from them."""
+    """Return, in Markdown, what ``auto`` recovers on mixtures of experts, and how far emulators of usual kinds are."""
     lines = [
         [MODELS[row["model"]], row["task"], f"`{row['kind']}`", f"{row['memory']:g}", _divergence(row), _recovered(row)]
         for row in rows
-        if row["model"] in MIXTURES
+        if row["model"] in MIXTURES and row["kind"] not in VARIANTS
     ]
     return markdown(["model", "task", "kind", "memory", "KL", "recovery"], lines)
 
