@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report adapters/test_adapter.py \
 	data/test_rows.py files/test_files.py files/test_header.py files/test_meter.py files/test_own.py \
 	files/test_patterns.py model/test_device.py plugins/test_plugins.py recipe/test_recipe.py)
-# Two workers that take whole files, the long ones first: tests/conftest.py.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Workers that take whole files, the long ones first (tests/conftest.py); a third one computes while others wait for processes.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 ALL := -m 'not slow and not browser and not chaos'
 BENCHMARKS := startup factorize allocation stages scale kinds step memory exact zoo
 # As emloc_core/processes/environment.py has them, which says why.
@@ -45,7 +45,7 @@ demo-diffusion: $(STAMP)  ## pictures, out: a small FLUX, trained here, that dra
 demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
-test: $(STAMP)  ## what the toolkit promises, on tiny models, in five to six minutes
+test: $(STAMP)  ## what the toolkit promises, on tiny models, in some five minutes
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(STAMP)  ## the same, and further cases of it

@@ -88,6 +88,7 @@ def test_they_have_the_same_lora_and_learned_by_the_gradients_of_both(two):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.thorough
 def test_where_one_is_killed_they_resume_bit_for_bit(two, made, tmp_path):
     output = tmp_path / "adapter"
     assert run_together(2, train, *made, str(output), KILLED) == [1, -9]
