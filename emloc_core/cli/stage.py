@@ -17,7 +17,7 @@ from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.processes.environment import without_collections
-from emloc_core.report.error_plot import place, short_names
+from emloc_core.report.towers import place, short_names
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.stages.progress import Reporter

@@ -1,7 +1,4 @@
-"""The error of every Linear as small plots: inline SVG, made of numbers alone, so nothing needs escaping.
-
-Also where a Linear is, by its path, and short names for a model's towers.
-"""
+"""The error of every Linear as small plots: inline SVG, made of numbers alone, so nothing needs escaping."""
 
 import math
 import re
@@ -151,24 +148,3 @@ def _svg(**paths: str) -> Markup:
     drawn = "".join(f'<path class="{name}" d="{path}"/>' for name, path in paths.items() if path)
     box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none"'
     return Markup(f'<svg class="plot" {box} aria-hidden="true">{drawn}</svg>')
-
-
-def place(path: str) -> tuple[str, int | None, str]:
-    """Return the path of a Linear's list of blocks, the number of its block, and the last part of its path.
-
-    Outside blocks these are an empty path and None.
-    """
-    parts = path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
-        return "", None, parts[-1]
-    return ".".join(parts[:number]), int(parts[number]), parts[-1]
-
-
-def short_names(towers: Sequence[str]) -> dict[str, str]:
-    """Return the first part in which the towers' paths differ; empty strings if there is only one tower."""
-    parts = [tower.split(".") for tower in towers]
-    common = next((index for index, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), None)
-    if len(towers) < 2 or common is None:
-        return dict.fromkeys(towers, "")
-    return {tower: path[common] for tower, path in zip(towers, parts, strict=True)}

@@ -4,7 +4,7 @@ import json
 
 from emloc_core.cli.stage import summary
 from emloc_core.files.manifest import MANIFEST
-from emloc_core.report.error_plot import place, short_names
+from emloc_core.report.towers import place, short_names
 from emloc_core.requests import make_request
 from emloc_core.stages.result import Result
 
