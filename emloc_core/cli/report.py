@@ -36,7 +36,7 @@ def command(run: Path, output: Path | None, serve: bool, port: int, as_json: boo
 
 
 def _serve(run: Path, port: int) -> None:
-    from emloc_core.recipe.page import server
+    from emloc_core.recipe.serve import server
 
     with server(run, port) as serving:
         click.echo(f"http://{serving.server_address[0]!s}:{serving.server_port}/  (Ctrl-C ends it)")

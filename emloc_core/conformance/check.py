@@ -1,4 +1,4 @@
-"""Checks, the conditions under which they run, their results, and what torch's errors mean. Light to import."""
+"""Checks, the conditions under which they run, and their results. Light to import."""
 
 import re
 import traceback
@@ -9,32 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from emloc_core.conformance.raw_errors import meaning
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
 from emloc_core.plugins.manager import plugin_manager
 
 _MOST = 4  # problems in a message
-#: Pattern of a message -> what is wrong with the declaration, and how to fix it.
-_MEANINGS = (
-    (
-        r"has no attribute [`'\"]\d+",
-        "blocks names a module that is not a list of blocks",
-        "Name the ModuleList whose children are the blocks: print(model) shows the paths.",
-    ),
-    (
-        r"expected device meta|meta tensor|meta device|data of a meta",
-        "the model computes with a weight that is not loaded at that moment: one that is read without calling its "
-        "module, or one of blocks that no tower declares",
-        "Declare every list of blocks as a tower. If a module reads another's weight, the model cannot be streamed: "
-        "declare the module around both as the block.",
-    ),
-    (
-        r"mat1 and mat2 shapes|must match the size of tensor|size mismatch",
-        "sizes do not fit each other: those of the tiny config, or a factor is taken for the weight of its Linear",
-        "Correct the sizes in tiny_configs. If only the emulator does not run, some code reads the weight of a Linear "
-        "without calling it: list that Linear in keep_dense.",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -129,15 +109,6 @@ def require(problems: Iterable[str], remedy: str) -> None:
     if told:
         more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
         raise EmlocError(f"{'; '.join(told[:_MOST])}{more}.", remedy)
-
-
-def meaning(error: Exception) -> EmlocError | None:
-    """Return what an error of torch says about a declaration; None if it is not one that is known."""
-    text = str(error)
-    for pattern, what, fix in _MEANINGS:
-        if re.search(pattern, text):
-            return EmlocError(f"Could not run: {what} ({typed_line(error)})", fix)
-    return None
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from emloc_core.zoo.jobs.planning import plan
 from emloc_core.zoo.jobs.task import JOBS, Demand
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.lock import driving
-from emloc_core.zoo.state.record import JobRecord, estimate
+from emloc_core.zoo.state.record import JobRecord
 from emloc_core.zoo.state.store import DATABASE, Store
+from emloc_core.zoo.state.timing import estimate
 
 
 def convert(

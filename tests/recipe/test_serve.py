@@ -9,7 +9,8 @@ from support.runs import HOSTILE, finished_run
 
 from emloc_core.errors import EmlocError
 from emloc_core.recipe.live import Doing, Live
-from emloc_core.recipe.page import HOST, live_page, server
+from emloc_core.recipe.page import live_page
+from emloc_core.recipe.serve import HOST, server
 from emloc_core.stages.progress import ProgressEvent
 
 EVENT = ProgressEvent("train", "adapter", 12, 40, HOSTILE, 1.25, 95.0, 2 * 10**9, number=2, stages=6)

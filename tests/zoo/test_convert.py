@@ -30,8 +30,8 @@ from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.sources import Defaults, resolve
 from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.state.lock import is_driven
-from emloc_core.zoo.state.record import estimate
 from emloc_core.zoo.state.store import Store
+from emloc_core.zoo.state.timing import estimate
 
 SMALL = {"samples": 12, "selection": 6}
 OPTIONS = ["--samples", "12", "--selection", "6"]

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError, explain
-from emloc_core.evaluation.tasks import require_data_alone
+from emloc_core.evaluation.entry_task import require_data_alone
 from emloc_core.files.documents import read_toml
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry.registry import Entry, find, load_entries

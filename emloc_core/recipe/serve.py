@@ -1,0 +1,71 @@
+"""The page of a run while it lasts, on this machine alone: what is done, and the stage, loss, memory and time left."""
+
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+from emloc_core.recipe.page import live_page
+
+#: Nothing else on the network reaches it.
+HOST = "127.0.0.1"
+_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
+    """Return a server of the page of a run, which begins with ``serve_forever``.
+
+    Args:
+        run: output directory of ``emloc run``.
+        port: 0 for any free one.
+
+    Raises:
+        EmlocError: there is no such directory, or the port is taken.
+    """
+    if not run.is_dir():
+        raise EmlocError(f"{run} is no directory.", "Give the output directory of `emloc run`.", code="missing")
+    try:
+        return ThreadingHTTPServer((HOST, port), partial(_Page, partial(live_page, run)))
+    except OSError as error:
+        raise EmlocError(
+            f"The port {port} cannot be used ({error.strerror}).", "Choose another --port.", code="unavailable"
+        ) from None
+
+
+class _Page(BaseHTTPRequestHandler):
+    """Answers for the one page, and only to browsers that ask for this machine by name: not to a page elsewhere."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, page: Callable[[], str], *args: object) -> None:
+        self._page = page
+        super().__init__(*args)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        """Answer."""
+        host = (self.headers.get("Host") or "").rpartition(":")[0]
+        if host not in (HOST, "localhost"):
+            self._send(HTTPStatus.FORBIDDEN, "This page is for this machine.")
+        elif self.path.partition("?")[0] != "/":
+            self._send(HTTPStatus.NOT_FOUND, "There is only one page here: /.")
+        else:
+            self._send(HTTPStatus.OK, self._page())
+
+    def _send(self, status: HTTPStatus, text: str) -> None:
+        content = text.encode()
+        self.send_response(status)
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing of requests."""
