@@ -21,7 +21,7 @@ SIZES = {"calibration": 64, "selection": 64, "tuning": 640}
 FURTHER = 192
 TEST = 160
 #: Sets of rows that no LoRA is tuned for, of 48 each; the second is the test rows of another task.
-UNRELATED = ("general", "extraction")
+UNRELATED = {"general": "general text", "extraction": "extraction"}
 Row = dict[str, Any]
 #: Python package whose source archive carries rated sentences (Hutto and Gilbert, 2014: VADER; MIT licence).
 RATED = "vaderSentiment==3.3.2"

@@ -134,7 +134,7 @@ def forgotten(rows: Sequence[dict[str, Any]]) -> str:
     for name, found in more.items():
         worse = [each for each in found if each > 0]
         most = f", by at most {max(worse):.3f}" if worse else ""
-        told.append(f"on {'general text' if name == 'general' else name}, {len(worse)} of {len(found)}{most}")
+        told.append(f"on {UNRELATED[name]}, {len(worse)} of {len(found)}{most}")
     return "; ".join(told)
 
 

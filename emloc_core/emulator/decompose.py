@@ -80,7 +80,7 @@ class Decomposition:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
         self.format, self.progress, self.refine, self._directory = format, progress, refine, directory
         self.blocks = skeleton.blocks
-        # Base and emulator are given the same.
+        # Base and emulator are given the same tensors, which therefore always stay.
         own = (tensor for sample in samples for tensor in sample.others.values())
         needed = max(map(self._needed, self.blocks), default=0)
         parking = Parking.on(skeleton.device, [*skeleton.model.buffers(), *own], directory, needed=needed)
