@@ -22,7 +22,7 @@ RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("l
 #: What a recipe tries beside it, by task and memory.
 ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
 #: What else there is below four bits.
-RIVALS = (("2.7-bit", 0.17), ("low-rank-2-bit", 0.11), ("low-rank-nf4", 0.07))
+RIVALS = (("2.7-bit", 0.17), ("low-rank-2-bit", 0.11), ("low-rank-nf4", 0.07), ("low-rank-2-bit", 0.05))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -81,6 +81,11 @@ MIXTURES = (EXPERTS, READER)
 PARAMETERS = {DEMO: 135e6, GEMMA: 268e6, EXPERTS: 374e6}
 #: What is usual of the LoRA and its steps.
 BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
+#: How a LoRA is scaled: by alpha / rank; or, as by ``--use-rslora``, by alpha / sqrt(rank).
+PLAIN, RSLORA = "plain", "rslora"
+#: What tells LoRAs apart.
+LORA = ("rank", "targets", "scaling")
+USUAL_LORA = (RANK, ALL, PLAIN)
 #: Steps of longer cells, which have one row each.
 LONGER = (240, 960)
 #: Steps on the mixture of experts, which take longest.
@@ -105,6 +110,7 @@ class Cell:
         batch: rows per step.
         rank: of the LoRA; its alpha is twice that.
         targets: where the LoRA is: on ``all`` block Linears, or on those of ``attention`` alone.
+        scaling: of the LoRA: ``plain`` or ``rslora``.
     """
 
     task: str
@@ -117,6 +123,7 @@ class Cell:
     batch: int = BATCH
     rank: int = RANK
     targets: str = ALL
+    scaling: str = PLAIN
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Cell":
@@ -131,8 +138,8 @@ class Cell:
 
     @property
     def is_wider(self) -> bool:
-        """Whether it leaves the usual set-up: another model, length, batch, rank or place of the LoRA."""
-        lengths, further = {STEPS, STEPS + EXACT[-1], EXACT[-1]}, {"model", "batch", "rank", "targets"}
+        """Whether it leaves the usual set-up: another model, length, batch or LoRA."""
+        lengths, further = {STEPS, STEPS + EXACT[-1], EXACT[-1]}, {"model", "batch", *LORA}
         return self.steps not in lengths or not further.isdisjoint(self.given)
 
     @property
@@ -167,7 +174,7 @@ class Cell:
         """A name for its directory."""
         usual = f"{self.task}-{self.kind}-{self.memory:g}-{self.seed}-{self.steps}-{self.learning_rate:g}"
         other = {"model": self.model, "batch": f"batch{self.batch}", "rank": f"rank{self.rank}",
-                 "targets": self.targets}  # fmt: skip
+                 "targets": self.targets, "scaling": self.scaling}  # fmt: skip
         return "-".join([usual, *(text for name, text in other.items() if name in self.given)])
 
 
@@ -227,7 +234,8 @@ def wider_cells() -> Iterator[Cell]:
     for task, steps, way in product((WIDER_TASK, SECOND_TASK), reversed(LONGER), (control, small, smaller, usual)):
         yield Cell(task, *way, 0, steps, lower, batch=1)
     yield from (Cell(WIDER_TASK, *way, 0, LONGER[0], lower, GEMMA, batch=1) for way in (control, small))
-    others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
+    others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4},
+                                       {"scaling": RSLORA})  # fmt: skip
     for other, way in product(others, (control, small)):
         yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)
     for way in (control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, ("low-rank", usual[1]), small):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_cells import ATTENTION, EXACT, Cell
+from quality_cells import ATTENTION, EXACT, RSLORA, Cell
 
 from emloc_core.files.meter import Meter
 
@@ -42,6 +42,7 @@ def trained(
            "batch_size": cell.batch}  # fmt: skip
     if cell.targets == ATTENTION:
         how["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    how["use_rslora"] = cell.scaling == RSLORA
     settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)
     asked = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
     adapter: Path = metered("train", lambda: prepare(asked).run(), output)

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from quality_cells import EXACT, FULL, SCRATCH, STEPS, Cell, best_of
+from quality_cells import EXACT, FULL, LORA, SCRATCH, STEPS, Cell, best_of
 
 #: Measurements that differ in nothing of this are of one way, at several learning rates.
-_WAY = ("task", "base", "kind", "memory", "steps", "seed", "batch", "rank", "targets")
+_WAY = ("task", "base", "kind", "memory", "steps", "seed", "batch", *LORA)
 
 
 class Table:

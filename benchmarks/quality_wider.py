@@ -1,4 +1,4 @@
-"""Recovery beyond the usual set-up of ``quality.py``: another model, more steps, other ranks and places of the LoRA."""
+"""Recovery beyond the usual set-up of ``quality.py``: another model, more steps, another LoRA."""
 
 from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
@@ -9,11 +9,15 @@ from quality_cells import (
     ALL,
     BATCH,
     FULL,
+    LORA,
     MIXTURES,
     MODELS,
+    PLAIN,
     RANK,
+    RSLORA,
     SECOND_TASK,
     STEPS,
+    USUAL_LORA,
     VARIANTS,
     WIDER_TASK,
     Cell,
@@ -24,7 +28,7 @@ from quality_table import Table
 
 SYSTEMS = ("uncorrected", "auto", "polish20")
 #: What is told of a cell.
-DESCRIBED = ("task", "model", "steps", "batch", "rank", "targets", "kind", "memory", "learning_rate")
+DESCRIBED = ("task", "model", "steps", "batch", *LORA, "kind", "memory", "learning_rate")
 
 
 def wider_rows(table: Table) -> list[dict[str, Any]]:
@@ -50,9 +54,9 @@ def wider_rows(table: Table) -> list[dict[str, Any]]:
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what orders rows: by place and rank of the LoRA, the usual first; by task, by model and by length."""
-    return (row["targets"] != ALL, row["rank"] != RANK, row["rank"], row["task"], -row["batch"], row["model"],
-            row["steps"], -row["memory"])  # fmt: skip
+    """Return what orders rows: by scaling, place and rank of the LoRA, the usual first; by task, model and length."""
+    unusual = (row["scaling"] != PLAIN, row["targets"] != ALL, row["rank"] != RANK)
+    return (*unusual, row["rank"], row["task"], -row["batch"], row["model"], row["steps"], -row["memory"])
 
 
 def _reach(table: Table, row: dict[str, Any]) -> float:
@@ -83,7 +87,7 @@ def wider_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, what ``auto`` recovers on dense models, by the steps of the usual LoRA."""
-    usual = [row for row in rows if (row["rank"], row["targets"]) == (RANK, ALL) and row["model"] not in MIXTURES]
+    usual = [row for row in rows if _which(row) == USUAL_LORA and row["model"] not in MIXTURES]
     steps = sorted({row["steps"] for row in usual})
     lines: dict[tuple[str, ...], dict[int, str]] = {}
     for row in usual:
@@ -105,7 +109,7 @@ def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def places_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, what ``auto`` recovers with LoRAs of other ranks and places."""
-    others = [row for row in rows if (row["rank"], row["targets"]) != (RANK, ALL)]
+    others = [row for row in rows if _which(row) != USUAL_LORA]
     return markdown(["LoRA", "recovery"], [[_lora(row), _recovered(row)] for row in others])
 
 
@@ -148,8 +152,13 @@ def _elsewhere(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
 
 
 def _way(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("task", "model", "steps", "batch", "rank", "targets"))
+    return tuple(row[name] for name in ("task", "model", "steps", "batch", *LORA))
 
 
 def _lora(row: dict[str, Any]) -> str:
-    return f"rank {row['rank']}" + ("" if row["targets"] == ALL else f", {row['targets']} alone")
+    place = "" if row["targets"] == ALL else f", {row['targets']} alone"
+    return f"rank {row['rank']}{place}" + (", rsLoRA" if row["scaling"] == RSLORA else "")
+
+
+def _which(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in LORA)

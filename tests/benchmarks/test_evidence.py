@@ -4,7 +4,7 @@ import json
 from statistics import mean
 
 import pytest
-from quality_cells import BESIDE, PICTURES, Cell
+from quality_cells import BESIDE, LORA, PICTURES, USUAL_LORA, Cell
 from quality_cells import RECOMMENDED as BENCHMARKED
 from quality_report import recovery_rows
 from quality_table import Table
@@ -36,9 +36,9 @@ def test_plans_say_what_was_measured(kind, ratio):
 def test_plans_say_what_longer_tuning_changes(kind, ratio):
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]
     memory = MEMORY.get(kind) or round(BESIDE.get(kind, 0) + 0.28 * ratio, 2)
-    wanted = ("demo", kind, memory, "all", 8)
+    wanted = ("demo", kind, memory, *USUAL_LORA)
     known = {(row["task"], row["steps"]): row["auto"] for row in rows
-             if tuple(row[name] for name in ("model", "kind", "memory", "targets", "rank")) == wanted}  # fmt: skip
+             if tuple(row[name] for name in ("model", "kind", "memory", *LORA)) == wanted}  # fmt: skip
     changes = [recovered - known[task, 60] for (task, steps), recovered in known.items() if steps == 960]
     longer = RECOVERY[kind][ratio].longer
     assert longer == (pytest.approx(mean(changes), abs=0.001) if changes else None)

@@ -24,20 +24,23 @@ def emulated(steps=240, **other):
     return cell("nf4", 0.28, systems, steps, **other)
 
 
-def test_each_cell_is_compared_with_a_lora_of_its_own_steps_batch_rank_and_place():
+def test_each_cell_is_compared_with_a_lora_of_its_own_steps_batch_rank_place_and_scaling():
     rows = [
         control(1.0),
         control(5.0, rank=64),
         control(6.0, targets="attention"),
         control(7.0, steps=60),
         control(4.0, batch=2),
+        control(3.0, scaling="rslora"),
     ]
-    rows += [emulated(), emulated(rank=64), emulated(targets="attention"), emulated(steps=60), emulated(batch=2)]
-    keys = ("steps", "batch", "rank", "targets")
+    rows += [emulated(), emulated(rank=64), emulated(targets="attention"), emulated(steps=60), emulated(batch=2),
+             emulated(scaling="rslora")]  # fmt: skip
+    keys = ("steps", "batch", "rank", "targets", "scaling")
     found = {tuple(row[key] for key in keys): row["auto"] for row in wider_rows(Table(rows))}
     assert found == {
-        (240, 8, 8, "all"): 6 / 8, (240, 8, 64, "all"): 6 / 4, (240, 8, 8, "attention"): 6 / 3,
-        (60, 8, 8, "all"): 6 / 2, (240, 2, 8, "all"): 6 / 5,
+        (240, 8, 8, "all", "plain"): 6 / 8, (240, 8, 64, "all", "plain"): 6 / 4,
+        (240, 8, 8, "attention", "plain"): 6 / 3, (60, 8, 8, "all", "plain"): 6 / 2,
+        (240, 2, 8, "all", "plain"): 6 / 5, (240, 8, 8, "all", "rslora"): 6 / 6,
     }  # fmt: skip
 
 
