@@ -322,9 +322,14 @@ def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
 @cache
 def scale_levels(device: torch.device) -> torch.Tensor:
     """Return the 256 numbers in [-1, 1] that the codes of scales stand for."""
+    return torch.tensor(_scale_levels(), device=device)
+
+
+@torch.compiler.assume_constant_result  # its context manager would break the graph
+def _scale_levels() -> list[float]:
     with torch.device("cpu"):  # whatever device a model is being built on
-        found: torch.Tensor = kernels().functional.create_dynamic_map()
-    return found.to(device)
+        found: list[float] = kernels().functional.create_dynamic_map().tolist()
+    return found
 
 
 @cache

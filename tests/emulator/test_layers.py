@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.jobs import compress_job
+from support.layers import FORMATS, M, N, layer
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -57,3 +59,15 @@ def test_every_part_that_is_missing_is_found(made):
             AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
         shard.write_bytes(kept)
     index_file.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_compiled_layers_are_one_graph(format):
+    layers = nn.Sequential(layer(format, torch.float32), nn.Linear(M, N), layer(format, torch.float32))
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    given = [torch.randn(3, N, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    outputs = [each(x) for each, x in zip((layers, compiled), given, strict=True)]
+    for output in outputs:
+        output.square().sum().backward()
+    assert torch.equal(*outputs)
+    assert torch.equal(*(x.grad for x in given))

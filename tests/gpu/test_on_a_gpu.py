@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from support.forkserver import warm_process
+from support.layers import FORMATS, M, N, layer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -23,12 +24,10 @@ from emloc_core.model.streaming import Stream
 from emloc_core.model.weights import FrozenWeights
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, TwoBitLowRank
+from emloc_core.standins import SixLevels
 from emloc_core.tuning.trl import lora_config
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
-FORMATS = [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank()]
-M, N = 320, 576
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,21 +35,6 @@ def compiled():
     """Kernels are compiled, not interpreted as in the tests that need no GPU."""
     with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
         yield
-
-
-def layer(format, dtype, device):
-    """The layer of the format with random codes."""
-    model = nn.Sequential(nn.Linear(N, M, bias=False, dtype=dtype))
-    format.replace(model, {"0": 64 if format.ratios else None})
-    generator = torch.Generator().manual_seed(0)
-    for part in model.parameters():
-        if part.dtype == torch.uint8:
-            part.data.random_(
-                0, 6**3, generator=generator
-            )  # a code of three numbers on six levels, or of five on three
-        else:
-            part.data.uniform_(0.01, 0.05, generator=generator)
-    return model[0].to(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
