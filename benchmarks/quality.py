@@ -15,9 +15,9 @@ carried over as they are. The loss is the NLL per token of the answers of 160 te
 which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
-learning rate, with fewer rows to test and to select on. Exact steps are taken on the larger model alone, at half of the
-rate. Those of more steps have one row per step. Measured too: how far the emulator is from the base, by KL divergence;
-and what is forgotten, by the loss on general text and on another task.
+learning rate, with fewer rows to test and to select on. Those of more steps have one row per step. Exact steps are
+taken on the larger model, and after the longest tuning, at half of the rate. Measured too: how far the emulator is from
+the base, by KL divergence; and what is forgotten, by the loss on general text and on another task.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -39,12 +39,11 @@ from harness import RESULTS, in_process
 from quality_bases import base_of, digest
 from quality_cells import (
     BASELINES,
-    EXACT,
+    DEMO,
     FULL,
     GEMMA,
     PICTURES,
     SCRATCH,
-    STEPS,
     VARIANTS,
     WITHOUT_EXACT,
     Cell,
@@ -54,7 +53,7 @@ from quality_cells import (
 from quality_pictures import picture_sets
 from quality_report import report
 from quality_rows import SIZES, UNRELATED, make_sets, unrelated, without_chat
-from quality_stages import Metered, Scores, corrected, polish, polished, taken, trained
+from quality_stages import Metered, Scores, corrected, polish, polish_once, taken, trained
 
 #: What cells may be chosen by.
 AXES = {field.name: field.type for field in fields(Cell)}
@@ -102,6 +101,8 @@ def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[
     scored = Scores(base, rows["test"])
     selection = Scores(base, rows["selection"]).of(adapter)["nll"]
     systems = {"base": base_scores(scored, place, cell), cell.kind: scored.of(adapter)}
+    if cell.is_polished and cell.model == DEMO:
+        systems["polish20"] = scored.of(polish_once(cell, adapter, base, rows, metered))
     forgotten = elsewhere(base, rows, {"base": None, cell.kind: adapter}) if cell.forgets else {}
     return {"systems": systems, "selection": selection, **forgotten, "stages": metered.stages}
 
@@ -204,10 +205,8 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
     chosen = (read_manifest(auto) or {})["result"]
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
     systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
-    if cell.model == GEMMA and cell.steps == STEPS:
-        exact, rate = place / "polish", cell.learning_rate / 2
-        metered("polish20", lambda: polished(auto, base, rows, EXACT[-1], rate, cell.seed, exact), exact)
-        systems["polish20"] = on_base.of(exact)
+    if cell.is_polished:
+        systems["polish20"] = on_base.of(polish_once(cell, auto, base, rows, metered))
     forgotten = elsewhere(base, rows, {"auto": auto}) if cell.forgets else {}
     return {
         "share": round(share, 4),

@@ -148,6 +148,14 @@ class Cell:
         return self.is_wider and self.task in TEXTS
 
     @property
+    def is_polished(self) -> bool:
+        """Whether exact steps are taken beyond the usual set-up: on the larger model, and after the longest tuning.
+
+        There the LoRA on the base takes them too, from where it is.
+        """
+        return self.steps == LONGER[-1] if self.model == DEMO else (self.model, self.steps) == (GEMMA, STEPS)
+
+    @property
     def dtype(self) -> str:
         """What emulators are loaded in to be measured.
 

@@ -33,13 +33,17 @@ class Table:
     def recovery(self, row: dict[str, Any], system: str) -> float | None:
         """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all.
 
-        Exact steps from scratch are compared with what polishing is compared with, to stand beside it.
+        After the longest tuning it has taken exact steps itself, which have more rows than its other steps. Exact steps
+        from scratch are compared with what polishing is compared with, to stand beside it.
         """
         further = EXACT[-1] if system.startswith("polish") else 0
-        systems = self.control(row, STEPS + EXACT[-1] if system == SCRATCH else row["steps"] + further)
+        systems, full = self.control(row, row["steps"]), system
+        if systems is None or full not in systems:
+            steps = STEPS + EXACT[-1] if system == SCRATCH else row["steps"] + further
+            systems, full = self.control(row, steps), FULL
         if systems is None or system not in row["systems"]:
             return None
-        base, full = (systems[name]["nll"] for name in ("base", FULL))
+        base, full = (systems[name]["nll"] for name in ("base", full))
         return float((base - row["systems"][system]["nll"]) / (base - full))
 
     def told(self, row: dict[str, Any], system: str) -> str:

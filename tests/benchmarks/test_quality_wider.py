@@ -51,3 +51,11 @@ def test_the_interval_is_of_differences_between_the_same_rows():
 
 def test_a_cell_without_its_control_is_left_out():
     assert wider_rows(Table([control(1.0), emulated(rank=64)])) == []
+
+
+def test_exact_steps_after_long_tuning_are_compared_with_those_of_the_usual_lora():
+    (usual, own), steps = (control(2.0), emulated()), {"polish20": loss(1.5, 1.5)}
+    own["systems"] |= steps
+    assert wider_rows(Table([usual, own]))[0]["polish20"] is None
+    usual["systems"]["polish20"] = loss(1.0, 1.0)
+    assert wider_rows(Table([usual, own]))[0]["polish20"] == 7.5 / 8
