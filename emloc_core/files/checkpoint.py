@@ -253,10 +253,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     if Path(model).exists():
         return Checkpoint(_of_several(Path(model)))
-    with _from_hub(model):
+    with _from_hub(model) as (name, revision):
         from huggingface_hub import snapshot_download
 
-        name, revision = _at_revision(model)
         directory = snapshot_download(
             name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_ROWS], ignore_patterns=OTHER_LAYOUTS
         )
@@ -266,7 +265,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 def _of_several(directory: Path) -> Path:
     """Return where the model is that is trained, in a directory that may hold several."""
     if not (directory / "config.json").is_file():
-        for objective in plugin_manager().objectives().values():
+        for objective in plugin_manager().objectives():
             if objective.folder and (directory / objective.folder / "config.json").is_file():
                 return directory / objective.folder
     return directory
@@ -285,13 +284,14 @@ def require_name(model: str) -> None:
 
 
 @contextmanager
-def _from_hub(model: str) -> Iterator[None]:
-    """Turn errors of the hub into an :class:`EmlocError`."""
+def _from_hub(model: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the name and the revision of a model of the hub, and turn the hub's errors into an :class:`EmlocError`."""
     require_name(model)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, _, revision = model.partition("@")
     try:
-        yield
+        yield name, revision or None
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = first_line(error)
         raise EmlocError(
@@ -319,19 +319,13 @@ def find_config(model: str) -> Path:
                 f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.", code="missing"
             )
         return path / "config.json"
-    with _from_hub(model):
+    with _from_hub(model) as (name, revision):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        name, revision = _at_revision(model)
-        folders = ["", *(each.folder for each in plugin_manager().objectives().values() if each.folder)]
+        folders = ["", *(each.folder for each in plugin_manager().objectives() if each.folder)]
         *parts, last = [str(Path(folder, "config.json")) for folder in folders]
         for part in parts:
             with suppress(EntryNotFoundError):
                 return Path(hf_hub_download(name, part, revision=revision))
         return Path(hf_hub_download(name, last, revision=revision))
-
-
-def _at_revision(model: str) -> tuple[str, str | None]:
-    name, _, revision = model.partition("@")
-    return name, revision or None

@@ -72,28 +72,34 @@ class PluginManager(pluggy.PluginManager):
         for entry in sorted(entries, key=_order):
             report = PluginReport(entry.name, _distribution(entry))
             try:
-                families = self._load_one(entry)
+                families = self.add(entry.load(), entry.name)
                 report = replace(report, families=tuple(family.name for family in families))
             except (Exception, SystemExit) as error:
                 report = _broken(report, error)
             self.reports.append(report)
 
-    def _load_one(self, entry: EntryPoint) -> list[Family]:
-        plugin = entry.load()
-        if self.has_plugin(entry.name) or self.is_registered(plugin):  # pluggy's message would list all its attributes
-            raise ValueError(f"a plugin {self.get_name(plugin) or entry.name!r} is already loaded")
-        self.register(plugin, name=entry.name)
+    def add(self, plugin: Any, name: str) -> list[Family]:
+        """Register a plugin with all that it declares; return its families.
+
+        Raises:
+            BaseException: whatever the plugin raises, or what is wrong with it; it is not registered then.
+        """
+        if self.has_plugin(name) or self.is_registered(plugin):  # pluggy's message would list all its attributes
+            raise ValueError(f"a plugin {self.get_name(plugin) or name!r} is already loaded")
+        self.register(plugin, name=name)
         try:
             self._check_hook_names(plugin)
             families = self._declared(plugin, "emloc_families", Family, config=None)
             layouts = self._declared(plugin, "emloc_layouts", Layout, families)
             commands = self._commands_of(plugin)
+            objectives = {name: of() for name, of in self._offered(plugin, "objectives", self._objectives).items()}
         except BaseException:
             self.unregister(plugin)
             raise
         self._families.update((family.name, family) for family in families)
         self._commands.update(commands)
         self._layouts.update((layout.name, layout) for layout in layouts)
+        self._objectives.update(objectives)
         return families
 
     def _call(self, plugin: Any, hook: str, **arguments: Any) -> list[Any]:
@@ -163,46 +169,45 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             EmlocError: there is none; the message says why, and how to add one.
         """
-        family = self._declaring(config, where, observe=observe)
-        for part, path in family.nested.items():
-            inner = config.get(part)
-            if not isinstance(inner, Mapping):
-                raise EmlocError(
-                    f"The config of this {config['model_type']!r} has no {part}, which describes the model inside it.",
-                    "Save the model again with transformers, which writes that part in full.",
-                )
-            told = f", the {part} of this {config['model_type']!r}"
-            family = family.with_nested(self.family_for(inner, observe=observe, where=told), path)
-        return family
-
-    def _declaring(self, config: Mapping[str, Any], where: str, *, observe: bool) -> Family:
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
             raise EmlocError(f"The model type{where} is {model_type!r}, not a name.", "Correct the config.json.")
-        for family in self._families.values():
-            if model_type in family.model_types:
-                return family
-        for layout in self._layouts.values():
-            if model_type in layout.model_types:
+        family = _of_type(self._families.values(), model_type)
+        if family is None:
+            if layout := _of_type(self._layouts.values(), model_type):
                 raise EmlocError(
                     f"A checkpoint of model type {model_type!r} has the layout {layout.name!r}, not that of "
                     "transformers' own classes.",
                     "Run `emloc import MODEL -o DIRECTORY` first, and give that directory.",
                     code="unsupported",
                 )
-        askable = observe and not is_on(STRICT)
-        for plugin in reversed(self.hook.emloc_families.get_hookimpls()) if askable else ():  # as pluggy calls them
+            family = self._observed(config) if observe and not is_on(STRICT) else None
+        if family is None:
+            raise EmlocError(
+                f"No installed family declares the model type {model_type!r}{where}. {_known(self._families)}.",
+                "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the "
+                "declaration, `emloc families new NAME` writes the package around it (docs/plugins.md).",
+                code="unsupported",
+            )
+        for part, path in family.nested.items():
+            inner = config.get(part)
+            if not isinstance(inner, Mapping):
+                raise EmlocError(
+                    f"The config of this {model_type!r} has no {part}, which describes the model inside it.",
+                    "Save the model again with transformers, which writes that part in full.",
+                )
+            told = f", the {part} of this {model_type!r}"
+            family = family.with_nested(self.family_for(inner, observe=observe, where=told), path)
+        return family
+
+    def _observed(self, config: Mapping[str, Any]) -> Family | None:
+        """Return the family that a plugin declares of this very config, if one does; they are asked as pluggy does."""
+        for plugin in reversed(self.hook.emloc_families.get_hookimpls()):
             if "config" in plugin.argnames:
-                for family in self._declared(plugin.plugin, "emloc_families", Family, config=config):
-                    if model_type in family.model_types:
-                        return family
-        known = "; ".join(f"{family.name} ({', '.join(sorted(family.model_types))})" for family in self.families())
-        raise EmlocError(
-            f"No installed family declares the model type {model_type!r}{where}. Known: {known or 'none'}.",
-            "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, "
-            "`emloc families new NAME` writes the package around it (docs/plugins.md).",
-            code="unsupported",
-        )
+                found = self._declared(plugin.plugin, "emloc_families", Family, config=config)
+                if family := _of_type(found, config["model_type"]):
+                    return family
+        return None
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
         """Return the layout that reads checkpoints of the ``model_type`` of a config.
@@ -211,17 +216,15 @@ class PluginManager(pluggy.PluginManager):
             EmlocError: none does.
         """
         model_type = config.get("model_type")
-        for layout in self._layouts.values():
-            if model_type in layout.model_types:
-                return layout
-        if any(model_type in family.model_types for family in self._families.values()):
+        if layout := _of_type(self._layouts.values(), model_type):
+            return layout
+        if _of_type(self._families.values(), model_type):
             raise EmlocError(
                 f"A checkpoint of model type {model_type!r} needs no import: a family already declares it.",
                 "Use it with the other commands directly.",
             )
-        known = "; ".join(f"{name} ({', '.join(sorted(at.model_types))})" for name, at in sorted(self._layouts.items()))
         raise EmlocError(
-            f"No installed plugin imports checkpoints of model type {model_type!r}. Known layouts: {known or 'none'}.",
+            f"No installed plugin imports checkpoints of model type {model_type!r}. {_known(self._layouts)}.",
             "Install a plugin that declares the layout (the hook emloc_layouts).",
             code="unsupported",
         )
@@ -229,7 +232,7 @@ class PluginManager(pluggy.PluginManager):
     def gguf_for(self, model_type: str) -> Gguf | None:
         """Return how models of a type are written as GGUF; None where no plugin says."""
         for owner, plugin in self.list_name_plugin():
-            with self._isolated(owner):
+            with self.isolated(owner):
                 found = [each for declared in self._call(plugin, "emloc_gguf") for each in declared]
                 if layout := next((each for each in found if model_type in each.architectures), None):
                     return layout
@@ -249,17 +252,20 @@ class PluginManager(pluggy.PluginManager):
         """
         offered: dict[str, Any] = {}
         for owner, plugin in self.list_name_plugin():
-            with self._isolated(owner):
-                offered.update(self._algorithms_of(plugin, hook, offered))
+            with self.isolated(owner):
+                offered.update(self._offered(plugin, hook, offered))
         if name not in offered:
             raise _not_offered(hook, name, offered)
         return offered[name]
 
+    def objectives(self) -> list[Objective]:
+        """Return what models may learn."""
+        return list(self._objectives.values())
+
     def objective_for(self, config: Mapping[str, Any]) -> Objective:
         """Return what models with such a config learn, by the key in it that names their architecture."""
-        found = self.objectives()
-        others = (objective for name, objective in found.items() if name != TOKENS)
-        return next((each for each in others if each.type_key in config), found[TOKENS])
+        others = (objective for name, objective in self._objectives.items() if name != TOKENS)
+        return next((each for each in others if each.type_key in config), self._objectives[TOKENS])
 
     def objective_of(self, family: Family) -> Objective:
         """Return what the models of a family learn.
@@ -267,19 +273,9 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             EmlocError: no plugin provides it.
         """
-        found = self.objectives()
-        if family.objective not in found:
-            raise _not_offered("objectives", family.objective, found)
-        return found[family.objective]
-
-    def objectives(self) -> dict[str, Objective]:
-        """Return what models may learn, by name."""
-        if not self._objectives:
-            for owner, plugin in self.list_name_plugin():
-                with self._isolated(owner):
-                    made = self._algorithms_of(plugin, "objectives", self._objectives)
-                    self._objectives.update((name, each()) for name, each in made.items())
-        return self._objectives
+        if family.objective not in self._objectives:
+            raise _not_offered("objectives", family.objective, self._objectives)
+        return self._objectives[family.objective]
 
     def require(self, hook: str, name: str) -> None:
         """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins.
@@ -294,7 +290,8 @@ class PluginManager(pluggy.PluginManager):
         else:
             raise _not_offered(hook, name, ALGORITHMS[hook])
 
-    def _algorithms_of(self, plugin: Any, hook: str, taken: dict[str, Any]) -> dict[str, Any]:
+    def _offered(self, plugin: Any, hook: str, taken: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a plugin offers by name; none of the names is taken."""
         found: dict[str, Any] = {}
         for algorithms in self._call(plugin, f"emloc_{hook}"):
             for name, algorithm in algorithms.items():
@@ -314,40 +311,46 @@ class PluginManager(pluggy.PluginManager):
             EmlocError: an observer raises and ``EMLOC_STRICT_PLUGINS`` is set.
         """
         for owner, plugin in self.list_name_plugin():
-            with self._isolated(owner):
+            with self.isolated(owner):
                 self._call(plugin, hook, **deepcopy(arguments))
 
     def registries(self) -> Iterator[tuple[str, list[Path]]]:
         """Yield the name of every plugin that provides registry entries, with their paths."""
         for owner, plugin in self.list_name_plugin():
             paths: list[Path] = []
-            with self._isolated(owner):
+            with self.isolated(owner):
                 paths = [Path(path) for found in self._call(plugin, "emloc_registry") for path in found]
             if paths:
                 yield owner, paths
 
     @contextmanager
-    def _isolated(self, owner: str) -> Iterator[None]:
-        """Set a plugin aside that raises while the context is active."""
+    def isolated(self, owner: str) -> Iterator[None]:
+        """Set a plugin aside that raises within the context: its report has the error, which is told once on stderr."""
         try:
             yield
         except (Exception, SystemExit) as error:
-            self.set_aside(owner, error)
-
-    def set_aside(self, name: str, error: BaseException) -> None:
-        """Record an error of a loaded plugin in its report, and print it on stderr, once per plugin."""
-        reports = {report.name: report for report in self.reports}
-        broken = _broken(reports.get(name, PluginReport(name, "unknown")), error)
-        if name in self._told:
-            return
-        self._told.add(name)
-        click.echo(f"emloc: the plugin {name!r} of {broken.distribution} is broken: {broken.error}", err=True)
-        self.reports = [broken if report.name == name else report for report in self.reports]
+            reports = {report.name: report for report in self.reports}
+            broken = _broken(reports.get(owner, PluginReport(owner, "unknown")), error)
+            if owner not in self._told:
+                self._told.add(owner)
+                click.echo(f"emloc: the plugin {owner!r} of {broken.distribution} is broken: {broken.error}", err=True)
+                self.reports = [broken if report.name == owner else report for report in self.reports]
 
 
 def is_on(variable: str) -> bool:
     """Return whether an environment variable is set to something other than 0."""
     return os.environ.get(variable, "") not in ("", "0")
+
+
+def _of_type(declared: Iterable[Declared], model_type: Any) -> Declared | None:
+    """Return the declaration that covers a model type, if one does."""
+    return next((each for each in declared if model_type in each.model_types), None)
+
+
+def _known(declared: Mapping[str, Family | Layout]) -> str:
+    """Return a list of what is declared, with its model types."""
+    found = (f"{name} ({', '.join(sorted(each.model_types))})" for name, each in sorted(declared.items()))
+    return f"Known: {'; '.join(found) or 'none'}"
 
 
 def _not_offered(hook: str, name: str, offered: Iterable[str]) -> EmlocError:
@@ -383,6 +386,6 @@ def _broken(report: PluginReport, error: BaseException) -> PluginReport:
 def plugin_manager() -> PluginManager:
     """Return the process's plugin manager, with the built-in algorithms and every installed plugin loaded."""
     manager = PluginManager()
-    manager.register(builtin, name="emloc_core")
+    manager.add(builtin, "emloc_core")
     manager.load([OBSERVED, *entry_points(group=GROUP)])
     return manager

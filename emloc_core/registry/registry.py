@@ -35,10 +35,8 @@ def load_entries(extra: Iterable[str | Path] = ()) -> list[Entry]:
     _add(entries, _read_all([next(place for place in _PACKAGED if place.is_dir())]))
     manager = plugin_manager()
     for owner, paths in manager.registries():
-        try:
+        with manager.isolated(owner):
             _add(entries, _read_all(paths))
-        except Exception as error:
-            manager.set_aside(owner, error)
     _add(entries, _read_all(Path(path) for path in extra))
     return sorted(entries.values(), key=lambda entry: entry.id.lower())
 
