@@ -1,12 +1,19 @@
-"""Columns of other tools, and implicit ones, as TRL's: Alpaca's instructions and ShareGPT's conversations, for two."""
+"""Columns of rows: the user's names for them, and those of other tools as TRL's, such as Alpaca's and ShareGPT's."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from emloc_core.data.messages import IMAGE
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, did_you_mean
 
+#: Columns that rows may have.
+COLUMNS = (
+    "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "tools",
+    "instruction", "input", "output", "system", "history", "conversations",
+)  # fmt: skip
+#: Every column has the name that TRL gives it.
+NO_RENAMING: Mapping[str, str] = {}
 #: ShareGPT's names of roles. ``function_call`` and ``observation`` are LLaMA-Factory's.
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -16,6 +23,45 @@ _ROLES = {
 #: Where ShareGPT's texts have an image, as in LLaVA's data.
 _MARK = re.compile(r"\s*<image>\s*")
 _TURN = 'A turn is {"from": "human" or "gpt", "value": ...}.'
+
+
+def require_known(columns: Mapping[str, str]) -> None:
+    """Refuse names for columns that rows cannot have.
+
+    Args:
+        columns: names that the data have, by those in :data:`COLUMNS`.
+    """
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        name = unknown[0]
+        meant = f"{columns[name]}={name}" if columns[name] in COLUMNS else ""
+        hint = f" Did you mean {meant}?" if meant else did_you_mean(name, list(COLUMNS))
+        raise EmlocError(
+            f"--columns {name}={columns[name]}: rows have no column {name!r}.{hint}",
+            f"Give those of {', '.join(COLUMNS)} that you need, each with its name in your data.",
+        )
+
+
+def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
+    """Return a row whose columns have the usual names; those that it lacks are left out.
+
+    Args:
+        content: the row's columns; anything else is returned as it is.
+        where: its name in messages.
+        columns: names that the data have, by the usual ones.
+
+    Raises:
+        EmlocError: it has neither a column of its own name nor one of the usual name.
+    """
+    if not columns or not isinstance(content, Mapping):
+        return content
+    found = {name: value for name, value in content.items() if name not in columns.values()}
+    found |= {name: content[own] for name, own in columns.items() if own in content}
+    if not columns.keys() & found.keys():
+        raise EmlocError(
+            f"{where}: has none of the columns {', '.join(columns.values())}, but {', '.join(map(str, content))}.",
+            "Correct --columns.",
+        )
+    return found
 
 
 def known_columns(content: Mapping[str, Any]) -> str:

@@ -7,12 +7,15 @@ become prompt and completion: the last answer. Whether the answers before it cou
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emloc_core.data.columns import as_trl
+import click
+
+from emloc_core.data.columns import as_trl, known_columns, renamed, require_known
 from emloc_core.data.images import Picture
 from emloc_core.data.messages import Content, parse_content, parse_string, parse_tools, place_images
 from emloc_core.errors import EmlocError
@@ -24,6 +27,8 @@ FORMS = (
     "assistant turn; to learn pictures, `prompt` and `image`."
 )
 _HERE = Path()
+#: Columns of other tools that become messages.
+_CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,58 @@ class Row:
         rejected = {} if self.rejected is None else {"rejected": self.rejected}
         label = {} if self.label is None else {"label": self.label}
         return {"prompt": self.prompt, "completion": self.completion, **rejected, **label, **tools, **images}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be used: its source and number, and why."""
+
+    source: str
+    number: int
+    why: str
+
+
+def parse_rows(
+    contents: Iterable[tuple[int, Any]],
+    source: str,
+    columns: Mapping[str, str],
+    skipped: list[Skipped] | None,
+    directory: Path = _HERE,
+    *,
+    confined: bool = False,
+) -> Iterator[Row]:
+    """Yield the rows of a source.
+
+    Args:
+        contents: their numbers and columns, or why a row cannot be read; or rows that were read before.
+        source: its name in messages.
+        directory, confined: see :func:`parse_row`.
+        columns, skipped: see :func:`emloc_core.data.rows.load_rows`.
+
+    Raises:
+        EmlocError: a row has no known form, and ``skipped`` is None; or rows cannot have such columns.
+    """
+    require_known(columns)
+    told = False
+    for number, given in contents:
+        if isinstance(given, Row):
+            yield given
+            continue
+        where = f"{source}, row {number}"
+        try:
+            if isinstance(given, EmlocError):
+                raise given
+            content = renamed(given, where, columns)
+            row = parse_row(content, where, number, directory, confined=confined)
+        except EmlocError as error:
+            if skipped is None:
+                raise
+            skipped.append(Skipped(source, number, error.args[0].removeprefix(f"{where}: ")))
+            continue
+        if not told and (known := known_columns(content)) in _CONVERSION:
+            click.echo(f"emloc: {source}: {known}'s {_CONVERSION[known]} become messages", err=True)
+            told = True
+        yield row
 
 
 def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *, confined: bool = False) -> Row:

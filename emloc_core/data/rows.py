@@ -2,44 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import click
-
-from emloc_core.data.columns import known_columns
+from emloc_core.data.columns import NO_RENAMING
 from emloc_core.data.images import Picture
 from emloc_core.data.mixture import weighted, weights
-from emloc_core.data.row import Row, parse_row
-from emloc_core.data.sources import is_folder, no_rows, read_source
-from emloc_core.errors import EmlocError, did_you_mean
+from emloc_core.data.row import Row, Skipped, parse_rows
+from emloc_core.data.sources import is_folder, no_rows, reader_of
+from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST
+from emloc_core.requests import RowsRequest
 from emloc_core.settings import Loss
 
 #: Files of an emulator with rows that must never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 #: File of an output with the rows that were left out.
 SKIPPED = "skipped_rows.jsonl"
-
-_CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
-#: Columns that rows may have.
-COLUMNS = (
-    "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "tools",
-    "instruction", "input", "output", "system", "history", "conversations",
-)  # fmt: skip
-#: Every column has the name that TRL gives it.
-NO_RENAMING: Mapping[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A row that cannot be used: its source and number, and why."""
-
-    source: str
-    number: int
-    why: str
 
 
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
@@ -84,99 +65,49 @@ def load_rows(
     Raises:
         EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
     """
-    _require_known(columns)
-    rows = _load(source, split, columns, skipped)
-    return [replace(row, loss=loss) for row in rows] if loss != "last" else rows
-
-
-def _require_known(columns: Mapping[str, str]) -> None:
-    """Refuse names for columns that rows cannot have.
-
-    Args:
-        columns: names that the data have, by those in :data:`COLUMNS`.
-    """
-    if unknown := [name for name in columns if name not in COLUMNS]:
-        name = unknown[0]
-        meant = f"{columns[name]}={name}" if columns[name] in COLUMNS else ""
-        hint = f" Did you mean {meant}?" if meant else did_you_mean(name, list(COLUMNS))
-        raise EmlocError(
-            f"--columns {name}={columns[name]}: rows have no column {name!r}.{hint}",
-            f"Give those of {', '.join(COLUMNS)} that you need, each with its name in your data.",
-        )
-
-
-def _load(source: Any, split: str, columns: Mapping[str, str], skipped: list[Skipped] | None) -> list[Row]:
     if isinstance(source, Mapping) and split in source and not isinstance(source[split], int | float):
         source = source[split]  # a DatasetDict
     elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
         raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
-    if (mixture := weights(source)) is not None:
-        parts = {name: [replace(row, source=name) for row in _load(name, split, columns, skipped)] for name in mixture}
-        return _of_one_form("", [row for name, rows in parts.items() for row in weighted(rows, mixture[name])])
-    directory = Path()
+    how = (columns, skipped)
     if isinstance(source, str | Path):
-        source, place = str(source), Path(source)
-        contents = read_source(source, split)
+        name, place = str(source), Path(source)
         directory = place.parent if place.is_file() else place if is_folder(place) else Path()
+        # An emulator may come from someone else: it may only refer to its own images.
+        rows = parse_rows(reader_of(name)(split), name, *how, directory, confined=_is_kept(place))
+    elif (mixture := weights(source)) is not None:
+        name, parts = "", ((each, load_rows(each, split, loss, *how)) for each in mixture)
+        rows = (replace(row, source=each) for each, of in parts for row in weighted(of, mixture[each]))
     else:
-        contents, source = enumerate(source, start=1), "the rows"
-    # An emulator may come from someone else: it may only refer to its own images.
-    confined = _is_kept(Path(source))
-    return _of_one_form(source, list(_parsed(contents, source, directory, columns, skipped, confined=confined)))
+        name, rows = "the rows", parse_rows(enumerate(source, start=1), "the rows", *how)
+    return _of_one_form(name, [row if loss == "last" else replace(row, loss=loss) for row in rows])
 
 
-def _parsed(
-    contents: Iterable[tuple[int, Any]],
-    source: str,
-    directory: Path,
-    columns: Mapping[str, str],
-    skipped: list[Skipped] | None,
-    *,
-    confined: bool,
-) -> Iterator[Row]:
-    told = False
-    for number, given in contents:
-        if isinstance(given, Row):
-            yield given
-            continue
-        where = f"{source}, row {number}"
-        try:
-            if isinstance(given, EmlocError):
-                raise given
-            content = renamed(given, where, columns)
-            row = parse_row(content, where, number, directory, confined=confined)
-        except EmlocError as error:
-            if skipped is None:
-                raise
-            skipped.append(Skipped(source, number, error.args[0].removeprefix(f"{where}: ")))
-            continue
-        if not told and (known := known_columns(content)) in _CONVERSION:
-            click.echo(f"emloc: {source}: {known}'s {_CONVERSION[known]} become messages", err=True)
-            told = True
-        yield row
+class AskedRows(NamedTuple):
+    """The rows that a request asks for.
+
+    Attributes:
+        rows: those that are left.
+        excluded: how many are left out, since a file has their content.
+        skipped: those that cannot be used.
+    """
+
+    rows: list[Row]
+    excluded: int
+    skipped: list[Skipped]
 
 
-def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
-    """Return a row whose columns have the usual names; those that it lacks are left out.
-
-    Args:
-        content: the row's columns; anything else is returned as it is.
-        where: its name in messages.
-        columns: names that the data have, by the usual ones.
+def asked_rows(request: RowsRequest, loss: Loss, kept: Iterable[Path] = ()) -> AskedRows:
+    """Read the rows of a request, without those that it excludes or that are ``kept`` in files of an emulator.
 
     Raises:
-        EmlocError: it has neither a column of its own name nor one of the usual name.
+        EmlocError: they cannot be read.
     """
-    if not columns or not isinstance(content, Mapping):
-        return content
-    found = {name: value for name, value in content.items() if name not in columns.values()}
-    found |= {name: content[own] for name, own in columns.items() if own in content}
-    if not columns.keys() & found.keys():
-        raise EmlocError(
-            f"{where}: has none of the columns {', '.join(columns.values())}, but {', '.join(map(str, content))}.",
-            "Correct --columns.",
-        )
-    return found
+    skipped: list[Skipped] = []
+    given = skipped if request.skip_bad_rows else None
+    rows = load_rows(request.data, request.split, loss, request.columns, given)
+    left = without(rows, [*kept, *request.exclude], request.split, request.columns)
+    return AskedRows(left, len(rows) - len(left), skipped)
 
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:

@@ -3,7 +3,8 @@
 :mod:`emloc_core.data.rows` parses them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +21,24 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _PATIENCE = 10.0  # seconds to wait for the hub
 
 
-def read_source(source: str, split: str) -> Iterator[Numbered]:
-    """Yield the rows of a source with their numbers, or why one cannot be read.
+def reader_of(source: str) -> Callable[[str], Iterator[Numbered]]:
+    """Return what yields the rows of a source with their numbers, or why one cannot be read, given a dataset's split.
 
     Args:
-        source: path of a file or a directory, or id of a hub dataset.
-        split: of a dataset.
+        source: path of a file or a directory, or id of a hub dataset. Nothing of it is read yet.
 
     Raises:
-        EmlocError: it is not there, or cannot be read.
+        EmlocError: it is an empty file, or neither a file nor a saved dataset, and cannot be the id of a hub dataset.
     """
-    require_source(source)
     path = Path(source)
     if path.is_file():
-        return read_file(path)
+        if not path.stat().st_size:
+            raise no_rows(source)
+        return lambda _: read_file(path)
     if _is_saved(path):
-        return _read_saved(path, split)
+        return partial(_read_saved, path)
     if is_folder(path):
-        return _read_folder(path)
-    return enumerate(_read_hub(source, split), start=1)
-
-
-def require_source(source: str) -> None:
-    """Refuse an empty file, and what is neither a file nor a saved dataset, and cannot be the id of a hub dataset.
-
-    Raises:
-        EmlocError: as above.
-    """
-    path = Path(source)
-    if path.is_file() and not path.stat().st_size:
-        raise no_rows(source)
-    if path.is_file() or _is_saved(path) or is_folder(path):
-        return
+        return lambda _: _read_folder(path)
     if path.is_dir():
         raise EmlocError(
             f"{source} is a directory.",
@@ -64,6 +51,7 @@ def require_source(source: str) -> None:
         raise EmlocError(
             f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
         )
+    return partial(_read_hub, source)
 
 
 def no_rows(source: str) -> EmlocError:
@@ -125,7 +113,7 @@ def _read_saved(path: Path, split: str) -> Iterator[Numbered]:
     yield from enumerate(_undecoded(found), start=1)
 
 
-def _read_hub(source: str, split: str) -> Iterator[Any]:
+def _read_hub(source: str, split: str) -> Iterator[Numbered]:
     """Yield the rows of a split of a dataset of the hub, downloaded unless it is cached."""
     from datasets import load_dataset
     from huggingface_hub import is_offline_mode
@@ -146,7 +134,7 @@ def _read_hub(source: str, split: str) -> Iterator[Any]:
             "Check the path, or the dataset's id and --split.",
             code="missing",
         ) from error
-    yield from _undecoded(found)
+    yield from enumerate(_undecoded(found), start=1)
 
 
 def _require_answer(source: str) -> None:

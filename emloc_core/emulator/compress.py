@@ -10,17 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emloc_core.data.rows import (
-    CALIBRATION,
-    SELECTION,
-    SKIPPED,
-    Skipped,
-    load_rows,
-    told,
-    without,
-    write_rows,
-    write_skipped,
-)
+from emloc_core.data.rows import CALIBRATION, SELECTION, SKIPPED, asked_rows, told, write_rows, write_skipped
 from emloc_core.data.sets import draw
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
@@ -58,19 +48,15 @@ class Compress(Job):
     def __init__(self, request: CompressRequest) -> None:
         self.request = request
         self.base = open_original(request.model, request.device)
-        self.skipped: list[Skipped] = []
-        skipped = self.skipped if request.skip_bad_rows else None
-        rows = load_rows(request.data, request.split, request.settings.loss, request.columns, skipped)
-        rows = without(rows, request.exclude, request.split, request.columns)
+        rows, _, self.skipped = asked_rows(request, request.settings.loss)
         asked = request.settings.for_tuning(request.tuning).settled()
         format = format_named(asked.kind)
         format.check(asked)
-        model, family = self.base.skeleton.model, self.base.family
-        distinct = len({row.key for row in rows})
-        self.method = method_of(asked, format, find_linears(model, family, format), model, rows=distinct)
+        model = self.base.skeleton.model
+        linears = find_linears(model, self.base.family, format)
+        self.method = method_of(asked, format, linears, model, rows=len({row.key for row in rows}))
         self.format, self.settings = self.method.format, self.method.settings
         self._keeps_fewer = self.settings.selection < asked.selection
-        self.coverage: Coverage = coverage(model, family, self.method.linears)
         self.plan: RankPlan = self.method.plan()
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if self.settings.calibration == "none" else self.settings.samples
@@ -86,6 +72,11 @@ class Compress(Job):
         """
         self.base.samples(self.rows.selection, self.settings.max_length, "selection")
         return self.base.samples(self.rows.calibration, self.settings.max_length)
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What the emulator replaces of the model."""
+        return coverage(self.base.skeleton.model, self.base.family, self.method.linears)
 
     @cached_property
     def output(self) -> Output:

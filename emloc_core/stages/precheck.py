@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.mixture import weights
-from emloc_core.data.sources import require_source
+from emloc_core.data.sources import reader_of
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
 from emloc_core.files.manifest import read_manifest
@@ -98,4 +98,4 @@ def check_rows(data: Any) -> None:
     sources: Iterable[Any] = weights(data) or [data]
     for source in sources:
         if isinstance(source, str | Path):
-            require_source(str(source))
+            reader_of(str(source))  # which reads nothing yet

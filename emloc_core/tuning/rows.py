@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emloc_core.data.row import Row
-from emloc_core.data.rows import CALIBRATION, SELECTION, Skipped, load_rows, without
+from emloc_core.data.rows import CALIBRATION, SELECTION, Skipped, asked_rows, load_rows, without
 from emloc_core.data.sets import share_of
 from emloc_core.errors import EmlocError
 from emloc_core.model.opened import OpenModel
@@ -45,18 +45,15 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
     Raises:
         EmlocError: rows cannot be read, the model cannot learn from them, or none is left.
     """
-    skipped: list[Skipped] = []
-    data, skip = request.data, skipped if request.skip_bad_rows else None
-    rows = load_rows(data, request.split, settings.loss, request.columns, skip)
+    places = [model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
+    kept = [path for path in places if path.is_file() and model.objective.keeps_rows]
+    rows, excluded, skipped = asked_rows(request, settings.loss, kept)
     model.objective.require_rows(rows, model.family)
     if settings.learns_preferences:
         _require_preferences(rows, settings)
         if request.evaluation != EvalRows():
             raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
-    places = [model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
-    kept = [path for path in places if path.is_file() and model.objective.keeps_rows]
-    left = without(rows, [*kept, *request.exclude], request.split, request.columns)
-    train, evaluated = divide(left, request, settings, kept)
+    train, evaluated = divide(rows, request, settings, kept)
     model.objective.require_rows(evaluated, model.family)
     if not evaluated and settings.patience is not None:
         raise EmlocError(
@@ -64,11 +61,11 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
             "Give --eval-data or --eval-split, or leave it out.",
         )
     if not train:
-        source = data if isinstance(data, str) else "the data"
-        why = f"all {len(rows)} are calibration, selection or excluded rows"
-        why = f"all {len(left)} that are left are evaluated" if left else why
+        source = request.data if isinstance(request.data, str) else "the data"
+        why = f"all {excluded} are calibration, selection or excluded rows"
+        why = f"all {len(rows)} that are left are evaluated" if rows else why
         raise EmlocError(f"No row of {source} is left to train on: {why}.", "Give more rows.")
-    return TuningRows(train, evaluated, len(rows) - len(left), skipped)
+    return TuningRows(train, evaluated, excluded, skipped)
 
 
 def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:
