@@ -20,7 +20,8 @@ from emloc_core.files.header import TensorInfo
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import ShardWriter
-from emloc_core.model.opened import OpenModel
+from emloc_core.model.opened import open_model
+from emloc_core.plugins.manager import plugin_manager
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 #: Llama-3.2-1B and Llama-3.1-8B: `num_hidden_layers` is for the caller to say.
@@ -84,7 +85,7 @@ def _values(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[byte
 
 def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoint:
     """Write the factors that an emulator of ``base`` would have, with random values."""
-    model = OpenModel(base)
+    model = open_model(str(base.directory), "cpu")
     plan = allocated(find_linears(model.skeleton.model, model.family), ratio)
     tensors: dict[str, tuple[int, ...]] = {}
     for linear in plan.linears:
@@ -107,7 +108,7 @@ def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoin
 def write_lora(directory: Path, base: Checkpoint, trained_on: Path, rank: int) -> Path:
     """Write a LoRA on every Linear of the blocks, as PEFT saves it, with random values."""
     directory.mkdir()
-    family = OpenModel(base).family
+    family = plugin_manager().family_for(base.config)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=family.lora_targets(), task_type="CAUSAL_LM")
     config.base_model_name_or_path = str(trained_on.absolute())
     config.save_pretrained(directory)

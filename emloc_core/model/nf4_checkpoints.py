@@ -45,15 +45,15 @@ def packed_linears(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
     return [path for path in linears if should_convert_module(path, skipped)]
 
 
-def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Replace the Linears of :func:`packed_linears` by empty layers, in a model that is changed."""
+def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> list[Any]:
+    """Replace the Linears of :func:`packed_linears` by empty layers, in a model that is changed.
+
+    Returns:
+        What makes the parameters of these layers of the tensors of the checkpoint, for transformers' loader.
+    """
     for path in packed_linears(model, settings):
         replace_linear(model, path, nf4.FourBitLinear)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers marks it: TRL asks for it
-
-
-def conversions() -> list[Any]:
-    """Return what makes the parameters of these layers from the tensors of the checkpoint, for transformers' loader."""
     return [
         WeightRenaming("weight.absmax", "weight_scales"),
         WeightConverter([_RANGES, _STATE], "weight_ranges", operations=[_Ranges()]),

@@ -1,6 +1,7 @@
 """A model that a job works with: opened once, and handed on to whatever needs some of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,32 +15,30 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton, build_model
-from emloc_core.objective import Purpose, Sample
+from emloc_core.objective import Objective, Purpose, Sample
 from emloc_core.plugins.manager import plugin_manager
 
+_CPU = torch.device("cpu")
 
+
+@dataclass(frozen=True, eq=False)
 class OpenModel:
     """A checkpoint, its family, and a device; everything else is read when it is first asked for.
 
-    Args:
+    Attributes:
         checkpoint: an ordinary model, or an emulator.
-        family: its declaration; by default that of the plugin that declares its model type.
-        device: device of weights and activations.
-
-    Raises:
-        EmlocError: no family declares the model.
+        family: its declaration.
+        device: of weights and activations.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, family: Family | None = None, device: torch.device | str = "cpu"
-    ) -> None:
-        self.checkpoint, self.device = checkpoint, torch.device(device)
-        self.family: Family = family or plugin_manager().family_for(checkpoint.config)
-        self.objective = plugin_manager().objective_of(self.family)
+    checkpoint: Checkpoint
+    family: Family
+    device: torch.device = _CPU
 
-    def on(self, device: torch.device) -> "OpenModel":
-        """Return the same model, opened again for another device."""
-        return OpenModel(self.checkpoint, self.family, device)
+    @property
+    def objective(self) -> Objective:
+        """What it learns."""
+        return self.checkpoint.objective
 
     @cached_property
     def config(self) -> Any:
@@ -85,7 +84,8 @@ def open_model(name: str, device: str = "auto") -> OpenModel:
     Raises:
         EmlocError: there is no such model or device, or no family declares it.
     """
-    return OpenModel(open_checkpoint(name), device=choose_device(device))
+    checkpoint = open_checkpoint(name)
+    return OpenModel(checkpoint, plugin_manager().family_for(checkpoint.config), choose_device(device))
 
 
 def open_original(name: str, device: str = "cpu", option: str = "") -> OpenModel:
@@ -100,4 +100,4 @@ def open_original(name: str, device: str = "cpu", option: str = "") -> OpenModel
     """
     checkpoint = open_checkpoint(name)
     checkpoint.require_unquantised(option)
-    return OpenModel(checkpoint, device=choose_device(device))
+    return OpenModel(checkpoint, plugin_manager().family_for(checkpoint.config), choose_device(device))

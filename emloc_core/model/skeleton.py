@@ -22,6 +22,7 @@ from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import BITSANDBYTES, MXFP4, Checkpoint
+from emloc_core.files.header import TensorInfo
 from emloc_core.files.shards import DTYPES
 from emloc_core.model import mxfp4_checkpoints, nf4_checkpoints
 from emloc_core.model.absent import Absent
@@ -33,6 +34,20 @@ from emloc_core.standins.transposed import TransposedLinear, as_linears
 
 #: Bytes of a tensor that is never given memory as a model is built: a stack of experts, of which some have 15 GB.
 _LARGE = 1 << 30
+
+
+def _emulated(model: PreTrainedModel, quantisation: Mapping[str, Any]) -> list[Any]:
+    EmlocConfig(**quantisation).replace(model)
+    return []
+
+
+#: How checkpoints are packed -> what puts their layers into a model, in place of ordinary ones, and returns what makes
+#: the parameters of these of the checkpoint's tensors, for transformers' loader.
+_PACKED: dict[Any, Callable[[PreTrainedModel, Mapping[str, Any]], list[Any]]] = {
+    METHOD: _emulated,
+    BITSANDBYTES: nf4_checkpoints.replace_quantised,
+    MXFP4: lambda *_: mxfp4_checkpoints.conversions(),
+}
 
 
 class Skeleton:
@@ -52,20 +67,14 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Any, device: torch.device) -> None:
         self.checkpoint, self.family, self.device, self._config = checkpoint, family, device, config
-        self.dtype = config.dtype or most_common_dtype(checkpoint)
+        self.dtype = config.dtype or most_common_dtype(checkpoint.tensors.values())
         self.model = build_model(config, family, self.dtype)
         quantisation = checkpoint.config.get("quantization_config") or {}
-        method, conversions = quantisation.get("quant_method"), []
-        self._in_mxfp4 = method == MXFP4
-        if method == METHOD:
-            EmlocConfig(**quantisation).replace(self.model)
-        elif method == BITSANDBYTES:
-            nf4_checkpoints.replace_quantised(self.model, quantisation)
-            conversions = nf4_checkpoints.conversions()
-        elif self._in_mxfp4:
-            conversions = mxfp4_checkpoints.conversions()
-        else:
+        method = str(quantisation.get("quant_method"))
+        if method not in _PACKED:
             checkpoint.require_unquantised()
+        self._in_mxfp4 = method == MXFP4
+        conversions = _PACKED[method](self.model, quantisation) if quantisation else []
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         absents: dict[nn.Parameter, Absent] = {}
         for module in self.model.modules():
@@ -127,7 +136,7 @@ class Skeleton:
     def shape_of(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor of the checkpoint; that of a Linear's weight is (out_features, in_features)."""
         shape = self.checkpoint.tensors[key].shape
-        return shape[::-1] if self.is_transposed(key) else shape
+        return shape[::-1] if key in self._transposed else shape
 
     def is_transposed(self, key: str) -> bool:
         """Return whether a tensor of the checkpoint is the weight of a Linear, transposed."""
@@ -193,7 +202,7 @@ class Skeleton:
         if not keys:
             return
         with self.checkpoint.slices(keys) as slices:
-            tensors = {key: found[...].T if self.is_transposed(key) else found for key, found in slices.items()}
+            tensors = {key: found[...].T if key in self._transposed else found for key, found in slices.items()}
             problems, mismatched = self._loader.load(tensors, self.dtype, self.device)
         for name, reason in problems.items():
             raise EmlocError(
@@ -281,10 +290,10 @@ class _LargeOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype of most of a checkpoint's bytes."""
+def most_common_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """Return the dtype of most bytes of the tensors of a checkpoint."""
     sizes: dict[torch.dtype, int] = defaultdict(int)
-    for tensor in checkpoint.tensors.values():
+    for tensor in tensors:
         if DTYPES[tensor.dtype].is_floating_point:
             sizes[DTYPES[tensor.dtype]] += tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

@@ -8,6 +8,7 @@ Several processes get the same batch, and divide its micro-batches.
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,7 @@ class ExactTrain(Train):
             return super()._train(config, output, state)
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss:
-        return BaseLoss(self.model.on(config.device), self.eval_rows, self.settings.max_length)
+        return BaseLoss(replace(self.model, device=config.device), self.eval_rows, self.settings.max_length)
 
     def _need(self) -> dict[str, int]:
         """Return what the longest step needs; see :func:`step_need`."""

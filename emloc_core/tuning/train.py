@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ class Train(Job):
         """Return what evaluates a base, streamed; None if only the model itself is evaluated."""
         if self.base is None:
             return None
-        return BaseLoss(self.base.on(config.device), self.eval_rows, self.settings.max_length)
+        return BaseLoss(replace(self.base, device=config.device), self.eval_rows, self.settings.max_length)
 
     def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
         require_room(self.model.checkpoint.nbytes, config.device)

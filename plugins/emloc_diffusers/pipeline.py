@@ -117,7 +117,8 @@ class Parts:
         Raises:
             EmlocError: it is another one, or a part cannot be loaded.
         """
-        dtype = read_config(transformer.directory / "config.json").dtype or most_common_dtype(transformer)
+        said = read_config(transformer.directory / "config.json").dtype
+        dtype = said or most_common_dtype(transformer.tensors.values())
         model = load_part("diffusers", self.index["transformer"][1], transformer.directory, dtype)
         others = [name for name in self.index if self.has(name) and name != "transformer"]
         pipe = self._made(classes, others, transformer=model)

@@ -176,4 +176,4 @@ def dtype_beside(config_file: Path) -> str:
         return "bfloat16"
     from emloc_core.model.skeleton import most_common_dtype
 
-    return str(most_common_dtype(Checkpoint(place))).removeprefix("torch.")
+    return str(most_common_dtype(Checkpoint(place).tensors.values())).removeprefix("torch.")

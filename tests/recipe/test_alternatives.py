@@ -169,7 +169,7 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     # The losses are those of the base with what was written.
     base = Checkpoint(Path(recipe.model.base))
     family = plugin_manager().family_for(base.config)
-    skeleton = OpenModel(base, family, "cpu").skeleton
+    skeleton = OpenModel(base, family).skeleton
     rows = load_rows(str(run / "emulator" / SELECTION))
     limits = Limits.of(skeleton.model.config)
     samples = encode(rows, load_processing(base.directory, family, rows), None, limits, skeleton.dtype)
