@@ -80,11 +80,11 @@ class Adapter:
             raise EmlocError(
                 f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.", REMEDY, code="unsupported"
             )
+        #: Path or hub id of the model that its config names: the one it was trained on, or corrected for.
+        self.model_name = str(self.config.get("base_model_name_or_path"))
         self.manifest = read_manifest(self.directory) or {}
-        if self.manifest:
-            self._check_manifest()
-
-    def _check_manifest(self) -> None:
+        if not self.manifest:
+            return
         kind = manifest_value(self.manifest, self.directory, "kind", str)
         if kind not in _MADE_FOR:
             raise EmlocError(f"{self.directory} holds {kind!r}, not an adapter.", "Give the directory of an adapter.")
@@ -102,11 +102,6 @@ class Adapter:
         """The directory of the model that its config names, if it exists. A corrected adapter names its base."""
         directory = Path(self.model_name)
         return directory if (directory / "config.json").is_file() else None
-
-    @property
-    def model_name(self) -> str:
-        """Path or hub id of the model that its config names: the one it was trained on, or corrected for."""
-        return str(self.config.get("base_model_name_or_path"))
 
     @property
     def base_name(self) -> str:
