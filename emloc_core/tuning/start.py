@@ -106,11 +106,11 @@ class GivenLora:
 
     def __init__(self, request: PolishRequest) -> None:
         self._opened = Adapter(request.adapter)
+        if self._opened.replaced:
+            raise loras_alone(", ".join(self._opened.replaced))
         self.model = open_model(request.base or self._opened.base_name, "cpu")
         if not is_in_four_bits(self.model.checkpoint.config):
             self.model.checkpoint.require_unquantised("--base")
-        if self._opened.replaced:
-            raise loras_alone(", ".join(self._opened.replaced))
         self.adapter: Path = self._opened.directory
         self.tuned_at = tuned_at(self.adapter)
         self.settings: StepSettings = request.settings
