@@ -69,17 +69,16 @@ def load_rows(
         source = source[split]  # a DatasetDict
     elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
         raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
-    how = (columns, skipped)
     if isinstance(source, str | Path):
         name, place = str(source), Path(source)
         directory = place.parent if place.is_file() else place if is_folder(place) else Path()
         # An emulator may come from someone else: it may only refer to its own images.
-        rows = parse_rows(reader_of(name)(split), name, *how, directory, confined=_is_kept(place))
+        rows = parse_rows(reader_of(name)(split), name, columns, skipped, directory, confined=_is_kept(place))
     elif (mixture := weights(source)) is not None:
-        name, parts = "", ((each, load_rows(each, split, loss, *how)) for each in mixture)
+        name, parts = "", ((each, load_rows(each, split, loss, columns, skipped)) for each in mixture)
         rows = (replace(row, source=each) for each, of in parts for row in weighted(of, mixture[each]))
     else:
-        name, rows = "the rows", parse_rows(enumerate(source, start=1), "the rows", *how)
+        name, rows = "the rows", parse_rows(enumerate(source, start=1), "the rows", columns, skipped)
     return _of_one_form(name, [row if loss == "last" else replace(row, loss=loss) for row in rows])
 
 

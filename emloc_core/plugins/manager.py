@@ -184,7 +184,8 @@ class PluginManager(pluggy.PluginManager):
             family = self._observed(config) if observe and not is_on(STRICT) else None
         if family is None:
             raise EmlocError(
-                f"No installed family declares the model type {model_type!r}{where}. {_known(self._families)}.",
+                f"No installed family declares the model type {model_type!r}{where}. "
+                f"{_known(self._families.values())}.",
                 "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the "
                 "declaration, `emloc families new NAME` writes the package around it (docs/plugins.md).",
                 code="unsupported",
@@ -224,7 +225,7 @@ class PluginManager(pluggy.PluginManager):
                 "Use it with the other commands directly.",
             )
         raise EmlocError(
-            f"No installed plugin imports checkpoints of model type {model_type!r}. {_known(self._layouts)}.",
+            f"No installed plugin imports checkpoints of model type {model_type!r}. {_known(self._layouts.values())}.",
             "Install a plugin that declares the layout (the hook emloc_layouts).",
             code="unsupported",
         )
@@ -347,9 +348,9 @@ def _of_type(declared: Iterable[Declared], model_type: Any) -> Declared | None:
     return next((each for each in declared if model_type in each.model_types), None)
 
 
-def _known(declared: Mapping[str, Family | Layout]) -> str:
+def _known(declared: Iterable[Family | Layout]) -> str:
     """Return a list of what is declared, with its model types."""
-    found = (f"{name} ({', '.join(sorted(each.model_types))})" for name, each in sorted(declared.items()))
+    found = sorted(f"{each.name} ({', '.join(sorted(each.model_types))})" for each in declared)
     return f"Known: {'; '.join(found) or 'none'}"
 
 
