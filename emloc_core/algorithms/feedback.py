@@ -2,8 +2,10 @@
 
 As in GPTQ (Frantar et al., 2022, arXiv 2210.17323): the loss that counts is that of the outputs, ``||(M - Q) X||``, so
 the error of a column is spread over those not rounded yet, in proportion to how their inputs go along with its own.
-Columns with the largest inputs come first, while the most others are left. Then passes of coordinate descent round
-every number again, as is best while all others stay (QuantEase: Behdin et al., 2023, arXiv 2309.01885).
+Those proportions are the factor U of the Gram, ``G = U D U^T``, which takes no inverse (QuIP: Chee et al., 2023, arXiv
+2307.13304, theorem 6). Columns with the largest inputs come first, while the most others are left. Then passes of
+coordinate descent round every number again, as is best while all others stay (QuantEase: Behdin et al., 2023, arXiv
+2309.01885).
 
 Rows are rounded independently, so matrices that share their inputs can be rounded as one, stacked; and a tall one, some
 rows at a time, so that less is held beside it.
@@ -18,14 +20,14 @@ from typing import TypeGuard
 import torch
 
 from emloc_core.algorithms.grid import Grid
-from emloc_core.algorithms.statistics import Gram
+from emloc_core.algorithms.statistics import Gram, blocks
 
 #: Added to the diagonal, as a fraction of its mean: directions that no calibration row has count a little.
 DAMPING = 0.01
-_LEAST = 1e-12  # where all inputs are 0: what it takes to invert the Gram in fp32
+_LEAST = 1e-12  # where all inputs are 0: what it takes to factorise the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
-_COLUMNS = 64  # whose errors are passed on together
+_COLUMNS = 64  # whose changes are passed on together
 _PASSED = 256  # columns that they are passed on to at a time
 #: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
 #: other processes use too, 1536 rows took ten times as long with two threads as with one.
@@ -80,16 +82,23 @@ class Damped:
         return self.diagonal.argsort(descending=True)
 
     @cached_property
-    def inverse_factor(self) -> torch.Tensor:
-        """The upper Cholesky factor of the inverse, (n, n), of the Gram whose columns are in this order.
-
-        Each step overwrites the one before: of the widest Linears of a 38B, such a matrix has 3 GB.
-        """
+    def factor(self) -> torch.Tensor:
+        """U, (n, n), of the Gram with its columns in this order, ``U D U^T``; below its diagonal is anything."""
         with self.matrix() as gram:
-            found = gram[self.order[:, None], self.order].mT  # LAPACK writes columns
-        torch.linalg.cholesky(found, out=found)
-        torch.cholesky_inverse(found, out=found)
-        return torch.linalg.cholesky(found, upper=True, out=found)
+            found = gram[self.order[:, None], self.order]
+        return _factorised(found)
+
+
+def _factorised(gram: torch.Tensor) -> torch.Tensor:
+    """Turn a Gram, (n, n), into U, ``U D U^T``, in its place: by blocks of columns, the last first."""
+    for block in reversed(blocks(len(gram))):
+        panel, later = gram[: block.stop, block], gram[: block.stop, block.stop :]
+        panel.addmm_(later, later[block].T, alpha=-1)
+        corner = torch.linalg.cholesky(panel[block].flip(0, 1)).flip(0, 1)
+        panel[block] = corner
+        above = panel[: block.start]
+        above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
+    return gram.div_(gram.diagonal().clone())
 
 
 @contextmanager
@@ -122,37 +131,35 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
     """
     # Transposed, so that a column is one stretch of memory.
     work = matrix.T[gram.order]
-    spread = gram.inverse_factor
     for start in range(0, len(work), _COLUMNS):
         stop = min(start + _COLUMNS, len(work))
-        block = work[start:stop]
-        errors = torch.empty_like(block)
-        _round_block(block, errors, spread[start:stop, start:stop].contiguous(), gram.order[start:stop], nearest)
-        _pass_on(work[stop:], spread[start:stop, stop:].T, errors)
+        places, rows = gram.order[start:stop], gram.factor[start:stop]
+        changes = matrix.T[places]
+        _round_block(work[start:stop], changes, rows[:, start:stop].contiguous(), places, nearest)
+        _pass_on(work[stop:], rows[:, stop:].T, changes)
     found = torch.empty_like(work)
     found[gram.order] = work
     return found.T
 
 
 def _round_block(
-    block: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, nearest: Nearest
+    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, nearest: Nearest
 ) -> None:
     """Round columns in place; see :func:`emloc_core.algorithms.kernels.round_block`, which does this on a GPU."""
     if by_kernels(nearest, block):
         from emloc_core.algorithms.kernels import round_block
 
-        round_block(block, errors, factor, places, nearest)
+        round_block(block, changes, factor, places, nearest)
         return
-    diagonal = factor.diagonal().tolist()
-    steps = zip(block.unbind(), errors.unbind(), factor.unbind(), diagonal, places.tolist(), strict=True)
+    steps = zip(block.unbind(), changes.unbind(), factor.unbind(), places.tolist(), strict=True)
     columns = len(block)  # asked once: a tensor's length is a function in Python
     with threads_for(block.shape[1]):
-        for index, (numbers, error, row, pivot, place) in enumerate(steps, start=1):
+        for index, (numbers, change, row, place) in enumerate(steps, start=1):
             values = nearest(numbers, place)
-            torch.sub(numbers, values, out=error).div_(pivot)
+            torch.sub(values, change, out=change)
             numbers.copy_(values)
             if index < columns:
-                block[index:].addr_(row[index:], error, alpha=-1)
+                block[index:].addr_(row[index:], change, alpha=-1)
 
 
 def descent(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped) -> torch.Tensor:
@@ -213,10 +220,10 @@ def _descend_block(
                 slopes[index:].addr_(row[index:], change, alpha=-1)
 
 
-def _pass_on(numbers: torch.Tensor, weights: torch.Tensor, errors: torch.Tensor) -> None:
-    """Subtract ``weights @ errors``, some rows at a time: oneDNN compiles a kernel for every shape, and keeps it."""
+def _pass_on(numbers: torch.Tensor, weights: torch.Tensor, changes: torch.Tensor) -> None:
+    """Subtract ``weights @ changes``, some rows at a time: oneDNN compiles a kernel for every shape, and keeps it."""
     for part, of in zip(numbers.split(_PASSED), weights.split(_PASSED), strict=True):
-        part.addmm_(of, errors, alpha=-1)
+        part.addmm_(of, changes, alpha=-1)
 
 
 def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:

@@ -15,17 +15,17 @@ _ROWS = 32
 
 
 def round_block(
-    block: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, grid: Grid
+    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, grid: Grid
 ) -> None:
-    """Round a block of columns, each after the errors of those before it are passed on.
+    """Round a block of columns, each after the changes of those before it are passed on.
 
     Args:
-        block: numbers, transposed, (k, m), fp32; becomes what they are rounded to.
-        errors: (k, m); becomes the errors, each by its pivot.
-        factor: of the inverse of the Gram, (k, k), upper triangular, contiguous.
+        block: numbers, transposed, (k, m), fp32, with what was passed on to them; becomes what they are rounded to.
+        changes: the numbers as they were, (k, m); becomes by how much they were changed.
+        factor: of the Gram, (k, k), of which what is above the diagonal counts, contiguous.
         places: of the columns in the matrix, (k,), int64.
     """
-    _launch(_round, (block, errors), factor, places, grid)
+    _launch(_round, (block, changes), factor, places, grid)
 
 
 def descend_block(
@@ -71,7 +71,7 @@ def _nearest(numbers, place, row, inside, levels, middles, scales, kept, origina
 
 @triton.jit
 def _round(
-    block, errors, factor, places, levels, middles, scales, kept, originals, m, k, width,
+    block, changes, factor, places, levels, middles, scales, kept, originals, m, k, width,
     LEVELS: tl.constexpr, KEPT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -85,10 +85,10 @@ def _round(
         number = tl.sum(tl.where(chosen, numbers, 0), 0)
         place = tl.load(places + index)
         value = _nearest(number, place, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT)
-        error = (number - value) / tl.load(factor + index * k + index)
-        tl.store(errors + index * m + row, error, mask=inside)
+        change = value - tl.load(changes + index * m + row, mask=inside, other=0)
+        tl.store(changes + index * m + row, change, mask=inside)
         later = tl.load(factor + index * k + column, mask=(column > index) & (column < k), other=0)
-        numbers = tl.where(chosen, value[None, :], numbers - later[:, None] * error[None, :])
+        numbers = tl.where(chosen, value[None, :], numbers - later[:, None] * change[None, :])
     tl.store(block + at, numbers, mask=there)
 
 

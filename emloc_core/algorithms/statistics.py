@@ -199,7 +199,7 @@ class Gram:
 
 def _rounded(rest: torch.Tensor, heavy: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Write ``rest + heavy^T heavy``, computed in fp64, to a matrix in fp32, which may be ``rest``; return that."""
-    for rows in _blocks(len(rest)):
+    for rows in blocks(len(rest)):
         found[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy)
     return found
 
@@ -230,16 +230,17 @@ def symmetric_product(rows: torch.Tensor) -> torch.Tensor:
 @by_onednn()
 def _add_product(total: torch.Tensor, rows: torch.Tensor) -> None:
     """Add ``rows^T rows`` to the blocks on and above the diagonal."""
-    for block in _blocks(len(total)):
+    for block in blocks(len(total)):
         total[block, block.start :].addmm_(rows[:, block].T, rows[:, block.start :])
 
 
 def _mirrored(total: torch.Tensor) -> torch.Tensor:
     """Copy what is above the diagonal's blocks below them, in place."""
-    for block in _blocks(len(total)):
+    for block in blocks(len(total)):
         total[block.stop :, block] = total[block, block.stop :].T
     return total
 
 
-def _blocks(size: int) -> list[slice]:
+def blocks(size: int) -> list[slice]:
+    """Return slices that cover so many columns."""
     return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]

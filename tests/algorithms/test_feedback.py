@@ -78,6 +78,20 @@ def test_descent_finds_the_best_of_all_choices_where_there_are_few():
     assert float((reached - best).sum()) < 0.1 * float((rounded - best).sum())
 
 
+@pytest.mark.parametrize("n", [1, 64, 700])
+def test_the_factor_of_a_gram_gives_it_again(n):
+    gram = Damped(inputs_gram(n, rows=2 * n))
+    factor = gram.factor.triu().double()
+    assert torch.allclose(factor.diagonal(), torch.ones(n).double())
+    with gram.matrix() as whole:
+        ordered = whole[gram.order][:, gram.order].double()
+    left = torch.linalg.solve_triangular(factor, ordered, upper=True)
+    middle = torch.linalg.solve_triangular(factor.T, left, upper=False, left=False)  # U^-1 G U^-T is diagonal
+    scale = middle.diagonal().rsqrt()
+    apart = scale[:, None] * middle * scale - torch.eye(n)
+    assert float(apart.norm()) < 1e-3 * n**0.5
+
+
 def test_columns_with_the_largest_inputs_come_first():
     seen = []
 
@@ -153,7 +167,7 @@ def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
     gram.add(draw(200, 90))
     first, before = damped(gram), gram.matrix.clone()
     assert damped(gram) is first
-    assert torch.equal(first.inverse_factor, Damped(before.clone()).inverse_factor)
+    assert torch.equal(first.factor, Damped(before.clone()).factor)
     with_feedback(draw(3, 90), first, to_integers)
     descended(draw(3, 90).round(), draw(3, 90), first, to_integers)
     assert torch.equal(gram.matrix, before)  # it lends its diagonal, and no more
