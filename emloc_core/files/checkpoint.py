@@ -90,24 +90,20 @@ class Checkpoint:
     @cached_property
     def shards(self) -> list[Path]:
         """The safetensors files, sorted by name."""
-        index = self.directory / self.index
-        if not index.is_file():
-            single = self.directory / self.single
-            if single.is_file():
-                return [single]
-            raise EmlocError(
-                f"{self.directory} has neither {self.single} nor {self.index}.",
-                "Only safetensors checkpoints are supported; convert pickled weights with save_pretrained first.",
-                code="missing",
-            )
-        return [self.directory / name for name in sorted(set(self._weight_map.values()))]
+        return [self.directory / name for name in sorted(set(self._weight_map.values())) or [self.single]]
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """The index: key of a tensor -> name of its shard. Empty for a single file, which has no index."""
         index = self.directory / self.index
         if not index.is_file():
-            return {}
+            if (self.directory / self.single).is_file():
+                return {}
+            raise EmlocError(
+                f"{self.directory} has neither {self.single} nor {self.index}.",
+                "Only safetensors checkpoints are supported; convert pickled weights with save_pretrained first.",
+                code="missing",
+            )
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise EmlocError(f"{index} has no weight_map.", "Download or copy the file again.", code="damaged")

@@ -87,7 +87,7 @@ class Known:
         settings = self.config.get("quantization_config")
         if not settings:
             return []
-        from emloc_core.model.nf4_checkpoints import packed_linears
+        from emloc_core.model.packed_checkpoints import packed_linears
 
         return packed_linears(self.outline, settings)
 

@@ -21,33 +21,18 @@ from transformers import PreTrainedModel
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import BITSANDBYTES, MXFP4, Checkpoint
+from emloc_core.files.checkpoint import MXFP4, Checkpoint
 from emloc_core.files.header import TensorInfo
 from emloc_core.files.shards import DTYPES
-from emloc_core.model import mxfp4_checkpoints, nf4_checkpoints
 from emloc_core.model.absent import Absent
 from emloc_core.model.blocks import block_paths
+from emloc_core.model.packed_checkpoints import PACKED
 from emloc_core.model.readahead import ReadAhead
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.standins.quantizer import METHOD, EmlocConfig
 from emloc_core.standins.transposed import TransposedLinear, as_linears
 
 #: Bytes of a tensor that is never given memory as a model is built: a stack of experts, of which some have 15 GB.
 _LARGE = 1 << 30
-
-
-def _emulated(model: PreTrainedModel, quantisation: Mapping[str, Any]) -> list[Any]:
-    EmlocConfig(**quantisation).replace(model)
-    return []
-
-
-#: How checkpoints are packed -> what puts their layers into a model, in place of ordinary ones, and returns what makes
-#: the parameters of these of the checkpoint's tensors, for transformers' loader.
-_PACKED: dict[Any, Callable[[PreTrainedModel, Mapping[str, Any]], list[Any]]] = {
-    METHOD: _emulated,
-    BITSANDBYTES: nf4_checkpoints.replace_quantised,
-    MXFP4: lambda *_: mxfp4_checkpoints.conversions(),
-}
 
 
 class Skeleton:
@@ -71,10 +56,10 @@ class Skeleton:
         self.model = build_model(config, family, self.dtype)
         quantisation = checkpoint.config.get("quantization_config") or {}
         method = str(quantisation.get("quant_method"))
-        if method not in _PACKED:
+        if method not in PACKED:
             checkpoint.require_unquantised()
         self._in_mxfp4 = method == MXFP4
-        conversions = _PACKED[method](self.model, quantisation) if quantisation else []
+        conversions = PACKED[method](self.model, quantisation) if quantisation else []
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         absents: dict[nn.Parameter, Absent] = {}
         for module in self.model.modules():
