@@ -1,6 +1,7 @@
 """The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too."""
 
 import errno
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="BaseModel")
 
+#: What torch prints of a module after its class, over several lines.
+_REPR = re.compile(r"\(\n(?: .*\n)+\)")
 #: Error codes, for programs, with their meanings.
 CODES = {
     "invalid": "a file, row, setting or argument is wrong",
@@ -85,8 +88,8 @@ def class_names(error: BaseException) -> set[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an exception's message, or its type if the message is empty; of a module, its class."""
+    return (_REPR.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0]
 
 
 def typed_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from emloc_core.zoo.jobs.faults import classify
         (ValueError("\n wrong\nand more"), "wrong", "ValueError: wrong"),
         (ValueError(), "ValueError", "ValueError"),
         (OSError(" \n"), "OSError", "OSError"),
+        (TypeError("Encoder(\n  (0): ReLU()\n) takes none"), "Encoder takes none", "TypeError: Encoder takes none"),
     ],
 )
 def test_what_an_exception_says(error, line, typed):

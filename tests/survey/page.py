@@ -24,12 +24,12 @@ INTRODUCTION = """# Survey of architectures
 Written by `make families-survey`. For every model type of transformers {version} that has a class for causal
 language models, or for images and text, a tiny model is declared by looking at another one, compressed, tuned,
 corrected and merged ({ways}). Each result is compared with a reference that streams nothing: ordinary forwards
-of the whole model, the paper's formulas, and the base patched by hand. It is *right* if every stage agrees,
-*refused* if it is not compressed, with a reason, and *wrong* if it differs without a word.
+of the whole model, the paper's formulas, and the base patched by hand. It is *right* if all stages agree,
+*refused* if not compressed, with a reason, and *wrong* if it differs without a word.
 
-The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where no model runs
-from these. They show one branch of an architecture; `emloc compress` checks on your rows what its Linears
-receive. Types are run again where something changed that concerns them: a result may be older than the code.
+The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where these run no
+model. They show one branch each; `emloc compress` checks on your rows what its Linears
+receive. Types are run again when something changed for them: results may be older than the code.
 """
 
 
