@@ -89,7 +89,7 @@ def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoin
     plan = allocated(find_linears(model.skeleton.model, model.family), ratio)
     tensors: dict[str, tuple[int, ...]] = {}
     for linear in plan.linears:
-        if linear.path in plan.ranks:
+        if linear.rank is not None:
             tensors[f"{linear.path}.weight"] = (linear.out_features, linear.rank)
             tensors[f"{linear.path}.V"] = (linear.rank, linear.in_features)
     settings = {"max_length": None}
@@ -111,7 +111,7 @@ def write_lora(directory: Path, base: Checkpoint, trained_on: Path, rank: int) -
     family = plugin_manager().family_for(base.config)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=family.lora_targets(), task_type="CAUSAL_LM")
     config.base_model_name_or_path = str(trained_on.absolute())
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory))
     generator = torch.Generator().manual_seed(2)
 
     def lora(tensor: TensorInfo) -> Lora:

@@ -145,9 +145,7 @@ def measure_group(inputs: torch.Tensor, weights: dict[str, torch.Tensor]) -> lis
         name: source if cheaper_side(*weight.shape) == "input" else gram("output", inputs @ weight.T)
         for name, weight in weights.items()
     }
-    ours = {
-        name: timed(lambda name=name: factorize(weights[name], grams[name], rank(weights[name]))) for name in weights
-    }
+    ours = {name: timed(partial(factorize, weight, grams[name], rank(weight))) for name, weight in weights.items()}
     textbook, textbook_shared = timed(lambda: Textbook(source.matrix))
     cholesky, cholesky_shared = timed(lambda: Cholesky(source.matrix))
     rows = []

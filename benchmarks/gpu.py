@@ -69,7 +69,8 @@ def layers(small: bool) -> list[dict[str, Any]]:
     rows = []
     for m, n in shapes:
         for kind in (None, OTHER, *KINDS):
-            layer = packed(nn.Sequential(nn.Linear(n, m, bias=False, device=DEVICE, dtype=torch.bfloat16)), kind)[0]
+            linear = nn.Linear(n, m, bias=False, device=DEVICE, dtype=torch.bfloat16)
+            layer = packed(nn.Sequential(linear), kind).get_submodule("0")
             for tokens in (16,) if small else (1024, 4096, 8192):
                 x = torch.randn(tokens, n, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
 
@@ -78,7 +79,7 @@ def layers(small: bool) -> list[dict[str, Any]]:
 
                 with memory() as used:
                     taken = seconds(both)
-                told = {"shape": [m, n], "kind": kind or "base", "tokens": tokens}
+                told: dict[str, Any] = {"shape": [m, n], "kind": kind or "base", "tokens": tokens}
                 rows.append({**told, "ms": 1e3 * taken, "waits": waits(both), **used})
     return rows
 
@@ -144,7 +145,7 @@ def exact(small: bool) -> list[dict[str, Any]]:
                 taken = time.perf_counter() - before[2]
                 read = (steps.weights.bytes_read - before[0]) / taken / 1e9
                 waited = (steps.weights.waited - before[1]) / taken
-                told = {"shape": name, "blocks": blocks, "step": number, "seconds": taken}
+                told: dict[str, Any] = {"shape": name, "blocks": blocks, "step": number, "seconds": taken}
                 rows.append({**told, "read_gb_per_second": read, "waiting": waited})
             steps.close()
         rows = [{**row, **used} if row["shape"] == name else row for row in rows]
@@ -220,7 +221,7 @@ def packed(model: nn.Module, kind: str | None) -> nn.Module:
     if kind is None:
         return model
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    shapes = {path: tuple(module.weight.shape) for path, module in linears.items() if path != "lm_head"}
+    shapes = {path: (module.out_features, module.in_features) for path, module in linears.items() if path != "lm_head"}
     if kind == OTHER:
         from bitsandbytes.nn import Linear4bit
 
@@ -229,7 +230,7 @@ def packed(model: nn.Module, kind: str | None) -> nn.Module:
             model.set_submodule(path, made.to(DEVICE).requires_grad_(requires_grad=False))
         return model
     ratio = KINDS[kind]
-    ranks = uniform(list(shapes.values()), ratio) if ratio else [None] * len(shapes)
+    ranks: list[int | None] = [*uniform(list(shapes.values()), ratio)] if ratio else [None] * len(shapes)
     format_named(kind).replace(model, dict(zip(shapes, ranks, strict=True)))
     for path in shapes:
         for parameter in model.get_submodule(path).parameters():

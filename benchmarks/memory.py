@@ -82,7 +82,7 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     ranks = allocated(find_linears(model, plugin_manager().family_for({"model_type": "llama"})), ratio).ranks
     LowRank().replace(model, ranks)
     for path in ranks:
-        for parameter in (model.get_submodule(path).weight, model.get_submodule(path).V):
+        for parameter in model.get_submodule(path).parameters(recurse=False):
             torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(base).save_pretrained(target)

@@ -72,7 +72,7 @@ def measured(rows: int, wait: Callable[[], Any] = lambda: None) -> Iterator[Phas
     from emloc_core.model.weights import FrozenWeights
 
     phases = Phases(wait)
-    work = {
+    work: dict[str, list[tuple[type, str]]] = {
         "hashing": [(Checkpoint, "fingerprint")],
         "reading": [(Skeleton, "load_parameters"), (FrozenWeights, "at")],
         "Grams": [(Gram, "add"), (Gram, "_flush"), (PairedMoments, "add"), (PairedMoments, "_flush")],

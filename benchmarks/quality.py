@@ -29,6 +29,7 @@ import shutil
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -144,7 +145,8 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: M
 
     plugin_manager().register(svd)
     # Kinds are compared by what they make of the Linears.
-    given = {"kind": cell.kind, "keep": "head", "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
+    given: dict[str, Any] = {"kind": cell.kind, "keep": "head", "seed": cell.seed, "selection": 0}
+    given |= VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
         given["ratio"] = cell.ratio
     given["kind"] = given.pop("factorizer", given["kind"])
@@ -166,7 +168,7 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     metered = Metered()
     share, emulator, adapter = tuned(base, place, cell, rows, metered)
     carried = {
-        name: metered(name, lambda name=name, clamp=clamp: corrected(adapter, base, rows, clamp, place / name))
+        name: metered(name, partial(corrected, adapter, base, rows, clamp, place / name))
         for name, clamp in (("paper", 3.0), ("auto", "auto"))
     }
     # Variants say which should be the default, and further seeds how far what the base gets varies: less is enough.

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from emloc_demo.model import write_base, write_checkpoint
 from quality_cells import DEMO, EXPERTS, GEMMA, PICTURES, READER
@@ -32,6 +33,8 @@ def base_of(model: str, task: str, root: Path) -> Path:
     for each in (unfinished, whole):
         shutil.rmtree(each, ignore_errors=True)
     write: Callable[[Path], Path]
+    auto: Any
+    processing: Any
     if has_pictures:
         write = partial(write_reader, experts=model == READER)
         auto, processing = AutoModelForImageTextToText, AutoProcessor

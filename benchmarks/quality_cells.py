@@ -234,7 +234,8 @@ def wider_ways() -> list[tuple[str, float]]:
 
 def wider_cells() -> Iterator[Cell]:
     """Return the cells beyond the usual set-up, the most telling first: one seed, one learning rate."""
-    control, (small, usual, smaller) = (FULL, 1), wider_ways()
+    control: tuple[str, float] = (FULL, 1)
+    small, usual, smaller = wider_ways()
     rate, lower, _ = LEARNING_RATES[WIDER_TASK]
 
     yield from (Cell(WIDER_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
@@ -244,12 +245,14 @@ def wider_cells() -> Iterator[Cell]:
     yield from (Cell(WIDER_TASK, *way, 0, LONGER[0], lower, GEMMA, batch=1) for way in (control, small))
     others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4},
                                        {"scaling": RSLORA})  # fmt: skip
-    for other, way in product(others, (control, small)):
-        yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)
-    for way in (control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, ("low-rank", usual[1]), small):
+    for other in others:
+        yield from (Cell(WIDER_TASK, *way, 0, STEPS, rate, **other) for way in (control, small))
+    factors = ("low-rank", usual[1])
+    of_experts = [control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, factors, small]
+    for way in of_experts:
         yield Cell(WIDER_TASK, *way, 0, FEWER_STEPS, rate, EXPERTS)
     yield from (Cell(SECOND_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
-    for way in (control, usual, small, RIVALS[0], RECOMMENDED[PICTURES][0.17], ("low-rank", usual[1])):
+    for way in (control, usual, small, RIVALS[0], RECOMMENDED[PICTURES][0.17], factors):
         yield Cell(PICTURES, *way, 0, STEPS, LEARNING_RATES[PICTURES][0], READER)
 
 

@@ -251,11 +251,11 @@ def report(everything: list[dict[str, Any]]) -> None:
     for row in sorted(rows, key=lambda row: (row["task"], row["memory"], row["kind"], row["seed"], row["steps"])):
         systems = row["systems"]
         shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
-        alone, own = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
+        alone, itself = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
         cell = Cell.of(row)
         lines.append([row["task"], row["base"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
                       row["learning_rate"],
-                      alone, own, *shown, chosen(row) or "-",
+                      alone, itself, *shown, chosen(row) or "-",
                       row["seconds"]])  # fmt: skip
     header = ["task", "base", "kind", "memory", "arithmetic", "seed", "steps", "learning rate", "base", "tuned on it",
               "emulator", "tuned", *SYSTEMS, "chosen", "seconds"]  # fmt: skip

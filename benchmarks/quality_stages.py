@@ -38,8 +38,8 @@ def trained(
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.exact import prepare
 
-    how = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank, "lora_alpha": 2 * cell.rank,
-           "batch_size": cell.batch}  # fmt: skip
+    how: dict[str, Any] = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank,
+                           "lora_alpha": 2 * cell.rank, "batch_size": cell.batch}  # fmt: skip
     if cell.targets == ATTENTION:
         how["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     how["use_rslora"] = cell.scaling == RSLORA

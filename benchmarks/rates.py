@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, goal, in_process, markdown, write_results
-from quality import Metered, Scores, base_of, corrected, digest, polished, tuned, write_rows
+from quality import Metered, Scores, base_of, corrected, digest, tuned, write_rows
 from quality_cells import PICTURES, Cell
+from quality_stages import polished
 
 ROOT = Path("build/quality")
 STARTS = (
@@ -35,7 +36,7 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
     place = ROOT / f"rates-{cell.name}"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    rows, base = write_rows(place, cell, ROOT), base_of(cell.task, ROOT)
+    rows, base = write_rows(place, cell, ROOT), base_of(cell.model, cell.task, ROOT)
     _, _, adapter = tuned(base, place, cell, rows, Metered())
     start = corrected(adapter, base, rows, "auto", place / "start")
     fresh = Path(shutil.copytree(start, place / "fresh"))

@@ -37,7 +37,7 @@ def compress(work: str) -> dict[str, Any]:
     with measured(len(job.samples)) as phases:
         job.run(lambda *_: ends.append(time.perf_counter()))
         seconds = phases.lapped()
-    tokens = sum(len(sample.input_ids) for sample in job.samples)
+    tokens = sum(sample.size for sample in job.samples)
     return {
         "seconds": seconds,
         "last_block_seconds": ends[-1] - ends[-2] if len(ends) > 1 else None,

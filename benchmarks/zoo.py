@@ -19,7 +19,7 @@ from emloc_core.zoo.state.record import JobRecord
 from emloc_core.zoo.state.store import Store
 
 #: A model whose emulator takes one thread some seconds, beside the imports that every worker needs.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 6,
     "num_attention_heads": 10, "num_key_value_heads": 5, "vocab_size": 128, "max_position_embeddings": 512,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
