@@ -4,6 +4,7 @@ PEFT imports bitsandbytes wherever it is installed; with torch's compiler that w
 step. ``-X importtime`` shows where the others go.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from emloc_core.compat.imports import while_imported
+from emloc_core.compat.imports import when_imported, while_imported
 
 
 def lighten() -> None:
     """Have bitsandbytes, transformers and TRL do less where they are imported from now on."""
     while_imported("bitsandbytes", _compiling_when_called)
+    when_imported("transformers.utils.import_utils", _reading_folders_once)
     while_imported("transformers.loss.loss_utils", _matching_when_called)
     while_imported("trl.import_utils", _listing_when_asked)
 
@@ -43,6 +45,18 @@ def _compiled_when_called(compiler: Any, function: Callable[..., Any] | None = N
         return compiled()(*args, **named)
 
     return call
+
+
+def _reading_folders_once() -> None:
+    """Have transformers look for names in the files of all its models once; it names their folder in two ways."""
+    module: Any = sys.modules["transformers.utils.import_utils"]
+    read = cache(module.create_import_structure_from_path)
+
+    def read_once(place: str | os.PathLike[str]) -> Any:
+        name = os.fspath(place)
+        return read(os.path.dirname(name) if name.endswith(".py") else name)
+
+    module.create_import_structure_from_path = read_once
 
 
 @contextmanager
