@@ -48,15 +48,14 @@ class Compress(Job):
     def __init__(self, request: CompressRequest) -> None:
         self.request = request
         self.base = open_original(request.model, request.device)
-        rows, _, self.skipped = asked_rows(request, request.settings.loss)
         asked = request.settings.for_tuning(request.tuning).settled()
         format = format_named(asked.kind)
         format.check(asked)
         model = self.base.skeleton.model
         linears = find_linears(model, self.base.family, format)
+        rows, _, self.skipped = asked_rows(request, request.settings.loss)
         self.method = method_of(asked, format, linears, model, rows=len({row.key for row in rows}))
         self.format, self.settings = self.method.format, self.method.settings
-        self._keeps_fewer = self.settings.selection < asked.selection
         self.plan: RankPlan = self.method.plan()
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if self.settings.calibration == "none" else self.settings.samples
@@ -130,7 +129,7 @@ class Compress(Job):
     @property
     def warnings(self) -> list[str]:
         """What the user has to know before the emulator is made: what stays dense, and how much of the model it is."""
-        if not self._keeps_fewer:
+        if self.settings.selection == self.request.settings.selection:
             return [*self.coverage.warnings, *told(self.skipped)]
         calibration, selection, tuning = map(len, (self.rows.calibration, self.rows.selection, self.rows.tuning))
         few = (
