@@ -22,7 +22,7 @@ Manifest = Mapping[str, Any]
 
 #: Kind -> heading, library, relation to the base, and tags, in the hub's terms.
 _KINDS = {
-    "emulator": ("Emulator of {}", "transformers", None, ["low-rank"]),
+    "emulator": ("Emulator of {}", "transformers", None, []),
     "adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
     "corrected-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
     "served-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
