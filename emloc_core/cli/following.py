@@ -97,7 +97,7 @@ def _original(adapter: Path) -> list[str]:
     known = read_object(config) if config.is_file() else {}
     if not known.get("quantization_config"):
         return []
-    from emloc_core.files.checkpoint import is_in_four_bits
+    from emloc_core.files.quantised import is_in_four_bits
 
     return ["--base", "ORIGINAL"] if is_in_four_bits(known) else []
 

@@ -1,7 +1,7 @@
 """A model directory, read lazily: config, index, shards, fingerprint. Nothing here knows what the tensors mean."""
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import read_manifest, require_unchanged
 from emloc_core.files.own import require_own_files
+from emloc_core.files.quantised import is_in_mxfp4
 from emloc_core.plugins.manager import plugin_manager
 
 #: What transformers calls the index, and the only file of weights.
@@ -33,10 +34,6 @@ _PROCESSING = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"
                "*.jinja", "chat_template.json", "*processor_config.json")  # fmt: skip
 #: Copies of the same weights in other layouts.
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
-#: How experts may be quantised in a base: they are unpacked as they are read.
-MXFP4 = "mxfp4"
-#: What packs a base in four bits.
-BITSANDBYTES = "bitsandbytes"
 #: A plain name: not hidden, not a path, nothing special to a terminal or a shell.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.safetensors")
 
@@ -208,22 +205,6 @@ class Checkpoint:
         for path in self.side_files():
             if any(path.match(pattern) for pattern in _PROCESSING):
                 (target / path.name).write_bytes(path.read_bytes())
-
-
-def is_in_mxfp4(config: Mapping[str, Any]) -> bool:
-    """Return whether a model's config is of a checkpoint with experts in MXFP4."""
-    settings = config.get("quantization_config")
-    return isinstance(settings, Mapping) and settings.get("quant_method") == MXFP4
-
-
-def is_in_four_bits(config: Mapping[str, Any]) -> bool:
-    """Return whether a model's config is of a checkpoint that bitsandbytes packed in four bits."""
-    settings = config.get("quantization_config")
-    return (
-        isinstance(settings, Mapping)
-        and settings.get("quant_method") == BITSANDBYTES
-        and bool(settings.get("load_in_4bit"))
-    )
 
 
 def read_config_json(path: Path) -> dict[str, Any]:

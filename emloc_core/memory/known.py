@@ -11,7 +11,8 @@ import torch
 
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import is_in_four_bits, is_in_mxfp4, read_config_json
+from emloc_core.files.checkpoint import read_config_json
+from emloc_core.files.quantised import is_in_four_bits, is_in_mxfp4
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
 from emloc_core.plugins.manager import plugin_manager

@@ -18,7 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import BITSANDBYTES, MXFP4
+from emloc_core.files.quantised import BITSANDBYTES, MXFP4
 from emloc_core.standins import nf4
 from emloc_core.standins.layer import replace_linear
 from emloc_core.standins.quantizer import METHOD, EmlocConfig

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import MXFP4, Checkpoint
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import TensorInfo
+from emloc_core.files.quantised import MXFP4
 from emloc_core.files.shards import DTYPES
 from emloc_core.model.absent import Absent
 from emloc_core.model.blocks import block_paths

@@ -15,9 +15,10 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.adapters.moments import FILE, hash_moments, tuned_at
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, is_in_four_bits
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import learned_preferences, read_manifest
+from emloc_core.files.quantised import is_in_four_bits
 from emloc_core.model.opened import open_model
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings, TrainSettings
