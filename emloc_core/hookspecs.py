@@ -121,8 +121,7 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
 
 @hookspec
 def emloc_objectives() -> "dict[str, Callable[[], Objective]]":  # type: ignore[empty-body]
-    """Provide what models learn, other than tokens. Called when a model is opened whose config does not say that
-    it is one of transformers: import nothing heavy.
+    """Provide what models learn, other than tokens. Called when the plugin is loaded: import nothing heavy.
 
     Returns:
         By the name that families give in ``objective``: classes of :class:`emloc_core.objective.Objective`.

@@ -98,6 +98,12 @@ BROKEN = {
         def emloc_commands():
             return ["compress"]
     """,
+    "an objective that cannot be made": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_objectives():
+            return {"pixels": "no class"}
+    """,
     "built-in command's name": COMMAND.replace("hello", "compress"),
     "duplicate command": COMMAND,
 }
