@@ -11,7 +11,7 @@ from emloc_core.data.columns import NO_RENAMING
 from emloc_core.data.images import Picture
 from emloc_core.data.mixture import weighted, weights
 from emloc_core.data.row import Row, Skipped, parse_rows
-from emloc_core.data.sources import is_folder, no_rows, reader_of
+from emloc_core.data.sources import no_rows, reader_of
 from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.requests import RowsRequest
@@ -70,10 +70,9 @@ def load_rows(
     elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
         raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
     if isinstance(source, str | Path):
-        name, place = str(source), Path(source)
-        directory = place.parent if place.is_file() else place if is_folder(place) else Path()
+        name, (read, directory) = str(source), reader_of(str(source))
         # An emulator may come from someone else: it may only refer to its own images.
-        rows = parse_rows(reader_of(name)(split), name, columns, skipped, directory, confined=_is_kept(place))
+        rows = parse_rows(read(split), name, columns, skipped, directory, confined=_is_kept(Path(source)))
     elif (mixture := weights(source)) is not None:
         name, parts = "", ((each, load_rows(each, split, loss, columns, skipped)) for each in mixture)
         rows = (replace(row, source=each) for each, of in parts for row in weighted(of, mixture[each]))

@@ -21,11 +21,15 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _PATIENCE = 10.0  # seconds to wait for the hub
 
 
-def reader_of(source: str) -> Callable[[str], Iterator[Numbered]]:
-    """Return what yields the rows of a source with their numbers, or why one cannot be read, given a dataset's split.
+def reader_of(source: str) -> tuple[Callable[[str], Iterator[Numbered]], Path]:
+    """Return how a source is read, and nothing of it yet.
 
     Args:
-        source: path of a file or a directory, or id of a hub dataset. Nothing of it is read yet.
+        source: path of a file or a directory, or id of a hub dataset.
+
+    Returns:
+        What yields its rows with their numbers, or why one cannot be read, given the split of a dataset; and the
+        directory that paths of images are relative to.
 
     Raises:
         EmlocError: it is an empty file, or neither a file nor a saved dataset, and cannot be the id of a hub dataset.
@@ -34,11 +38,11 @@ def reader_of(source: str) -> Callable[[str], Iterator[Numbered]]:
     if path.is_file():
         if not path.stat().st_size:
             raise no_rows(source)
-        return lambda _: read_file(path)
+        return lambda _: read_file(path), path.parent
     if _is_saved(path):
-        return partial(_read_saved, path)
-    if is_folder(path):
-        return lambda _: _read_folder(path)
+        return partial(_read_saved, path), Path()
+    if _is_folder(path):
+        return lambda _: _read_folder(path), path
     if path.is_dir():
         raise EmlocError(
             f"{source} is a directory.",
@@ -51,7 +55,7 @@ def reader_of(source: str) -> Callable[[str], Iterator[Numbered]]:
         raise EmlocError(
             f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
         )
-    return partial(_read_hub, source)
+    return partial(_read_hub, source), Path()
 
 
 def no_rows(source: str) -> EmlocError:
@@ -59,7 +63,7 @@ def no_rows(source: str) -> EmlocError:
     return EmlocError(f"{source} holds no rows.", FORMS)
 
 
-def is_folder(path: Path) -> bool:
+def _is_folder(path: Path) -> bool:
     """Return whether a path is a directory of pictures, with what belongs to each."""
     captions = (file.with_suffix(".txt") for file in _pictures(path)) if path.is_dir() else ()
     return (path / _FOLDER).is_file() or any(caption.is_file() for caption in captions)
