@@ -80,7 +80,7 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
 
 #: The numbers of the records of decisions, by topic; those that are in none come last.
 TOPICS = {
-    "The method": "0001 0002 0009 0024 0026 0046",
+    "The method": "0001 0002 0009 0024 0026 0046 0396",
     "Formats of emulators": "0171 0016 0017 0018 0020 0021 0380 0370 0364",
     "Experts and vocabulary": "0033 0390 0391 0250 0350 0351 0260 0261",
     "Families": "0201 0211 0213 0290",
