@@ -9,6 +9,7 @@ from quality_cells import (
     ALL,
     BATCH,
     FULL,
+    LONGER,
     LORA,
     MIXTURES,
     MODELS,
@@ -27,6 +28,7 @@ from quality_rows import UNRELATED
 from quality_table import Table
 
 SYSTEMS = ("uncorrected", "auto", "polish20")
+_POLISHED = "and 20 exact"
 #: What is told of a cell.
 DESCRIBED = ("task", "model", "steps", "batch", *LORA, "kind", "memory", "learning_rate")
 
@@ -86,15 +88,21 @@ def wider_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return, in Markdown, what ``auto`` recovers on dense models, by the steps of the usual LoRA."""
+    """Return, in Markdown, what ``auto`` recovers on dense models, by the steps of the usual LoRA.
+
+    Last, what 20 exact steps make of the longest tuning.
+    """
     usual = [row for row in rows if _which(row) == USUAL_LORA and row["model"] not in MIXTURES]
-    steps = sorted({row["steps"] for row in usual})
-    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    columns = [*sorted({row["steps"] for row in usual}), _POLISHED]
+    lines: dict[tuple[str, ...], dict[int | str, str]] = {}
     for row in usual:
         way = (row["task"], MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}")
-        lines.setdefault(way, {})[row["steps"]] = _recovered(row)
-    header = ["task", "model", "kind", "memory", *(f"{count} steps" for count in steps)]
-    return markdown(header, [[*way, *(known.get(count, "") for count in steps)] for way, known in lines.items()])
+        known = lines.setdefault(way, {})
+        known[row["steps"]] = _recovered(row)
+        if row["steps"] == LONGER[-1] and row[SYSTEMS[-1]] is not None:
+            known[_POLISHED] = f"{row[SYSTEMS[-1]]:.3f}"
+    header = ["task", "model", "kind", "memory", *(f"{each} steps" for each in columns)]
+    return markdown(header, [[*way, *(known.get(each, "") for each in columns)] for way, known in lines.items()])
 
 
 def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
