@@ -70,7 +70,8 @@ def load_rows(
     elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
         raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
     if isinstance(source, str | Path):
-        name, (read, directory) = str(source), reader_of(str(source))
+        name = str(source)
+        read, directory = reader_of(name)
         # An emulator may come from someone else: it may only refer to its own images.
         rows = parse_rows(read(split), name, columns, skipped, directory, confined=_is_kept(Path(source)))
     elif (mixture := weights(source)) is not None:
