@@ -11,7 +11,7 @@ Rows are rounded independently, so matrices that share their inputs can be round
 rows at a time, so that less is held beside it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -99,6 +99,12 @@ def _factorised(gram: torch.Tensor) -> torch.Tensor:
         above = panel[: block.start]
         above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
     return gram.div_(gram.diagonal().clone())
+
+
+def stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return matrices with the same inputs as one, (m, n), in fp32; a single one is not copied."""
+    first, *others = (matrix.float() for matrix in matrices)
+    return torch.cat([first, *others]) if others else first
 
 
 @contextmanager

@@ -44,11 +44,11 @@ class Grid:
 
 
 def indices(numbers: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
-    """Return the index of the level that is nearest to every number of a matrix, int32: how many middles are below it.
+    """Return the index of the level that is nearest to every number of a matrix, uint8: how many middles are below it.
 
     One middle at a time, since all at once would hold as many matrices.
     """
-    found = torch.zeros_like(numbers, dtype=torch.int32)
+    found = torch.zeros_like(numbers, dtype=torch.uint8)
     for middle in middles:
         found += numbers > middle
     return found

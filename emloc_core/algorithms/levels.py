@@ -30,7 +30,7 @@ _SCALES = torch.linspace(0.5, 1.5, 21)
 #: Numbers for which they are tried at a time: few enough to stay in a processor's cache.
 _NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 24}
 #: Numbers of the products of Gram and levels that are held while scales are fitted, of so many rows at least.
-_PRODUCTS, _FEWEST = {"cpu": 1 << 22, "cuda": 1 << 27}, 64
+_PRODUCTS, _FEWEST = {"cpu": 1 << 22, "cuda": 1 << 25}, 64
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rounded:
     """A matrix on a few levels.
 
     Attributes:
-        indices: of the levels, (m, n), int32.
+        indices: of the levels, (m, n), uint8.
         scales: (m, ceil(n / GROUP)), bf16.
         levels: how many.
     """
@@ -50,7 +50,8 @@ class Rounded:
     def numbers(self) -> torch.Tensor:
         """Return the matrix, (m, n), in fp32."""
         scales = self.scales.float()
-        return at(torch.tensor(LEVELS[self.levels]).to(scales), self.indices) * _spread(scales, self.indices.shape[1])
+        numbers = at(torch.tensor(LEVELS[self.levels]).to(scales), self.indices)
+        return numbers.mul_(_spread(scales, self.indices.shape[1]))
 
     def split(self, rows: Sequence[int]) -> "list[Rounded]":
         """Return the matrices that it is stacked of, by their numbers of rows."""
@@ -72,7 +73,7 @@ def rounded(
         scales: to begin with, (m, ceil(n / GROUP)), bf16, where better ones than those are known.
         passes: of descent.
     """
-    indices = torch.empty(matrix.shape, dtype=torch.int32, device=matrix.device)
+    indices = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
     best = torch.empty(len(matrix), -(-matrix.shape[1] // GROUP), dtype=torch.bfloat16, device=matrix.device)
     for rows in some_rows(matrix):
         given = None if scales is None else scales[rows]
@@ -144,7 +145,7 @@ class _Grid(Grid):
 
 def at(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Return ``values[indices]``, which takes several times as long on a CPU."""
-    return values.index_select(0, indices.flatten()).view(*indices.shape, *values.shape[1:])
+    return values.index_select(0, indices.flatten().int()).view(*indices.shape, *values.shape[1:])
 
 
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
@@ -222,6 +223,7 @@ def _fitted(
         for product, scale in zip(products, found[rows].float().T.contiguous(), strict=True):
             left.addcmul_(product, scale, value=-1)
         descent[:, rows] = left
+        del products
     return found, descent
 
 

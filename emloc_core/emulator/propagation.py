@@ -79,41 +79,37 @@ class PairedMoments:
     def fit(self) -> list[torch.Tensor]:
         """Return W2, (m, n), for every weight: what answers best as the weight does on the base's inputs.
 
-        What the targets need is given up for it. Heavy rows may join the Gram here: the ridge, a share of their energy
-        too, is far above what they round away.
+        What the targets need is given up for it. Heavy rows may join the Gram here, and one in fp64 that no stand-in
+        needs is rounded: the ridge, a share of their energy too, is far above what is lost.
 
         Raises:
             EmlocError: a sum is beyond the range of its dtype.
         """
         rest, heavy = self.emulator.parts()
+        if self._narrow and rest.dtype == torch.float64:  # a copy of which would have its size
+            self.emulator.narrow()
+            rest, heavy = self.emulator.parts()
         self._flush()  # in the dtype that the Gram has now
-        gram = self._whole(rest, heavy)
-        if not bool(torch.isfinite(gram.sum() + self._cross.sum())):
+        cross = self._cross.to(rest)
+        del self._cross
+        gram = torch.empty_like(rest).mT.copy_(rest)  # by columns, as LAPACK writes
+        gram.addmm_(heavy.T.to(gram), heavy.to(gram))
+        if self._narrow:
+            self.emulator.narrow()
+        if not bool(torch.isfinite(gram.sum() + cross.sum())):
             raise EmlocError("The activations are too large to be summed", code="not-finite")
         ridge = RIDGE * gram.diagonal().clone().mean().clamp(min=torch.finfo(gram.dtype).tiny)
         weights = [weight.to(gram) for weight in self._weights]
         if self._crosses_outputs:
-            products = list(self._cross.split([len(weight) for weight in weights]))
+            products = list(cross.split([len(weight) for weight in weights]))
         else:
-            products = [weight @ self._cross for weight in weights]
-        targets = [product.add_(weight * ridge) for product, weight in zip(products, weights, strict=True)]
-        del self._cross
+            products = [weight @ cross for weight in weights]
+        del cross
+        targets = [product.addcmul_(weight, ridge) for product, weight in zip(products, weights, strict=True)]
+        del weights
         gram.diagonal().add_(ridge)
         torch.linalg.cholesky(gram, out=gram)
         return [_solved(target, gram) for target in targets]
-
-    def _whole(self, rest: torch.Tensor, heavy: torch.Tensor) -> torch.Tensor:
-        """Return the Gram, (n, n), heavy rows included, by columns, as LAPACK writes; it may be overwritten.
-
-        It takes the place of a Gram in fp64 that is not needed any more.
-        """
-        wide = rest.dtype == torch.float64
-        found = rest.mT if wide and self._narrow else torch.empty_like(rest).mT.copy_(rest)
-        if len(heavy):
-            found.addmm_(heavy.T.to(found), heavy.to(found))
-        if self._narrow:
-            self.emulator.narrow()
-        return found
 
     @staticmethod
     def side(fitted: torch.Tensor, tap: Any = None) -> Side:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
+from emloc_core.algorithms.statistics import cheaper_side
 from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.exact.memory import Positions, lora_need, step_need
@@ -127,8 +128,14 @@ def _packed_experts(model: MemoryModel, plan: RankPlan, block: str) -> int:
 def _ranking(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
     # Factors are held until sensitivities are measured.
     held = int(4 * RATIO * sum(linear.numbers for linear in linears))
-    itemsize = model.dtype.itemsize
-    return model.format.ranking().fitting_bytes(linears, propagated=False, itemsize=itemsize) + held
+    ranking, itemsize = model.format.ranking(), model.dtype.itemsize
+    captured = [
+        replace(each, tap=ranking.tap(cheaper_side(each.out_features, each.in_features)))
+        if isinstance(each.tap, str)
+        else each
+        for each in linears
+    ]
+    return ranking.fitting_bytes(captured, propagated=False, itemsize=itemsize) + held
 
 
 def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "auto") -> Need:

@@ -101,7 +101,7 @@ class SixLevels(Format):
     ) -> list[Packed]:
         """Round weights with feedback."""
         damped = feedback.damped(gram, levels.DAMPING)
-        found = levels.rounded(torch.cat(list(weights)), damped, self.layer.LEVELS)
+        found = levels.rounded(feedback.stacked(weights), damped, self.layer.LEVELS)
         matrix, made = feedback.single(gram), []
         for weight, part in zip(weights, found.split([len(weight) for weight in weights]), strict=True):
             error = output_error(weight, part.numbers(), matrix)
@@ -114,8 +114,8 @@ class SixLevels(Format):
         return MovableScales(fitted, partial(unpack, codes, shape=fitted.shape, count=count))
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of rounding, which holds most of the rows that are rounded at a time: their scales are fitted too."""
-        return costs.rounding_bytes(linears, copies=6, at_once=5)
+        """Those of rounding, beside a quarter of a Gram that scales are fitted with."""
+        return costs.rounding_bytes(linears, grams=2.25)
 
     def told(self, rank: str) -> str:  # noqa: ARG002
         """The number of levels."""
@@ -135,10 +135,10 @@ def parts(name: str, shape: tuple[int, int], count: int, dtype: torch.dtype) -> 
 def pack(found: levels.Rounded, name: str = "weight") -> dict[str, torch.Tensor]:
     """Return codes, (bytes, 1), uint8, and the scales, (m, ceil(n / GROUP)), bf16, by their names in the layer."""
     count = digits(found.levels)
-    flat = found.indices.flatten().int()
+    flat = found.indices.flatten()
     flat = functional.pad(flat, (0, -len(flat) % count)).view(-1, count)
-    weights = found.levels ** torch.arange(count, dtype=torch.int32, device=flat.device)
-    codes = (flat * weights).sum(1, dtype=torch.int32).to(torch.uint8)[:, None]
+    weights = found.levels ** torch.arange(count, dtype=torch.uint8, device=flat.device)
+    codes = (flat * weights).sum(1, dtype=torch.uint8)[:, None]
     return {name: codes, f"{name}_scales": found.scales}
 
 
@@ -152,7 +152,7 @@ def unpack(
 
         return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, m, n, count, digits(count))
     table = bytes_table(count, dtype).to(codes.device, non_blocking=True)
-    numbers = levels.at(table, codes.flatten().int()).view(*codes.shape[:-2], -1)
+    numbers = levels.at(table, codes.flatten()).view(*codes.shape[:-2], -1)
     matrix = numbers[..., : m * n].unflatten(-1, (m, n))
     groups, scales = n // GROUP, scales.to(dtype)
     matrix[..., : groups * GROUP].unflatten(-1, (groups, GROUP)).mul_(scales[..., :groups, None])

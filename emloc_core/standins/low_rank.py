@@ -167,6 +167,10 @@ class RoundedLowRank(LowRank):
         """Inputs: factors are fitted to them once more, as rounded."""
         return RankingFormat.tap(self, tap)
 
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+        """Those of factorising on the smaller Gram, which rounding does not exceed."""
+        return costs.factoring_bytes(linears, propagated=propagated, smaller=not wants_inputs(self.factorize))
+
     def ranking(self) -> RankingFormat:
         """Return factors as they are."""
         found = LowRank()

@@ -45,10 +45,11 @@ class FourBitLowRank(RoundedLowRank):
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
         """Round both factors with feedback."""
+        factors = in_four_bits(self.factorize, weights, gram, ranks)
         matrix = feedback.single(gram)
         return [
             replace(found, error=output_error(weight, found.u @ found.v, matrix))
-            for weight, found in zip(weights, in_four_bits(self.factorize, weights, gram, ranks), strict=True)
+            for weight, found in zip(weights, factors, strict=True)
         ]
 
     def told(self, rank: str) -> str:
@@ -76,8 +77,9 @@ def in_four_bits(
     The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
     ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs. It measures no error.
     """
-    matrix = feedback.single(inputs)
     exact = [on_its_gram(factorize, weight, rank or 0, inputs) for weight, rank in zip(weights, ranks, strict=True)]
+    inputs.narrow()
+    matrix = feedback.single(inputs)
     us, vs = [], []
     for weight, of in zip(weights, exact, strict=True):
         inner = feedback.Damped(of.v.to(matrix) @ matrix @ of.v.to(matrix).T)
@@ -111,7 +113,7 @@ def rounded(
     """
     matrices = [matrix.float() for matrix in matrices]
     spread, largest = (torch.cat(parts) for parts in zip(*map(_blocks, matrices), strict=True))
-    found = nf4.to_scales(torch.cat(matrices), gram, spread, largest, passes)
+    found = nf4.to_scales(feedback.stacked(matrices), gram, spread, largest, passes)
     return [nf4.rounded(part) for part in found.split([len(matrix) for matrix in matrices])]
 
 

@@ -69,10 +69,11 @@ class TwoBitLowRank(RoundedLowRank):
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
         """Round U with feedback, fit V to that by least squares, and round it with feedback."""
-        matrix = feedback.single(gram)
         exact = [
             on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in zip(weights, ranks, strict=True)
         ]
+        gram.narrow()
+        matrix = feedback.single(gram)
         us, targets = [], []
         for weight, of in zip(weights, exact, strict=True):
             rotation = _rotation(of.u.shape[1]).to(of.u)
@@ -81,7 +82,7 @@ class TwoBitLowRank(RoundedLowRank):
             us.append(levels.rounded(of.u @ rotation, of_u, _LEVELS))
             targets.append(_best_v(us[-1].numbers().double(), weight))
         of_v = feedback.damped(gram, levels.DAMPING)
-        vs = levels.rounded(torch.cat(targets), of_v, _LEVELS).split([len(v) for v in targets])
+        vs = levels.rounded(feedback.stacked(targets), of_v, _LEVELS).split([len(v) for v in targets])
         found: list[Factors] = []
         for weight, of, u, v in zip(weights, exact, us, vs, strict=True):
             numbers = u.numbers(), v.numbers()

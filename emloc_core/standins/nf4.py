@@ -235,7 +235,7 @@ def _scales(state: Any) -> torch.Tensor:
 def _rounded_to(states: Sequence[Any], weights: Sequence[torch.Tensor], gram: Gram) -> list[torch.Tensor]:
     """Return the codes of weights that are rounded with feedback, to scales that they have already."""
     scales = torch.cat([spread(_scales(of), weight.shape) for of, weight in zip(states, weights, strict=True)])
-    found = to_scales(torch.cat([weight.float() for weight in weights]), feedback.damped(gram), scales) / scales
+    found = to_scales(feedback.stacked(weights), feedback.damped(gram), scales).div_(scales)
     return [codes(part) for part in found.split([len(weight) for weight in weights])]
 
 
@@ -341,7 +341,7 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 def codes(numbers: torch.Tensor) -> torch.Tensor:
     """Return numbers in [-1, 1], fp32, (m, n), as the codes of the nearest, two a byte, (ceil(m n / 2), 1), uint8."""
-    flat = indices(numbers.flatten(), middles(_levels(numbers.device))).to(torch.uint8)
+    flat = indices(numbers.flatten(), middles(_levels(numbers.device)))
     pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)  # the first in the upper half
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 

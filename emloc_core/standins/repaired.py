@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms import feedback, levels
-from emloc_core.algorithms.factorize import Factors, factorize, leading, output_error
+from emloc_core.algorithms.factorize import Factors, factorize, leading, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
@@ -196,13 +196,13 @@ class _Residual(RankingFormat):
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising, and of rounding beside factors."""
-        return costs.factoring_bytes(linears, propagated=propagated) + _rounding_bytes(linears)
+        smaller = not wants_inputs(self.factorize)
+        return costs.factoring_bytes(linears, propagated=propagated, smaller=smaller) + _rounding_bytes(linears)
 
 
 def _rounding_bytes(linears: Sequence[Planned]) -> int:
-    # The Gram, a factor of it as damped for the weight and one for the repair; measured, 11.0 where this gives 11.0
-    # times 4 n^2, at n = 4096 and m = 1536.
-    return costs.rounding_bytes(linears, grams=5, copies=10, at_once=6)
+    # The Gram, and a factor of it as damped for the weight and one for the repair.
+    return costs.rounding_bytes(linears, grams=3.25, at_once=5)
 
 
 def _in_turn(
@@ -218,15 +218,17 @@ def _in_turn(
     """
     rows = [len(weight) for weight in weights]
     gram = feedback.damped(inputs, levels.DAMPING)
-    stacked = left = torch.cat([weight.float() for weight in weights])
-    scales = None
+    stacked = feedback.stacked(weights)
+    left, scales = stacked.clone(), None
     for _ in range(rounds):
         found = levels.rounded(left, gram, RepairedLinear.LEVELS, scales)
-        numbers, scales = found.numbers(), found.scales
-        repairs = repairing((stacked - numbers).split(rows))
-        left = stacked.clone()
+        scales = found.scales
+        torch.sub(stacked, found.numbers(), out=left)
+        repairs = repairing(left.split(rows))
+        left.copy_(stacked)
         for part_left, of in zip(left.split(rows), repairs, strict=True):
             part_left.addmm_(of.u.float(), of.v.float(), alpha=-1)
+    del stacked, left
     matrix = feedback.single(inputs)
-    for weight, of, part, kept in zip(weights, repairs, found.split(rows), numbers.split(rows), strict=True):
-        yield weight, part, of, output_error(weight.float(), kept.addmm(of.u.float(), of.v.float()), matrix)
+    for weight, of, part in zip(weights, repairs, found.split(rows), strict=True):
+        yield weight, part, of, output_error(weight, part.numbers().addmm_(of.u.float(), of.v.float()), matrix)
