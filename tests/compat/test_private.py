@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 
 import pytest
@@ -14,8 +15,17 @@ from emloc_core.errors import EmlocError
 
 #: Underscored names that are documented all the same.
 _PUBLIC = {"_asdict", "_exit", "_replace"}
-_TREES = {name: ast.parse(path.read_text()) for name, path in modules(ROOT).items()}
-_OUTSIDE = {name: tree for name, tree in _TREES.items() if not name.startswith("compat")}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Return the core's modules as trees, by name."""
+    return {name: ast.parse(path.read_text()) for name, path in modules(ROOT).items()}
+
+
+def trees_outside() -> list[tuple[str, ast.Module]]:
+    """Return those outside ``compat``."""
+    return [(name, tree) for name, tree in trees().items() if not name.startswith("compat")]
 
 
 def is_private(name: str) -> bool:
@@ -24,7 +34,7 @@ def is_private(name: str) -> bool:
 
 def own_names() -> Iterator[str]:
     """Yield the underscored names that the core itself gives to something."""
-    for node in (node for tree in _TREES.values() for node in ast.walk(tree)):
+    for node in (node for tree in trees().values() for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -52,7 +62,7 @@ def test_what_the_rest_uses_is_its_own_or_public():
     own = set(own_names())
     found = [
         f"{module}:{node.lineno} uses {name}"
-        for module, tree in _OUTSIDE.items()
+        for module, tree in trees_outside()
         for node in ast.walk(tree)
         for name in used(node)
         if is_private(name) and name not in own | {"__future__"}
@@ -63,7 +73,7 @@ def test_what_the_rest_uses_is_its_own_or_public():
 def test_the_rest_patches_nothing():
     imported = [
         module
-        for module, tree in _OUTSIDE.items()
+        for module, tree in trees_outside()
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom | ast.Import) and "mock" in ast.unparse(node)
     ]
@@ -73,7 +83,7 @@ def test_the_rest_patches_nothing():
 def test_the_rest_overrides_no_private_method():
     """Of classes that have methods of their own with an underscore, and bases in other packages."""
     found = []
-    for module, tree in _OUTSIDE.items():
+    for module, tree in trees_outside():
         classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases]
         methods = [each for node in classes for each in node.body if isinstance(each, ast.FunctionDef)]
         if module == "__main__" or not any(is_private(method.name) for method in methods):
