@@ -59,7 +59,8 @@ class Skeleton:
         method = str(quantisation.get("quant_method"))
         if method not in PACKED:
             checkpoint.require_unquantised()
-        self._in_mxfp4 = method == MXFP4
+        #: Parts of stacks of experts in MXFP4, which are unpacked as they are read.
+        self._packed = {key for key in checkpoint.tensors if method == MXFP4 and key.endswith(("_blocks", "_scales"))}
         conversions = PACKED[method](self.model, quantisation) if quantisation else []
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         absents: dict[nn.Parameter, Absent] = {}
@@ -95,9 +96,7 @@ class Skeleton:
                 code="damaged",
             )
         for name, parameter in self.model.named_parameters():
-            tensors = [self.checkpoint.tensors[key] for key in found.get(name, ())]
-            if self.unpacks(found.get(name, ())):
-                continue
+            tensors = [self.checkpoint.tensors[key] for key in found.get(name, ()) if key not in self._packed]
             if parameter.is_floating_point() and tensors and not any(tensor.is_floating_point for tensor in tensors):
                 raise EmlocError(
                     f"{found[name][0]} in {tensors[0].shard} is a weight of dtype {tensors[0].dtype}, which is not "
@@ -117,7 +116,7 @@ class Skeleton:
 
     def unpacks(self, keys: Sequence[str]) -> bool:
         """Return whether tensors of the checkpoint are a stack of experts in MXFP4, which is unpacked as it is read."""
-        return self._in_mxfp4 and any(key.endswith(("_blocks", "_scales")) for key in keys)
+        return not self._packed.isdisjoint(keys)
 
     def shape_of(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor of the checkpoint; that of a Linear's weight is (out_features, in_features)."""
