@@ -1,4 +1,4 @@
-"""One row of the user's, in TRL's conventions.
+"""The user's rows in TRL's conventions: what one is, and how those of a source are parsed.
 
 A row is ``text``, ``prompt`` + ``completion`` (two strings, or two lists of messages) or ``messages``. ``messages``
 become prompt and completion: the last answer. Whether the answers before it count in the loss too is the row's
