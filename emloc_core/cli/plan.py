@@ -164,7 +164,8 @@ def _in_longer_tuning(measured: "Recovery") -> str:
     if measured.longer is None:
         return ""
     lost = round(-measured.longer, 2)
-    return "; in 960 steps it was " + (f"{lost:.2f} less" if lost > 0 else "as much")
+    told = "; in 960 steps it was " + (f"{lost:.2f} less" if lost > 0 else "as much")
+    return told if measured.longer_polished is None else f"{told}, and {measured.longer_polished:.2f} with exact ones"
 
 
 def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> list[str]:
