@@ -131,45 +131,48 @@ class Refinement:
 
     @by_onednn()
     def run(self, epochs: int) -> bool:
-        """Take steps for so many passes over the rows; return whether the block is nearer to the base's for them."""
+        """Take steps for so many passes over the rows; return whether the block is nearer to the base's for them.
+
+        That is what the last pass has met, which saw every row before the step that it took part in.
+        """
         steps = epochs * -(-len(self._waiting) // _ROWS)
         optimiser = torch.optim.Adam([of.numbers for of in self._movables.values()], lr=_RATE, betas=_BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
         dtypes = {linear.weight.dtype for linear in self._linears.values()}
         scaler = torch.amp.GradScaler(self._stream.skeleton.device.type, enabled=torch.float16 in dtypes)
         draw = random.Random(0)
+        change: float | torch.Tensor = 0.0
         with torch.enable_grad():
             for _ in range(epochs):
+                change = 0.0
                 order = draw.sample(self._waiting, len(self._waiting))
                 for start in range(0, len(order), _ROWS):
-                    self._step(order[start : start + _ROWS], scaler)
+                    change += self._step(order[start : start + _ROWS], scaler)
                     scaler.step(optimiser)
                     scale = scaler.get_scale()
                     scaler.update()
                     optimiser.zero_grad()
                     if scaler.get_scale() >= scale:  # if not, a gradient overflowed, and no step was taken
                         schedule.step()
-        return self._total() < self._ends.change
+        return bool(change < self._ends.change)
 
-    def _step(self, rows: list[int], scaler: torch.amp.GradScaler) -> None:
-        """Add the scaled gradient of some rows to the numbers: each row's to the weights, and theirs once to these."""
-        weights = self._weights()
+    def _step(self, rows: list[int], scaler: torch.amp.GradScaler) -> torch.Tensor:
+        """Add the scaled gradient of some rows to the numbers: each row's to the weights, and theirs once to these.
+
+        Returns:
+            How far the rows were from their targets, summed.
+        """
+        weights = {path: of.weight(self._linears[path].weight.dtype) for path, of in self._movables.items()}
         leaves = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
+        total = torch.zeros((), device=self._stream.skeleton.device)
         for row in rows:
             with self._stream.arguments(row + self._ends.rows) as arguments:  # until the backward pass has read them
-                scaler.scale(self._changed(row, arguments, leaves) / len(rows)).backward()
+                changed = self._changed(row, arguments, leaves)
+                scaler.scale(changed / len(rows)).backward()
+            total += changed.detach()
         used = [path for path in weights if leaves[path].grad is not None]
         torch.autograd.backward([weights[path] for path in used], [leaves[path].grad for path in used])
-
-    def _total(self) -> float:
-        weights, total = self._weights(), 0.0
-        for row in self._waiting:
-            with self._stream.arguments(row + self._ends.rows) as arguments:
-                total += float(self._changed(row, arguments, weights))
         return total
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return {path: of.weight(self._linears[path].weight.dtype) for path, of in self._movables.items()}
 
     def _changed(self, row: int, arguments: Arguments, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return how far a row is from its target behind the block, with these weights in place of its Linears' own."""
