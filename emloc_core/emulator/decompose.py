@@ -114,12 +114,7 @@ class Decomposition:
         linears, itemsize = self.plan.in_block(block), self.skeleton.dtype.itemsize
         parameters = self.skeleton.model.get_submodule(block).parameters()
         weights = sum(parameter.numel() for parameter in parameters) * itemsize
-        fitting = self.format.fitting_bytes(linears, propagated=True, itemsize=itemsize)
-        needed = [fitting + self.format.reading_bytes(linears, itemsize, refined=False)]
-        if self.refine:
-            refining = self.format.refining_bytes(linears, itemsize)
-            needed.append(refining + self.format.reading_bytes(linears, itemsize, refined=True))
-        return weights + max(needed)
+        return weights + max(map(sum, self.format.phases(linears, itemsize, propagated=True, refine=self.refine > 0)))
 
     def _pass(self, forwards: list[Forward], store: Any, visit_block: Callable[[Any, str], Any]) -> None:
         vocabulary = {self._unit(each): each for each in self.plan.vocabulary}

@@ -12,6 +12,7 @@ from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.overhead import overhead
 from emloc_core.standins.experts import experts_per_token
+from emloc_core.standins.format import Phase
 from emloc_core.standins.layer import unpacked_bytes
 
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
@@ -23,7 +24,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
 
     - weights: the largest unit loaded at a time, in the model's dtype: a block, or a module outside the blocks (the
       embedding, the output projection).
-    - statistics: what fitting or refining takes; see :func:`_fitting_linears` and :func:`_fitting_experts`.
+    - statistics: what fitting or refining takes; see :func:`_phases` and :func:`_fitting_experts`.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
       twice, those of the base and of the emulator. Inside a block, samples have as much that is not in the file. From a
       GPU they move to the CPU's memory where they do not fit, so that one of them counts, unless experts are fitted.
@@ -45,42 +46,36 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         "overhead": overhead(model.workload.device, tuning=True),
     }
 
-    def unpacked(*, refined: bool) -> dict[str, int]:
-        return {path: model.format.reading_bytes(of, itemsize, refined=refined) for path, of in linears.items()}
-
     def need(statistics: int, standins: int, phase: str = "the largest block") -> Need:
         return _need("compress", always | {"statistics": statistics, "stand-ins": propagated * standins}, phase)
 
     experts = {path: _packed_experts(model, plan, path) for path in blocks}
-    fitted, refined = unpacked(refined=False), unpacked(refined=True)
+    of_blocks = [_phases(model, of) for of in linears.values()]
     needs = [
         need(
-            max(_fitting_linears(model, of) for of in linears.values()),
-            max(fitted[path] + experts[path] for path in blocks),
+            max(each.statistics for each in phase),
+            max(each.stand_ins + packed for each, packed in zip(phase, experts.values(), strict=True)),
         )
+        for phase in zip(*of_blocks, strict=True)
     ]
-    if settings.refine:
-        needs.append(
-            need(
-                max(model.format.refining_bytes(of, itemsize) for of in linears.values()),
-                max(refined[path] + experts[path] for path in blocks),
-            )
-        )
     if layers:
-        read = max((refined if settings.refine else fitted).values())
+        read = max(of[-1].stand_ins for of in of_blocks)
         needs.append(need(max(_fitting_experts(model, of) for of in layers), read, "the experts of a layer"))
     return max(needs, key=lambda need: need.total)
 
 
-def _fitting_linears(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
-    """Return the peak of fitting the Linears of a block, by the format (:mod:`emloc_core.standins.costs`).
+def _phases(model: MemoryModel, linears: Sequence[LinearPlan]) -> list[Phase]:
+    """Return what fitting the Linears of a block takes, and refining them, by the format.
 
-    With ranks shared out by spectra it is at least what the pass before takes: fitting factors, and the block's at half
-    of the parameters, fp32.
+    With ranks shared out by spectra, fitting takes at least what the pass before does: fitting factors, and the block's
+    at half of the parameters, fp32.
     """
-    propagated, itemsize = model.method.settings.calibration == "propagated", model.dtype.itemsize
-    fitting = model.format.fitting_bytes(linears, propagated=propagated, itemsize=itemsize)
-    return max(fitting, _ranking(model, linears)) if model.method.by_spectra else fitting
+    settings, itemsize = model.method.settings, model.dtype.itemsize
+    propagated = settings.calibration == "propagated"
+    fitting, *others = model.format.phases(linears, itemsize, propagated=propagated, refine=settings.refine > 0)
+    if model.method.by_spectra:
+        fitting = fitting._replace(statistics=max(fitting.statistics, _ranking(model, linears)))
+    return [fitting, *others]
 
 
 def _units(model: MemoryModel) -> tuple[dict[str, int], int]:

@@ -52,6 +52,18 @@ class Ratios(NamedTuple):
     largest: float = 0.99
 
 
+class Phase(NamedTuple):
+    """What a phase of stage 1 takes of a block, in bytes.
+
+    Attributes:
+        statistics: the peak of the phase's own work.
+        stand_ins: the block's, as rows pass through them.
+    """
+
+    statistics: int
+    stand_ins: int
+
+
 class Format(ABC):
     """How an emulator keeps what stands in for a weight. Users choose it by its name, as the kind of the emulator.
 
@@ -215,6 +227,15 @@ class Format(ABC):
     def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:  # noqa: ARG002
         """Return how many of those products so many inputs do not take, since they share some."""
         return 0
+
+    def phases(self, linears: Sequence[Planned], itemsize: int, *, propagated: bool, refine: bool) -> list[Phase]:
+        """Return what fitting the Linears of a block takes, and refining them, if that follows."""
+        fitting = self.fitting_bytes(linears, propagated=propagated, itemsize=itemsize)
+        found = [Phase(fitting, self.reading_bytes(linears, itemsize, refined=False))]
+        if refine:
+            read = self.reading_bytes(linears, itemsize, refined=True)
+            found.append(Phase(self.refining_bytes(linears, itemsize), read))
+        return found
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Return the peak of fitting the Linears of a block, or a matrix of a stack; by default that of rounding.
