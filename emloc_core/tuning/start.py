@@ -17,11 +17,12 @@ from emloc_core.adapters.moments import FILE, hash_moments, tuned_at
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import learned_preferences, read_manifest
+from emloc_core.files.manifest import MANIFEST, learned_preferences, read_manifest
 from emloc_core.files.quantised import is_in_four_bits
 from emloc_core.model.opened import open_model
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings, TrainSettings
+from emloc_core.standins.format import kind_of
 from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trl import lora_config
 
@@ -47,12 +48,18 @@ class NewLora:
 
     adapter: Path | None = None
     tuned_at: float | None = None
-    warnings: tuple[str, ...] = ()
 
     def __init__(self, request: TrainRequest) -> None:
         self.model = open_model(request.model, "cpu")
         self.settings = _as_planned(request.settings, self.model.checkpoint)
         self._recomputes = self.settings.gradient_checkpointing and not request.exact  # exact steps do so by themselves
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user has to know before: that an emulator lacks what a correction reads."""
+        model = self.model.checkpoint
+        told = f"{model.directory} is an emulator without its {MANIFEST}, which a correction reads: copy it whole"
+        return (told,) if kind_of(model.config) and read_manifest(model.directory) is None else ()
 
     def targets(self, model: PreTrainedModel) -> list[str]:
         """Return the ends of the paths of modules that get a LoRA, sorted.

@@ -461,6 +461,13 @@ def test_a_damaged_model_is_one_error(damage, complaint, tiny_model, rows_file, 
     assert not (tmp_path / "a").exists()
 
 
+def test_an_emulator_without_what_a_correction_reads_is_told_of(tiny_emulator, rows_file, tmp_path):
+    assert not train_job(tiny_emulator, rows_file, tmp_path / "adapter", settings()).warnings
+    shutil.copytree(tiny_emulator, tmp_path / "part", ignore=shutil.ignore_patterns("emloc.json"))
+    (told,) = train_job(tmp_path / "part", rows_file, tmp_path / "adapter", settings()).warnings
+    assert "part is an emulator without its emloc.json" in told
+
+
 def test_bad_rows_are_left_out_counted_and_named(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, *example_rows()[:8]])
     job = train_job(tiny_model, rows, tmp_path / "adapter", settings(steps=1), skip_bad_rows=True)
