@@ -321,8 +321,8 @@ def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
 
 @cache
 def scale_levels(device: torch.device) -> torch.Tensor:
-    """Return the 256 numbers in [-1, 1] that the codes of scales stand for."""
-    return torch.tensor(_scale_levels(), device=device)
+    """Return the 256 numbers in [-1, 1] that the codes of scales stand for, fp32."""
+    return torch.tensor(_scale_levels(), dtype=torch.float32, device=device)
 
 
 @torch.compiler.assume_constant_result  # its context manager would break the graph

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import nf4
 from emloc_core.standins.registry import format_named
 
 
@@ -71,3 +72,15 @@ def test_compiled_layers_are_one_graph(format):
         output.square().sum().backward()
     assert torch.equal(*outputs)
     assert torch.equal(*(x.grad for x in given))
+
+
+def test_levels_of_scales_are_the_same_whatever_dtype_a_model_is_built_in():
+    expected = nf4.scale_levels(torch.device("cpu"))
+    nf4.scale_levels.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = nf4.scale_levels(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
