@@ -87,12 +87,14 @@ def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.
     cut = total = 0.0
     for rows in blocks(len(weight)):
         whole = weight[rows].to(gram)
-        lost = whole - approximation[rows].to(gram)
-        cut, total = (
-            energy + float(((part @ gram) * part).sum(dtype=torch.float64))
-            for energy, part in ((cut, lost), (total, whole))
-        )
-    return (max(cut, 0.0) / total) ** 0.5 if total > 0 else 0.0
+        cut += _energy(whole - approximation[rows].to(gram), gram)
+        total += _energy(whole, gram)
+    cut, total = max(cut, 0.0), max(total, 0.0)
+    return (cut / total) ** 0.5 if total else 0.0
+
+
+def _energy(rows: torch.Tensor, gram: torch.Tensor) -> float:
+    return float(((rows @ gram) * rows).sum(dtype=torch.float64))
 
 
 def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:

@@ -1,6 +1,7 @@
 """The factorisation against the reference's outputs, the textbook method, and its own identities."""
 
 import json
+from math import isnan
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.factors import gram_of, output_error
 from support.paths import FIXTURES
 
 from emloc_core.algorithms.factorize import factorize, leading
+from emloc_core.algorithms.factorize import output_error as error_of_outputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side, symmetric_product
 from emloc_core.errors import EmlocError
 
@@ -236,3 +238,9 @@ def test_leading_directions_are_nearly_the_best_and_uncorrelated(m, n, rank):
         energies = u.T @ weight @ gram @ weight.T @ u
         apart = energies - energies.diagonal().diag()
         assert float(apart.abs().max()) <= 1e-4 * float(energies.max())
+
+
+def test_an_error_that_is_no_number_is_told():
+    gram = torch.eye(4)
+    assert isnan(error_of_outputs(torch.full((3, 4), torch.nan), torch.zeros(3, 4), gram))
+    assert error_of_outputs(torch.zeros(3, 4), torch.zeros(3, 4), gram) == 0
