@@ -151,7 +151,7 @@ class Cell:
     def is_polished(self) -> bool:
         """Whether exact steps are taken beyond the usual set-up: on the larger model, and after the longest tuning.
 
-        There the LoRA on the base takes them too, from where it is.
+        After the latter the LoRA on the base takes them too.
         """
         return self.steps == LONGER[-1] if self.model == DEMO else (self.model, self.steps) == (GEMMA, STEPS)
 

@@ -85,10 +85,8 @@ def polish(
 def polish_once(cell: Cell, adapter: Path, base: Path, rows: dict[str, Path], metered: Metered) -> Path:
     """Take 20 exact steps from an adapter at half of its rate; return the directory of the LoRA."""
     exact, rate = adapter.with_name("polish"), cell.learning_rate / 2
-    polished_once: Path = metered(
-        "polish20", lambda: polished(adapter, base, rows, EXACT[-1], rate, cell.seed, exact), exact
-    )
-    return polished_once
+    found: Path = metered("polish20", lambda: polished(adapter, base, rows, EXACT[-1], rate, cell.seed, exact), exact)
+    return found
 
 
 def polished(

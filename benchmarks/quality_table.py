@@ -37,13 +37,13 @@ class Table:
         from scratch are compared with what polishing is compared with, to stand beside it.
         """
         further = EXACT[-1] if system.startswith("polish") else 0
-        systems, full = self.control(row, row["steps"]), system
-        if systems is None or full not in systems:
+        beside, reference = self.control(row, row["steps"]), system
+        if beside is None or reference not in beside:
             steps = STEPS + EXACT[-1] if system == SCRATCH else row["steps"] + further
-            systems, full = self.control(row, steps), FULL
-        if systems is None or system not in row["systems"]:
+            beside, reference = self.control(row, steps), FULL
+        if beside is None or system not in row["systems"]:
             return None
-        base, full = (systems[name]["nll"] for name in ("base", full))
+        base, full = (beside[name]["nll"] for name in ("base", reference))
         return float((base - row["systems"][system]["nll"]) / (base - full))
 
     def told(self, row: dict[str, Any], system: str) -> str:

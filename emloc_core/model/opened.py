@@ -84,8 +84,7 @@ def open_model(name: str, device: str = "auto") -> OpenModel:
     Raises:
         EmlocError: there is no such model or device, or no family declares it.
     """
-    checkpoint = open_checkpoint(name)
-    return OpenModel(checkpoint, plugin_manager().family_for(checkpoint.config), choose_device(device))
+    return _opened(open_checkpoint(name), device)
 
 
 def open_original(name: str, device: str = "cpu", option: str = "") -> OpenModel:
@@ -100,4 +99,8 @@ def open_original(name: str, device: str = "cpu", option: str = "") -> OpenModel
     """
     checkpoint = open_checkpoint(name)
     checkpoint.require_unquantised(option)
+    return _opened(checkpoint, device)
+
+
+def _opened(checkpoint: Checkpoint, device: str) -> OpenModel:
     return OpenModel(checkpoint, plugin_manager().family_for(checkpoint.config), choose_device(device))
