@@ -102,7 +102,7 @@ def _factorised(gram: torch.Tensor) -> torch.Tensor:
 
 
 def stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return matrices with the same inputs as one, (m, n), in fp32; a single one is not copied."""
+    """Return matrices with the same inputs as one, (m, n), in fp32; a single one may be returned itself."""
     first, *others = (matrix.float() for matrix in matrices)
     return torch.cat([first, *others]) if others else first
 

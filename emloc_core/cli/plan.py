@@ -145,7 +145,7 @@ def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
             )
             click.echo(
                 "  That was in 60 steps at a rate of 2e-3, the best for an ordinary LoRA too (the default is 2e-4)"
-                f"{_in_longer_tuning(measured)}."
+                f"{in_longer_tuning(measured)}."
             )
         if best.alternative:
             click.echo(
@@ -160,7 +160,8 @@ def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
         click.echo(f"warning: {warning}")
 
 
-def _in_longer_tuning(measured: "Recovery") -> str:
+def in_longer_tuning(measured: "Recovery") -> str:
+    """Return what longer tuning made of a recovery, in words that follow those of the recovery."""
     if measured.longer is None:
         return ""
     lost = round(-measured.longer, 2)

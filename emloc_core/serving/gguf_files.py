@@ -27,7 +27,7 @@ _Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
 _BLOCK = 32  # numbers that q8_0 scales together
 #: What YaRN can set besides, and the values that readers take.
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
-_ONLY = "Only byte-level BPE, as in tokenizer.json of Llama 3, SmolLM and Qwen, is written."
+_ONLY = "Only byte-level BPE is written, from tokenizer.json."
 
 
 def require_gguf(model: OpenModel) -> Gguf:

@@ -14,11 +14,12 @@ from support.rows import tokenized_row
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_core.cli import cli
+from emloc_core.cli.plan import in_longer_tuning
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.memory import speed
-from emloc_core.memory.evidence import measured
+from emloc_core.memory.evidence import Recovery, measured
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, TrainSettings
@@ -428,3 +429,15 @@ def test_compress_refuses(shallow_model: Path, rows_file: Path, tmp_path: Path) 
     assert "batch_size needs memory" in refused(*common, "--batch-size", 2)
     assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB", "--batch-size", 1)
     assert not (tmp_path / "emulator").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "polished", "told"),
+    [
+        (None, None, ""),
+        (0.004, None, "; in 960 steps it was as much"),
+        (-0.026, 0.975, "; in 960 steps it was 0.03 less, and 0.97 with exact ones"),
+    ],
+)
+def test_a_plan_says_what_longer_tuning_gives(changed, polished, told):
+    assert in_longer_tuning(Recovery(0.93, 0.985, changed, polished)) == told
