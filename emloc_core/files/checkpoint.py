@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -298,11 +298,15 @@ def find_config(model: str) -> Path:
         return path / "config.json"
     with _from_hub(model) as (name, revision):
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         folders = ["", *(each.folder for each in plugin_manager().objectives() if each.folder)]
-        *parts, last = [str(Path(folder, "config.json")) for folder in folders]
-        for part in parts:
-            with suppress(EntryNotFoundError):
-                return Path(hf_hub_download(name, part, revision=revision))
-        return Path(hf_hub_download(name, last, revision=revision))
+        missing: EntryNotFoundError | None = None
+        for part in (str(Path(folder, "config.json")) for folder in folders):
+            unreachable = isinstance(missing, LocalEntryNotFoundError)  # found out by waiting, so it is not asked again
+            try:
+                return Path(hf_hub_download(name, part, revision=revision, local_files_only=unreachable))
+            except EntryNotFoundError as error:
+                missing = missing or error
+        assert missing is not None
+        raise missing

@@ -11,12 +11,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.checkpoint import Checkpoint, find_config, open_checkpoint
 from emloc_core.files.documents import read_toml
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
@@ -149,6 +150,20 @@ def test_a_hub_id_without_a_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(EmlocError, match="no such model or cannot be reached"):
         open_checkpoint("someone/something")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def download(_name, part, *, local_files_only, **_):
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError(f"no {part}")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(EmlocError, match=r"cannot be reached \(no config.json\)"):
+        find_config("someone/something")
+    assert asked[:2] == [False, True]
+    assert all(asked[1:])
 
 
 def test_fingerprints_follow_content_and_are_cached(tiny_model, tmp_path, monkeypatch):
