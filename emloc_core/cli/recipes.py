@@ -108,7 +108,8 @@ def show_plan(recipe: "Recipe", as_json: bool) -> None:
     if found:
         emulators = ", ".join(human_bytes(each["emulator_bytes"]) for each in found)
         sizes.append(f"emulator{'s' if others else ''} {emulators}")
-    sizes.append(f"merged {human_bytes(content['merged_bytes'])}")
+    if recipe.merge:
+        sizes.append(f"merged {human_bytes(content['merged_bytes'])}")
     rows = ", ".join(f"{count} {purpose}" for purpose, count in content["rows"].items())
     click.echo(f"{', '.join(sizes)}; rows: {rows}")
 

@@ -33,8 +33,8 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
     needed = calibration + selection
     if len(copies) < needed:
         raise EmlocError(
-            f"There are {len(copies)} distinct rows, but {needed} are needed: "
-            f"{calibration} for calibration and {selection} for selection.",
+            f"{needed} distinct rows are needed, {calibration} for calibration and {selection} for selection, "
+            f"but the data have {len(copies)}.",
             "Give more rows, or keep fewer of them: --samples, --selection.",
         )
 

@@ -14,6 +14,8 @@ def require_lora(directory: Path) -> None:
     Raises:
         EmlocError: a file is missing.
     """
+    if not directory.is_dir():
+        raise EmlocError(f"There is no directory {directory}.", "Check the path of the adapter.", code="missing")
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
         raise EmlocError(
             f"{directory} is not a LoRA directory: it needs {CONFIG} and {WEIGHTS}.",

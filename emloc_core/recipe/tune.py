@@ -115,10 +115,14 @@ class Tune(Settings):
         """Return the recipe with what is decided for the memory, and that in lines; nothing is written.
 
         Raises:
-            EmlocError: see :meth:`run`.
+            EmlocError: see :meth:`run`; or there is one row alone.
         """
         skipped: list[Skipped] = []
-        self._rows(skipped)  # what is wrong with a row is said at once
+        if len({row.key for row in self._rows(skipped)}) == 1:  # what is wrong with a row is said at once, too
+            raise EmlocError(
+                "There is one distinct row to tune on, and one is held out, to be answered before and after.",
+                "Give more rows, or use `emloc train`.",
+            )
         lines = told(skipped)
         emulator = {"compress": CompressSettings(paper=True)} if self.paper else {}
         recipe = Recipe(

@@ -38,6 +38,7 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
     assert code == 0, err
     assert told.splitlines()[0].startswith("memory: 4.29 GB, of which 215 MB stay free; 1 rows of up to 16 tokens")
     assert "so: train an ordinary LoRA on the model" in told
+    assert "merged" not in told
     assert not out.exists()
     code, told, err = emloc(*asked)
     assert code == 0, err
@@ -56,6 +57,15 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
     assert "- `recipe.toml`: what was decided" in card
     assert not (out / "merged").exists()
     assert f"emloc chat {out / 'adapter'}" in told
+
+
+def test_one_row_is_too_few_and_that_is_said_at_once(emloc, shallow_model, rows_file, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text(rows_file.read_text().splitlines()[0] + "\n")
+    code, _, err = emloc("tune", shallow_model, "--data", one, "-o", tmp_path / "tuned", "--memory", "4GiB", *FLAGS)
+    assert code == 1
+    assert "There is one distinct row to tune on" in err
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
