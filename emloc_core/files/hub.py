@@ -48,7 +48,8 @@ def push(
         The address of the commit.
 
     Raises:
-        EmlocError: it is not a finished output, it holds rows and ``with_rows`` is not given, or the hub refuses it.
+        EmlocError: it is not a finished output, it holds rows and ``with_rows`` is not given, or the hub refuses it or
+            cannot be reached.
     """
     directory = Path(directory)
     check_repository(repository)
@@ -66,7 +67,6 @@ def push(
             code="refused",
         )
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     changed = {name: text.encode() for name, text in _without_paths(directory, manifest, base)}
     operations = [
@@ -78,10 +78,11 @@ def push(
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.create_commit(repository, operations, commit_message=f"Upload {manifest['kind']} made by EMLoC")
-    except (HfHubHTTPError, ValueError, OSError) as error:
+    except Exception as error:  # of the hub, or whatever the HTTP library of this version of huggingface_hub raises
         raise EmlocError(
             f"{directory} cannot be pushed to {repository} ({first_line(error)}).",
-            "Log in with `hf auth login` and a token that may write there, and run `emloc push` again.",
+            "Check the connection, log in with `hf auth login` and a token that may write there, and run `emloc push` "
+            "again.",
             code="unavailable",
             resumable=True,
         ) from error

@@ -112,6 +112,13 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(hub, tiny_model, tmp_path, e
         emloc_core.push(adapter, ADAPTER)
 
 
+def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tiny_model, tmp_path, monkeypatch):
+    merged = emloc_core.merge(make_adapter(tiny_model, tmp_path / "adapter"), tmp_path / "merged")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(EmlocError, match=r"cannot be pushed to people/merged \(.*refused.*Check the connection"):
+        emloc_core.push(merged, "people/merged")
+
+
 def test_the_card_shows_code_that_runs(tiny_model, tmp_path):
     made = corrected(tiny_model, tmp_path)
     card = (made.path / "README.md").read_text()
