@@ -47,7 +47,8 @@ def show(results: dict, directory: Path, as_json: bool = False) -> None:
 
     if "systems" in results:
         print_table(report.table(results["systems"], results["metrics"]))
-        click.echo(report.conclusion(results))
+        for line in filter(None, (report.note(results), report.conclusion(results))):
+            click.echo(line)
     peaks = [f"{name} {human_bytes(peak_memory(timing) or 0)}" for name, timing in results["stages"].items()]
     for number, each in enumerate(results.get("answers", []), 1):
         click.echo(f"held-out row {number}: {_short(each['prompt'])}")

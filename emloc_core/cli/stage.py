@@ -110,7 +110,7 @@ def _finish(
         result = finish(request.stage, job, advance)
     if result is None or (reporter and verbosity() is Verbosity.QUIET):
         return result
-    if isinstance(request, EvaluateRequest) and not to_json and verbosity() is not Verbosity.QUIET:
+    if isinstance(request, EvaluateRequest) and not (reporter or to_json or verbosity() is Verbosity.QUIET):
         _print_scores(request, result)
     announce(result, summary(request, result), to_json=to_json, made_before=made_before)
     return result

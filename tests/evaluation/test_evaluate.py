@@ -16,6 +16,7 @@ from support.run import patch_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.cli.eval import command
+from emloc_core.cli.stage import perform
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation import evaluate as evaluation
 from emloc_core.evaluation import loading
@@ -105,6 +106,13 @@ def test_a_finished_evaluation_is_not_run_again(compared, tasks, monkeypatch):
     assert evaluate(systems, tasks, output, limit=5) == results
     with pytest.raises(EmlocError, match="limit was 5 and is now 6"):
         evaluate(systems, tasks, output, limit=6)
+
+
+def test_a_recipe_shows_the_table_once_at_its_end(compared, tasks, capsys):
+    systems, output, _ = compared
+    request = make_request("eval", systems=tuple(systems), tasks=tuple(tasks), output=output, limit=5)
+    perform(request.to_json(), lambda _: None)
+    assert "lower is better" not in "".join(capsys.readouterr())
 
 
 def part(nll):
