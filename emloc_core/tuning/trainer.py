@@ -30,6 +30,7 @@ from emloc_core.tuning.preferences import odds_ratio_loss, with_mismatched
 
 SETTINGS = "The training settings do not work"
 DIVERGED = "Lower the learning rate, or train without bf16."
+_FROM_THE_START = "Nothing was tuned yet: copy the model again, which may be damaged, or train without bf16."
 _PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last entry
 
 
@@ -39,7 +40,7 @@ class LoraSteps(Trainer):
     base_loss: BaseLoss | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, patience: int | None = None, **options: Any) -> None:
-        stopping = [EarlyStoppingCallback(patience)] if patience and options.get("eval_dataset") is not None else []
+        stopping = [_Patience(patience)] if patience and options.get("eval_dataset") is not None else []
         super().__init__(model, callbacks=[_LastStep(), *stopping], **options)
         self.loss_since_log = _LossSinceLog(self.accelerator)
         self.add_callback(self.loss_since_log)
@@ -80,8 +81,9 @@ class LoraSteps(Trainer):
         """Compute the gradients of a step, and return its loss."""
         loss = self.take_gradients(*args, **kwargs)
         if not bool(torch.isfinite(loss)):  # the trainer itself would log an average and continue
-            step = self.state.global_step + 1
-            raise EmlocError(f"The loss at step {step} is {loss.item()}.", DIVERGED, code="not-finite")
+            before = self.state.global_step
+            remedy = DIVERGED if before else _FROM_THE_START
+            raise EmlocError(f"The loss at step {before + 1} is {loss.item()}.", remedy, code="not-finite")
         self.loss_since_log.add(loss)
         return loss
 
@@ -227,6 +229,13 @@ class _Report(TrainerCallback):
             loss = next(logged, None)
             what = "first steps" if loss is None else f"loss {loss:.4f}"
             self._progress(what, state.global_step, state.max_steps, loss)
+
+
+class _Patience(EarlyStoppingCallback):
+    """Stops after evaluations without a better loss; the best checkpoint is kept, though not by the trainer."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Do not warn that the best one would not be loaded."""
 
 
 class _LastStep(TrainerCallback):

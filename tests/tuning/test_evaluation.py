@@ -146,8 +146,9 @@ def test_exact_steps_evaluate_the_base_streamed(trained, tiny_model, rows_file, 
 def test_an_adapter_that_no_exact_step_makes_better_is_kept(emloc, trained, tiny_model, rows_file, held_out, tmp_path):
     argv = ["--base", tiny_model, "--data", rows_file, "--eval-data", held_out, "--steps", 40, "--eval-steps", 2]
     argv += ["--patience", 2]
-    code, out, _ = emloc("polish", trained, *argv, "--lr", 0.3, "--no-bf16", "-o", tmp_path / "a")
+    code, out, err = emloc("polish", trained, *argv, "--lr", 0.3, "--no-bf16", "-o", tmp_path / "a")
     assert code == 0
+    assert "EarlyStopping" not in err
     result = read_manifest(tmp_path / "a")["result"]
     assert (result["steps"], result["best_step"]) == (4, 0)  # it lost patience
     assert f"kept the adapter as it was: no step made it better; loss {result['eval_loss']:.4f}" in out

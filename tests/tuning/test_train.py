@@ -426,6 +426,15 @@ def test_settings_that_cannot_work_are_one_error(changes, complaint, tiny_model,
     assert not (tmp_path / ".a.partial").exists()
 
 
+def test_a_model_without_a_loss_is_told_from_steps_that_diverge(tiny_model, rows_file, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EmlocError, match=r"The loss at step 1 is nan\. Nothing was tuned yet"):
+        finetune(tmp_path / "model", str(rows_file), tmp_path / "a", settings())
+
+
 def test_a_row_beyond_the_models_limit_is_named(tiny_model, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "cat"}, {"text": "cat " * 300}])
     with pytest.raises(EmlocError, match=r"Row 2 .* the model takes 256"):
