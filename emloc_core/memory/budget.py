@@ -133,7 +133,7 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     """Yield lines that say what would fit where no emulator's tuning does; each is computed, not guessed.
 
     Args:
-        model: with the smallest recommended kind of emulator, and one row at a time; or a base in four bits, of which
+        model: with the kind of emulator that needs least, and one row at a time; or a base in four bits, of which
             there is none.
         budget: bytes.
     """
@@ -157,4 +157,4 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
         if fit := largest(model.with_workload(replace(model.workload, length=length))):
             yield f"{rows} x {length} tokens fits{sized(fit.ratio)} ({human_bytes(fit.need.total)})"
             return
-    yield f"no length fits: even {rows} x {length} tokens needs more"
+    yield f"no length fits: even {rows} x {length} tokens needs more, so it takes more memory or a smaller model"

@@ -136,7 +136,7 @@ class Decision:
 
     def advice(self) -> list[str]:
         """Return what would fit where no emulator does, or the base itself, if that is in four bits."""
-        smallest = [way for way in self.ways if way.kind or self.base.packed][-1]
+        smallest = min((way for way in self.ways if way.kind or self.base.packed), key=lambda way: way.bytes)
         return list(advice(smallest.model, self.budget.usable))
 
 
@@ -234,8 +234,9 @@ def fitted(request: CompressRequest) -> CompressRequest:
     click.echo(f"{way} of {length} tokens: {human_bytes(way.bytes)}, of {decision.budget}", err=True)
     if whole := next((each for each in decision.ways if each.name == ORDINARY and each.fits), None):
         click.echo(
-            f"note: an ordinary LoRA on the model itself fits too ({human_bytes(whole.bytes)}): emloc train "
-            f"{request.model} --batch-size {whole.micro_batch} --accumulation {whole.accumulation}",
+            f"note: an ordinary LoRA on the model itself fits too ({human_bytes(whole.bytes)}): `emloc train "
+            f"{request.model} --batch-size {whole.micro_batch} --accumulation {whole.accumulation}`, with these rows "
+            "and settings",
             err=True,
         )
     if request.device != "cpu" and (warning := too_large_to_make(way, decision.budget)):

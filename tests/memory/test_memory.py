@@ -32,7 +32,7 @@ from emloc_core.model.overhead import overhead
 from emloc_core.processes.heap import give_back
 from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.trl import lora_config
-from emloc_core.units import parse_bytes
+from emloc_core.units import human_bytes, parse_bytes
 
 
 def test_sizes_are_parsed() -> None:
@@ -205,6 +205,14 @@ def test_advice_names_no_ratio_where_a_kind_has_none(shallow_model: Path) -> Non
     smallest, half = advice(model, shorter.tuning(shorter.plan(0.5)).total)
     assert smallest.startswith("tuning the smallest emulator (2.7-bit) on 1 x 128")
     assert half.startswith("1 x 64 tokens fits (")
+
+
+def test_the_smallest_emulator_is_the_one_that_needs_least(shallow_model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"  # with a large vocabulary, which other kinds pack, and low-rank does not
+    config.write_text(json.dumps(read_json(shallow_model / "config.json") | {"vocab_size": 50_000}))
+    decision = decide(config, workload(1, 64), Budget(1000))
+    least = min(way.bytes for way in decision.ways if way.kind)
+    assert decision.advice()[0].endswith(f"needs {human_bytes(least)}")
 
 
 def test_headroom_is_a_share_with_a_limit_or_what_the_user_says() -> None:
