@@ -34,6 +34,8 @@ CODES = {
 
 #: What torch says, on the CPU and of mapped files, where it raises a plain RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+#: Numbers of the errors of a disk, a quota or a file system without room.
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class EmlocError(Exception):

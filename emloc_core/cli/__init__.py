@@ -13,7 +13,7 @@ import rich_click as click
 
 from emloc_core import __version__
 from emloc_core.cli.verbosity import set_for_now, showing_families
-from emloc_core.errors import EmlocError, did_you_mean, printable, typed_line
+from emloc_core.errors import DISK_FULL, DiskFullError, EmlocError, did_you_mean, printable, typed_line
 from emloc_core.plugins.builtin import COMMANDS
 from emloc_core.processes.environment import hush_libraries, settle
 from emloc_core.processes.lifetime import end_with_parent
@@ -115,6 +115,9 @@ def _fail(error: BaseException) -> None:
         sys.exit(error.exit_code)
     if "--debug" in sys.argv or not isinstance(error, Exception):
         raise error
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f": {os.fsdecode(error.filename)} cannot be written" if error.filename is not None else ""
+        error = DiskFullError(f"The disk is full{where}.", "Free some space, and run the same command again.")
     if isinstance(error, EmlocError):
         click.echo(f"emloc: error: {printable(error)}", err=True)
         sys.exit(1)

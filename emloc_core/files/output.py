@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.errors import DISK_FULL, DiskFullError, EmlocError
 from emloc_core.files.card import CARD, card
 from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.manifest import MANIFEST, parents, read_manifest
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 TIMING = "timing.json"
 #: Hashes of large files by path and stamp; see :class:`emloc_core.files.inputs.Inputs`.
 HASHES = ".emloc-hashes.json"
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+_ELSEWHERE = "Choose another output directory, or remove this one."
 _NO_ROOM = 256 << 10  # bytes; with less free, a failure is attributed to the full disk
 
 
@@ -48,6 +48,26 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def made_at(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of the output at a path; None where nothing is, or an empty directory.
+
+    Raises:
+        EmlocError: something else is at that path.
+    """
+    if path.is_symlink() and not (path / MANIFEST).exists():
+        raise EmlocError(f"{path} is a link, which a directory cannot replace.", _ELSEWHERE, code="exists")
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise EmlocError(f"{path} exists and is not a directory.", _ELSEWHERE, code="exists")
+    if not any(path.iterdir()):
+        return None
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise EmlocError(f"{path} exists and was not written by emloc.", _ELSEWHERE, code="exists")
+    return manifest
 
 
 class Output:
@@ -106,26 +126,17 @@ class Output:
         return False
 
     def _is_there(self) -> bool:
-        remedy = "Choose another output directory, or remove this one."
-        if self.path.is_symlink() and not (self.path / MANIFEST).exists():
-            raise EmlocError(f"{self.path} is a link, which a directory cannot replace.", remedy, code="exists")
-        if not self.path.exists():
-            return False
-        if not self.path.is_dir():
-            raise EmlocError(f"{self.path} exists and is not a directory.", remedy, code="exists")
-        if not any(self.path.iterdir()):
-            return False
-        manifest = read_manifest(self.path)
+        manifest = made_at(self.path)
         if manifest is None:
-            raise EmlocError(f"{self.path} exists and was not written by emloc.", remedy, code="exists")
+            return False
         if manifest.get("kind") != self.kind:
             raise EmlocError(
-                f"{self.path} exists and holds {manifest.get('kind')!r}, not {self.kind!r}.", remedy, code="exists"
+                f"{self.path} exists and holds {manifest.get('kind')!r}, not {self.kind!r}.", _ELSEWHERE, code="exists"
             )
         differing = _differences(manifest.get("request", {}), self.request)
         if differing:
             raise EmlocError(
-                f"{self.path} exists and was made from something else: {differing}.", remedy, code="exists"
+                f"{self.path} exists and was made from something else: {differing}.", _ELSEWHERE, code="exists"
             )
         return True
 
@@ -179,7 +190,7 @@ class Output:
                 stack.enter_context(self._workspace.held())
                 self._start_or_resume()
             except OSError as error:
-                if error.errno in _DISK_FULL:
+                if error.errno in DISK_FULL:
                     raise
                 raise EmlocError(
                     f"{self.path} cannot be created ({error.strerror}).", "Choose another path.", code="unavailable"
@@ -269,7 +280,7 @@ def _refuse_full_disk(place: Path) -> Iterator[None]:
     except Exception as error:
         free = shutil.disk_usage(place.parent).free
         # Libraries that write files raise their own errors when the disk is full.
-        if getattr(error, "errno", None) not in _DISK_FULL and free > _NO_ROOM:
+        if getattr(error, "errno", None) not in DISK_FULL and free > _NO_ROOM:
             raise
         raise DiskFullError(
             f"The disk is full: writing to {place} failed with {free:,} bytes free.",

@@ -12,6 +12,7 @@ from emloc_core.data.sources import reader_of
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
 from emloc_core.files.manifest import read_manifest
+from emloc_core.files.output import made_at
 from emloc_core.observed.record import recall
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Request
@@ -25,7 +26,7 @@ _NAMED = {"kind": "emulators", "correction": "corrections"}
 
 
 def precheck(request: Request) -> None:
-    """Refuse a request whose models, rows, algorithms or memory cannot be what it says.
+    """Refuse a request whose models, rows, algorithms, memory or place for the output cannot be what it says.
 
     Raises:
         EmlocError: one of them cannot.
@@ -38,6 +39,7 @@ def precheck(request: Request) -> None:
     for each in (asked, *systems):
         for made in filter(None, (getattr(each, field, None) for field in _INPUTS)):
             recall(read_manifest(Path(made)))
+    made_at(request.output)
     if adapter := getattr(asked, "adapter", None):
         require_lora(adapter)
     if source := getattr(asked, "source", None):

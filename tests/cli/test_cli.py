@@ -1,5 +1,6 @@
 """The command line: every mistake is one sentence on stderr, exit code 1, and leaves nothing behind."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rich_click as click
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.paths import DOCS
@@ -20,6 +22,17 @@ from emloc_core.errors import EmlocError
 from emloc_core.recipe.recipe import load_recipe
 
 SMALL = ["--samples", "8", "--selection", "4"]
+
+
+@pytest.mark.parametrize(("path", "where"), [((), ""), (("/a/b",), ": /a/b cannot be written")])
+def test_a_full_disk_is_one_sentence_wherever_it_is_met(emloc, monkeypatch, path, where):
+    @click.command("write")
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device", *path)
+
+    monkeypatch.setitem(cli.commands, "write", write)
+    said = f"emloc: error: The disk is full{where}. Free some space, and run the same command again.\n"
+    assert emloc("write") == (1, "", said)
 
 
 def change(model, tmp_path, **files):

@@ -94,6 +94,7 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
         ("plan odd", "No installed family declares the model type 'odd'"),
         ("compress odd --data rows.jsonl -o o", "'odd'"),
         ("train missing --data rows.jsonl -o o", "There is no model at missing"),
+        ("compress model --data rows.jsonl -o odd", "odd exists and was not written by emloc"),
         ("correct missing -o o", "There is no directory missing"),
         ("polish missing --data rows.jsonl -o o", "There is no directory missing"),
         ("merge missing -o o", "There is no directory missing"),

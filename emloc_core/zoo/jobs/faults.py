@@ -1,17 +1,15 @@
 """Classifies a failed attempt, from an exception or from how a process ended. The driver decides what follows."""
 
 import contextlib
-import errno
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from emloc_core.errors import EmlocError, class_names, is_out_of_memory
+from emloc_core.errors import DISK_FULL, EmlocError, class_names, is_out_of_memory
 from emloc_core.zoo.jobs.outcome import CAUSES, Cause, Outcome
 
 #: Exit codes of workers and stages say the cause, in case there is no room for more.
 _FIRST_CODE = 10
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Nothing that another try would change.
 _WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 #: Files that are not what they should be, as their libraries say it.
@@ -31,11 +29,13 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
     """
     chain = list(_chain(error))
     names = {name for each in chain for name in class_names(each)}
-    no_room = (getattr(each, "code", None) == "disk-full" or getattr(each, "errno", None) in _NO_ROOM for each in chain)
+    no_room = any(
+        getattr(each, "code", None) == "disk-full" or getattr(each, "errno", None) in DISK_FULL for each in chain
+    )
     # The first that holds: "not in the cache" is derived from "no such file", and that from OSError.
     found: list[tuple[Cause, bool]] = [
         ("out of memory", any(map(_ran_out, chain))),
-        ("disk", any(no_room)),
+        ("disk", no_room),
         ("bad input", offline and _UNREACHED in names),
         ("input/output", _UNREACHED in names),
         ("bad input", bool(names & (_NOT_THERE | _DAMAGED))),
