@@ -92,7 +92,7 @@ class CompressRequest(RowsRequest):
         if self.memory not in (None, FREE):
             parse_bytes(self.memory)  # a unit that is missing is said at once
         if self.memory is None and self.headroom is not None:
-            raise ValueError("headroom needs memory")
+            raise ValueError("headroom has no effect without memory; give both, or leave it out")
         _require_use(self.tuning, "memory", used=self.memory is not None)
         return self
 
@@ -249,4 +249,5 @@ def _require_use(settings: Settings, owner: str, *, used: bool) -> None:
     """Refuse settings that are given, but not what they are for."""
     given = sorted(settings.model_fields_set)
     if given and not used:
-        raise ValueError(f"{' and '.join(given)} {'needs' if len(given) == 1 else 'need'} {owner}")
+        have, them = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise ValueError(f"{' and '.join(given)} {have} no effect without {owner}; give both, or leave {them} out")

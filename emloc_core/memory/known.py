@@ -176,7 +176,7 @@ def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> No
             if name == "text_config" and given is None:  # published at the top level, which transformers accepts
                 given = raw
             if not isinstance(given, dict):
-                raise EmlocError(f"{config_file} has no {name}.", "Download the file again.")
+                raise EmlocError(f"{config_file} has no {name}.", "Add it, or download the file again.")
             _require_fields(config_file, given, section, f"{name}.")
     if not sections:
         _require_fields(config_file, raw, config, "")
@@ -187,10 +187,10 @@ def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, pref
     for name in _SIZES:
         derived = isinstance(getattr(type(config), name, None), property)  # from other fields
         if hasattr(config, name) and not derived and name not in raw and renamed.get(name) not in raw:
-            raise EmlocError(f"{config_file} has no {prefix}{name}.", "Download the file again.")
+            raise EmlocError(f"{config_file} has no {prefix}{name}.", "Add it, or download the file again.")
     # If it is missing, some classes use the number of heads, and others assume a number.
     if "num_key_value_heads" not in raw and isinstance(getattr(type(config), "num_key_value_heads", None), int):
-        raise EmlocError(f"{config_file} has no {prefix}num_key_value_heads.", "Download the file again.")
+        raise EmlocError(f"{config_file} has no {prefix}num_key_value_heads.", "Add it, or download the file again.")
     heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
         raise EmlocError(

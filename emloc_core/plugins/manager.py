@@ -357,7 +357,8 @@ def _known(declared: Iterable[Family | Layout]) -> str:
 def _not_offered(hook: str, name: str, offered: Iterable[str]) -> EmlocError:
     known = sorted(offered)
     return EmlocError(
-        f"There is no {name!r} among the {hook}: {', '.join(known)}.{did_you_mean(name, known)}", "Choose one of these."
+        f"There is no {name!r} among the {hook}: {', '.join(known)}.{did_you_mean(name, known)}",
+        "Choose one of these, or install the plugin that provides it.",
     )
 
 

@@ -297,7 +297,7 @@ def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Pat
         assert chosen("4GiB", *kind) == chosen(least, *kind) == "nf4"
     note = run(*options, "--memory", "4GiB").stderr
     assert "note: an ordinary LoRA on the model itself fits too" in note
-    assert f"emloc train {shallow_model} --batch-size 8 --accumulation 1" in note
+    assert f"`emloc train {shallow_model} --batch-size 8 --accumulation 1`, with these rows" in note
     assert "note" not in run(*options, *one, *ALL, least).stderr
     assert chosen(least, "--kind", "2.7-bit") == "2.7-bit"
     assert plan(shallow_model, "--data", rows_file, *one, *ALL, least)["kind"] == "nf4"
@@ -426,7 +426,7 @@ def test_compress_refuses(shallow_model: Path, rows_file: Path, tmp_path: Path) 
     common = ["compress", shallow_model, "--data", rows_file, "-o", tmp_path / "emulator"]
     assert "ratio and memory" in refused(*common, "--memory", "1GB", "--ratio", 0.5)
     assert "'much'" in refused(*common, "--memory", "much")
-    assert "batch_size needs memory" in refused(*common, "--batch-size", 2)
+    assert "batch_size has no effect without memory" in refused(*common, "--batch-size", 2)
     assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB", "--batch-size", 1)
     assert not (tmp_path / "emulator").exists()
 

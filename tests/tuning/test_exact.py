@@ -318,8 +318,8 @@ def test_the_commands(emloc, ordinary, tiny_model, rows_file, tmp_path):
 def test_limits_of_exact_steps_are_not_ignored_without_them(limit, emloc, tiny_model, rows_file, tmp_path):
     code, _, err = emloc("train", tiny_model, "--data", rows_file, "-o", tmp_path / "t", *limit)
     assert code != 0
-    assert f"{limit[0].removeprefix('--')} needs exact" in err
-    with pytest.raises(EmlocError, match="needs exact"):
+    assert f"{limit[0].removeprefix('--')} has no effect without exact" in err
+    with pytest.raises(EmlocError, match="no effect without exact"):
         make_request("train", model="m", data="d", output="o", limits={limit[0].removeprefix("--"): limit[1]})
 
 
