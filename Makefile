@@ -42,7 +42,7 @@ demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here
 demo-diffusion: $(STAMP)  ## pictures, out: a small FLUX, trained here, that draws digits learns a style
 	$(BIN)/emloc demo-diffusion -o build/demo-diffusion
 
-demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
+demo-zoo: $(STAMP)  ## small models, a mixture of experts in every kind, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
 test: $(STAMP)  ## what the toolkit promises, on tiny models, in some five minutes

@@ -24,17 +24,14 @@ class Strip:
     Attributes:
         tower: path of the blocks: ``model.layers``.
         kind: path within a block: ``mlp.down_proj``; numbers in it, of experts, are ``*``.
+        label: the shortest end of the kind that no other one of the tower has: ``q_proj``, ``experts.down_proj``.
         values: relative error a block (the median over experts); None is dense, NaN not a number.
     """
 
     tower: str
     kind: str
+    label: str
     values: Values
-
-    @property
-    def label(self) -> str:
-        """The kind's last part, which tells most kinds apart."""
-        return self.kind.rpartition(".")[2]
 
     @property
     def middle(self) -> float | None:
@@ -70,9 +67,21 @@ def strips(errors: Mapping[str, float | None]) -> list[Strip]:
         found.setdefault((tower, kind), {}).setdefault(block, []).append(error)
         blocks[tower] = max(blocks.get(tower, 0), block + 1)
     return [
-        Strip(tower, kind, [_middle(at.get(block, [])) for block in range(blocks[tower])])
+        Strip(
+            tower,
+            kind,
+            _short(kind, [other for beside, other in found if beside == tower and other != kind]),
+            [_middle(at.get(block, [])) for block in range(blocks[tower])],
+        )
         for (tower, kind), at in found.items()
     ]
+
+
+def _short(kind: str, others: Sequence[str]) -> str:
+    """Return the shortest end of a path that no other one has, by whole parts."""
+    parts = kind.split(".")
+    ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in ends if not any(f".{each}".endswith(f".{end}") for each in others)), kind)
 
 
 def sparkline(values: Values, top: float) -> Markup:

@@ -261,5 +261,8 @@ def call_of(class_name: str) -> Call:
         EmlocError: it is not known.
     """
     if class_name not in _CALLS:
-        raise EmlocError(f"It is not known how a {class_name} is called.", f"Known: {', '.join(_CALLS)}.")
+        raise EmlocError(
+            f"{class_name} is not among the models that draw: {', '.join(_CALLS)}.",
+            "Give a pipeline's directory, or its transformer's.",
+        )
     return _CALLS[class_name]

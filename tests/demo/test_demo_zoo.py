@@ -1,4 +1,4 @@
-"""The demo's zoo: its models are of all families, one is damaged and one the same again, and what it compares."""
+"""The demo's zoo: its models are of several families, one is damaged and one the same again, and what it compares."""
 
 import shutil
 from contextlib import closing

@@ -102,7 +102,7 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
             jobs += [_plain(model, defaults) for model in _models(path)]
         elif path.suffix == ".toml":
             jobs += _read_jobs(path, defaults)
-        elif path.exists() or source.startswith((".", "/", "~")):
+        elif path.exists() or source.startswith((".", "/", "~")) or source.endswith("/"):
             what = "is no directory of models and no TOML file of jobs" if path.exists() else "is not there"
             raise EmlocError(
                 f"{source} {what}.",

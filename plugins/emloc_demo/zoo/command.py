@@ -21,7 +21,7 @@ ENGINES = ("local", "ray")
 @click.option("--smollm2/--no-smollm2", default=True, show_default=True, help="SmolLM2-135M among the models.")
 @click.option("--prepare-only", is_flag=True, help="Write the models, the rows and the file of jobs, and stop.")
 def command(output: Path, smollm2: bool, prepare_only: bool) -> None:
-    """Convert eleven small models of all families on this machine, and again on a Ray cluster of two nodes.
+    """Convert eleven small models of several families on this machine, and again on a Ray cluster of two nodes.
 
     One model is damaged and one is a duplicate; a mixture of experts becomes an emulator of every kind. The cluster is
     started on this machine and stopped at the end. Each zoo gets a report, and the emulators of both are compared byte
@@ -58,6 +58,7 @@ def convert(jobs: Path, zoo: Path, *argv: str) -> None:
     wrong = [f"{name} is {state}" for name, state in states.items() if state != odd.get(name, "done")]
     if wrong or not states:
         raise EmlocError(f"Not as expected: {'; '.join(wrong) or 'no jobs'}.", f"The logs in {zoo / 'logs'} say more.")
+    click.echo(f"As it should be: {BROKEN} is damaged on purpose, and {AGAIN} is a copy of another.", err=True)
 
 
 def emloc(*argv: str, codes: tuple[int, ...] = (0,)) -> None:

@@ -122,6 +122,7 @@ def test_a_wrong_file_of_jobs_is_one_error(tmp_path, text, said):
     ("source", "said"),
     [
         ("./nowhere", "is not there"),
+        ("nowhere/", "is not there"),
         ("nowhere.toml", "There is no file of jobs at"),
         ("Qwen/Qwen2.5-7BB", "Did you mean 'Qwen/Qwen2.5-7B'"),
         ("no-such-*", "No entry of the registry matches"),

@@ -214,6 +214,11 @@ def test_the_command(zoo, tmp_path):
     assert json.loads(done.output)["zoo"] == "everything"
 
 
+def test_kinds_that_end_alike_have_longer_labels():
+    found = strips(dict.fromkeys(["l.0.mlp.down", "l.1.mlp.experts.down", "l.1.mlp.experts.up", "v.0.mlp.down"], 0.1))
+    assert [strip.label for strip in found] == ["mlp.down", "experts.down", "up", "down"]
+
+
 def test_strips_are_by_tower_and_kind_with_gaps():
     found = strips({
         "vision.blocks.0.attn.qkv": 0.1,
