@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from emloc_core.algorithms.statistics import Gram, blocks, symmetric_product
+from emloc_core.algorithms.statistics import Gram, blocks, in_pieces, product, symmetric_product
 
 #: fp32 suffices while the truncated energy is above this many times ``sqrt(size) * eps * largest eigenvalue``.
 #: With 270 the error was 1.0003 to 1.0006 times the optimum at sizes 576, 1152 and 2048 with one dominant direction.
@@ -25,6 +25,8 @@ RESOLUTION = 400
 
 #: Columns of a block, and products with the matrix, of the Krylov space that dominant eigenvectors are sought in.
 _BLOCK, _DEPTH = 16, 6
+#: All of its columns.
+KRYLOV = _BLOCK * _DEPTH
 
 #: Columns beyond the rank, and products with the matrix, of the power iteration in :func:`leading`; the latter also
 #: where it begins with the directions of a matrix that is not far from this one.
@@ -111,10 +113,9 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
     """
     solve = _on_outputs if gram.side == "output" else _on_inputs
     rest, heavy = gram.parts()
-    found = solve(weight.to(rest), rest, heavy, rank)
+    found = solve(weight, rest, heavy, rank)
     if found is None:
-        whole = gram.matrix.double()
-        found = solve(weight.to(whole), whole, heavy[:0], rank)
+        found = solve(weight, gram.matrix.double(), heavy[:0], rank)
     assert found is not None
     return found
 
@@ -147,7 +148,15 @@ def leading(weight: torch.Tensor, gram: torch.Tensor, rank: int, start: torch.Te
 def _on_outputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:
     """Decompose the m x m side; None if fp32 cannot resolve the truncated energy."""
     top = _top(rest, heavy, rank)
-    return top and Factors(top[1], top[1].T @ weight, top[0])
+    return top and Factors(top[1], _projected(weight, top[1]), top[0])
+
+
+def _projected(weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Return ``U^T W``."""
+    found = u.new_zeros(u.shape[1], weight.shape[1])
+    for rows, some in in_pieces(weight, u):
+        found.addmm_(u[rows].T, some)
+    return found
 
 
 def _on_inputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:
@@ -159,21 +168,21 @@ def _on_inputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, ra
     if len(heavy):
         return None
     # Q by Cholesky: a third of the time of Householder's QR, which remains for weights that need it.
-    triangle, failed = torch.linalg.cholesky_ex(symmetric_product(weight), upper=True)
+    triangle, failed = torch.linalg.cholesky_ex(symmetric_product(weight, rest.dtype), upper=True)
     if not failed:
         top = _top(triangle @ rest @ triangle.T, heavy, rank)
         if top is None:
             return None
-        u = weight @ torch.linalg.solve_triangular(triangle, top[1], upper=True)
+        u = product(weight, torch.linalg.solve_triangular(triangle, top[1], upper=True))
         overlaps = symmetric_product(u)
         deviation = (overlaps - torch.eye(rank).to(overlaps)).norm() / rank**0.5
         if deviation < _ORTHONORMAL:
             again = torch.linalg.cholesky(overlaps, upper=True)
-            u = torch.linalg.solve_triangular(again, u, upper=True, left=False)
-            return Factors(u, u.T @ weight, top[0])
-    if weight.dtype != torch.float64:
+            torch.linalg.solve_triangular(again, u, upper=True, left=False, out=u)
+            return Factors(u, _projected(weight, u), top[0])
+    if rest.dtype != torch.float64:
         return None
-    q, r = torch.linalg.qr(weight)
+    q, r = torch.linalg.qr(weight.to(rest))
     top = _top(r @ rest @ r.T, heavy, rank)
     return top and Factors(q @ top[1], top[1].T @ r, top[0])
 

@@ -27,7 +27,7 @@ DAMPING = 0.01
 _LEAST = 1e-12  # where all inputs are 0: what it takes to factorise the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
-_COLUMNS = 64  # whose changes are passed on together
+COLUMNS = 64  # whose changes are passed on together
 _PASSED = 256  # columns that they are passed on to at a time
 #: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
 #: other processes use too, 1536 rows took ten times as long with two threads as with one.
@@ -137,8 +137,8 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
     """
     # Transposed, so that a column is one stretch of memory.
     work = matrix.T[gram.order]
-    for start in range(0, len(work), _COLUMNS):
-        stop = min(start + _COLUMNS, len(work))
+    for start in range(0, len(work), COLUMNS):
+        stop = min(start + COLUMNS, len(work))
         places, rows = gram.order[start:stop], gram.factor[start:stop]
         changes = matrix.T[places]
         _round_block(work[start:stop], changes, rows[:, start:stop].contiguous(), places, nearest)
@@ -190,8 +190,8 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
     """
     found, slopes = rounded.T.contiguous(), slopes.T.contiguous()  # a column is one stretch of memory
     with gram.matrix() as whole:
-        for start in range(0, len(found), _COLUMNS):
-            stop = min(start + _COLUMNS, len(found))
+        for start in range(0, len(found), COLUMNS):
+            stop = min(start + COLUMNS, len(found))
             block, changes = found[start:stop], torch.empty_like(found[start:stop])
             curvature = whole[start:stop, start:stop].contiguous()
             _descend_block(block, slopes[start:stop], changes, curvature, start, nearest)

@@ -206,9 +206,9 @@ def _fitted(
     Returns:
         The scales, (m, groups), bf16; and ``G (M - Q)^T``, (n, m), for the levels with these.
     """
-    (n, m), groups = units.shape, scales.shape[1]
+    (n, m), device = units.shape, gram.device.type
     found, descent = torch.empty_like(scales), torch.empty_like(image)
-    most = max(_FEWEST, _PRODUCTS.get(gram.device.type, _PRODUCTS["cuda"]) // (groups * n))
+    most = rows_at_once(n, _PRODUCTS.get(device, _PRODUCTS["cuda"]))
     for rows in (slice(start, start + most) for start in range(0, m, most)):
         chosen, old = units[:, rows].contiguous(), scales[rows].double()
         products = [gram[:, part] @ chosen[part] for part in _groups(n)]
@@ -225,6 +225,11 @@ def _fitted(
         descent[:, rows] = left
         del products
     return found, descent
+
+
+def rows_at_once(n: int, products: int = max(_PRODUCTS.values())) -> int:
+    """Return of how many rows, of n numbers, so many products are held while scales are fitted: one for each group."""
+    return max(_FEWEST, products // (-(-n // GROUP) * n))
 
 
 def _groups(n: int) -> list[slice]:

@@ -1,6 +1,6 @@
 """Second moments of activations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 #: Tokens added to a sum at a time.
 ROWS = 1024
-_BLOCK = 512  # columns of a symmetric product at a time
+BLOCK = 512  # columns of a symmetric product at a time
 
 #: A row is heavy if its norm is above this many times the median.
 _HEAVY = 32
@@ -85,7 +85,7 @@ class Gram:
         rest, heavy = self.parts()
         if rest.dtype == torch.float32 and not len(heavy):
             return rest
-        return _rounded(rest, heavy, torch.empty_like(rest, dtype=torch.float32))
+        return rounded(rest, heavy, torch.empty_like(rest, dtype=torch.float32))
 
     def narrow(self) -> None:
         """Round the sum to fp32, heavy rows included, in its place where it is in fp32: it is :attr:`single` then."""
@@ -93,7 +93,7 @@ class Gram:
         if rest.dtype == torch.float32 and not len(heavy):
             return
         found = rest if rest.dtype == torch.float32 else torch.empty_like(rest, dtype=torch.float32)
-        self._sum, self._heavy = _rounded(rest, heavy, found), heavy[:0]
+        self._sum, self._heavy = rounded(rest, heavy, found), heavy[:0]
         self._known.clear()
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,26 +187,42 @@ class Gram:
     def through(self, weight: torch.Tensor) -> "Gram":
         """Return the Gram of the outputs ``W x`` (without a bias) for these inputs x and W (m, size)."""
         rest, heavy = self.parts()
-        product, heavy = _congruent(weight, rest), heavy @ weight.to(heavy).T
-        narrow = _RANGE[0] < float(product.diagonal().mean()) / max(self.tokens, 1) < _RANGE[1]
-        outputs = Gram("output", len(weight), product.dtype, product.device)
-        outputs._sum, outputs._heavy, outputs.tokens = product, heavy, self.tokens
+        found, heavy = _congruent(weight, rest), product(weight, heavy.T).T
+        narrow = _RANGE[0] < float(found.diagonal().mean()) / max(self.tokens, 1) < _RANGE[1]
+        outputs = Gram("output", len(weight), found.dtype, found.device)
+        outputs._sum, outputs._heavy, outputs.tokens = found, heavy, self.tokens
         if not narrow:
             outputs._sum = _congruent(weight, rest.double())
             outputs._widen()
         return outputs
 
 
-def _rounded(rest: torch.Tensor, heavy: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Write ``rest + heavy^T heavy``, computed in fp64, to a matrix in fp32, which may be ``rest``; return that."""
+def rounded(rest: torch.Tensor, heavy: torch.Tensor, found: torch.Tensor, scale: float = 1) -> torch.Tensor:
+    """Write ``scale (rest + heavy^T heavy)``, computed in fp64, to a matrix in fp32, perhaps ``rest``; return that."""
     for rows in blocks(len(rest)):
-        found[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy)
+        found[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy).mul_(scale)
     return found
 
 
 def _congruent(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Return ``W M W^T`` in the dtype of M."""
-    return (weight.to(matrix) @ matrix) @ weight.to(matrix).T
+    return product(weight, product(weight, matrix).T)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return ``L R`` in the dtype of R, without a copy of all of L, (m, n), in that."""
+    found = right.new_empty(len(left), right.shape[1])
+    for rows, some in in_pieces(left, right):
+        torch.mm(some, right, out=found[rows])
+    return found
+
+
+def in_pieces(matrix: torch.Tensor, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield some rows of a matrix after the other in the dtype of another, and which they are; all, if they have it."""
+    step = len(matrix) if matrix.dtype == like.dtype else ROWS
+    for start in range(0, len(matrix), max(1, step)):
+        rows = slice(start, start + step)
+        yield rows, matrix[rows].to(like)
 
 
 def _dominated(rows: torch.Tensor) -> bool:
@@ -220,11 +236,12 @@ def _dominated(rows: torch.Tensor) -> bool:
     return float(energies[: count // 2].sum()) < resolution * float(energies[-1])
 
 
-def symmetric_product(rows: torch.Tensor) -> torch.Tensor:
+def symmetric_product(rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return ``rows^T rows``, (n, n) for rows (t, n), in little more than half the arithmetic of a plain product."""
-    product = rows.new_zeros(rows.shape[1], rows.shape[1])
-    _add_product(product, rows)
-    return _mirrored(product)
+    found = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype)
+    for _, some in in_pieces(rows, found):
+        _add_product(found, some)
+    return _mirrored(found)
 
 
 @by_onednn()
@@ -243,4 +260,4 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
 
 def blocks(size: int) -> list[slice]:
     """Return slices that cover so many columns."""
-    return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]
+    return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]

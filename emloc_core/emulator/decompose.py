@@ -19,6 +19,7 @@ from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.forwards import requiring_products, requiring_shared_inputs
+from emloc_core.emulator.needs import Needs
 from emloc_core.emulator.pack import fit_head, looking_up
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
@@ -80,11 +81,6 @@ class Decomposition:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
         self.format, self.progress, self.refine, self._directory = format, progress, refine, directory
         self.blocks = skeleton.blocks
-        # Base and emulator are given the same tensors, which therefore always stay.
-        own = (tensor for sample in samples for tensor in sample.others.values())
-        needed = max(map(self._needed, self.blocks), default=0)
-        parking = Parking.on(skeleton.device, [*skeleton.model.buffers(), *own], directory, needed=needed)
-        self.stream = Stream(skeleton, parking)
 
     def run(self, store: Store, probes: int = 0) -> None:
         """Fit to the base's own activations.
@@ -98,7 +94,7 @@ class Decomposition:
             EmlocError: a weight or an activation is NaN or Inf, or the Linears of an input group read different inputs;
                 the message names the layer, and the row.
         """
-        self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
+        self._pass(1, store, partial(self._gather, probes))
 
     def propagate(self, store: EmulatorFiles) -> None:
         """Fit to the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`.
@@ -106,21 +102,25 @@ class Decomposition:
         Raises:
             EmlocError: as :meth:`run`.
         """
-        forwards = [self._forward(sample) for sample in self.samples]
-        self._pass(forwards * 2, store, self._propagate)  # through the base, and through the emulator
+        self._pass(2, store, self._propagate)
 
-    def _needed(self, block: str) -> int:
-        """Return the bytes of a block and of fitting its Linears, beside what samples hold, as ``emloc plan`` says."""
-        linears, itemsize = self.plan.in_block(block), self.skeleton.dtype.itemsize
-        parameters = self.skeleton.model.get_submodule(block).parameters()
-        weights = sum(parameter.numel() for parameter in parameters) * itemsize
-        return weights + max(map(sum, self.format.phases(linears, itemsize, propagated=True, refine=self.refine > 0)))
+    def needs(self, *, propagated: bool) -> Needs:
+        """Return what a pass takes of the device, as ``emloc plan`` says."""
+        model, dtype, tokens = self.skeleton.model, self.skeleton.dtype, sum(sample.size for sample in self.samples)
+        how = {"propagated": propagated, "refine": propagated and self.refine > 0}
+        return Needs(model, self.blocks, self.plan, self.format, dtype, **how, tokens=lambda _path: tokens)
 
-    def _pass(self, forwards: list[Forward], store: Any, visit_block: Callable[[Any, str], Any]) -> None:
+    def _pass(self, streams: int, store: Any, visit_block: Callable[[Any, str], Any]) -> None:
+        """Pass the samples through the base, and with two streams then through the emulator."""
+        propagated = streams > 1
+        # Base and emulator are given the same tensors, which therefore always stay.
+        own = (tensor for sample in self.samples for tensor in sample.others.values())
+        kept = [*self.skeleton.model.buffers(), *own]
+        needed = max(each.nbytes for each in self.needs(propagated=propagated))
+        self.stream = Stream(self.skeleton, Parking.on(self.skeleton.device, kept, self._directory, needed=needed))
         vocabulary = {self._unit(each): each for each in self.plan.vocabulary}
         head = next((each for each in vocabulary.values() if each.is_fitted and not store.is_written(each.path)), None)
         last = self._unit(head) if head else self.blocks[-1]
-        propagated = len(forwards) > len(self.samples)
 
         def visit(unit: str) -> Any:
             self._require_finite(unit)
@@ -133,7 +133,7 @@ class Decomposition:
                 return looking_up(self.stream, vocabulary[unit], found, len(self.samples))
             return None
 
-        self.stream.run(forwards, visit, last)
+        self.stream.run([self._forward(sample) for sample in self.samples] * streams, visit, last)
         for block in self.blocks:
             if not store.is_written(block):  # no row passed through it: a vision tower and text rows, say
                 store.write(block, {})
@@ -260,17 +260,20 @@ class Decomposition:
     def _alone(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Any:
         return self._fit([linear], [weight], gram)[0]
 
-    def _reached(self, planned: Sequence[LinearPlan], grams: Mapping[str, Gram]) -> dict[str, Fitted]:
-        """Fit the Linears that tokens reached, those that share a Gram together."""
-        together: dict[int, list[LinearPlan]] = {}
-        for linear in planned:
-            if grams[linear.path].tokens:
-                together.setdefault(id(grams[linear.path]), []).append(linear)
+    def _reached(self, planned: Sequence[LinearPlan], grams: dict[str, Gram]) -> dict[str, Fitted]:
+        """Fit the Linears that tokens reached, those that share a Gram together, which is given up then."""
         found: dict[str, Fitted] = {}
-        for linears in together.values():
-            weights = [self._weight(linear.path) for linear in linears]
-            fitted = self._fit(linears, weights, grams[linears[0].path])
-            found.update(zip([linear.path for linear in linears], fitted, strict=True))
+        for linear in planned:
+            if linear.path not in grams:
+                continue
+            gram = grams[linear.path]
+            linears = [each for each in planned if grams.get(each.path) is gram]
+            for each in linears:
+                del grams[each.path]
+            if gram.tokens:
+                weights = [self._weight(each.path) for each in linears]
+                fitted = self._fit(linears, weights, gram)
+                found.update(zip([each.path for each in linears], fitted, strict=True))
         return found
 
     def _experts(self, block: str) -> dict[str, ExpertFitting]:

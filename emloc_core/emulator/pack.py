@@ -114,7 +114,7 @@ def fit_head(
     """
     device, here = stream.skeleton.device, stream.here
     # What is fitted of the identity is what any weight is multiplied by.
-    moments = PairedMoments([torch.eye(plan.features, device=device)]) if max(here) >= rows else None
+    moments = PairedMoments([torch.eye(plan.features, device=device)], narrow=True) if max(here) >= rows else None
     gram = moments.emulator if moments else Gram("input", plan.features, device=device)
     for row in (sample for sample in here if sample < rows):
         given = [_input(stream, plan.path, sample) for sample in ((row, row + rows) if moments else (row,))]
@@ -124,6 +124,8 @@ def fit_head(
             raise blame(error, plan.path, row) from None
     stream.here = []
     target = moments.fit()[0] if moments else None
+    del moments
+    gram.narrow()
     return _packed(stream.skeleton, plan, stream.skeleton.model.get_parameter(f"{plan.path}.weight"), gram, target)
 
 

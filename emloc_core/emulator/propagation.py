@@ -8,6 +8,7 @@ compressed ones before it: every row waits inside the block, where it reaches th
 passes through the block once in each stream.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms.products import by_onednn
-from emloc_core.algorithms.statistics import ROWS, Gram, Side, cheaper_side
+from emloc_core.algorithms.statistics import ROWS, Gram, Side, blocks, cheaper_side, rounded
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forwards
@@ -39,7 +40,7 @@ class PairedMoments:
     Args:
         weights: W, (m, n), of every Linear of the group.
         narrow: whether stand-ins are fitted to the Gram in fp32; see :attr:`emloc_core.standins.Format.narrow`.
-        dtype: dtype of the sums.
+        dtype: of the sums, which may widen, and of the targets.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class PairedMoments:
     ) -> None:
         size, device = weights[0].shape[1], weights[0].device
         outputs = sum(len(weight) for weight in weights)
-        self._weights, self._narrow = weights, narrow
+        self._weights, self._narrow, self._dtype = weights, narrow, dtype
         self._crosses_outputs = outputs < size
         self.emulator = Gram("input", size, dtype, device)
         self._cross = torch.zeros(min(outputs, size), size, dtype=dtype, device=device)
@@ -79,37 +80,47 @@ class PairedMoments:
     def fit(self) -> list[torch.Tensor]:
         """Return W2, (m, n), for every weight: what answers best as the weight does on the base's inputs.
 
-        What the targets need is given up for it. Heavy rows may join the Gram here, and one in fp64 that no stand-in
-        needs is rounded: the ridge, a share of their energy too, is far above what is lost.
+        What the targets need is given up for it. They are computed in fp32, in units in which the Gram's mean diagonal
+        is about 1: the ridge, a share of the heavy rows' energy too, is far above what is lost.
 
         Raises:
             EmlocError: a sum is beyond the range of its dtype.
         """
         rest, heavy = self.emulator.parts()
-        if self._narrow and rest.dtype == torch.float64:  # a copy of which would have its size
-            self.emulator.narrow()
-            rest, heavy = self.emulator.parts()
         self._flush()  # in the dtype that the Gram has now
-        cross = self._cross.to(rest)
+        mean = float(rest.diagonal().double().mean() + heavy.square().sum() / len(rest))
+        unit = 2.0 ** -math.frexp(mean)[1]  # by a power of two nothing is rounded
+        cross = self._cross
         del self._cross
-        gram = torch.empty_like(rest).mT.copy_(rest)  # by columns, as LAPACK writes
-        gram.addmm_(heavy.T.to(gram), heavy.to(gram))
+        cross = rounded(cross, heavy[:0], cross if cross.dtype == self._dtype else self._empty(cross), unit)
         if self._narrow:
             self.emulator.narrow()
+            rest, heavy = self.emulator.parts()
+        gram = rounded(rest, heavy, self._empty(rest).mT, unit)  # by columns, as LAPACK writes
         if not bool(torch.isfinite(gram.sum() + cross.sum())):
             raise EmlocError("The activations are too large to be summed", code="not-finite")
         ridge = RIDGE * gram.diagonal().clone().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        weights = [weight.to(gram) for weight in self._weights]
-        if self._crosses_outputs:
-            products = list(cross.split([len(weight) for weight in weights]))
-        else:
-            products = [weight @ cross for weight in weights]
-        del cross
-        targets = [product.addcmul_(weight, ridge) for product, weight in zip(products, weights, strict=True)]
-        del weights
+        targets = []
+        for weight, summed in zip(self._weights, self._split(cross), strict=True):
+            target = summed if self._crosses_outputs else weight.to(gram) @ cross
+            for rows in blocks(len(target)):
+                target[rows].addcmul_(weight[rows].to(gram), ridge)
+            targets.append(target)
+        del cross, summed
         gram.diagonal().add_(ridge)
         torch.linalg.cholesky(gram, out=gram)
-        return [_solved(target, gram) for target in targets]
+        for target in targets:
+            torch.linalg.solve_triangular(gram.mT, target, upper=True, left=False, out=target)
+            torch.linalg.solve_triangular(gram, target, upper=False, left=False, out=target)
+        return targets
+
+    def _split(self, cross: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return what was summed for each weight; for all it is the same where outputs are not crossed."""
+        rows = [len(weight) for weight in self._weights]
+        return cross.split(rows) if self._crosses_outputs else [cross] * len(rows)
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like, dtype=self._dtype)
 
     @staticmethod
     def side(fitted: torch.Tensor, tap: Any = None) -> Side:
@@ -124,12 +135,6 @@ class PairedMoments:
     def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
         """Return that Gram, on the emulator's inputs."""
         return self.emulator.through(fitted) if self.side(fitted, tap) == "output" else self.emulator
-
-
-def _solved(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return ``M (L L^T)^-1`` for M (m, n) and L (n, n); unlike ``cholesky_solve`` it makes no copy of L."""
-    half = torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
 class Stop(Protocol):

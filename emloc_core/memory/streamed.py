@@ -1,30 +1,31 @@
 """Memory of the stages that never hold a complete model, estimated by formula from shapes (``docs/memory.md``)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.algorithms.statistics import cheaper_side
-from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, LinearPlan, RankPlan
+from emloc_core.emulator.needs import Needs, units
+from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.exact.memory import Positions, lora_need, step_need
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.overhead import overhead
-from emloc_core.standins.experts import experts_per_token
-from emloc_core.standins.format import Phase
-from emloc_core.standins.layer import unpacked_bytes
+from emloc_core.standins import Format
+from emloc_core.standins.format import RankingFormat
 
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
 _MERGED = 2 << 20  # bytes of a weight merged at a time
 
 
 def compress(model: MemoryModel, plan: RankPlan) -> Need:
-    """Return what stage 1 needs where it needs most: as the Linears of a block are fitted or refined, or its experts.
+    """Return what stage 1 needs where it needs most: see :mod:`emloc_core.emulator.needs`.
 
-    - weights: the largest unit loaded at a time, in the model's dtype: a block, or a module outside the blocks (the
+    - weights: the unit that is loaded then, in the model's dtype: a block, or a module outside the blocks (the
       embedding, the output projection).
-    - statistics: what fitting or refining takes; see :func:`_phases` and :func:`_fitting_experts`.
+    - statistics: what fitting or refining takes. With ranks shared out by spectra, a pass before fits factors at half
+      of the parameters.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
       twice, those of the base and of the emulator. Inside a block, samples have as much that is not in the file. From a
       GPU they move to the CPU's memory where they do not fit, so that one of them counts, unless experts are fitted.
@@ -33,104 +34,45 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
 
     Without calibration it is far less: one Linear at a time.
     """
-    settings, itemsize = model.method.settings, model.dtype.itemsize
+    settings, method = model.method.settings, model.method
     propagated = settings.calibration == "propagated"
-    blocks, outside = _units(model)
-    linears = {path: plan.in_block(path) for path in blocks}
-    layers = [stacks for path in blocks for stacks in plan.experts_in_block(path).values()]
-    waiting = 1 if model.workload.device == "cuda" and not layers else settings.samples
-    always = {
-        "weights": max(outside, *blocks.values()) * itemsize,
-        "activations": (1 + propagated) * model.step.waiting("calibration", waiting),
-        # Rows of many lengths need as many kernels as tuning.
-        "overhead": overhead(model.workload.device, tuning=True),
-    }
+    waiting = 1 if model.workload.device == "cuda" and not plan.has_experts else settings.samples
+    rows = model.step.waiting("calibration", waiting)
 
-    def need(statistics: int, standins: int, phase: str = "the largest block") -> Need:
-        return _need("compress", always | {"statistics": statistics, "stand-ins": propagated * standins}, phase)
+    def needs(plan: RankPlan, format: Format, *, propagated: bool, refine: bool = False) -> Iterator[Need]:
+        how = {"propagated": propagated, "refine": refine}
+        for each in Needs(model.model, blocks, plan, format, model.dtype, **how, tokens=tokens):
+            terms = {
+                "weights": each.weights,
+                "activations": (1 + propagated) * rows * each.waits,
+                "statistics": each.statistics,
+                "stand-ins": each.stand_ins,
+                # Rows of many lengths need as many kernels as tuning.
+                "overhead": overhead(model.workload.device, tuning=True),
+            }
+            yield _need("compress", terms, each.phase)
 
-    experts = {path: _packed_experts(model, plan, path) for path in blocks}
-    of_blocks = [_phases(model, of) for of in linears.values()]
-    needs = [
-        need(
-            max(each.statistics for each in phase),
-            max(each.stand_ins + packed for each, packed in zip(phase, experts.values(), strict=True)),
-        )
-        for phase in zip(*of_blocks, strict=True)
-    ]
-    if layers:
-        read = max(of[-1].stand_ins for of in of_blocks)
-        needs.append(need(max(_fitting_experts(model, of) for of in layers), read, "the experts of a layer"))
-    return max(needs, key=lambda need: need.total)
+    def tokens(path: str) -> int:
+        return settings.samples * model.step.positions(path)
 
-
-def _phases(model: MemoryModel, linears: Sequence[LinearPlan]) -> list[Phase]:
-    """Return what fitting the Linears of a block takes, and refining them, by the format.
-
-    With ranks shared out by spectra, fitting takes at least what the pass before does: fitting factors, and the block's
-    at half of the parameters, fp32.
-    """
-    settings, itemsize = model.method.settings, model.dtype.itemsize
-    propagated = settings.calibration == "propagated"
-    fitting, *others = model.format.phases(linears, itemsize, propagated=propagated, refine=settings.refine > 0)
-    if model.method.by_spectra:
-        fitting = fitting._replace(statistics=max(fitting.statistics, _ranking(model, linears)))
-    return [fitting, *others]
+    blocks = block_paths(model.model, model.family)
+    found = [*needs(plan, model.format, propagated=propagated, refine=settings.refine > 0)]
+    if method.by_spectra:
+        ranking = model.format.ranking()
+        first = _ranked(method.linears.without_vocabulary(), ranking)
+        found += needs(first, ranking, propagated=False)
+    return max(found, key=lambda need: need.total)
 
 
-def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
-    """Return how many numbers the blocks have, by path, and the largest matrix outside them."""
-    blocks = {
-        path: sum(parameter.numel() for parameter in model.model.get_submodule(path).parameters())
-        for path in block_paths(model.model, model.family)
-    }
-    outside = [each.numel() for name, each in model.model.named_parameters() if not name.startswith(tuple(blocks))]
-    return blocks, max(outside, default=0)
+def _ranked(plan: RankPlan, ranking: RankingFormat) -> RankPlan:
+    """Return the plan of the pass before, in which activations are captured where that takes least."""
 
+    def captured(each: LinearPlan) -> LinearPlan:
+        cheaper = ranking.tap(cheaper_side(each.out_features, each.in_features))
+        return replace(each, tap=cheaper) if isinstance(each.tap, str) else each
 
-def _fitting_experts(model: MemoryModel, stacks: Sequence[ExpertsPlan]) -> int:
-    """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of some.
-
-    Tokens are read for as many experts as :data:`TOKENS_AT_ONCE` allows, for one at least, as the base has them; where
-    errors are propagated as the emulator has them; as many are sent to every expert. What its first matrix makes of
-    them is there while the second is fitted. For every token of the layer there are 8 bytes for each of its experts,
-    three times: by row, of all rows, and by expert.
-    """
-    settings, itemsize = model.method.settings, model.dtype.itemsize
-    streams, top = 1 + (settings.calibration == "propagated"), experts_per_token(model.config)
-    hidden = max(each.out_features if each.name == "down_proj" else each.in_features for each in stacks)
-    tokens = top * settings.samples * model.step.positions(stacks[0].path)
-    sent = streams * tokens * itemsize
-    of_one = -(-sent // stacks[0].experts)
-
-    def fitting(stack: ExpertsPlan) -> int:
-        alone = [replace(stack, experts=1)]
-        inner = 4 * stack.in_features * of_one if stack.name == "down_proj" else 0
-        return inner + model.format.fitting_bytes(alone, propagated=streams > 1, itemsize=itemsize)
-
-    read = min(sent, max(TOKENS_AT_ONCE // hidden, of_one)) * hidden
-    packed = sum(each.nbytes(model.format, model.dtype) for each in stacks)
-    return packed + max(map(fitting, stacks)) + read + 3 * 8 * tokens
-
-
-def _packed_experts(model: MemoryModel, plan: RankPlan, block: str) -> int:
-    """Return the bytes of a block's experts as rows pass through them: packed, and some of them unpacked."""
-    stacks = [each for of in plan.experts_in_block(block).values() for each in of]
-    unpacked = [unpacked_bytes(each.shape, each.experts, model.dtype) for each in stacks]
-    return sum(each.nbytes(model.format, model.dtype) for each in stacks) + max(unpacked, default=0)
-
-
-def _ranking(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
-    # Factors are held until sensitivities are measured.
-    held = int(4 * RATIO * sum(linear.numbers for linear in linears))
-    ranking, itemsize = model.format.ranking(), model.dtype.itemsize
-    captured = [
-        replace(each, tap=ranking.tap(cheaper_side(each.out_features, each.in_features)))
-        if isinstance(each.tap, str)
-        else each
-        for each in linears
-    ]
-    return ranking.fitting_bytes(captured, propagated=False, itemsize=itemsize) + held
+    plan = allocated(plan, RATIO)
+    return replace(plan, linears=tuple(map(captured, plan.linears)))
 
 
 def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "auto") -> Need:
@@ -149,7 +91,7 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
     auto, itemsize, copies = clamp == "auto", model.dtype.itemsize, 2
     other: dict[str, int] = {}
     if auto:
-        blocks, outside = _units(model)
+        blocks, outside = units(model.model, block_paths(model.model, model.family))
         held = [numbers + max(map(emulated, plan.in_block(path)), default=0) for path, numbers in blocks.items()]
         weights, copies = max(outside, *held), 1 + len({candidate.clamp for candidate in CANDIDATES} - {0})
         waiting = len(CANDIDATES) * model.step.waiting("selection", model.method.settings.selection)

@@ -3,7 +3,11 @@
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
-from emloc_core.algorithms.feedback import ROWS
+from emloc_core.algorithms.factorize import KRYLOV
+from emloc_core.algorithms.feedback import COLUMNS
+from emloc_core.algorithms.feedback import ROWS as AT_ONCE
+from emloc_core.algorithms.levels import GROUP, rows_at_once
+from emloc_core.algorithms.statistics import BLOCK, ROWS
 
 
 class Planned(Protocol):
@@ -36,51 +40,103 @@ def groups(linears: Sequence[Any]) -> Iterator[list[Any]]:
         yield [linear for linear in linears if linear.group == name]
 
 
-def rounding_bytes(linears: Sequence[Planned], *, grams: float = 2, copies: float = 4, at_once: float = 3) -> int:
-    """Return the peak of rounding a block's weights with feedback, ``4 (g n^2 + c m n + a r n)``.
+def summing_bytes(linears: Sequence[Planned]) -> int:
+    """Return the peak of summing what the Linears of a group are fitted to, where errors are propagated; or a block's.
 
-    Before, what they are fitted to is found: where massive tokens have widened the Gram to fp64, that is rounded then,
-    ``4 (3 n^2 + 2 n min(m, n))``, with what the targets need.
+    Sums are in fp64, as few directions that dominate may have it, or many massive tokens: the Gram, and what the
+    targets need, ``8 (n^2 + n min(m, n))``, with m the outputs of the group; beside that a weight, and the rows that
+    wait. Then targets are found in fp32, beside the Gram: ``12 n^2 + 4 n (min(m, n) + m)``.
+    """
+    peak = 0
+    for m, n, largest in map(_sizes, groups(linears)):
+        cross = n * min(m, n)
+        summing = 8 * (n**2 + cross + (largest * n if m < n else 0)) + 8 * ROWS * (5 * n + m)
+        peak = max(peak, summing, 12 * n**2 + 4 * (cross + (m * n if m >= n else 0)) + 4 * largest * n * (m >= n))
+    return peak
+
+
+def gram_bytes(linears: Sequence[Planned]) -> int:
+    """Return the bytes of the Grams of some Linears, in fp64: one of each group's inputs, and those of outputs."""
+    inputs = {each.group: each.in_features for each in linears if each.tap != "output"}
+    return 8 * sum(
+        size**2 for size in [*inputs.values(), *(each.out_features for each in linears if each.tap == "output")]
+    )
+
+
+def rounding_bytes(
+    linears: Sequence[Planned], *, grams: int = 2, copies: int = 4, at_once: int = 3, scales: bool = False
+) -> int:
+    """Return the peak of rounding the weights of a group with feedback, ``4 (g n^2 + (c m + a r) n)``; or a block's.
+
+    Before, a Gram in fp64 is rounded, ``12 n^2``.
 
     Args:
-        linears: of the block.
+        linears: of the group, or of several.
         grams: g, matrices of the size of the inputs' Gram: that itself, and its factor.
         copies: c, matrices of the size of all weights of a group, m rows: what is fitted, what it is rounded to, and
             what is on the way from one to the other.
         at_once: a, the same of as many rows as are rounded at a time, r.
+        scales: whether they are fitted too, with products of the Gram and the levels of some rows.
     """
-    most, peak = max(ROWS.values()), 0.0
-    for m, n in _outputs(linears):
-        rounding = grams * n**2 + (copies * m + at_once * min(m, most)) * n
-        peak = max(peak, rounding, 3 * n**2 + 2 * n * min(m, n))
-    return int(4 * peak)
+    peak = 0
+    for m, n, _ in map(_sizes, groups(linears)):
+        rounding = grams * n**2 + (copies * m + at_once * min(m, most_rows())) * (n + COLUMNS)
+        products = min(m, rows_at_once(n)) * -(-n // GROUP) * n if scales else 0
+        peak = max(peak, rounding + products, 3 * n**2 + m * n)
+    return 4 * peak
 
 
 def factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bool = False) -> int:
-    """Return the peak of factorising the weights of a block.
+    """Return the peak of factorising the weights of a group, or of a block's, one by one, in fp64.
 
-    The Grams of the block's input groups and outputs, fp32, ``4 s^2`` each, with s the side; and the largest
-    factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and LAPACK's workspace
-    (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors. Where errors are propagated, in place of the
-    Grams one group's, its Cholesky factor and what its targets need, ``4 n (2 n + min(n, m))``, with m its outputs.
+    Beside the Gram of the inputs and what is fitted in fp32 where errors are propagated, otherwise beside all that the
+    group was captured by: on the side of the outputs ``8 * 3.5 m^2`` for their Gram, eigenvectors and LAPACK's
+    workspace (``dsyevd``: ``2 m^2``), or ``8 (m n + m^2)`` before; on that of the inputs ``8 * 5.5 n^2``, with the
+    weight's Cholesky factor; and factors, ``8 k (m + n)``, and what dominant eigenvectors are sought in.
 
     Args:
-        linears: of the block.
+        linears: with their ranks.
         propagated: whether errors are propagated.
         smaller: whether each is factorised on the smaller of its Grams, whatever it is captured by.
     """
-    grams: dict[Hashable, int] = {}
-    work = 0
-    for at, each in enumerate(linears):
-        m, n = each.out_features, each.in_features
-        side = m if each.tap == "output" else n
-        grams[at if each.tap == "output" else each.group] = 4 * side**2  # of inputs, a group has one
-        work = max(work, 8 * (4 * (min(m, n) if smaller else side) ** 2 + 3 * m * n))
-    largest = max((4 * n * (2 * n + min(n, m)) for m, n in _outputs(linears)), default=0)
-    return work + (largest if propagated else sum(grams.values()))
-
-
-def _outputs(linears: Sequence[Planned]) -> Iterator[tuple[int, int]]:
-    """Yield how many outputs the Linears of every input group have, and how many inputs."""
+    peak = 0
     for group in groups(linears):
-        yield sum(each.out_features for each in group), group[0].in_features
+        fitted = 4 * sum(each.out_features * each.in_features for each in group)
+        kept = fitted + 8 * group[0].in_features ** 2 if propagated else gram_bytes(group)
+        for each in group:
+            m, n, k = each.out_features, each.in_features, each.rank or 0
+            on_outputs = m <= n if smaller else each.tap == "output"
+            work = max(3.5 * m**2, m**2 + m * n) if on_outputs else 5.5 * n**2
+            dominant = 8 * KRYLOV * (m if on_outputs else n)
+            peak = max(peak, int(8 * (work + dominant + k * (m + n))) + kept)
+    return peak
+
+
+def rounded_factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bool) -> int:
+    """Return the peak of factorising the weights of a group, or of a block's, and rounding the factors.
+
+    Beside the Gram, weights, and the factors of all in fp32: another of the Gram's size and the rows of V that are
+    rounded as one, or the largest weight as it has become.
+    """
+    peak = factoring_bytes(linears, propagated=propagated, smaller=smaller)
+    for group in groups(linears):
+        n, shapes = group[0].in_features, [(each.out_features, each.rank or 0) for each in group]
+        numbers, factors = sum(m * n for m, _ in shapes), sum(k * (m + n) for m, k in shapes)
+        rank, left = sum(k for _, k in shapes), max(m for m, _ in shapes)
+        rounding = (4 * rank + 5 * min(rank, most_rows())) * (n + COLUMNS)
+        of_u = max(12 * m * k + 3 * k**2 for m, k in shapes)
+        measuring = left * n + 4 * min(left, BLOCK) * n
+        work = max(2 * n**2 + max(rounding, measuring), n**2 + factors + of_u, 3 * n**2)
+        peak = max(peak, 4 * (numbers + factors + work))
+    return peak
+
+
+def most_rows() -> int:
+    """Return how many rows are rounded at a time, at most."""
+    return max(AT_ONCE.values())
+
+
+def _sizes(group: Sequence[Planned]) -> tuple[int, int, int]:
+    """Return how many outputs the Linears of an input group have, how many inputs, and the most outputs of one."""
+    outputs = [each.out_features for each in group]
+    return sum(outputs), group[0].in_features, max(outputs)

@@ -228,20 +228,38 @@ class Format(ABC):
         """Return how many of those products so many inputs do not take, since they share some."""
         return 0
 
-    def phases(self, linears: Sequence[Planned], itemsize: int, *, propagated: bool, refine: bool) -> list[Phase]:
-        """Return what fitting the Linears of a block takes, and refining them, if that follows."""
-        fitting = self.fitting_bytes(linears, propagated=propagated, itemsize=itemsize)
-        found = [Phase(fitting, self.reading_bytes(linears, itemsize, refined=False))]
-        if refine:
-            read = self.reading_bytes(linears, itemsize, refined=True)
-            found.append(Phase(self.refining_bytes(linears, itemsize), read))
-        return found
-
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Return the peak of fitting the Linears of a block, or a matrix of a stack; by default that of rounding.
+    def phases(self, linears: Sequence[Planned], dtype: torch.dtype, *, propagated: bool, refine: bool) -> list[Phase]:
+        """Return what fitting the Linears of a block takes, group by group, and refining them, if that follows.
 
         Args:
             linears: with their ranks.
+            dtype: of the base.
+            propagated: whether errors are propagated; if not, the Grams of the whole block are there at first.
+        """
+        found, held, read, each_group = [], 0, 0, list(costs.groups(linears))
+        for at, group in enumerate(each_group):
+            fitting = self.fitting_bytes(group, propagated=propagated, itemsize=dtype.itemsize)
+            if propagated:
+                fitting = max(fitting, costs.summing_bytes(group))
+            else:
+                fitting += costs.gram_bytes([each for later in each_group[at + 1 :] for each in later])
+            held += self.fitted_bytes(group, dtype)
+            found.append(Phase(fitting + held, read))
+            read += self.reading_bytes(group, dtype.itemsize, refined=False)
+        if refine:
+            refining = self.refining_bytes(linears, dtype.itemsize) + held
+            found.append(Phase(refining, self.reading_bytes(linears, dtype.itemsize, refined=True)))
+        return [*found, Phase(held, read)]
+
+    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:
+        """Return the bytes of what was fitted until it is written, by default packed."""
+        return sum(self.nbytes((each.out_features, each.in_features), each.rank, dtype) for each in linears)
+
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+        """Return the peak of fitting the Linears of a group, or a matrix of a stack; by default that of rounding.
+
+        Args:
+            linears: that share their inputs, with their ranks.
             propagated: whether errors are propagated.
             itemsize: of the base's dtype.
         """

@@ -114,8 +114,8 @@ class SixLevels(Format):
         return MovableScales(fitted, partial(unpack, codes, shape=fitted.shape, count=count))
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of rounding, beside a quarter of a Gram that scales are fitted with."""
-        return costs.rounding_bytes(linears, grams=2.25)
+        """Those of rounding, with scales that are fitted."""
+        return costs.rounding_bytes(linears, scales=True)
 
     def told(self, rank: str) -> str:  # noqa: ARG002
         """The number of levels."""

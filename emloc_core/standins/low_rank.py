@@ -14,7 +14,7 @@ from emloc_core.algorithms.statistics import Gram
 from emloc_core.compat.transformers import grouped_product
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
-from emloc_core.standins.format import RankingFormat, Ratios
+from emloc_core.standins.format import Format, RankingFormat, Ratios
 from emloc_core.standins.layer import Groups, PackedLinear, Parts, StandInLinear, product
 from emloc_core.standins.standin import StandIn
 
@@ -80,9 +80,9 @@ class LowRank(RankingFormat):
         """As the family does it, which captures outputs where these are fewer, unless the factorizer needs inputs."""
         return super().tap(tap) if wants_inputs(self.factorize) else tap
 
-    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
-        """Factorise weights one by one."""
-        return [self.factorize(weight, gram, rank or 0) for weight, rank in zip(weights, ranks, strict=True)]
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> Sequence[Any]:
+        """Factorise weights one by one; kinds that round factors return them packed."""
+        return [in_single(self.factorize(weight, gram, rank or 0)) for weight, rank in zip(weights, ranks, strict=True)]
 
     def ranking(self) -> RankingFormat:
         """Return this format: the energies are those of the weight itself."""
@@ -108,19 +108,30 @@ class LowRank(RankingFormat):
         """``k (m + n)``."""
         return (rank or 0) * sum(shape)
 
+    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:  # noqa: ARG002
+        """Factors in fp32."""
+        return 4 * self._factors(linears)
+
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising."""
         return costs.factoring_bytes(linears, propagated=propagated)
 
     def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
-        """Factors in fp32: as they are, moved, with a gradient and Adam's moments; and products, with a gradient."""
-        shapes = [(each.out_features, each.in_features) for each in linears]
-        factors = sum(self.numbers(shape, each.rank) for shape, each in zip(shapes, linears, strict=True))
-        return (6 * 4 + itemsize) * factors + 2 * itemsize * sum(m * n for m, n in shapes)
+        """Factors in fp32: moved, with a gradient and Adam's moments; and products, with a gradient."""
+        numbers = sum(each.out_features * each.in_features for each in linears)
+        return (5 * 4 + itemsize) * self._factors(linears) + 2 * itemsize * numbers
 
-    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:  # noqa: ARG002
-        """None: factors are not unpacked."""
-        return 0
+    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:
+        """Factors as they are read; while they are refined, none."""
+        return (not refined) * itemsize * self._factors(linears)
+
+    def _factors(self, linears: Sequence[Planned]) -> int:
+        return sum((each.rank or 0) * (each.out_features + each.in_features) for each in linears)
+
+
+def in_single(factors: Factors) -> Factors:
+    """Return factors in fp32, whatever they were computed in."""
+    return replace(factors, u=factors.u.float(), v=factors.v.float())
 
 
 class RoundedLowRankLinear(PackedLinear):
@@ -157,7 +168,7 @@ class RoundedLowRankLinear(PackedLinear):
 
 
 class RoundedLowRank(LowRank):
-    """Factors that are rounded with feedback."""
+    """Factors that are rounded with feedback, and packed as soon as they are."""
 
     layer: type[RoundedLowRankLinear]
     samples = 256
@@ -167,9 +178,18 @@ class RoundedLowRank(LowRank):
         """Inputs: factors are fitted to them once more, as rounded."""
         return RankingFormat.tap(self, tap)
 
+    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:
+        """Factors, packed."""
+        return Format.fitted_bytes(self, linears, dtype)
+
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of factorising on the smaller Gram, which rounding does not exceed."""
-        return costs.factoring_bytes(linears, propagated=propagated, smaller=not wants_inputs(self.factorize))
+        """Those of factorising on the smaller Gram, and of rounding."""
+        smaller = not wants_inputs(self.factorize)
+        return costs.rounded_factoring_bytes(linears, propagated=propagated, smaller=smaller)
+
+    def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return codes and scales of both factors."""
+        return Format.pack(self, fitted, dtype)
 
     def ranking(self) -> RankingFormat:
         """Return factors as they are."""

@@ -1,7 +1,6 @@
 """Factors in four bits, each fitted to the other as rounded, and seen as rounded by what is fitted after them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -11,7 +10,8 @@ from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.standins import nf4
 from emloc_core.standins.format import Ratios
 from emloc_core.standins.layer import Parts
-from emloc_core.standins.low_rank import Factorize, RoundedLowRank, RoundedLowRankLinear
+from emloc_core.standins.low_rank import Factorize, RoundedLowRank, RoundedLowRankLinear, in_single
+from emloc_core.standins.standin import Packed
 
 
 def unpack_factors(
@@ -43,57 +43,53 @@ class FourBitLowRank(RoundedLowRank):
     layer = FourBitLowRankLinear
     ratios = Ratios(smallest=0.39)  # below, factors of twice the rank in two bits lose less
 
-    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
-        """Round both factors with feedback."""
-        factors = in_four_bits(self.factorize, weights, gram, ranks)
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
+        """Round U with feedback, fit V to that by least squares, and round it with feedback.
+
+        The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
+        ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs.
+        """
+        exact = [
+            on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in zip(weights, ranks, strict=True)
+        ]
+        gram.narrow()
         matrix = feedback.single(gram)
+        us, vs = [], []
+        for weight, of in zip(weights, exact, strict=True):
+            us += rounded([of.u], feedback.Damped(of.v @ matrix @ of.v.T))
+            vs.append(_best_v(us[-1].double(), weight))
+        del exact, of
+        vs = rounded(vs, feedback.damped(gram))
         return [
-            replace(found, error=output_error(weight, found.u @ found.v, matrix))
-            for weight, found in zip(weights, factors, strict=True)
+            Packed(packed_factors("weight", u, v), (len(u), v.shape[1]), output_error(weight, u @ v, matrix))
+            for weight, u, v in zip(weights, us, vs, strict=True)
         ]
 
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
         return f"rank {rank} in four bits"
 
-    def pack(self, fitted: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
-        """Return both factors' codes and scales."""
-        return packed_factors("weight", fitted)
 
-
-def packed_factors(name: str, factors: Factors) -> dict[str, torch.Tensor]:
-    """Return codes and scales of U, which has this name, and of V."""
+def packed_factors(name: str, u: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return codes and scales of U, which has this name, and of V, on the CPU."""
     found = {}
-    for of, part in ((name, factors.u), ("V", factors.v)):
+    for of, part in ((name, u), ("V", v)):
         found[of], found[f"{of}_scales"] = (tensor.cpu() for tensor in nf4.pack(part))
     return found
 
 
-def in_four_bits(
-    factorize: Factorize, weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int | None]
-) -> list[Factors]:
-    """Round U with feedback, fit V to that by least squares, and round it with feedback.
-
-    The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
-    ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs. It measures no error.
-    """
-    exact = [on_its_gram(factorize, weight, rank or 0, inputs) for weight, rank in zip(weights, ranks, strict=True)]
-    inputs.narrow()
-    matrix = feedback.single(inputs)
-    us, vs = [], []
-    for weight, of in zip(weights, exact, strict=True):
-        inner = feedback.Damped(of.v.to(matrix) @ matrix @ of.v.to(matrix).T)
-        u = rounded([of.u], inner)[0].double()
-        us.append(u.float())
-        vs.append(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)))
-    vs = rounded(vs, feedback.damped(inputs))
-    return [replace(of, u=u, v=v) for of, u, v in zip(exact, us, vs, strict=True)]
+def _best_v(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the V, (k, n), in fp32, with which U V is nearest to a weight, (m, n), whatever the inputs."""
+    return torch.linalg.solve(u.T @ u, u.T @ weight.to(u)).float()
 
 
 def on_its_gram(factorize: Factorize, weight: torch.Tensor, rank: int, inputs: Gram) -> Factors:
-    """Factorise on the Gram that the factorizer asks for, or on the smaller one; there is that of the inputs."""
+    """Factorise on the Gram that the factorizer asks for, or on the smaller one; there is that of the inputs.
+
+    Factors are in fp32, whatever they are computed in.
+    """
     on_inputs = wants_inputs(factorize) or cheaper_side(weight.shape[0], weight.shape[1]) == "input"
-    return factorize(weight, inputs if on_inputs else inputs.through(weight), rank)
+    return in_single(factorize(weight, inputs if on_inputs else inputs.through(weight), rank))
 
 
 def rounded(

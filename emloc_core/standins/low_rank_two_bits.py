@@ -1,19 +1,18 @@
 """Factors on four levels, two bits a number: for emulators in about a tenth of the base's memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from emloc_core.algorithms import feedback, levels
-from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.standins.format import Ratios
 from emloc_core.standins.layer import Parts
 from emloc_core.standins.levels import pack, parts, unpack
 from emloc_core.standins.low_rank import RoundedLowRank, RoundedLowRankLinear
 from emloc_core.standins.low_rank_nf4 import on_its_gram
+from emloc_core.standins.standin import Packed
 
 _LEVELS = 4
 #: Added to the diagonal of ``U^T U``, as a fraction of its mean: columns of a rounded U may be alike.
@@ -44,17 +43,6 @@ class TwoBitLowRankLinear(RoundedLowRankLinear):
         return cls.factor(u, u_scales, (m, rank), dtype), cls.factor(v, v_scales, (rank, n), dtype)
 
 
-@dataclass(frozen=True)
-class PackedFactors(Factors):
-    """Factors as they are rounded, and packed.
-
-    Attributes:
-        parts: codes and scales, by the names of the layer's parameters.
-    """
-
-    parts: dict[str, torch.Tensor]
-
-
 class TwoBitLowRank(RoundedLowRank):
     """Factors on four levels.
 
@@ -67,7 +55,7 @@ class TwoBitLowRank(RoundedLowRank):
     layer = TwoBitLowRankLinear
     ratios = Ratios(0.5, 0.01, 0.99)
 
-    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
         """Round U with feedback, fit V to that by least squares, and round it with feedback."""
         exact = [
             on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in zip(weights, ranks, strict=True)
@@ -77,22 +65,18 @@ class TwoBitLowRank(RoundedLowRank):
         us, targets = [], []
         for weight, of in zip(weights, exact, strict=True):
             rotation = _rotation(of.u.shape[1]).to(of.u)
-            inputs = (rotation.T @ of.v).to(matrix)
+            inputs = rotation.T @ of.v
             of_u = feedback.Damped(inputs @ matrix @ inputs.T, levels.DAMPING)
             us.append(levels.rounded(of.u @ rotation, of_u, _LEVELS))
             targets.append(_best_v(us[-1].numbers().double(), weight))
+        del exact, of
         of_v = feedback.damped(gram, levels.DAMPING)
         vs = levels.rounded(feedback.stacked(targets), of_v, _LEVELS).split([len(v) for v in targets])
-        found: list[Factors] = []
-        for weight, of, u, v in zip(weights, exact, us, vs, strict=True):
-            numbers = u.numbers(), v.numbers()
-            error = output_error(weight, numbers[0] @ numbers[1], matrix)
-            found.append(PackedFactors(*numbers, of.spectrum, pack(u) | pack(v, "V"), error=error))
+        found = []
+        for weight, u, v in zip(weights, us, vs, strict=True):
+            error = output_error(weight, u.numbers() @ v.numbers(), matrix)
+            found.append(Packed(pack(u) | pack(v, "V"), (weight.shape[0], weight.shape[1]), error))
         return found
-
-    def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
-        """Return both factors' codes and scales."""
-        return {name: part.cpu() for name, part in fitted.parts.items()}
 
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""

@@ -70,17 +70,6 @@ class RepairedLinear(FewLevelsLinear):
         return (found if self.bias is None else found + self.bias) + repair
 
 
-@dataclass(frozen=True)
-class Repaired(Packed):
-    """A weight on a few levels with factors of the rounding error, packed.
-
-    Attributes:
-        factors: as they are in four bits.
-    """
-
-    factors: Factors
-
-
 class RepairedThreeLevels(Format):
     """Weights on three levels with a low-rank repair in four bits (as in CALDERA, Saha et al., 2024, arXiv 2405.18886).
 
@@ -111,7 +100,7 @@ class RepairedThreeLevels(Format):
                 f"Give --ratio {self.ratios.default:g}, say, and at most {self.ratios.largest:g}; or --kind nf4.",
             )
 
-    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Repaired]:
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
         """Round the weight and factorise the error, then each again, fitted to what the other leaves."""
 
         matrix = feedback.single(gram)
@@ -128,7 +117,7 @@ class RepairedThreeLevels(Format):
             return [Factors(u, v, torch.zeros(min(len(u), v.shape[1]))) for u, v in zip(us, vs, strict=True)]
 
         return [
-            Repaired(pack(part) | packed_factors("U", of), (weight.shape[0], weight.shape[1]), error, of)
+            Packed(pack(part) | packed_factors("U", of.u, of.v), (weight.shape[0], weight.shape[1]), error)
             for weight, part, of, error in _in_turn(weights, gram, repairing, _ROUNDS)
         ]
 
@@ -138,9 +127,11 @@ class RepairedThreeLevels(Format):
         found.factorize = self.factorize
         return found
 
-    def movable(self, fitted: Repaired) -> MovableScales:
+    def movable(self, fitted: Packed) -> MovableScales:
         """Let the scales move, and not the repair."""
-        codes, repair = fitted.parts["weight"], fitted.factors.u.float() @ fitted.factors.v.float()
+        codes, _, *factors = (fitted.parts[name] for name in self.names())
+        u, v = unpack_factors([part.to(codes.device) for part in factors], fitted.shape, torch.float32)
+        repair = u @ v
 
         def unpacked(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             return unpack(codes, scales, dtype, fitted.shape, self.layer.LEVELS) + repair.to(dtype)
@@ -186,13 +177,18 @@ class _Residual(RankingFormat):
             return [on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in pairs]
 
         return [
-            _ResidualFactors(of.u.float(), of.v.float(), of.spectrum, part.numbers(), error=error)
+            _ResidualFactors(of.u, of.v, of.spectrum, part.numbers(), error=error)
             for _weight, part, of, error in _in_turn(weights, gram, repairing, 1)
         ]
 
     def cut(self, fitted: _ResidualFactors, rank: int) -> StandIn:
         """Return the rounded weight with a repair of that rank."""
         return StandIn(fitted.kept + fitted.u[:, :rank] @ fitted.v[:rank])
+
+    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:  # noqa: ARG002
+        """What weights are rounded to and factors, in fp32."""
+        shapes = [(each.out_features, each.in_features, each.rank or 0) for each in linears]
+        return 4 * sum(m * n + k * (m + n) for m, n, k in shapes)
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising, and of rounding beside factors."""
@@ -202,7 +198,7 @@ class _Residual(RankingFormat):
 
 def _rounding_bytes(linears: Sequence[Planned]) -> int:
     # The Gram, and a factor of it as damped for the weight and one for the repair.
-    return costs.rounding_bytes(linears, grams=3.25, at_once=5)
+    return costs.rounding_bytes(linears, grams=3, at_once=5, scales=True)
 
 
 def _in_turn(
@@ -227,8 +223,8 @@ def _in_turn(
         repairs = repairing(left.split(rows))
         left.copy_(stacked)
         for part_left, of in zip(left.split(rows), repairs, strict=True):
-            part_left.addmm_(of.u.float(), of.v.float(), alpha=-1)
+            part_left.addmm_(of.u, of.v, alpha=-1)
     del stacked, left
     matrix = feedback.single(inputs)
     for weight, of, part in zip(weights, repairs, found.split(rows), strict=True):
-        yield weight, part, of, output_error(weight, part.numbers().addmm_(of.u.float(), of.v.float()), matrix)
+        yield weight, part, of, output_error(weight, part.numbers().addmm_(of.u, of.v), matrix)

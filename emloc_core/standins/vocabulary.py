@@ -8,6 +8,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -20,7 +21,7 @@ from emloc_core.algorithms.statistics import Gram
 from emloc_core.compat.torch import HollowTensor
 from emloc_core.compat.transformers import keep_as_it_is, retie
 from emloc_core.errors import EmlocError
-from emloc_core.standins import nf4
+from emloc_core.standins import costs, nf4
 from emloc_core.standins.layer import Parts, StandInLinear, replace_linear
 from emloc_core.standins.standin import Packed
 
@@ -30,6 +31,17 @@ ROWS = 8192
 PARTS = ("codes", "scales")
 #: What helps where the base's own matrices are needed.
 KEEP = "Make the emulator with --keep head: it then has those of its base."
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a matrix, as a Linear whose memory is planned."""
+
+    out_features: int
+    in_features: int
+    group: None = None
+    rank: None = None
+    tap: str = "input"
 
 
 class Packing(ABC):
@@ -48,6 +60,19 @@ class Packing(ABC):
     def nbytes(self, rows: int, features: int, dtype: torch.dtype) -> int:
         """Return the bytes of both."""
         return sum(prod(size) * kept.itemsize for size, kept in self.parts(rows, features, dtype).values())
+
+    def packing_bytes(self, rows: int, features: int, dtype: torch.dtype) -> int:
+        """Return the peak of packing a matrix: the whole of it packed, and in fp32 the rows that are packed at a time.
+
+        Rounded with feedback, they take as much as weights of a group do, and another copy; beside what is fitted.
+        """
+        some = min(rows, ROWS) * features
+        taken = 4 * 7 * some
+        if self.fitted:
+            alone = [_Rows(min(rows, ROWS), features)]
+            rounding = costs.rounding_bytes(alone) + 4 * (features**2 + 2 * some)
+            taken = max(rounding, costs.summing_bytes([_Rows(features, features)]) + 4 * features**2)
+        return self.nbytes(rows, features, dtype) + taken
 
     @abstractmethod
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:
@@ -68,16 +93,18 @@ class Packing(ABC):
             target: T, (features, features), if ``W T`` is to be packed.
         """
         damped, inputs = (feedback.damped(gram), feedback.single(gram)) if gram else (None, None)
-        packed, lost, whole = [], 0.0, 0.0
-        for some in weight.detach().split(ROWS):
+        (m, n), lost, whole = weight.shape, 0.0, 0.0
+        parts = self.parts(m, n, weight.dtype)
+        packed = {name: weight.new_empty(size, dtype=dtype) for name, (size, dtype) in parts.items()}
+        pieces = (part.split(ROWS) for part in (weight.detach(), *packed.values()))
+        for some, codes, scales in zip(*pieces, strict=True):
             rows = some.float() if target is None else (some.to(target) @ target).float()
-            packed.append(self._pack(rows, damped, weight.dtype))
-            codes, scales = packed[-1]
-            found = self.unpack(codes, scales.float(), weight.shape[1])
-            lost, whole = lost + _energy(rows - found, inputs), whole + _energy(rows, inputs)
-        codes, scales = (torch.cat(part) for part in zip(*packed, strict=True))
+            for part, found in zip((codes, scales), self._pack(rows, damped, weight.dtype), strict=True):
+                part.copy_(found)
+            left = rows - self.unpack(codes, scales.float(), n)
+            lost, whole = lost + _energy(left, inputs), whole + _energy(rows, inputs)
         error = (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
-        return Packed({"codes": codes, "scales": scales}, (weight.shape[0], weight.shape[1]), error)
+        return Packed(packed, (m, n), error)
 
 
 class EightBits(Packing):

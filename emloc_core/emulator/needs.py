@@ -1,0 +1,141 @@
+"""What stage 1 takes of a device, unit by unit, by formula from shapes: for plans, and for what a GPU keeps free.
+
+Rows that wait, and what a row holds inside a block, are not among it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, RankPlan
+from emloc_core.standins import Format, costs
+from emloc_core.standins.experts import experts_per_token
+from emloc_core.standins.layer import unpacked_bytes
+from emloc_core.standins.vocabulary import PACKINGS
+
+
+def units(model: Any, blocks: Sequence[str]) -> tuple[dict[str, int], int]:
+    """Return how many numbers the blocks of a model have, by path, and the largest matrix outside them."""
+    own = {path: sum(each.numel() for each in model.get_submodule(path).parameters()) for path in blocks}
+    inside = tuple(f"{path}." for path in blocks)
+    outside = [each.numel() for name, each in model.named_parameters() if not name.startswith(inside)]
+    return own, max(outside, default=0)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a phase takes, in bytes.
+
+    Attributes:
+        phase: in words.
+        weights: of the unit that is loaded, in the model's dtype.
+        statistics: the phase's own work, and what was fitted before it and is not written yet.
+        stand_ins: what stands in for the unit's weights, as rows of the emulator pass through it.
+        waits: whether rows wait meanwhile.
+    """
+
+    phase: str
+    weights: int
+    statistics: int = 0
+    stand_ins: int = 0
+    waits: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.weights + self.statistics + self.stand_ins
+
+
+class Needs:
+    """What a pass of stage 1 takes.
+
+    Args:
+        model: the base; meta tensors suffice.
+        blocks: paths of its blocks.
+        plan: with ranks.
+        dtype: of the base.
+        propagated: whether errors are propagated.
+        refine: whether stand-ins are refined.
+        tokens: returns how many positions of all rows pass through the module at a path.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        blocks: Sequence[str],
+        plan: RankPlan,
+        format: Format,
+        dtype: torch.dtype,
+        *,
+        propagated: bool,
+        refine: bool,
+        tokens: Callable[[str], int],
+    ) -> None:
+        self._model, self._plan, self._format, self._dtype = model, plan, format, dtype
+        self._propagated, self._refine, self._tokens = propagated, refine, tokens
+        self._blocks, self._outside_most = units(model, blocks)
+
+    def __iter__(self) -> Iterator[Taken]:
+        """Yield what every phase takes."""
+        for block in self._blocks:
+            yield from self._block(block)
+        yield from self._outside()
+
+    def _block(self, block: str) -> Iterator[Taken]:
+        weights, linears = self._blocks[block] * self._dtype.itemsize, self._plan.in_block(block)
+        how = {"propagated": self._propagated, "refine": self._refine}
+        layers = self._plan.experts_in_block(block).values()
+        experts = sum(map(self._experts_as_read, layers))
+        for phase in self._format.phases(linears, self._dtype, **how):
+            stand_ins = self._propagated * (phase.stand_ins + experts)
+            yield Taken("the largest block", weights, phase.statistics, stand_ins)
+        held = self._format.fitted_bytes(linears, self._dtype)
+        read = self._propagated * self._format.reading_bytes(linears, self._dtype.itemsize, refined=False)
+        for stacks in layers:
+            yield Taken("the experts of a layer", weights, held + self._fitting_experts(stacks), read)
+
+    def _outside(self) -> Iterator[Taken]:
+        """Yield what modules outside the blocks take: of those that stay dense, the largest matrix alone."""
+        itemsize = self._dtype.itemsize
+        yield Taken("the largest matrix outside the blocks", self._outside_most * itemsize)
+        for each in self._plan.vocabulary:
+            packing, size = PACKINGS[each.packing], (each.rows, each.features, self._dtype)
+            weights, packed = each.numbers * itemsize, packing.nbytes(*size)
+            if not each.is_fitted:
+                yield Taken("packing the vocabulary", weights, packing.packing_bytes(*size), waits=False)
+                yield Taken("packed embeddings", weights, 0, self._propagated * packed)
+            else:
+                yield Taken("the output layer", weights, packing.packing_bytes(*size))
+
+    def _experts_as_read(self, stacks: Sequence[ExpertsPlan]) -> int:
+        """Return the bytes of a layer's experts as rows pass through them: packed, and some of them unpacked."""
+        unpacked = [unpacked_bytes(each.shape, each.experts, self._dtype) for each in stacks]
+        return self._packed(stacks) + max(unpacked)
+
+    def _packed(self, stacks: Sequence[ExpertsPlan]) -> int:
+        return sum(each.nbytes(self._format, self._dtype) for each in stacks)
+
+    def _fitting_experts(self, stacks: Sequence[ExpertsPlan]) -> int:
+        """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of some.
+
+        Tokens are read for as many experts as :data:`TOKENS_AT_ONCE` allows, for one at least, as the base has them;
+        where errors are propagated as the emulator has them; as many are sent to every expert. What its first matrix
+        makes of them is there while the second is fitted. For every token of the layer there are 8 bytes for each of
+        its experts, three times: by row, of all rows, and by expert.
+        """
+        itemsize, streams = self._dtype.itemsize, 1 + self._propagated
+        hidden = max(each.out_features if each.name == "down_proj" else each.in_features for each in stacks)
+        tokens = experts_per_token(self._model.config) * self._tokens(stacks[0].path)
+        sent = streams * tokens * itemsize
+        of_one = -(-sent // stacks[0].experts)
+
+        def fitting(stack: ExpertsPlan) -> int:
+            alone = [replace(stack, experts=1)]
+            inner = 4 * stack.in_features * of_one if stack.name == "down_proj" else 0
+            needed = self._format.fitting_bytes(alone, propagated=self._propagated, itemsize=itemsize)
+            return inner + (max(needed, costs.summing_bytes(alone)) if self._propagated else needed)
+
+        read = min(sent, max(TOKENS_AT_ONCE // hidden, of_one)) * hidden
+        return self._packed(stacks) + max(map(fitting, stacks)) + read + 3 * 8 * tokens
