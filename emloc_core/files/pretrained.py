@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig
 
@@ -109,7 +110,7 @@ def load_model(name: str, directory: Path, **settings: Any) -> Any:
 
     Raises:
         EmlocError: it needs its own code, is quantised by a method that may read other files, or contains an adapter,
-            which transformers would silently apply.
+            which transformers would silently apply; or its weights cannot be read.
         Exception: whatever transformers raises.
     """
     import emloc_core.standins.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
@@ -120,6 +121,12 @@ def load_model(name: str, directory: Path, **settings: Any) -> Any:
     settings = {"dtype": "auto", "use_safetensors": True, **settings, **_NOTHING_FOREIGN}
     try:
         return auto_class(name).from_pretrained(str(directory), config=config, **settings)
+    except SafetensorError as error:
+        raise EmlocError(
+            f"A file of weights in {directory} is truncated or damaged ({first_line(error)}).",
+            "Download or copy the model again.",
+            code="damaged",
+        ) from error
     except ValueError as error:
         _refuse_own_code(error, directory, "model")
         raise

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import read_manifest
 from emloc_core.files.output import Output
+from emloc_core.files.pretrained import load_model
 from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
@@ -164,6 +166,13 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
         find_config("someone/something")
     assert asked[:2] == [False, True]
     assert all(asked[1:])
+
+
+def test_damaged_weights_beside_an_index_are_one_error(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))  # transformers takes it before any index
+    with pytest.raises(EmlocError, match=r"A file of weights in .* is truncated or damaged"):
+        load_model("AutoModelForCausalLM", tmp_path / "model")
 
 
 def test_fingerprints_follow_content_and_are_cached(tiny_model, tmp_path, monkeypatch):
