@@ -4,11 +4,14 @@ The standard library has no hook for this (PEP 369, which proposed one, was with
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 def when_imported(name: str, action: Callable[[], object]) -> None:
@@ -32,9 +35,45 @@ def is_being_imported(name: str) -> bool:
 
 def while_imported(name: str, around: Callable[[], AbstractContextManager[None]]) -> None:
     """Be in the context that ``around`` makes while a module is imported; nothing is done if it has been."""
-    watched = any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path)
-    if name not in sys.modules and not watched:
+    if name not in sys.modules:
         sys.meta_path.insert(0, _Finder(name, around))
+
+
+@contextmanager
+def imported_when_used(*names: str) -> Iterator[None]:
+    """Have modules that are not imported yet be so when something is used that was imported from them here."""
+    standing_in = {name: _StandIn(name) for name in names if name not in sys.modules and find_spec(name)}
+    sys.modules.update(standing_in)
+    try:
+        yield
+    finally:
+        for name in standing_in:
+            del sys.modules[name]
+
+
+class _StandIn(ModuleType):
+    """Stands in for a module; what is imported from it, and is no more than named, need not be there."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Later(lambda: getattr(import_module(self.__name__), name))
+
+
+class _Later:
+    """A function or class of a module that is not imported before it is used."""
+
+    def __init__(self, find: Callable[[], Any]) -> None:
+        self._find = find
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._find(), name)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._find()(*args, **named)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self._find())
 
 
 class _Finder(MetaPathFinder):
@@ -43,13 +82,11 @@ class _Finder(MetaPathFinder):
     def __init__(self, name: str, around: Callable[[], AbstractContextManager[None]]) -> None:
         self.name, self._around = name, around
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path, target)
+        spec = find_spec(fullname)  # which others may watch for too
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self._around)
         return spec

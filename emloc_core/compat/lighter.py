@@ -9,20 +9,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
-from importlib import import_module, metadata
-from importlib.util import find_spec
-from types import ModuleType
+from importlib import metadata
 from typing import Any
 from unittest import mock
 
-from emloc_core.compat.imports import when_imported, while_imported
+from emloc_core.compat.imports import imported_when_used, when_imported, while_imported
+
+#: What modules import and hardly use: the losses of object detection, which come with every model, and types that are
+#: named in signatures alone.
+_RARELY_USED = {
+    "transformers.loss.loss_utils": ("scipy.optimize",),
+    "trl.trainer.utils": ("pandas", "datasets"),
+}
 
 
 def lighten() -> None:
     """Have bitsandbytes, transformers and TRL do less where they are imported from now on."""
     while_imported("bitsandbytes", _compiling_when_called)
     when_imported("transformers.utils.import_utils", _reading_folders_once)
-    while_imported("transformers.loss.loss_utils", _matching_when_called)
+    for name, used in _RARELY_USED.items():
+        while_imported(name, partial(imported_when_used, *used))
     while_imported("trl.import_utils", _listing_when_asked)
 
 
@@ -57,26 +63,6 @@ def _reading_folders_once() -> None:
         return read(os.path.dirname(name) if name.endswith(".py") else name)
 
     module.create_import_structure_from_path = read_once
-
-
-@contextmanager
-def _matching_when_called() -> Iterator[None]:
-    """Have the losses of object detection, which all models import, import scipy when they are computed."""
-    name = "scipy.optimize"
-    if name in sys.modules or find_spec("scipy") is None:
-        yield
-        return
-    standing_in: Any = ModuleType(name)
-
-    def linear_sum_assignment(*args: Any, **named: Any) -> Any:
-        return import_module(name).linear_sum_assignment(*args, **named)
-
-    standing_in.linear_sum_assignment = linear_sum_assignment
-    sys.modules[name] = standing_in
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 @contextmanager

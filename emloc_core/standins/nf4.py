@@ -17,6 +17,7 @@ from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.grid import indices, middles
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.compat.imports import when_imported
 from emloc_core.compat.transformers import kept_in_fp32, laid_out_otherwise
 from emloc_core.errors import EmlocError
 from emloc_core.standins.format import Format
@@ -325,11 +326,14 @@ def scale_levels(device: torch.device) -> torch.Tensor:
     return torch.tensor(_scale_levels(), dtype=torch.float32, device=device)
 
 
-@torch.compiler.assume_constant_result  # its context manager would break the graph
 def _scale_levels() -> list[float]:
     with torch.device("cpu"):  # whatever device a model is being built on
         found: list[float] = kernels().functional.create_dynamic_map().tolist()
     return found
+
+
+# Its context manager would break a compiled graph; and to say so imports the compiler, which takes a second.
+when_imported("torch._dynamo", partial(torch.compiler.assume_constant_result, _scale_levels))
 
 
 @cache

@@ -13,15 +13,20 @@ import importlib.metadata, json, sys, torch
 read = []
 sys.addaudithook(lambda event, given: event == "open" and read.append(given[0]))
 import bitsandbytes, numpy
+import emloc_core.standins.nf4
+compiler = "torch._dynamo" in sys.modules
 from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING as packages
 from transformers import PreTrainedModel
 from transformers.loss.loss_for_object_detection import linear_sum_assignment
-found = {name: name in sys.modules for name in ("torch._inductor.compile_fx", "scipy.optimize")}
+from trl.trainer.utils import IterableDataset
+names = ("torch._inductor.compile_fx", "scipy.optimize", "pandas", "datasets")
+found = {"torch._dynamo": compiler, **{name: name in sys.modules for name in names}}
 print(json.dumps({
     "imported": [name for name, is_there in found.items() if is_there],
     "read": sum(str(name).endswith("modeling_llama.py") for name in read),
     "put off": type(packages).__name__,
     "packages": [packages["bitsandbytes"], importlib.metadata.packages_distributions()["bitsandbytes"]],
+    "stands in": isinstance(IterableDataset.from_generator(list), IterableDataset),
     "pairs": [part.tolist() for part in linear_sum_assignment(numpy.eye(2))],
 }))
 """
@@ -35,6 +40,7 @@ def test_imports_put_off_what_few_programs_need():
     assert found["read"] == 1, f"transformers reads a model's file {found['read']} times to find the names in it"
     assert found["put off"] == "_Packages", "trl reads all packages in another way"
     assert found["packages"][0] == found["packages"][1], f"packages differ: {found['packages']}"
+    assert found["stands in"], "what stands in for a class knows no instance of it"
     assert found["pairs"] == [[0, 1], [1, 0]], f"scipy matches {found['pairs']}"
 
 
