@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emloc_core.data.messages import Message
 from emloc_core.data.row import Row
-from emloc_core.data.starts import common_prefix, starts_in_templates
+from emloc_core.data.starts import common_prefix, tokenized_with_starts
 from emloc_core.errors import EmlocError
 from emloc_core.files.templates import rendering
 
@@ -41,13 +41,14 @@ def encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
 
 
 def _last_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    prompts: Any = [row.prompt for row in rows]
+    prompts: Any = {id(row.prompt): row.prompt for row in rows}  # two answers have one
     conversations: Any = [[*(row.prompt or []), *(row.completion or [])] for row in rows]
     with rendering():
-        asked: Any = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+        asked: Any = tokenizer.apply_chat_template([*prompts.values()], tokenize=False, add_generation_prompt=True)
         texts: Any = tokenizer.apply_chat_template(conversations, tokenize=False)
-    ids: Any = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [from_start(*each) for each in zip(ids, starts_in_templates(asked, texts, ids, tokenizer), strict=True)]
+    known = dict(zip(prompts, asked, strict=True))
+    found = tokenized_with_starts([known[id(row.prompt)] for row in rows], texts, tokenizer)
+    return [from_start(*each) for each in found]
 
 
 def _has_tools(row: Row) -> bool:

@@ -1,7 +1,7 @@
 """Where an answer starts among the tokens of prompt and answer: after those that the prompt alone begins with too.
 
 Its last token may merge with the answer's first, so their numbers are compared and not counted. Only the end of a
-prompt is tokenized by itself: the rest is the same in both.
+prompt is tokenized twice: the rest is the same in both.
 """
 
 import re
@@ -17,37 +17,39 @@ _BETWEEN_WORDS, _BOTH = re.compile(r"(?<=\w) (?=\w)"), re.compile(r"[^\W_ĠĊ][�
 _END = 40
 
 
-def starts_in_templates(
-    asked: Sequence[str], texts: Sequence[str], ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Return how many tokens every prompt has in common with its conversation.
+def tokenized_with_starts(
+    asked: Sequence[str], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], int]]:
+    """Return the tokens of every conversation, and how many of them its prompt has in common with it.
 
-    Special tokens (``<|im_start|>``, say) are found before a text is split into others. So all before the last one of a
-    prompt is the same in both, and only what begins with it is tokenized by itself: the same few words in most rows.
+    Special tokens (``<|im_start|>``, say) are found before a text is split into others. So what comes before the last
+    one of a prompt is tokenized by itself, once for several answers; and so is the end of a prompt that begins with it:
+    the same few words in most rows.
 
     Args:
         asked: the prompts.
         texts: the conversations that begin with them.
-        ids: the conversations, tokenized.
     """
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()
-               if token.special and not (token.normalized or token.single_word)}  # fmt: skip
-    longest_first = sorted(map(re.escape, special), key=len, reverse=True)
-    pattern = re.compile("|".join(longest_first) or r"(?!)")
-    ends = []
-    for prompt, text, whole in zip(asked, texts, ids, strict=True):
-        found = list(pattern.finditer(prompt)) if text.startswith(prompt) else []
-        position, end = -1, prompt
-        if found:
-            last = found[-1]
-            for _ in range(sum(each[0] == last[0] for each in found)):
-                position = whole.index(special[last[0]], position + 1)
-            end = prompt[last.start() :]
-        ends.append((max(0, position), end))
-    known = _tokenized({end for _, end in ends}, tokenizer)
+    special = _special_tokens(tokenizer, len(tokenizer))
+    parts = []
+    for prompt, text in zip(asked, texts, strict=True):
+        at = 0
+        if text.startswith(prompt):
+            at = max((found.start() for found in special.finditer(prompt)), default=0)
+        parts.append((text[:at], text[at:], prompt[at:]))
+    known = _tokenized({part for each in parts for part in each}, tokenizer)
     return [
-        position + common_prefix(known[end], whole[position:]) for (position, end), whole in zip(ends, ids, strict=True)
+        (known[head] + known[tail], len(known[head]) + common_prefix(known[end], known[tail]))
+        for head, tail, end in parts
     ]
+
+
+@lru_cache(maxsize=1)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
+    """Return what finds those special tokens before which a text can be divided."""
+    found = [token.content for token in tokenizer.added_tokens_decoder.values()
+             if token.special and not (token.normalized or token.single_word or token.lstrip)]  # fmt: skip
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)")
 
 
 def starts_in_texts(prompts: Sequence[str], encoded: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> list[int]:

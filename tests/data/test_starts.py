@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from emloc_core.data import starts
-from emloc_core.data.starts import common_prefix, starts_in_texts
+from emloc_core.data.starts import common_prefix, starts_in_texts, tokenized_with_starts
 
 CORPUS = [
     "the cat sat on the mat, and it's 3.14 o'clock",
@@ -65,7 +65,10 @@ def tokenizers():
             sentence_piece("never"), without_spaces(), unigram(), word_piece()]  # fmt: skip
     for tokenizer, trainer in made:
         tokenizer.train_from_iterator(CORPUS, trainer)
-        tokenizer.add_special_tokens(["<end>"])
+        tokenizer.add_special_tokens(
+            ["<end>", AddedToken("<left>", lstrip=True), AddedToken("<right>", rstrip=True),
+             AddedToken("<word>", single_word=True)]
+        )  # fmt: skip
     return [PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?") for tokenizer, _ in made]
 
 
@@ -77,6 +80,22 @@ def test_starts_are_what_whole_prompts_have_in_common(tokenizers, rows):
         encoded = tokenizer([prompt + edge + answer for prompt, edge, answer in rows])
         wanted = map(common_prefix, tokenizer(prompts)["input_ids"], encoded["input_ids"])
         assert starts_in_texts(prompts, encoded, tokenizer) == list(wanted), tokenizer.backend_tokenizer.model
+
+
+TURNS = st.lists(st.tuples(st.sampled_from(["<end>", "<left>", "<right>", "<word>"]), TEXTS).map("".join), max_size=4)
+CONVERSATIONS = st.builds(lambda text, turns, edge: "".join([text, *turns, edge]), TEXTS, TURNS, EDGES)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(CONVERSATIONS, CONVERSATIONS, CONVERSATIONS), min_size=1, max_size=3))
+def test_conversations_are_tokenized_in_parts_as_they_are_whole(tokenizers, rows):
+    prompts = [prompt for prompt, *answers in rows for _ in answers]
+    texts = [prompt + answer for prompt, *answers in rows for answer in answers]
+    for tokenizer in tokenizers:
+        whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        starts = map(common_prefix, tokenizer(prompts, add_special_tokens=False)["input_ids"], whole)
+        found = tokenized_with_starts(prompts, texts, tokenizer)
+        assert found == list(zip(whole, starts, strict=True)), tokenizer.backend_tokenizer.model
 
 
 def test_only_ends_are_tokenized_where_words_are_told_apart(tokenizers, monkeypatch):
