@@ -90,8 +90,9 @@ USUAL_LORA = (RANK, ALL, PLAIN)
 LONGER = (240, 960)
 #: Steps on the mixture of experts, which take longest.
 FEWER_STEPS = 30
-#: The task of wider cells, where emulators differ most; and one with short answers, for other lengths and models.
-WIDER_TASK, SECOND_TASK = "arithmetic", "classification"
+#: The task of wider cells, where emulators differ most; one with short answers, for other lengths and models; and the
+#: one with the longest, for mixtures of experts alone.
+WIDER_TASK, SECOND_TASK, THIRD_TASK = "arithmetic", "classification", "extraction"
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,8 @@ def wider_cells() -> Iterator[Cell]:
     of_experts = [control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, factors, small]
     for way in of_experts:
         yield Cell(WIDER_TASK, *way, 0, FEWER_STEPS, rate, EXPERTS)
+    for task, way in product((SECOND_TASK, THIRD_TASK), (control, usual, small, factors)):
+        yield Cell(task, *way, 0, FEWER_STEPS, rate, EXPERTS)
     yield from (Cell(SECOND_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
     for way in (control, usual, small, RIVALS[0], RECOMMENDED[PICTURES][0.17], factors):
         yield Cell(PICTURES, *way, 0, STEPS, LEARNING_RATES[PICTURES][0], READER)

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import product
-from math import ceil, floor
 from typing import Any, NamedTuple
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
@@ -49,16 +49,27 @@ class Depth:
         return range(self.apart + 1, self.apart + 1 + self.period)
 
 
+class State(Enum):
+    """How far a step has come with a block."""
+
+    WAITING = auto()
+    PASSED = auto()
+    #: The forward pass has ended.
+    KEPT = auto()
+    #: The backward pass has passed it too.
+    DONE = auto()
+
+
 class Moment(NamedTuple):
     """When something is allocated.
 
     Attributes:
         phase: of the step.
-        places: of every tower, see :attr:`Copies.place`.
+        states: of the copies of every tower, see :attr:`Copies.states`.
     """
 
     phase: str
-    places: tuple[float, ...] = ()
+    states: tuple[tuple[State, ...], ...] = ()
 
 
 @dataclass
@@ -67,31 +78,28 @@ class Copies:
 
     Attributes:
         count: how many copies there are.
-        held: what one holds before it runs, after it ran, as the backward pass begins, and after its own.
-        place: the state that the step is in, and ``0.5`` more while the period passes to the next. The copies pass
+        held: what one holds in each state.
+        states: those that the copies may be in: two while the period passes from one to the other. The copies pass
             before it or after it, so then each holds what the period began with or what it ends with; what is needed is
             linear in how many do, so one of the two ends is the peak.
         births: of the storages that the period made in the forward pass.
     """
 
     count: int
-    held: list[Composition]
-    place: float = 0
+    held: dict[State, Composition]
+    states: tuple[State, ...] = (State.WAITING,)
     births: range = range(0)
 
-    def at(self, place: float) -> list[Composition]:
-        """Return what all copies may hold at a place."""
-        return [
-            Counter({kind: self.count * size for kind, size in self.held[state].items()})
-            for state in {floor(place), ceil(place)}
-        ]
+    def may_hold(self, states: Sequence[State]) -> list[Composition]:
+        """Return what all copies hold if they are in the first of these states, in the second, and so on."""
+        return [Counter({kind: self.count * size for kind, size in self.held[state].items()}) for state in states]
 
 
 def extended(peaks: Mapping[Moment, Composition], towers: Sequence[Copies]) -> Phases:
     """Return the peak of each phase with all blocks, from those of all moments with the few that are traced."""
     phases: Phases = {}
     for moment, peak in peaks.items():
-        for held in product(*(tower.at(place) for tower, place in zip(towers, moment.places, strict=True))):
+        for held in product(*(tower.may_hold(states) for tower, states in zip(towers, moment.states, strict=True))):
             whole = Counter(peak)
             for each in held:
                 whole.update(each)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.torch import TorchDispatchMode, is_device_call, storage_id, tree_leaves
-from emloc_core.memory.depth import Composition, Copies, Depth, Moment, Phases, extended
+from emloc_core.memory.depth import Composition, Copies, Depth, Moment, Phases, State, extended
 from emloc_core.memory.fake import without_contents
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         phase: name of the current phase, set by the caller.
-        copies: those of every tower, whose places are set by the caller.
+        copies: those of every tower, whose states are set by the caller.
         peaks: the largest composition of each moment so far.
         now: what is alive.
         births: how many storages there were so far.
@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
             self._alive[key] = (size, kind, self.births, weakref.ref(storage, lambda _: self._remove(key)))
             self.births += 1
             self.now[kind] += size
-        moment = Moment(self.phase, tuple(each.place for each in self.copies.values()))
+        moment = Moment(self.phase, tuple(each.states for each in self.copies.values()))
         if self.now.total() > self.peaks.get(moment, Counter()).total():
             self.peaks[moment] = Counter(self.now)
 
@@ -135,11 +135,9 @@ def trace_training(
             _follow_forward(ledger, base, towers, depths)
             _enter_parameters(ledger, parameters)
             for copies in ledger.copies.values():
-                gradients = Counter(gradients=copies.held[0]["adapter"])
-                if accumulating:
-                    copies.held = [held + gradients for held in copies.held]
-                else:
-                    copies.held[3] = copies.held[3] + gradients
+                gradients = Counter(gradients=copies.held[State.WAITING]["adapter"])
+                for state in State if accumulating else (State.DONE,):
+                    copies.held[state] = copies.held[state] + gradients
             for name, parameter in base.named_parameters():
                 if parameter.requires_grad:
                     if accumulating:
@@ -150,8 +148,8 @@ def trace_training(
                 loss, _alive = step.loss(model)
             ledger.phase = "loss backward"
             for copies in ledger.copies.values():
-                copies.held[2] = copies.held[2] + ledger.survivors(copies.births)
-                copies.place = 2
+                copies.held[State.KEPT] = copies.held[State.KEPT] + ledger.survivors(copies.births)
+                copies.states = (State.KEPT,)
             loss.backward()
     return ledger.phases
 
@@ -222,23 +220,23 @@ def _follow_forward(ledger: Ledger, model: Any, towers: Mapping[str, str], depth
 
 
 def _followed_copies(ledger: Ledger, blocks: Any, depth: Depth) -> Copies:
-    """Return the copies of a tower's blocks, whose place is set in the forward pass, with what they leave there."""
+    """Return the copies of a tower's blocks, whose states are set in the forward pass, with what they leave there."""
     own: Composition = Counter()
     for index in depth.copied:
         for parameter in blocks[index].parameters():
             own[_kind(parameter)] += parameter.nbytes
-    copies = Copies(depth.copies, [own] * 4)
+    copies = Copies(depth.copies, dict.fromkeys(State, own))
 
     def begin(*_: Any) -> None:
-        if copies.place == 0:
-            copies.place, copies.births = 0.5, range(ledger.births, ledger.births)
-            copies.held[1] = Counter(copies.held[1])
-            copies.held[1].subtract(ledger.now)
+        if copies.states == (State.WAITING,):  # checkpointed blocks run again
+            copies.states, copies.births = (State.WAITING, State.PASSED), range(ledger.births, ledger.births)
+            copies.held[State.PASSED] = Counter(copies.held[State.PASSED])
+            copies.held[State.PASSED].subtract(ledger.now)
 
     def end(*_: Any) -> None:
-        if copies.place == 0.5:
-            copies.place, copies.births = 1, range(copies.births.start, ledger.births)
-            copies.held[1].update(ledger.now)
+        if copies.states == (State.WAITING, State.PASSED):
+            copies.states, copies.births = (State.PASSED,), range(copies.births.start, ledger.births)
+            copies.held[State.PASSED].update(ledger.now)
 
     blocks[depth.copied.start].register_forward_pre_hook(begin)
     blocks[depth.copied.stop].register_forward_pre_hook(end)
@@ -249,20 +247,28 @@ def _follow_backward(
     ledger: Ledger, name: str, towers: Mapping[str, str], depths: Mapping[str, Depth]
 ) -> Callable[[torch.Tensor], None]:
     """Return a hook for the gradient of a parameter, which tells the block that the backward pass has reached."""
-    phase, reached, place = "backward", "", 2.0
+    phase, reached = "backward", ""
+    states: tuple[State, ...] = (State.KEPT,)
     for path, tower in towers.items():
         if name.startswith(f"{path}."):
             index, depth = int(name.removeprefix(f"{path}.").partition(".")[0]), depths[path]
             last = index == depth.few - 1
             where = "last block" if last else "blocks between" if index > depth.apart else "first blocks"
             phase, reached = f"{tower} backward, {where}", path
-            place = 3 if index < depth.copied.start else 2.5 if index in depth.copied else 2
+            states = _after_gradient(index, depth.copied)
 
     def hook(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         ledger.enter(parameter.grad, "gradients")
         ledger.phase = phase
         if reached in ledger.copies:
-            ledger.copies[reached].place = place
+            ledger.copies[reached].states = states
 
     return hook
+
+
+def _after_gradient(block: int, copied: range) -> tuple[State, ...]:
+    """Return the states that copies of the blocks ``copied`` may be in as soon as a block has got a gradient."""
+    if block < copied.start:
+        return (State.DONE,)
+    return (State.KEPT, State.DONE) if block in copied else (State.KEPT,)
