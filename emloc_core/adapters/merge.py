@@ -191,9 +191,8 @@ class Merge(Job):
 
     def _write_side_files(self, staging: Path) -> None:
         self.base.copy_side_files(staging)
-        for name in ("config.json", self.base.index):
-            if (self.base.directory / name).is_file():
-                (staging / name).write_bytes((self.base.directory / name).read_bytes())
+        for file in self.base.descriptions:
+            (staging / file.name).write_bytes(file.read_bytes())
         if not self.unties:
             return
         # A LoRA on a tied output projection changes only that: the merged model has two tensors instead of one.

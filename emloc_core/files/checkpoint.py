@@ -90,10 +90,17 @@ class Checkpoint:
         return [self.directory / name for name in sorted(set(self._weight_map.values())) or [self.single]]
 
     @cached_property
+    def _index_file(self) -> Path | None:
+        # Where a single file and an index lie side by side, transformers loads the file, other libraries the shards.
+        unread = self.single == SINGLE and (self.directory / SINGLE).is_file()
+        index = self.directory / self.index
+        return index if index.is_file() and not unread else None
+
+    @cached_property
     def _weight_map(self) -> dict[str, str]:
         """The index: key of a tensor -> name of its shard. Empty for a single file, which has no index."""
-        index = self.directory / self.index
-        if not index.is_file():
+        index = self._index_file
+        if index is None:
             if (self.directory / self.single).is_file():
                 return {}
             raise EmlocError(
@@ -176,9 +183,13 @@ class Checkpoint:
         return inputs.hash([*self._model_files, *shaping, *sorted(self.directory.glob("*.jsonl"))])
 
     @property
+    def descriptions(self) -> list[Path]:
+        """The files that say what its tensors are and where: its config, and the index of several shards."""
+        return [self.directory / "config.json", *([self._index_file] if self._index_file else [])]
+
+    @property
     def _model_files(self) -> list[Path]:
-        names = ["config.json", *([self.index] if (self.directory / self.index).is_file() else [])]
-        return [self.directory / name for name in names] + self.shards
+        return self.descriptions + self.shards
 
     def side_files(self) -> list[Path]:
         """Return the files that belong to the model besides its weights and config: tokenizer, templates, licence."""

@@ -168,6 +168,18 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     assert all(asked[1:])
 
 
+def test_a_single_file_beside_an_index_is_read_as_transformers_reads_it(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    save_file({key: 2 * tensor for key, tensor in weights.items()}, model / "1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "1.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Checkpoint(model).shards == [model / "model.safetensors"]
+    assert Checkpoint(model).fingerprint(Inputs()) == Checkpoint(tiny_model).fingerprint(Inputs())
+    loaded = load_model("AutoModelForCausalLM", model).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in weights.items())
+
+
 def test_damaged_weights_beside_an_index_are_one_error(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))  # transformers takes it before any index
