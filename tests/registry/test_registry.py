@@ -136,6 +136,7 @@ def test_the_series_are_complete() -> None:
             "30B-A3B-Instruct",
             "235B-A22B-Instruct",
         ],
+        "Qwen3-Next-": ["80B-A3B-Instruct"],
         "DeepSeek-": ["V3"],
         "gemma-3-": ["1b-it", "4b-it", "12b-it", "27b-it"],
         "Phi-3-mini-": ["4k-instruct"],
