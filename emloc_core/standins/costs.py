@@ -9,6 +9,9 @@ from emloc_core.algorithms.feedback import ROWS as AT_ONCE
 from emloc_core.algorithms.levels import GROUP, rows_at_once
 from emloc_core.algorithms.statistics import BLOCK, ROWS
 
+#: That are rounded at a time.
+_MOST_ROWS = max(AT_ONCE.values())
+
 
 class Planned(Protocol):
     """A Linear that gets a stand-in, or one matrix of a stack; see :class:`emloc_core.emulator.ranks.LinearPlan`."""
@@ -47,43 +50,47 @@ def summing_bytes(linears: Sequence[Planned]) -> int:
     targets need, ``8 (n^2 + n min(m, n))``, with m the outputs of the group; beside that a weight, and the rows that
     wait. Then targets are found in fp32, beside the Gram: ``12 n^2 + 4 n (min(m, n) + m)``.
     """
-    peak = 0
-    for m, n, largest in map(_sizes, groups(linears)):
-        cross = n * min(m, n)
-        summing = 8 * (n**2 + cross + (largest * n if m < n else 0)) + 8 * ROWS * (5 * n + m)
-        peak = max(peak, summing, 12 * n**2 + 4 * (cross + (m * n if m >= n else 0)) + 4 * largest * n * (m >= n))
-    return peak
+    return max((summing(*_sizes(group)) for group in groups(linears)), default=0)
+
+
+def summing(m: int, n: int, largest: int) -> int:
+    """Return that of one group: of m outputs, the most of one Linear among them, and n inputs."""
+    sums = 8 * (n**2 + n * min(m, n) + ROWS * (5 * n + m))
+    finding = 4 * n * (3 * n + min(m, n))
+    if m < n:  # the outputs of the base are summed, by each weight
+        return max(sums + 8 * largest * n, finding)
+    return max(sums, finding + 4 * (m + largest) * n)
 
 
 def gram_bytes(linears: Sequence[Planned]) -> int:
     """Return the bytes of the Grams of some Linears, in fp64: one of each group's inputs, and those of outputs."""
     inputs = {each.group: each.in_features for each in linears if each.tap != "output"}
-    return 8 * sum(
-        size**2 for size in [*inputs.values(), *(each.out_features for each in linears if each.tap == "output")]
-    )
+    outputs = [each.out_features for each in linears if each.tap == "output"]
+    return 8 * sum(size**2 for size in (*inputs.values(), *outputs))
 
 
-def rounding_bytes(
-    linears: Sequence[Planned], *, grams: int = 2, copies: int = 4, at_once: int = 3, scales: bool = False
-) -> int:
-    """Return the peak of rounding the weights of a group with feedback, ``4 (g n^2 + (c m + a r) n)``; or a block's.
+def rounding_bytes(linears: Sequence[Planned], **how: Any) -> int:
+    """Return the peak of rounding the weights of a group with feedback, or of a block's; see :func:`rounding`."""
+    return max((rounding(m, n, **how) for m, n, _ in map(_sizes, groups(linears))), default=0)
+
+
+def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 3, scales: bool = False) -> int:
+    """Return the peak of rounding a matrix, (m, n), with feedback, ``4 (g n^2 + (c m + a r) n)``.
 
     Before, a Gram in fp64 is rounded, ``12 n^2``.
 
     Args:
-        linears: of the group, or of several.
+        m: rows, of all weights of a group.
+        n: inputs.
         grams: g, matrices of the size of the inputs' Gram: that itself, and its factor.
-        copies: c, matrices of the size of all weights of a group, m rows: what is fitted, what it is rounded to, and
-            what is on the way from one to the other.
+        copies: c, matrices of that size: what is fitted, what it is rounded to, and what is on the way from one to the
+            other.
         at_once: a, the same of as many rows as are rounded at a time, r.
         scales: whether they are fitted too, with products of the Gram and the levels of some rows.
     """
-    peak = 0
-    for m, n, _ in map(_sizes, groups(linears)):
-        rounding = grams * n**2 + (copies * m + at_once * min(m, most_rows())) * (n + COLUMNS)
-        products = min(m, rows_at_once(n)) * -(-n // GROUP) * n if scales else 0
-        peak = max(peak, rounding + products, 3 * n**2 + m * n)
-    return 4 * peak
+    work = grams * n**2 + (copies * m + at_once * min(m, _MOST_ROWS)) * (n + COLUMNS)
+    products = min(m, rows_at_once(n)) * -(-n // GROUP) * n if scales else 0
+    return 4 * max(work + products, 3 * n**2 + m * n)
 
 
 def factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bool = False) -> int:
@@ -123,17 +130,12 @@ def rounded_factoring_bytes(linears: Sequence[Planned], *, propagated: bool, sma
         n, shapes = group[0].in_features, [(each.out_features, each.rank or 0) for each in group]
         numbers, factors = sum(m * n for m, _ in shapes), sum(k * (m + n) for m, k in shapes)
         rank, left = sum(k for _, k in shapes), max(m for m, _ in shapes)
-        rounding = (4 * rank + 5 * min(rank, most_rows())) * (n + COLUMNS)
+        of_v = (4 * rank + 5 * min(rank, _MOST_ROWS)) * (n + COLUMNS)
         of_u = max(12 * m * k + 3 * k**2 for m, k in shapes)
         measuring = left * n + 4 * min(left, BLOCK) * n
-        work = max(2 * n**2 + max(rounding, measuring), n**2 + factors + of_u, 3 * n**2)
+        work = max(2 * n**2 + max(of_v, measuring), n**2 + factors + of_u, 3 * n**2)
         peak = max(peak, 4 * (numbers + factors + work))
     return peak
-
-
-def most_rows() -> int:
-    """Return how many rows are rounded at a time, at most."""
-    return max(AT_ONCE.values())
 
 
 def _sizes(group: Sequence[Planned]) -> tuple[int, int, int]:

@@ -236,13 +236,13 @@ class Format(ABC):
             dtype: of the base.
             propagated: whether errors are propagated; if not, the Grams of the whole block are there at first.
         """
-        found, held, read, each_group = [], 0, 0, list(costs.groups(linears))
-        for at, group in enumerate(each_group):
+        found, held, read, by_group = [], 0, 0, list(costs.groups(linears))
+        for at, group in enumerate(by_group):
             fitting = self.fitting_bytes(group, propagated=propagated, itemsize=dtype.itemsize)
             if propagated:
                 fitting = max(fitting, costs.summing_bytes(group))
             else:
-                fitting += costs.gram_bytes([each for later in each_group[at + 1 :] for each in later])
+                fitting += costs.gram_bytes([each for later in by_group[at + 1 :] for each in later])
             held += self.fitted_bytes(group, dtype)
             found.append(Phase(fitting + held, read))
             read += self.reading_bytes(group, dtype.itemsize, refined=False)

@@ -8,7 +8,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -33,17 +32,6 @@ PARTS = ("codes", "scales")
 KEEP = "Make the emulator with --keep head: it then has those of its base."
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a matrix, as a Linear whose memory is planned."""
-
-    out_features: int
-    in_features: int
-    group: None = None
-    rank: None = None
-    tap: str = "input"
-
-
 class Packing(ABC):
     """How rows are packed: codes, (rows, bytes of one), and scales, (rows, scales of one), in the weight's dtype.
 
@@ -66,12 +54,11 @@ class Packing(ABC):
 
         Rounded with feedback, they take as much as weights of a group do, and another copy; beside what is fitted.
         """
-        some = min(rows, ROWS) * features
-        taken = 4 * 7 * some
+        at_once, square = min(rows, ROWS), 4 * features**2
+        taken = 4 * 7 * at_once * features
         if self.fitted:
-            alone = [_Rows(min(rows, ROWS), features)]
-            rounding = costs.rounding_bytes(alone) + 4 * (features**2 + 2 * some)
-            taken = max(rounding, costs.summing_bytes([_Rows(features, features)]) + 4 * features**2)
+            rounding = costs.rounding(at_once, features) + square + 4 * 2 * at_once * features
+            taken = max(rounding, costs.summing(features, features, features) + square)
         return self.nbytes(rows, features, dtype) + taken
 
     @abstractmethod
