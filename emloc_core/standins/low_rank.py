@@ -61,27 +61,43 @@ class LowRankLinear(StandInLinear):
         return functional.linear(functional.linear(input, self.V), self.weight, self.bias)
 
 
-class LowRank(RankingFormat):
-    """Factors in the dtype of the base.
+class Factored(Format):
+    """Two factors in the place of a weight.
 
     Attributes:
         factorize: gives the factors of a weight; a plugin may bring its own.
     """
 
-    name = "low-rank"
-    layer: type[StandInLinear] = LowRankLinear
-    ratios = Ratios()
     allocator = "global"
-    refine: int | None = 3
     experts = True
     factorize: Factorize = staticmethod(factorize)
+
+    def numbers(self, shape: tuple[int, int], rank: int | None) -> int:
+        """``k (m + n)``."""
+        return (rank or 0) * sum(shape)
+
+    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:
+        """Factors as they are read; while they are refined, none."""
+        return (not refined) * itemsize * self._factors(linears)
+
+    def _factors(self, linears: Sequence[Planned]) -> int:
+        return sum((each.rank or 0) * (each.out_features + each.in_features) for each in linears)
+
+
+class LowRank(Factored, RankingFormat):
+    """Factors in the dtype of the base."""
+
+    name = "low-rank"
+    layer = LowRankLinear
+    ratios = Ratios()
+    refine = 3
 
     def tap(self, tap: Any) -> Any:
         """As the family does it, which captures outputs where these are fewer, unless the factorizer needs inputs."""
         return super().tap(tap) if wants_inputs(self.factorize) else tap
 
-    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> Sequence[Any]:
-        """Factorise weights one by one; kinds that round factors return them packed."""
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
+        """Factorise weights one by one."""
         return [in_single(self.factorize(weight, gram, rank or 0)) for weight, rank in zip(weights, ranks, strict=True)]
 
     def ranking(self) -> RankingFormat:
@@ -104,10 +120,6 @@ class LowRank(RankingFormat):
         """Return both factors."""
         return StandIn(*tensors)
 
-    def numbers(self, shape: tuple[int, int], rank: int | None) -> int:
-        """``k (m + n)``."""
-        return (rank or 0) * sum(shape)
-
     def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:  # noqa: ARG002
         """Factors in fp32."""
         return 4 * self._factors(linears)
@@ -120,13 +132,6 @@ class LowRank(RankingFormat):
         """Factors in fp32: moved, with a gradient and Adam's moments; and products, with a gradient."""
         numbers = sum(each.out_features * each.in_features for each in linears)
         return (5 * 4 + itemsize) * self._factors(linears) + 2 * itemsize * numbers
-
-    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:
-        """Factors as they are read; while they are refined, none."""
-        return (not refined) * itemsize * self._factors(linears)
-
-    def _factors(self, linears: Sequence[Planned]) -> int:
-        return sum((each.rank or 0) * (each.out_features + each.in_features) for each in linears)
 
 
 def in_single(factors: Factors) -> Factors:
@@ -167,29 +172,16 @@ class RoundedLowRankLinear(PackedLinear):
         return found if self.bias is None else found + self.bias
 
 
-class RoundedLowRank(LowRank):
-    """Factors that are rounded with feedback, and packed as soon as they are."""
+class RoundedLowRank(Factored):
+    """Factors that are rounded with feedback, fitted to the inputs once more as rounded, and packed at once."""
 
     layer: type[RoundedLowRankLinear]
     samples = 256
-    refine = None
-
-    def tap(self, tap: Any) -> Any:
-        """Inputs: factors are fitted to them once more, as rounded."""
-        return RankingFormat.tap(self, tap)
-
-    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:
-        """Factors, packed."""
-        return Format.fitted_bytes(self, linears, dtype)
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising on the smaller Gram, and of rounding."""
         smaller = not wants_inputs(self.factorize)
         return costs.rounded_factoring_bytes(linears, propagated=propagated, smaller=smaller)
-
-    def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return codes and scales of both factors."""
-        return Format.pack(self, fitted, dtype)
 
     def ranking(self) -> RankingFormat:
         """Return factors as they are."""
