@@ -62,7 +62,7 @@ class LowRankLinear(StandInLinear):
 
 
 class Factored(Format):
-    """Two factors in the place of a weight.
+    """Two factors instead of a weight.
 
     Attributes:
         factorize: gives the factors of a weight; a plugin may bring its own.

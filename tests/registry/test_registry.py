@@ -201,7 +201,7 @@ def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_pre
 def test_find() -> None:
     assert [entry.id for entry in find("Qwen/Qwen2.5-7B")] == ["Qwen/Qwen2.5-7B"]
     assert [entry.id for entry in find("qwen2.5-7b")] == ["Qwen/Qwen2.5-7B"]
-    assert len(find("Qwen3-*")) == 14
+    assert len(find("Qwen3-*")) == 15
     assert len(find("*/InternVL?*-38B")) == 2
     assert "Did you mean 'Qwen2.5-7B'?" in refused(find, "Qwen2.5-7")
     assert "matches 'Falcon*'" in refused(find, "Falcon*")
