@@ -12,6 +12,8 @@ COLUMNS = (
     "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "tools",
     "instruction", "input", "output", "system", "history", "conversations",
 )  # fmt: skip
+#: Columns that make a row, by TRL's names; any of them is enough.
+_ENOUGH = ({"text"}, {"messages"}, {"prompt", "completion"}, {"prompt", "chosen"}, {"prompt", "image"})
 #: Every column has the name that TRL gives it.
 NO_RENAMING: Mapping[str, str] = {}
 #: ShareGPT's names of roles. ``function_call`` and ``observation`` are LLaMA-Factory's.
@@ -53,18 +55,23 @@ def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
         columns: names that the data have, by the usual ones.
 
     Raises:
-        EmlocError: it has neither a column of its own name nor one of the usual name.
+        EmlocError: it has none of the columns, by its own name or the usual one; or not enough of them for a row.
     """
     if not columns or not isinstance(content, Mapping):
         return content
     found = {name: value for name, value in content.items() if name not in columns.values()}
     found |= {name: content[own] for name, own in columns.items() if own in content}
-    if not columns.keys() & found.keys():
+    lacking = [own for name, own in columns.items() if name not in found]
+    if len(lacking) == len(columns) or (lacking and not _is_enough(as_trl(found, where))):
         raise EmlocError(
-            f"{where}: has none of the columns {', '.join(columns.values())}, but {', '.join(map(str, content))}.",
-            "Correct --columns.",
+            f"{where}: has no column {', '.join(lacking)}, but {', '.join(map(str, content))}.", "Correct --columns."
         )
     return found
+
+
+def _is_enough(content: Mapping[str, Any]) -> bool:
+    has = {name for name, value in content.items() if value is not None}
+    return any(has >= form for form in _ENOUGH)
 
 
 def known_columns(content: Mapping[str, Any]) -> str:

@@ -86,8 +86,11 @@ def test_columns_may_have_other_names():
     assert [(row.prompt, row.completion) for row in found] == [("a?", "b."), ("c?", "d.")]
     dialog = [{"dialog": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}]}]
     assert load_rows(dialog, columns={"messages": "dialog"})[0].completion == [dialog[0]["dialog"][1]]
-    with pytest.raises(EmlocError, match=r"row 1: has none of the columns question, answer, but q, a"):
+    with pytest.raises(EmlocError, match=r"row 1: has no column question, answer, but q, a\."):
         load_rows([{"q": "a?", "a": "b."}], columns=names)
+    with pytest.raises(EmlocError, match=r"row 1: has no column answer, but question, a\."):
+        load_rows([{"question": "a?", "a": "b."}], columns=names)
+    assert load_rows(rows, columns={**names, "tools": "functions"}) == found
     with pytest.raises(EmlocError, match=r"no column 'question'\. Did you mean prompt=question\?"):
         load_rows(rows, columns={"question": "prompt"})
 
