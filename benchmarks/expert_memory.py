@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import goal, in_process, markdown, resident_bytes, write_results
-from memory import VOCABULARY, tune, write_rows
+from memory import VOCABULARY, compared, tune, write_rows
 
 KINDS = ("nf4", "2.7-bit", "1.6-bit+repair")
 SHAPE = {
@@ -120,15 +120,7 @@ def measure(work: Path, stage: str, kind: str) -> dict[str, Any]:
     else:
         predicted = in_process(write_emulator, work / "base", kind, work / kind)
         reading = in_process(tune_read, work / kind, work / "rows.jsonl", work / f"adapter-{kind}", BATCH, LENGTH, True)
-    measured = reading["peak_rss_bytes"] - reading["floor_bytes"]
-    return {
-        "stage": stage,
-        "kind": kind,
-        "predicted_bytes": predicted["bytes"],
-        "predicted_terms": predicted["terms"],
-        "measured_bytes": measured,
-        "error": round(predicted["bytes"] / measured - 1, 4),
-    }
+    return {"stage": stage, "kind": kind, **compared(predicted, reading)}
 
 
 def main() -> None:

@@ -163,7 +163,6 @@ def measure(work: Path, case: tuple[Any, ...]) -> dict[str, Any]:
     else:
         output = work / f"adapter-{CASES.index(case)}"
         reading = in_process(tune, model, work / "rows.jsonl", output, batch, length, checkpointing)
-    measured = reading["peak_rss_bytes"] - reading["floor_bytes"]
     where = "base" if predicted["ratio"] is None else "emulator"
     return {
         "model": name,
@@ -174,6 +173,14 @@ def measure(work: Path, case: tuple[Any, ...]) -> dict[str, Any]:
         "length": length,
         "checkpointing": checkpointing if stage == "tuning" else None,
         "floor_bytes": reading["floor_bytes"],
+        **compared(predicted, reading),
+    }
+
+
+def compared(predicted: dict[str, Any], reading: dict[str, Any]) -> dict[str, Any]:
+    """Return the predicted and the measured peak above the imports, in bytes, and the relative error."""
+    measured = reading["peak_rss_bytes"] - reading["floor_bytes"]
+    return {
         "predicted_bytes": predicted["bytes"],
         "predicted_terms": predicted["terms"],
         "measured_bytes": measured,
