@@ -19,7 +19,7 @@ from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.forwards import requiring_products, requiring_shared_inputs
-from emloc_core.emulator.needs import Needs
+from emloc_core.emulator.needs import Needs, Passing
 from emloc_core.emulator.pack import fit_head, looking_up
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
@@ -106,9 +106,10 @@ class Decomposition:
 
     def needs(self, *, propagated: bool) -> Needs:
         """Return what a pass takes of the device, as ``emloc plan`` says."""
-        model, dtype, tokens = self.skeleton.model, self.skeleton.dtype, sum(sample.size for sample in self.samples)
+        base, sizes = self.skeleton, [sample.size for sample in self.samples]
         how = {"propagated": propagated, "refine": propagated and self.refine > 0}
-        return Needs(model, self.blocks, self.plan, self.format, dtype, **how, tokens=lambda _path: tokens)
+        passing = Passing(sum(sizes), max(sizes, default=0))
+        return Needs(base.model, base.family, self.plan, self.format, base.dtype, **how, passing=lambda _path: passing)
 
     def _pass(self, streams: int, store: Any, visit_block: Callable[[Any, str], Any]) -> None:
         """Pass the samples through the base, and with two streams then through the emulator."""

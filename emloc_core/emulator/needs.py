@@ -1,15 +1,17 @@
 """What stage 1 takes of a device, unit by unit, by formula from shapes: for plans, and for what a GPU keeps free.
 
-Rows that wait, and what a row holds inside a block, are not among it.
+Rows that wait are not among it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, RankPlan
+from emloc_core.family import Family
+from emloc_core.model.inside import inside
 from emloc_core.standins import Format, costs
 from emloc_core.standins.experts import experts_per_token
 from emloc_core.standins.layer import unpacked_bytes
@@ -24,6 +26,18 @@ def units(model: Any, blocks: Sequence[str]) -> tuple[dict[str, int], int]:
     return own, max(outside, default=0)
 
 
+class Passing(NamedTuple):
+    """How many positions of the rows pass through a module: tokens, or patches of images.
+
+    Attributes:
+        all: of all rows.
+        longest: of the longest.
+    """
+
+    all: int
+    longest: int
+
+
 @dataclass(frozen=True)
 class Taken:
     """What a phase takes, in bytes.
@@ -33,6 +47,7 @@ class Taken:
         weights: of the unit that is loaded, in the model's dtype.
         statistics: the phase's own work, and what was fitted before it and is not written yet.
         stand_ins: what stands in for the unit's weights, as rows of the emulator pass through it.
+        inside: what the longest row holds inside the block.
         waits: whether rows wait meanwhile.
     """
 
@@ -40,12 +55,13 @@ class Taken:
     weights: int
     statistics: int = 0
     stand_ins: int = 0
+    inside: int = 0
     waits: bool = True
 
     @property
     def nbytes(self) -> int:
         """All of it."""
-        return self.weights + self.statistics + self.stand_ins
+        return self.weights + self.statistics + self.stand_ins + self.inside
 
 
 class Needs:
@@ -53,29 +69,30 @@ class Needs:
 
     Args:
         model: the base; meta tensors suffice.
-        blocks: paths of its blocks.
+        family: its declaration.
         plan: with ranks.
         dtype: of the base.
         propagated: whether errors are propagated.
         refine: whether stand-ins are refined.
-        tokens: returns how many positions of all rows pass through the module at a path.
+        passing: returns how many positions pass through the module at a path.
     """
 
     def __init__(
         self,
         model: Any,
-        blocks: Sequence[str],
+        family: Family,
         plan: RankPlan,
         format: Format,
         dtype: torch.dtype,
         *,
         propagated: bool,
         refine: bool,
-        tokens: Callable[[str], int],
+        passing: Callable[[str], Passing],
     ) -> None:
         self._model, self._plan, self._format, self._dtype = model, plan, format, dtype
-        self._propagated, self._refine, self._tokens = propagated, refine, tokens
-        self._blocks, self._outside_most = units(model, blocks)
+        self._propagated, self._refine, self._passing = propagated, refine, passing
+        self._inside = inside(model, family)
+        self._blocks, self._outside_most = units(model, list(self._inside))
 
     def __iter__(self) -> Iterator[Taken]:
         """Yield what every phase takes."""
@@ -86,11 +103,13 @@ class Needs:
     def _block(self, block: str) -> Iterator[Taken]:
         weights, linears = self._blocks[block] * self._dtype.itemsize, self._plan.in_block(block)
         how = {"propagated": self._propagated, "refine": self._refine}
+        inside, longest = self._inside[block], self._passing(block).longest * self._dtype.itemsize
         layers = self._plan.experts_in_block(block).values()
         experts = sum(map(self._experts_as_read, layers))
         for phase in self._format.phases(linears, self._dtype, **how):
+            row = longest * (inside.backward if phase.backward else inside.forward)
             stand_ins = self._propagated * (phase.stand_ins + experts)
-            yield Taken("the largest block", weights, phase.statistics, stand_ins)
+            yield Taken("the largest block", weights, phase.statistics, stand_ins, row)
         held = self._format.fitted_bytes(linears, self._dtype)
         read = self._propagated * self._format.reading_bytes(linears, self._dtype.itemsize, refined=False)
         for stacks in layers:
@@ -127,7 +146,7 @@ class Needs:
         """
         itemsize, streams = self._dtype.itemsize, 1 + self._propagated
         hidden = max(each.out_features if each.name == "down_proj" else each.in_features for each in stacks)
-        tokens = experts_per_token(self._model.config) * self._tokens(stacks[0].path)
+        tokens = experts_per_token(self._model.config) * self._passing(stacks[0].path).all
         sent = streams * tokens * itemsize
         of_one = -(-sent // stacks[0].experts)
 

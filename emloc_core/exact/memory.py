@@ -5,21 +5,17 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from emloc_core.exact.head import PIECES
-from emloc_core.family import Family, Tower
+from emloc_core.family import Family
+from emloc_core.model.inside import inside, linears_in
 from emloc_core.model.lockstep import units
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.standins.experts import StandInExperts, experts_per_token, width
+from emloc_core.standins.experts import StandInExperts
 from emloc_core.standins.layer import PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Inputs and outputs of Linears and experts are there while a block is recomputed and gone back through: each tensor,
-#: and its gradient or what a norm or an activation function makes of it.
-_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -59,13 +55,13 @@ def step_need(
     lists = [tower.blocks for tower in family.towers]
     found = units(model, lists)
     sizes = [sum(p.numel() * p.itemsize for p in model.get_submodule(unit).parameters()) for unit in found]
-    boundaries, ends, activations = 0, 0, 0
+    held, boundaries, ends, activations = inside(model, family), 0, 0, 0
     for tower in family.towers:
         positions = tokens if tower.blocks == lists[-1] else patches
         blocks = list(model.get_submodule(tower.blocks).children())
         hidden = positions.step * linears_in(blocks[0])[0].in_features
         boundaries, ends = boundaries + len(blocks) * hidden, ends + 2 * hidden
-        widest = max(_width(block, tower, experts_per_token(model.config)) for block in blocks)
+        widest = max(each.backward for path, each in held.items() if path.startswith(f"{tower.blocks}."))
         activations = max(activations, positions.at_once * widest)
     packed = [dtype.itemsize * prod(each.shape) for each in model.modules() if isinstance(each, PackedLinear)]
     packed += [each.unpacked_bytes for each in model.modules() if isinstance(each, StandInExperts)]
@@ -74,7 +70,7 @@ def step_need(
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),
         "boundaries": boundaries * dtype.itemsize,
         "ends": ends * dtype.itemsize,
-        "activations": _COPIES * activations * dtype.itemsize,
+        "activations": activations * dtype.itemsize,
         "unpacked": max(packed, default=0),
         "logits": 8 * min(max(PIECES.values()), tokens.at_once * vocabulary),
     }
@@ -83,15 +79,3 @@ def step_need(
 def lora_need(parameters: int) -> int:
     """Return the bytes of a LoRA of so many parameters, in fp32: values, gradients, and the optimiser's two moments."""
     return 4 * 4 * parameters
-
-
-def _width(block: nn.Module, tower: Tower, chosen: int) -> int:
-    """Return how many numbers of a position go into and out of a block's Linears and of the experts that it goes to."""
-    linears = sum(linear.in_features + linear.out_features for linear in linears_in(block))
-    experts = [module for path, module in block.named_modules() if path in tower.experts]
-    return linears + chosen * sum(width(each) for each in experts)
-
-
-def linears_in(block: nn.Module) -> list[nn.Linear]:
-    """Return a block's Linears; the first reads the hidden states."""
-    return [module for module in block.modules() if isinstance(module, nn.Linear)]

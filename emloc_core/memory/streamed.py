@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.algorithms.statistics import cheaper_side
-from emloc_core.emulator.needs import Needs, units
+from emloc_core.emulator.needs import Needs, Passing, units
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.exact.memory import Positions, lora_need, step_need
@@ -27,8 +27,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - statistics: what fitting or refining takes. With ranks shared out by spectra, a pass before fits factors at half
       of the parameters.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
-      twice, those of the base and of the emulator. Inside a block, samples have as much that is not in the file. From a
-      GPU they move to the CPU's memory where they do not fit, so that one of them counts, unless experts are fitted.
+      twice, those of the base and of the emulator; and what one sample holds inside a block. From a GPU they move to
+      the CPU's memory where they do not fit, so that one of them counts, unless experts are fitted.
     - stand-ins: where errors are propagated, the block's as rows pass through them; those of experts stay packed, but
       for some.
 
@@ -41,10 +41,10 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
 
     def needs(plan: RankPlan, format: Format, *, propagated: bool, refine: bool = False) -> Iterator[Need]:
         how = {"propagated": propagated, "refine": refine}
-        for each in Needs(model.model, blocks, plan, format, model.dtype, **how, tokens=tokens):
+        for each in Needs(model.model, model.family, plan, format, model.dtype, **how, passing=passing):
             terms = {
                 "weights": each.weights,
-                "activations": (1 + propagated) * rows * each.waits,
+                "activations": (1 + propagated) * rows * each.waits + each.inside,
                 "statistics": each.statistics,
                 "stand-ins": each.stand_ins,
                 # Rows of many lengths need as many kernels as tuning.
@@ -52,10 +52,10 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
             }
             yield _need("compress", terms, each.phase)
 
-    def tokens(path: str) -> int:
-        return settings.samples * model.step.positions(path)
+    def passing(path: str) -> Passing:
+        row = model.step.positions(path)
+        return Passing(settings.samples * row, row)
 
-    blocks = block_paths(model.model, model.family)
     found = [*needs(plan, model.format, propagated=propagated, refine=settings.refine > 0)]
     if method.by_spectra:
         ranking = model.format.ranking()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
-from emloc_core.exact.memory import linears_in
 from emloc_core.family import Family
 from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.model.inside import linears_in
 from emloc_core.objective import Longest, Purpose, RowSize
 
 if TYPE_CHECKING:

@@ -58,10 +58,12 @@ class Phase(NamedTuple):
     Attributes:
         statistics: the peak of the phase's own work.
         stand_ins: the block's, as rows pass through them.
+        backward: whether gradients pass back through the block.
     """
 
     statistics: int
     stand_ins: int
+    backward: bool = False
 
 
 class Format(ABC):
@@ -248,7 +250,7 @@ class Format(ABC):
             read += self.reading_bytes(group, dtype.itemsize, refined=False)
         if refine:
             refining = self.refining_bytes(linears, dtype.itemsize) + held
-            found.append(Phase(refining, self.reading_bytes(linears, dtype.itemsize, refined=True)))
+            found.append(Phase(refining, self.reading_bytes(linears, dtype.itemsize, refined=True), backward=True))
         return [*found, Phase(held, read)]
 
     def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:

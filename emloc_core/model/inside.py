@@ -1,0 +1,49 @@
+"""What a row holds inside a block, by formula, from shapes alone (``docs/memory.md``)."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from emloc_core.family import Family, Tower
+from emloc_core.model.blocks import block_paths
+from emloc_core.standins.experts import experts_per_token, width
+
+
+class Inside(NamedTuple):
+    """How many numbers there are inside a block for every position.
+
+    Attributes:
+        forward: while rows pass through: the hidden states, and what an activation function reads, multiplies and
+            makes, each as wide as the widest Linear's inputs and outputs.
+        backward: while they are gone back through: inputs and outputs of all Linears and experts; each tensor, and its
+            gradient or what a norm or an activation function makes of it.
+    """
+
+    forward: int
+    backward: int
+
+
+def inside(model: nn.Module, family: Family) -> dict[str, Inside]:
+    """Return it for every block of a model, by path; the model may be on the meta device."""
+    chosen = experts_per_token(model.config)
+    found = {}
+    for path in block_paths(model, family):
+        tower = next(tower for tower in family.towers if path.startswith(f"{tower.blocks}."))
+        widths = list(_widths(model.get_submodule(path), tower, chosen))
+        found[path] = Inside(3 * max(widths, default=0), 2 * sum(widths))
+    return found
+
+
+def linears_in(block: nn.Module) -> list[nn.Linear]:
+    """Return a block's Linears; the first reads the hidden states."""
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]
+
+
+def _widths(block: nn.Module, tower: Tower, chosen: int) -> Iterator[int]:
+    """Yield how many numbers of a position go into and out of each Linear, and of the experts that it goes to."""
+    for linear in linears_in(block):
+        yield linear.in_features + linear.out_features
+    for path, module in block.named_modules():
+        if path in tower.experts:
+            yield chosen * width(module)
