@@ -75,7 +75,7 @@ class Format(ABC):
         ratios: of the factors that it keeps; None: it keeps none, and has one size.
         calibrations: what stand-ins can be fitted to, the default first: ``propagated``, ``base``, ``none``.
         allocator: name of the rank allocator where the user does not say and errors are propagated; otherwise it is
-            ``uniform``.
+            ``uniform``. A format with ``global`` has a :meth:`ranking`.
         samples: number of calibration rows where the user does not say, and has enough; :data:`SAMPLES` or more.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
@@ -106,6 +106,11 @@ class Format(ABC):
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
                 "Leave that out, or choose another --kind.",
+            )
+        if settings.allocator == "global" and self.allocator == "uniform":
+            raise EmlocError(
+                f"All factors of the kind {self.name!r} have the same share of ranks.",
+                "Leave out --allocator, or give --kind low-rank, say.",
             )
         if settings.calibration not in (None, *self.calibrations):
             raise EmlocError(
@@ -150,7 +155,7 @@ class Format(ABC):
         raise NotImplementedError(self.name)
 
     def ranking(self) -> "RankingFormat":
-        """Return the format whose factors tell an allocator what a rank gains; asked of formats alone with ratios."""
+        """Return the format whose factors tell an allocator what a rank gains; asked of formats that have one alone."""
         raise NotImplementedError(self.name)
 
     def movable(self, fitted: Any) -> Movable:

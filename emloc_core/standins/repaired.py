@@ -1,25 +1,23 @@
 """Weights on three levels, plus low-rank factors of the rounding error in four bits."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
 from emloc_core.algorithms import feedback, levels
-from emloc_core.algorithms.factorize import Factors, factorize, leading, output_error, wants_inputs
+from emloc_core.algorithms.factorize import leading, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import costs, nf4
 from emloc_core.standins.costs import Planned
-from emloc_core.standins.format import Format, RankingFormat, Ratios
+from emloc_core.standins.format import Format, Ratios
 from emloc_core.standins.layer import Parts, product
-from emloc_core.standins.levels import FewLevelsLinear, MovableScales, pack, unpack
-from emloc_core.standins.low_rank import Factorize
-from emloc_core.standins.low_rank_nf4 import on_its_gram, packed_factors, rounded, unpack_factors
-from emloc_core.standins.standin import Packed, StandIn
+from emloc_core.standins.levels import FewLevelsLinear, pack
+from emloc_core.standins.low_rank_nf4 import packed_factors, rounded, unpack_factors
+from emloc_core.standins.standin import Packed
 
 #: How often the weight and its repair are fitted in turn.
 _ROUNDS = 4
@@ -81,10 +79,8 @@ class RepairedThreeLevels(Format):
     layer = RepairedLinear
     ratios = Ratios(0.23, 0.2, 0.5)
     samples = 256
-    refine = 0
     experts = True
     narrow = True
-    factorize: Factorize = staticmethod(factorize)
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse a repair that saves next to nothing over weights in four bits.
@@ -101,42 +97,28 @@ class RepairedThreeLevels(Format):
             )
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
-        """Round the weight and factorise the error, then each again, fitted to what the other leaves."""
-
-        matrix = feedback.single(gram)
-        directions: list[torch.Tensor | None] = [None] * len(weights)
-
-        def repairing(left: Sequence[torch.Tensor]) -> list[Factors]:
-            """Begin with the directions of the round before; their inputs are uncorrelated, so U needs no feedback."""
-            sought = zip(left, ranks, directions, strict=True)
-            found = [leading(weight, matrix, rank or 0, before) for weight, rank, before in sought]
-            directions[:] = found
-            us = [nf4.rounded(u) for u in found]
-            vs = [torch.linalg.solve(u.T @ u, u.T @ weight) for u, weight in zip(us, left, strict=True)]
-            vs = rounded(vs, feedback.damped(gram), _PASSES)
-            return [Factors(u, v, torch.zeros(min(len(u), v.shape[1]))) for u, v in zip(us, vs, strict=True)]
-
-        return [
-            Packed(pack(part) | packed_factors("U", of.u, of.v), (weight.shape[0], weight.shape[1]), error)
-            for weight, part, of, error in _in_turn(weights, gram, repairing, _ROUNDS)
-        ]
-
-    def ranking(self) -> RankingFormat:
-        """Return factors of the error of rounding once."""
-        found = _Residual()
-        found.factorize = self.factorize
-        return found
-
-    def movable(self, fitted: Packed) -> MovableScales:
-        """Let the scales move, and not the repair."""
-        codes, _, *factors = (fitted.parts[name] for name in self.names())
-        u, v = unpack_factors([part.to(codes.device) for part in factors], fitted.shape, torch.float32)
-        repair = u @ v
-
-        def unpacked(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-            return unpack(codes, scales, dtype, fitted.shape, self.layer.LEVELS) + repair.to(dtype)
-
-        return MovableScales(fitted, unpacked)
+        """Round the weights and factorise the errors, then each again, fitted to what the other leaves."""
+        rows = [len(weight) for weight in weights]
+        matrix, damped = feedback.single(gram), feedback.damped(gram, levels.DAMPING)
+        stacked = feedback.stacked(weights)
+        left, scales = stacked.clone(), None
+        directions: list[torch.Tensor | None] = [None] * len(weights)  # each round begins with those of the one before
+        for _ in range(_ROUNDS):
+            found = levels.rounded(left, damped, RepairedLinear.LEVELS, scales)
+            scales = found.scales
+            torch.sub(stacked, found.numbers(), out=left)
+            sought = zip(left.split(rows), ranks, directions, strict=True)
+            directions[:] = us = [leading(error, matrix, rank or 0, before) for error, rank, before in sought]
+            repairs = _rounded_factors(us, left.split(rows), gram)
+            left.copy_(stacked)
+            for part_left, (u, v) in zip(left.split(rows), repairs, strict=True):
+                part_left.addmm_(u, v, alpha=-1)
+        del stacked, left
+        made = []
+        for weight, part, (u, v) in zip(weights, found.split(rows), repairs, strict=True):
+            error = output_error(weight, part.numbers().addmm_(u, v), matrix)
+            made.append(Packed(pack(part) | packed_factors("U", u, v), (weight.shape[0], weight.shape[1]), error))
+        return made
 
     def told(self, rank: str) -> str:
         """The levels of the weight, and the rank of its repair."""
@@ -151,80 +133,17 @@ class RepairedThreeLevels(Format):
         return (rank or 0) * max(0, inputs * sum(shape) - shape[0] * shape[1])
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of rounding beside factors, which :func:`leading` finds beside the Gram and without another."""
-        return _rounding_bytes(linears)
+        """Those of rounding beside factors, which :func:`leading` finds beside the Gram and without another.
+
+        There are the Gram, and a factor of it as damped for the weight and one for the repair.
+        """
+        return costs.rounding_bytes(linears, grams=3, at_once=5, scales=True)
 
 
-@dataclass(frozen=True)
-class _ResidualFactors(Factors):
-    """Factors of the rounding error of a weight, beside what it was rounded to, (m, n)."""
-
-    kept: torch.Tensor
-
-
-class _Residual(RankingFormat):
-    """Weights on three levels, and factors of the error in full precision."""
-
-    name = "1.6-bit+repair"
-    layer = RepairedLinear
-    factorize: Factorize = staticmethod(factorize)
-
-    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[_ResidualFactors]:
-        """Round once, and factorise the error."""
-
-        def repairing(left: Sequence[torch.Tensor]) -> list[Factors]:
-            pairs = zip(left, ranks, strict=True)
-            return [on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in pairs]
-
-        return [
-            _ResidualFactors(of.u, of.v, of.spectrum, part.numbers(), error=error)
-            for _weight, part, of, error in _in_turn(weights, gram, repairing, 1)
-        ]
-
-    def cut(self, fitted: _ResidualFactors, rank: int) -> StandIn:
-        """Return the rounded weight with a repair of that rank."""
-        return StandIn(fitted.kept + fitted.u[:, :rank] @ fitted.v[:rank])
-
-    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:  # noqa: ARG002
-        """What weights are rounded to and factors, in fp32."""
-        shapes = [(each.out_features, each.in_features, each.rank or 0) for each in linears]
-        return 4 * sum(m * n + k * (m + n) for m, n, k in shapes)
-
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of factorising, and of rounding beside factors."""
-        smaller = not wants_inputs(self.factorize)
-        return costs.factoring_bytes(linears, propagated=propagated, smaller=smaller) + _rounding_bytes(linears)
-
-
-def _rounding_bytes(linears: Sequence[Planned]) -> int:
-    # The Gram, and a factor of it as damped for the weight and one for the repair.
-    return costs.rounding_bytes(linears, grams=3, at_once=5, scales=True)
-
-
-def _in_turn(
-    weights: Sequence[torch.Tensor],
-    inputs: Gram,
-    repairing: Callable[[Sequence[torch.Tensor]], list[Factors]],
-    rounds: int,
-) -> Iterator[tuple[torch.Tensor, levels.Rounded, Factors, float]]:
-    """Round weights to three levels, and factorise the errors, so many times.
-
-    Yields:
-        Each weight, what it is rounded to, the factors beside that, and the relative error of the outputs.
-    """
-    rows = [len(weight) for weight in weights]
-    gram = feedback.damped(inputs, levels.DAMPING)
-    stacked = feedback.stacked(weights)
-    left, scales = stacked.clone(), None
-    for _ in range(rounds):
-        found = levels.rounded(left, gram, RepairedLinear.LEVELS, scales)
-        scales = found.scales
-        torch.sub(stacked, found.numbers(), out=left)
-        repairs = repairing(left.split(rows))
-        left.copy_(stacked)
-        for part_left, of in zip(left.split(rows), repairs, strict=True):
-            part_left.addmm_(of.u, of.v, alpha=-1)
-    del stacked, left
-    matrix = feedback.single(inputs)
-    for weight, of, part in zip(weights, repairs, found.split(rows), strict=True):
-        yield weight, part, of, output_error(weight, part.numbers().addmm_(of.u, of.v), matrix)
+def _rounded_factors(
+    us: Sequence[torch.Tensor], errors: Sequence[torch.Tensor], gram: Gram
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return U and V of each error, as they are in four bits. U needs no feedback: its inputs are uncorrelated."""
+    us = [nf4.rounded(u) for u in us]
+    vs = [torch.linalg.solve(u.T @ u, u.T @ error) for u, error in zip(us, errors, strict=True)]
+    return list(zip(us, rounded(vs, feedback.damped(gram), _PASSES), strict=True))

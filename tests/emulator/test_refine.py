@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.jobs import compress_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +79,14 @@ def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny
             model(**sample.inputs("cpu"))
     for path, error in linears.items():
         assert error == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
+
+
+def test_of_weights_on_levels_scales_alone_move(emulators):
+    plain, refined = ({name: of for shard in place.glob("*.safetensors") for name, of in load_file(shard).items()}
+                      for _, place in emulators)  # fmt: skip
+    first = [name for name in plain if name.startswith("model.layers.0.")]
+    changed = {name.rpartition(".")[2] for name in first if not torch.equal(plain[name], refined[name])}
+    assert changed == ({"weight_scales"} if emulators[0][0].format.name == "2.7-bit" else {"weight", "V"})
 
 
 def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_path):
