@@ -57,7 +57,7 @@ class FourBitLowRank(RoundedLowRank):
         us, vs = [], []
         for weight, of in zip(weights, exact, strict=True):
             us += rounded([of.u], feedback.Damped(of.v @ matrix @ of.v.T))
-            vs.append(_best_v(us[-1].double(), weight))
+            vs.append(best_v(us[-1].double(), weight))
         del exact, of
         vs = rounded(vs, feedback.damped(gram))
         return [
@@ -78,9 +78,16 @@ def packed_factors(name: str, u: torch.Tensor, v: torch.Tensor) -> dict[str, tor
     return found
 
 
-def _best_v(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the V, (k, n), in fp32, with which U V is nearest to a weight, (m, n), whatever the inputs."""
-    return torch.linalg.solve(u.T @ u, u.T @ weight.to(u)).float()
+def best_v(u: torch.Tensor, weight: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
+    """Return the V, (k, n), in fp32, with which U V is nearest to a weight, (m, n), whatever the inputs.
+
+    Args:
+        u: (m, k), in the dtype to compute in.
+        ridge: added to the diagonal of ``U^T U``, as a fraction of its mean: columns of a rounded U may be alike.
+    """
+    overlaps = u.T @ u
+    overlaps.diagonal().add_(ridge * overlaps.diagonal().mean())
+    return torch.linalg.solve(overlaps, u.T @ weight.to(u)).float()
 
 
 def on_its_gram(factorize: Factorize, weight: torch.Tensor, rank: int, inputs: Gram) -> Factors:

@@ -11,11 +11,11 @@ from emloc_core.standins.format import Ratios
 from emloc_core.standins.layer import Parts
 from emloc_core.standins.levels import pack, parts, unpack
 from emloc_core.standins.low_rank import RoundedLowRank, RoundedLowRankLinear
-from emloc_core.standins.low_rank_nf4 import on_its_gram
+from emloc_core.standins.low_rank_nf4 import best_v, on_its_gram
 from emloc_core.standins.standin import Packed
 
 _LEVELS = 4
-#: Added to the diagonal of ``U^T U``, as a fraction of its mean: columns of a rounded U may be alike.
+#: Steadies the fit of V to U, see :func:`best_v`.
 _RIDGE = 1e-6
 
 
@@ -68,7 +68,7 @@ class TwoBitLowRank(RoundedLowRank):
             inputs = rotation.T @ of.v
             of_u = feedback.Damped(inputs @ matrix @ inputs.T, levels.DAMPING)
             us.append(levels.rounded(of.u @ rotation, of_u, _LEVELS))
-            targets.append(_best_v(us[-1].numbers().double(), weight))
+            targets.append(best_v(us[-1].numbers().double(), weight, _RIDGE))
         del exact, of
         of_v = feedback.damped(gram, levels.DAMPING)
         vs = levels.rounded(feedback.stacked(targets), of_v, _LEVELS).split([len(v) for v in targets])
@@ -81,13 +81,6 @@ class TwoBitLowRank(RoundedLowRank):
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
         return f"rank {rank} in two bits"
-
-
-def _best_v(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the V, (k, n), in fp32, with which U V is nearest to a weight, (m, n), whatever the inputs."""
-    overlaps = u.T @ u
-    overlaps.diagonal().add_(_RIDGE * overlaps.diagonal().mean())
-    return torch.linalg.solve(overlaps, u.T @ weight.to(u)).float()
 
 
 def _rotation(size: int) -> torch.Tensor:
