@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from emloc_core.algorithms.feedback import PASSES, Damped, descended, some_rows, threads_for, with_feedback
 from emloc_core.algorithms.grid import Grid, indices
+from emloc_core.algorithms.statistics import blocks
 
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
@@ -163,7 +164,7 @@ def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     """
     (m, n), tiny = matrix.shape, torch.finfo(torch.bfloat16).tiny
     sizes = functional.pad(matrix.abs(), (0, -n % GROUP)).view(m, -1, GROUP)
-    counts = torch.tensor([part.stop - part.start for part in _groups(n)]).to(matrix)
+    counts = torch.tensor([part.stop - part.start for part in blocks(n, GROUP)]).to(matrix)
     typical = (sizes.square().sum(2) / counts).sqrt()
     best, least = typical.bfloat16(), torch.full_like(typical, torch.inf)
     steps, above = _steps(levels), torch.empty_like(sizes)
@@ -211,7 +212,7 @@ def _fitted(
     most = rows_at_once(n, _PRODUCTS.get(device, _PRODUCTS["cuda"]))
     for rows in (slice(start, start + most) for start in range(0, m, most)):
         chosen, old = units[:, rows].contiguous(), scales[rows].double()
-        products = [gram[:, part] @ chosen[part] for part in _groups(n)]
+        products = [gram[:, part] @ chosen[part] for part in blocks(n, GROUP)]
         curvature = torch.stack([_by_group(product * chosen) for product in products]).permute(2, 0, 1).double()
         slope = _by_group(chosen * image[:, rows]).T.double() - (curvature @ old[..., None])[..., 0]
         diagonal = curvature.diagonal(dim1=1, dim2=2)  # of a group whose levels are all 0, it is 0
@@ -232,13 +233,9 @@ def rows_at_once(n: int, products: int = max(_PRODUCTS.values())) -> int:
     return max(_FEWEST, products // (-(-n // GROUP) * n))
 
 
-def _groups(n: int) -> list[slice]:
-    return [slice(start, min(start + GROUP, n)) for start in range(0, n, GROUP)]
-
-
 def _by_group(numbers: torch.Tensor) -> torch.Tensor:
     """Return the sum of every group of a column, (groups, m), for numbers (n, m)."""
-    return torch.stack([numbers[part].sum(0) for part in _groups(len(numbers))])
+    return torch.stack([numbers[part].sum(0) for part in blocks(len(numbers), GROUP)])
 
 
 def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:

@@ -258,6 +258,6 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def blocks(size: int) -> list[slice]:
-    """Return slices that cover so many columns."""
-    return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+def blocks(size: int, width: int = BLOCK) -> list[slice]:
+    """Return slices that cover so many columns, each of as many as ``width`` but the last."""
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]

@@ -45,11 +45,7 @@ class FewLevelsLinear(PackedLinear):
         codes, scales = parts
         return unpack(codes, scales, dtype, shape, cls.LEVELS)
 
-    @classmethod
-    def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return all at once."""
-        codes, scales = parts
-        return unpack(codes, scales, dtype, shape, cls.LEVELS)
+    unpack_stack = unpack  # all at once
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms import feedback
-from emloc_core.algorithms.statistics import Gram
+from emloc_core.algorithms.statistics import Gram, blocks
 from emloc_core.compat.torch import HollowTensor
 from emloc_core.compat.transformers import keep_as_it_is, retie
 from emloc_core.errors import EmlocError
@@ -255,7 +255,7 @@ class _Logits(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scales.dtype
         found = x.new_empty(*x.shape[:-1], len(codes), dtype=dtype)
-        for which in _pieces(codes):
+        for which in blocks(len(codes), ROWS):
             rows = packing.unpack(codes[which], scales[which], x.shape[-1])
             found[..., which] = functional.linear(x.to(dtype), rows.to(dtype))
         return found
@@ -264,15 +264,10 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, scales = ctx.saved_tensors  # checkpointing gives them once
         found = torch.zeros(*gradient.shape[:-1], ctx.features, device=gradient.device)
-        for which in _pieces(codes):
+        for which in blocks(len(codes), ROWS):
             rows = ctx.packing.unpack(codes[which], scales[which], ctx.features)
             found += gradient[..., which] @ rows.to(gradient.dtype)
         return found.to(ctx.given), None, None, None
-
-
-def _pieces(codes: torch.Tensor) -> list[slice]:
-    """Return all rows of a packed matrix, some at a time."""
-    return [slice(start, min(start + ROWS, len(codes))) for start in range(0, len(codes), ROWS)]
 
 
 class PackedEmbedding(PackedLayer):
