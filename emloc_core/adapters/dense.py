@@ -13,7 +13,7 @@ from torch import nn
 
 from emloc_core.errors import EmlocError
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.standins.transfer import dense_modules
+from emloc_core.standins.vocabulary import vocabulary_layers
 
 #: What PEFT calls a replaced weight, and replaced rows of one, in an adapter's file.
 WEIGHT, ROWS = ".weight", ".token_adapter.trainable_tokens_delta"
@@ -85,7 +85,7 @@ def require_dense(replaced: Mapping[str, Replacement], model: nn.Module) -> None
     Raises:
         EmlocError: names the first.
     """
-    dense = dense_modules(model)
+    dense = vocabulary_layers(model)
     for path, new in replaced.items():
         if path not in dense:
             raise EmlocError(

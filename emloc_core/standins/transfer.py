@@ -24,7 +24,7 @@ _FREE = {
 }  # fmt: skip
 #: Fields that determine the scale of a LoRA.
 SCALE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-#: Fields that name whole modules, or rows of them: those of :func:`dense_modules` alone.
+#: Fields that name whole modules, or rows of them: token embeddings and output layer alone.
 DENSE = {"modules_to_save", "trainable_token_indices"}
 #: Fields with other safe values than the default.
 _SAFE_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian", "orthogonal")}
@@ -67,11 +67,6 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def dense_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the token embeddings and the output layer of a model by their paths: what may be trained itself."""
-    return vocabulary_layers(model)
-
-
 def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collection[str] = ()) -> list[str]:
     """Return the reasons why modules that this PEFT config trains themselves cannot be transferred.
 
@@ -80,7 +75,7 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
         model: that is wrapped; its weights may be on the meta device.
         packed: paths of its layers that are packed in the emulator, where the model here has none.
     """
-    dense = dense_modules(model)
+    dense = vocabulary_layers(model)  # what may be trained itself
     packed = {*packed, *(path for path, module in dense.items() if isinstance(module, PackedLayer))}
     saved = config.get("modules_to_save") or []
     tokens = config.get("trainable_token_indices") or {}
