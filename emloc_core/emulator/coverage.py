@@ -113,10 +113,15 @@ def undeclared(model: nn.Module, family: Family, planned: Sequence[LinearPlan]) 
 def matrices(model: nn.Module) -> Iterator[str]:
     """Yield the paths of modules that multiply by a matrix of their own: Linears, and experts fused into one tensor."""
     for path, module in model.named_modules():
-        own = module.parameters(recurse=False)
-        fused = any(weight.ndim == 3 and min(weight.shape) > 1 for weight in own)
-        if isinstance(module, nn.Linear) or (fused and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)):
+        if isinstance(module, nn.Linear) or fused_weights(module):
             yield path
+
+
+def fused_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of three dimensions that a module multiplies by, such as those of fused experts."""
+    convolves = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+    own = () if convolves else module.parameters(recurse=False)
+    return [weight for weight in own if weight.ndim == 3 and min(weight.shape) > 1]
 
 
 def _parts(sizes: dict[str, int], total: int) -> tuple[Part, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from emloc_core.emulator.coverage import fused_weights
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.model.weight_reads import read_without_call
 from emloc_core.scaffold.merge import Block, is_within, merged
@@ -142,7 +143,7 @@ class Observation:
 
         with ExitStack() as stack:
             for path, module in self.model.named_modules():
-                if _stacked(module):
+                if fused_weights(module):
                     stack.callback(module.register_forward_hook(experts(path)).remove)
                 stack.callback(module.register_forward_pre_hook(enter(path)).remove)
                 if isinstance(module, nn.Linear):
@@ -239,14 +240,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _experts(block: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield what holds experts in a block, and how many: fused weights of three dimensions, or a list of modules."""
     for name, module in block.named_modules():
-        if stacked := _stacked(module):
-            yield name, stacked[0].shape[0]
+        if fused := fused_weights(module):
+            yield name, fused[0].shape[0]
         elif isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules()):
             yield name, len(module)
-
-
-def _stacked(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of three dimensions that a module multiplies by."""
-    convolves = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
-    own = () if convolves else module.parameters(recurse=False)
-    return [weight for weight in own if weight.ndim == 3 and min(weight.shape) > 1]
