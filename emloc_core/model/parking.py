@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from emloc_core.compat.torch import tree_leaves
 from emloc_core.errors import EmlocError
 from emloc_core.files.scratch import ScratchFile
 from emloc_core.model.device import free_of
@@ -102,7 +103,7 @@ class Parking:
         known = self._hidden[sample] = [ref for ref in self._hidden.get(sample, ()) if ref() is not None]
         tensors = [tensor for ref in known if (tensor := ref()) is not None]
         if self._directory is None:
-            tensors += _tensors(arguments)
+            tensors += [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         storages = {pointer: storage for pointer, storage in storages.items() if pointer not in self._shared}
         for tensor in tensors:
@@ -168,14 +169,3 @@ def require_own(tensor: torch.Tensor) -> None:
             "Streaming needs forwards that do not depend on each other; EMLoC is not for this model.",
             code="unsupported",
         )
-
-
-def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
-    if isinstance(arguments, torch.Tensor):
-        yield arguments
-    elif isinstance(arguments, dict):
-        for value in arguments.values():
-            yield from _tensors(value)
-    elif isinstance(arguments, tuple | list):
-        for value in arguments:
-            yield from _tensors(value)
