@@ -33,7 +33,7 @@ class RayHandle:
     Attributes:
         asked: what it asks for, by Ray's names.
         inputs: names in the storage of what the job reads, by path; empty without one.
-        submitted: gives Ray's reference, once the inputs are in the storage.
+        submitted: gives Ray's reference, once the inputs are in the storage, if there is one.
     """
 
     task: Task
@@ -74,8 +74,8 @@ class RayEngine:
         self._asked_at = -math.inf
         self._ray = connect(address, memory)
         self._perform = self._ray.remote(perform)
-        # One at a time: what is shared by two jobs is copied once.
-        self._uploads = ThreadPoolExecutor(1)
+        # One at a time: what is shared by two jobs is copied to the storage once.
+        self._submissions = ThreadPoolExecutor(1)
 
     def slots(self, task: Task) -> int:
         """Return how many more tasks like this one the cluster has room for.
@@ -115,11 +115,7 @@ class RayEngine:
             job = task.job
             paths = [path for path in (job.model, job.data, job.calibration, *job.test) if path and Path(path).exists()]
             inputs = {path: input_name(Path(path)) for path in paths}
-        submitted = (
-            _done(self._submit(task, directory, asked, inputs))
-            if self._storage is None
-            else self._uploads.submit(self._submit, task, directory, asked, inputs)
-        )
+        submitted = self._submissions.submit(self._submit, task, directory, asked, inputs)
         handle = RayHandle(task, directory, asked, inputs, submitted)
         self._running.append(handle)
         self._promise(asked)
@@ -155,7 +151,7 @@ class RayEngine:
         """End all tasks, and leave the cluster, which ends if it was started here."""
         for handle in list(self._running):
             self.stop(handle)
-        self._uploads.shutdown(cancel_futures=True)
+        self._submissions.shutdown(cancel_futures=True)
         self._ray.shutdown()
 
     def _submit(self, task: Task, directory: Path, asked: Resources, inputs: dict[str, str]) -> Any:
@@ -236,9 +232,3 @@ def _describe(name: str, amount: float) -> str:
     if name == _MEMORY:
         return f"{human_bytes(amount)} of memory"
     return f"{amount:g} {'processors' if name == _CPU else 'GPUs'}"
-
-
-def _done(value: Any) -> "Future[Any]":
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import psutil
@@ -318,11 +319,11 @@ def test_options_of_clusters_are_for_clusters(option, tmp_path):
 
 
 def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
-    from emloc_core.zoo.engines.cluster import RayHandle, _done
+    from emloc_core.zoo.engines.cluster import RayHandle
     from emloc_core.zoo.jobs.outcome import Outcome
 
     made = engine((True, {"CPU": 1.0}))
-    handle = RayHandle(Task(jobs[0], 1, Demand()), tmp_path, {}, {}, _done(None))
+    handle = RayHandle(Task(jobs[0], 1, Demand()), tmp_path, {}, {}, Future())
     outcome = made._seen(Outcome(None, host="far"), handle)
     assert outcome.cause == "input/output"
     emulator = tmp_path / "jobs" / "first" / "emulator"
