@@ -41,7 +41,7 @@ def check_family(family: Family, progress: Progress = lambda *_: None) -> list[C
     return results
 
 
-def check_format(format: "Format", progress: Progress = lambda *_: None) -> list[CheckResult]:
+def check_format(format: "Format") -> list[CheckResult]:
     """Run every check on a format of emulator: on random weights, and through the stages on a tiny text model.
 
     Args:
@@ -61,11 +61,7 @@ def check_format(format: "Format", progress: Progress = lambda *_: None) -> list
         raise EmlocError("No installed family has a tiny text model to check a format on.", "Install a plugin.")
     with tempfile.TemporaryDirectory(prefix="emloc-check-") as directory, offered(format):
         subject = TinyEmulator(format, family, family.tiny_configs[0], Path(directory))
-        results: list[CheckResult] = []
-        for check in CHECKS:
-            results.append(check.on(subject))
-            progress(check.name, len(results), len(CHECKS))
-    return results
+        return [check.on(subject) for check in CHECKS]
 
 
 __all__ = ["Check", "CheckResult", "check_family", "check_format"]

@@ -53,16 +53,15 @@ class Parameters(Settings):
         number, unit = self._parts()
         return round(float(number) * _UNITS[unit]) if unit else int(number)
 
-    def agree(self, parameters: int, tied: int = 0, itemsize: int = 2) -> bool:
+    def agree(self, parameters: int, tied: int = 0) -> bool:
         """Return whether this number of parameters, rounded to the published digits, is the published one.
 
         Args:
             parameters: number of parameters; tied ones count once.
             tied: how many of them belong to a tied output projection.
-            itemsize: bytes per parameter.
         """
         stored = parameters + (tied if self.tied_twice else 0)
-        stored *= itemsize if self._parts()[1] == "GB" else 1
+        stored *= 2 if self._parts()[1] == "GB" else 1  # bytes of 16 bits
         return f"{stored:.{self.digits - 1}e}" == f"{self.count:.{self.digits - 1}e}"
 
     def _parts(self) -> tuple[str, str | None]:

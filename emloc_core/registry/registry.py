@@ -65,12 +65,11 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
 
 
 def resolve(
-    entry: Entry, name: str = "default", device: str = "cuda", given: Mapping[str, Any] | None = None
+    entry: Entry, name: str = "default", given: Mapping[str, Any] | None = None
 ) -> tuple[CompressSettings, TrainSettings]:
-    """Return a preset's settings of stage 1 and of stage 2. A memory target is planned, with torch.
+    """Return a preset's settings of stage 1 and of stage 2. A memory target is planned, a GPU's, with torch.
 
     Args:
-        device: the device of a memory target.
         given: settings of stage 1 that go before the preset's. With a ratio nothing is planned; for a memory target
             the recommended kind is planned, or the one given, which does not take a preset's ratio.
 
@@ -91,7 +90,7 @@ def resolve(
 
     target = None if preset.memory == INFERENCE else Budget.parse(preset.memory)
     with entry.config_file() as file:
-        workload = make_workload(file, preset.train, device, length=preset.length)
+        workload = make_workload(file, preset.train, "cuda", length=preset.length)
         way = decide(file, workload, target, settings).require_emulator()
     return sized(settings, way), shaped(preset.train, way)
 
