@@ -3,9 +3,8 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.job import Progress
@@ -78,10 +77,6 @@ class Preview:
     state: str
     needs: Demand
     seconds: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self)
 
 
 def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda *_: None) -> list[Preview]:

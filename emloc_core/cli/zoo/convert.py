@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,7 @@ def _describe(jobs: "list[ZooJob]", zoo: Path, disk: int | None, memory: int | N
     known = [each.seconds for each in previews if each.state == "to do"]
     total = sum(seconds for seconds in known if seconds is not None) if None not in known else None
     if as_json:
-        content = [{**each.to_dict(), "refused": refused.get(each.name, "")} for each in previews]
+        content = [{**asdict(each), "refused": refused.get(each.name, "")} for each in previews]
         print_json({"jobs": content, "seconds": total})
     else:
         width = max(len(each.name) for each in previews)
