@@ -37,7 +37,6 @@ from emloc_core.objective import Sample
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins import Format, StandIn
-from emloc_core.standins.format import RankingFormat
 from emloc_core.standins.standin import Fitted
 
 
@@ -87,8 +86,7 @@ class Decomposition:
 
         Args:
             store: receives what is fitted.
-            probes: rows to measure sensitivities with; 0 measures none. They ask for a
-                :class:`~emloc_core.standins.format.RankingFormat`.
+            probes: rows to measure sensitivities with, of a format that gives factors; 0 measures none.
 
         Raises:
             EmlocError: a weight or an activation is NaN or Inf, or the Linears of an input group read different inputs;
@@ -181,8 +179,7 @@ class Decomposition:
                 yield
             fitted: Mapping[str, Any] = self._reached(planned, grams)
             if calls:
-                assert isinstance(self.format, RankingFormat)
-                disturbances = sensitivities(unit, calls, fitted, self.format.cut, self._answering)
+                disturbances = sensitivities(unit, calls, fitted, self._answering)
                 fitted = {path: (of, disturbances[path]) for path, of in fitted.items()}
             stacked = {path: of for each in experts.values() for path, of in each.fit().items()}
             store.write(block, {**fitted, **stacked})

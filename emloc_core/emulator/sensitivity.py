@@ -28,12 +28,10 @@ _LEAST = 1e-3  # the smallest relative output error that is meaningful
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: Lets the Linear at a path compute with a stand-in while the context is active.
 Answering = Callable[[str, StandIn], AbstractContextManager[None]]
-#: Returns what stands in for a weight of which these are the factors, at a rank.
-Cutting = Callable[[Factors, int], StandIn]
 
 
 def sensitivities(
-    block: nn.Module, calls: Sequence[Arguments], factors: Mapping[str, Factors], cut: Cutting, answering: Answering
+    block: nn.Module, calls: Sequence[Arguments], factors: Mapping[str, Factors], answering: Answering
 ) -> dict[str, float]:
     """Return the disturbance of the block's output per unit of a Linear's own squared relative error, by path.
 
@@ -44,14 +42,14 @@ def sensitivities(
         block: the block, with the base's weights.
         calls: arguments that it was called with; see :func:`copied`.
         factors: factors by module path, with at least half of the Linear's parameters.
-        cut, answering: see :data:`Cutting` and :data:`Answering`.
+        answering: see :data:`Answering`.
     """
     references = [hidden_states(block(*args, **kwargs)).float() for args, kwargs in calls]
     found = {}
     for path, whole in factors.items():
         rank = _telling_rank(whole)
         changes = []
-        with answering(path, cut(whole, rank)):
+        with answering(path, StandIn(whole.u[:, :rank], whole.v[:rank])):
             for (args, kwargs), reference in zip(calls, references, strict=True):
                 change = (hidden_states(block(*args, **kwargs)).float() - reference).square().sum(-1)
                 changes.append(

@@ -13,7 +13,6 @@ from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.overhead import overhead
 from emloc_core.standins import Format
-from emloc_core.standins.format import RankingFormat
 
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
 _MERGED = 2 << 20  # bytes of a weight merged at a time
@@ -64,7 +63,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     return max(found, key=lambda need: need.total)
 
 
-def _ranked(plan: RankPlan, ranking: RankingFormat) -> RankPlan:
+def _ranked(plan: RankPlan, ranking: Format) -> RankPlan:
     """Return the plan of the pass before, in which activations are captured where that takes least."""
 
     def captured(each: LinearPlan) -> LinearPlan:

@@ -154,8 +154,8 @@ class Format(ABC):
         """Return what stands in for a weight, (m, n), by itself; asked of formats alone that are fitted to ``none``."""
         raise NotImplementedError(self.name)
 
-    def ranking(self) -> "RankingFormat":
-        """Return the format whose factors tell an allocator what a rank gains; asked of formats that have one alone."""
+    def ranking(self) -> "Format":
+        """Return the format that gives factors, whose energies tell what a rank gains; asked of some formats alone."""
         raise NotImplementedError(self.name)
 
     def movable(self, fitted: Any) -> Movable:
@@ -282,11 +282,3 @@ class Format(ABC):
         For refinement they are unpacked, as they are and without what moves, and have a gradient.
         """
         return (1 + 3 * refined) * itemsize * sum(each.out_features * each.in_features for each in linears)
-
-
-class RankingFormat(Format):
-    """A format whose fitted factors can be cut to any rank: their energies tell what each rank gains."""
-
-    @abstractmethod
-    def cut(self, fitted: Any, rank: int) -> StandIn:
-        """Return what stands in for a weight with fewer ranks, before it is stored."""

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors, factorize, wants_inputs
-from emloc_core.algorithms.statistics import Gram
+from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.compat.transformers import grouped_product
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
-from emloc_core.standins.format import Format, RankingFormat, Ratios
+from emloc_core.standins.format import Format, Ratios
 from emloc_core.standins.layer import Groups, PackedLinear, Parts, StandInLinear, product
 from emloc_core.standins.standin import StandIn
 
@@ -84,7 +84,7 @@ class Factored(Format):
         return sum((each.rank or 0) * (each.out_features + each.in_features) for each in linears)
 
 
-class LowRank(Factored, RankingFormat):
+class LowRank(Factored):
     """Factors in the dtype of the base."""
 
     name = "low-rank"
@@ -100,13 +100,9 @@ class LowRank(Factored, RankingFormat):
         """Factorise weights one by one."""
         return [in_single(self.factorize(weight, gram, rank or 0)) for weight, rank in zip(weights, ranks, strict=True)]
 
-    def ranking(self) -> RankingFormat:
-        """Return this format: the energies are those of the weight itself."""
+    def ranking(self) -> Format:
+        """Return this format."""
         return self
-
-    def cut(self, fitted: Factors, rank: int) -> StandIn:
-        """Return the first columns of U, and rows of V."""
-        return StandIn(fitted.u[:, :rank], fitted.v[:rank])
 
     def movable(self, fitted: Factors) -> "MovableFactors":
         """Let both factors move."""
@@ -178,12 +174,20 @@ class RoundedLowRank(Factored):
     layer: type[RoundedLowRankLinear]
     samples = 256
 
+    def exact(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
+        """Factorise weights on the Gram that the factorizer asks for, or on the smaller one; given is the inputs'."""
+        found = []
+        for weight, rank in zip(weights, ranks, strict=True):
+            on_inputs = wants_inputs(self.factorize) or cheaper_side(weight.shape[0], weight.shape[1]) == "input"
+            found.append(self.factorize(weight, gram if on_inputs else gram.through(weight), rank or 0))
+        return [in_single(factors) for factors in found]
+
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising on the smaller Gram, and of rounding."""
         smaller = not wants_inputs(self.factorize)
         return costs.rounded_factoring_bytes(linears, propagated=propagated, smaller=smaller)
 
-    def ranking(self) -> RankingFormat:
+    def ranking(self) -> Format:
         """Return factors as they are."""
         found = LowRank()
         found.factorize = self.factorize

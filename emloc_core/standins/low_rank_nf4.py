@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from emloc_core.algorithms import feedback
-from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
-from emloc_core.algorithms.statistics import Gram, cheaper_side
+from emloc_core.algorithms.factorize import output_error
+from emloc_core.algorithms.statistics import Gram
 from emloc_core.standins import nf4
 from emloc_core.standins.format import Ratios
 from emloc_core.standins.layer import Parts
-from emloc_core.standins.low_rank import Factorize, RoundedLowRank, RoundedLowRankLinear, in_single
+from emloc_core.standins.low_rank import RoundedLowRank, RoundedLowRankLinear
 from emloc_core.standins.standin import Packed
 
 
@@ -49,9 +49,7 @@ class FourBitLowRank(RoundedLowRank):
         The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
         ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs.
         """
-        exact = [
-            on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in zip(weights, ranks, strict=True)
-        ]
+        exact = self.exact(weights, gram, ranks)
         gram.narrow()
         matrix = feedback.single(gram)
         us, vs = [], []
@@ -88,15 +86,6 @@ def best_v(u: torch.Tensor, weight: torch.Tensor, ridge: float = 0.0) -> torch.T
     overlaps = u.T @ u
     overlaps.diagonal().add_(ridge * overlaps.diagonal().mean())
     return torch.linalg.solve(overlaps, u.T @ weight.to(u)).float()
-
-
-def on_its_gram(factorize: Factorize, weight: torch.Tensor, rank: int, inputs: Gram) -> Factors:
-    """Factorise on the Gram that the factorizer asks for, or on the smaller one; there is that of the inputs.
-
-    Factors are in fp32, whatever they are computed in.
-    """
-    on_inputs = wants_inputs(factorize) or cheaper_side(weight.shape[0], weight.shape[1]) == "input"
-    return in_single(factorize(weight, inputs if on_inputs else inputs.through(weight), rank))
 
 
 def rounded(

@@ -11,7 +11,7 @@ from emloc_core.standins.format import Ratios
 from emloc_core.standins.layer import Parts
 from emloc_core.standins.levels import pack, parts, unpack
 from emloc_core.standins.low_rank import RoundedLowRank, RoundedLowRankLinear
-from emloc_core.standins.low_rank_nf4 import best_v, on_its_gram
+from emloc_core.standins.low_rank_nf4 import best_v
 from emloc_core.standins.standin import Packed
 
 _LEVELS = 4
@@ -53,13 +53,11 @@ class TwoBitLowRank(RoundedLowRank):
 
     name = "low-rank-2-bit"
     layer = TwoBitLowRankLinear
-    ratios = Ratios(0.5, 0.01, 0.99)
+    ratios = Ratios(0.5)
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
         """Round U with feedback, fit V to that by least squares, and round it with feedback."""
-        exact = [
-            on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in zip(weights, ranks, strict=True)
-        ]
+        exact = self.exact(weights, gram, ranks)
         gram.narrow()
         matrix = feedback.single(gram)
         us, targets = [], []
