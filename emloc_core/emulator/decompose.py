@@ -20,7 +20,7 @@ from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.forwards import requiring_products, requiring_shared_inputs
 from emloc_core.emulator.needs import Needs, Passing
-from emloc_core.emulator.pack import fit_head, looking_up
+from emloc_core.emulator.pack import fit_head, looking_up, require_finite
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.refine import Ends, errors, refined
@@ -122,7 +122,8 @@ class Decomposition:
         last = self._unit(head) if head else self.blocks[-1]
 
         def visit(unit: str) -> Any:
-            self._require_finite(unit)
+            for name, parameter in self.skeleton.model.get_submodule(unit).named_parameters():
+                require_finite(parameter, f"{unit}.{name}", self.skeleton.checkpoint)
             if unit in self.blocks:
                 return visit_block(store, unit)
             if head and unit == last:
@@ -311,16 +312,6 @@ class Decomposition:
             "Check the weights up to this layer; a half-precision model may overflow on this row.",
             code=error.code,
         )
-
-    def _require_finite(self, unit: str) -> None:
-        for name, parameter in self.skeleton.model.get_submodule(unit).named_parameters():
-            # Check the extremes: a mask over a large embedding would dominate peak memory.
-            if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter))).all()):
-                raise EmlocError(
-                    f"{unit}.{name} in {self.skeleton.checkpoint.directory} contains NaN or Inf.",
-                    "Download or copy the model again.",
-                    code="not-finite",
-                )
 
     def _report(self, block: str) -> None:
         index = self.blocks.index(block)

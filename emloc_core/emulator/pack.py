@@ -65,7 +65,7 @@ def _stack(files: EmulatorFiles, owner: str, path: str) -> Stacked:
 def _loaded(files: EmulatorFiles, name: str) -> Iterator[torch.Tensor]:
     with files.skeleton.parameters([name]) as loaded:
         weight = loaded[name].detach()
-        _require_finite(weight, name, files.base)
+        require_finite(weight, name, files.base)
         yield weight
 
 
@@ -162,12 +162,17 @@ def _packed(
         weight: (rows, features).
         gram, target: see :meth:`~emloc_core.standins.vocabulary.Packing.pack`.
     """
-    _require_finite(weight, f"{plan.path}.weight", skeleton.checkpoint)
+    require_finite(weight, f"{plan.path}.weight", skeleton.checkpoint)
     return PACKINGS[plan.packing].pack(weight, gram, target)
 
 
-def _require_finite(weight: torch.Tensor, name: str, base: Checkpoint) -> None:
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+def require_finite(weight: torch.Tensor, name: str, base: Checkpoint) -> None:
+    """Refuse a weight of the base, by its extremes: a mask over a large one would dominate peak memory.
+
+    Raises:
+        EmlocError: it holds NaN or Inf.
+    """
+    if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         raise EmlocError(
             f"{name} in {base.directory} holds NaN or Inf.", "Download or copy the model again.", code="not-finite"
         )
