@@ -1,6 +1,6 @@
 """Memory of a registry model, and the largest emulator whose tuning fits. Imports torch when called."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from emloc_core.memory.budget import Budget
@@ -45,10 +45,6 @@ class EntryFit:
     emulator: int | None = None
     error: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self)
-
 
 def fit(
     entry: Entry,
@@ -86,7 +82,16 @@ def fit(
         workload = make_workload(file, train, device, length=length or chosen.length)
         decision = decide(file, workload, budget, CompressSettings(kind=kind))
     whole, emulator = next(way for way in decision.ways if way.name == ORDINARY), decision.emulator
-    found = EntryFit(
+    made: dict[str, Any] = {}
+    if emulator is not None:
+        made = {
+            "kind": emulator.kind,
+            "ratio": emulator.ratio,
+            "micro_batch": emulator.micro_batch,
+            "tuning": emulator.bytes,
+            "emulator": emulator.model.weight_bytes(emulator.ratio),
+        }
+    return EntryFit(
         id=entry.id,
         family=entry.family,
         parameters=whole.model.parameters(),
@@ -97,14 +102,5 @@ def fit(
         inference=decision.base.inference().total,
         lora=whole.bytes,
         way=decision.way.name if decision.way else None,
-    )
-    if emulator is None:
-        return found
-    return replace(
-        found,
-        kind=emulator.kind,
-        ratio=emulator.ratio,
-        micro_batch=emulator.micro_batch,
-        tuning=emulator.bytes,
-        emulator=emulator.model.weight_bytes(emulator.ratio),
+        **made,
     )

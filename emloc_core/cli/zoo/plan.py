@@ -1,5 +1,6 @@
 """``emloc zoo plan``."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def command(
         advance("", len(entries), len(entries))
     if as_json:
         sizes = {"memory": budget and budget.memory, "headroom": budget and budget.headroom}
-        print_json({**sizes, "preset": preset, "device": device, "models": [p.to_dict() for p in planned]})
+        print_json({**sizes, "preset": preset, "device": device, "models": [asdict(each) for each in planned]})
     else:
         _show(planned, budget)
     if failed := [each for each in planned if each.error]:
