@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ def perform(order: Order) -> dict[str, Any]:
     host = socket.gethostname()
     if order.version != __version__:
         said = f"{host} has emloc {__version__} and the driver {order.version}: install the same one everywhere."
-        return Outcome("bad input", said, host=host).to_dict()
+        return asdict(Outcome("bad input", said, host=host))
     job = ZooJob.model_validate_json(order.job)
     outcome = _on_shared_disk(order, job) if order.storage is None else _by_storage(order, job)
-    return replace(outcome, host=host).to_dict()
+    return asdict(replace(outcome, host=host))
 
 
 def _on_shared_disk(order: Order, job: ZooJob) -> Outcome:

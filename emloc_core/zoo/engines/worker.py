@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
@@ -67,7 +67,7 @@ def _in_process(stage: Stage, place: Path, *, offline: bool) -> int:
     except BaseException as error:
         outcome = _failure(error, stage, offline=offline)
         with contextlib.suppress(OSError):
-            write_json(place, outcome.to_dict())
+            write_json(place, asdict(outcome))
         return exit_code(outcome.cause)
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -104,7 +104,7 @@ def main(job_file: str) -> int:
     path = Path(job_file).absolute()
     outcome = run(ZooJob.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
     with contextlib.suppress(OSError):
-        write_json(path.with_name(OUTCOME), outcome.to_dict())
+        write_json(path.with_name(OUTCOME), asdict(outcome))
     return exit_code(outcome.cause)
 
 

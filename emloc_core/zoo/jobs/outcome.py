@@ -1,7 +1,7 @@
 """The outcome of an attempt at a job, which a worker leaves beside the job file, and the result of a finished one."""
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,10 +36,6 @@ class Outcome:
     stage: str = ""
     result: dict[str, Any] = field(default_factory=dict)
     host: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self)
 
 
 def read_outcome(directory: Path) -> Outcome | None:
