@@ -130,11 +130,7 @@ class Adapter:
         for key, tensor in self._tensors.items():
             path, half, rest = key.partition(".lora_")
             if half and (rest not in ("A.weight", "B.weight") or tensor.ndim != 2):
-                raise EmlocError(
-                    f"{self.directory / WEIGHTS} holds {key}, which is not part of a LoRA on a Linear.",
-                    "Train an ordinary LoRA on Linears only.",
-                    code="unsupported",
-                )
+                raise self._no_lora(key)
             if half:
                 parts.setdefault(path, {})[rest[0]] = tensor
         if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
@@ -181,11 +177,7 @@ class Adapter:
             if key.endswith(".base_layer.weight"):  # PEFT's frozen copy of an output projection that has a LoRA
                 continue
             if not key.startswith(_PREFIX):
-                raise EmlocError(
-                    f"{self.directory / WEIGHTS} holds {key}, which is not part of a LoRA on a Linear.",
-                    "Train an ordinary LoRA on Linears only.",
-                    code="unsupported",
-                )
+                raise self._no_lora(key)
             if not tensor.is_floating_point():
                 raise EmlocError(
                     f"{key} in {self.directory} has dtype {tensor.dtype}, which is not floating-point.", "Train again."
@@ -198,6 +190,13 @@ class Adapter:
                 )
             found[key.removeprefix(_PREFIX)] = tensor
         return found
+
+    def _no_lora(self, key: str) -> EmlocError:
+        return EmlocError(
+            f"{self.directory / WEIGHTS} holds {key}, which is not part of a LoRA on a Linear.",
+            "Train an ordinary LoRA on Linears only.",
+            code="unsupported",
+        )
 
     def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor, *, stacked: bool = False) -> Lora:
         rank = self._of_pattern("rank_pattern", path, self.config.get("r", 8))
