@@ -92,7 +92,7 @@ def _drive(log: Path, function: Callable[..., object], *args: object) -> None:
     for path, stream in ((log, 1), (log.with_suffix(".err"), 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     with (
-        mock.patch("emloc_core.zoo.engines.local.start_worker", _Fork),
+        mock.patch("emloc_core.zoo.engines.engine.start_worker", _Fork),
         mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
         planning_here(),
     ):

@@ -266,8 +266,8 @@ class Hostile(LocalEngine):
 
     def poll(self, handle):
         if handle.task.job.name == "well" and not self.killed:
-            for process in workers_of(handle.directory.parents[1], "well"):
-                if process != handle.process.pid:
+            for process in workers_of(handle.worker.place.parents[1], "well"):
+                if process != handle.worker.process.pid:
                     os.kill(process, signal.SIGKILL)
                     self.killed.append(process)
         return super().poll(handle)

@@ -5,17 +5,20 @@ outputs appear beside ``JOB.json``, as does the :class:`Outcome`.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError
 from emloc_core.processes.environment import VARIABLES
 from emloc_core.processes.lifetime import child_environment
+from emloc_core.zoo.jobs.faults import ended, memory_kills
 from emloc_core.zoo.jobs.job import ZooJob
-from emloc_core.zoo.jobs.outcome import OUTCOME, Cause, Outcome
+from emloc_core.zoo.jobs.outcome import OUTCOME, Cause, Outcome, read_outcome
 from emloc_core.zoo.jobs.task import JOB, Task
 
 WORKER = (sys.executable, "-m", "emloc_core.zoo.engines.worker")
@@ -81,6 +84,32 @@ def start_worker(
             start_new_session=True,
             pass_fds=inherited,
         )
+
+
+class Worker:
+    """A worker's process, the leader of its own group.
+
+    Args:
+        place, log, inherited, variables, command: see :func:`start_worker`.
+    """
+
+    def __init__(self, job: ZooJob, place: Path, log: Path, inherited: Sequence[int], *options: Any) -> None:
+        self.place, self._kills = place, memory_kills()
+        self.process = start_worker(job, place, log, inherited, *options)
+
+    def outcome(self) -> Outcome | None:
+        """Return how it ended, or None while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        return read_outcome(self.place) or ended(code, self._kills, "The worker")
+
+    def end(self) -> None:
+        """Kill what there is left of it and of all that it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
 
 
 def environment(job: ZooJob, base: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -2,28 +2,23 @@
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emloc_core.units import human_bytes
-from emloc_core.zoo.engines.engine import WORKER, NoRoomError, start_worker
-from emloc_core.zoo.jobs.faults import ended, memory_kills
-from emloc_core.zoo.jobs.outcome import Outcome, read_outcome
+from emloc_core.zoo.engines.engine import WORKER, NoRoomError, Worker
+from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import Task
 
 
 @dataclass(frozen=True)
 class LocalHandle:
-    """A worker of this machine, the leader of its own group of processes."""
+    """A worker of this machine, and the GPU that it has."""
 
     task: Task
-    process: subprocess.Popen[bytes]
-    directory: Path
-    kills: int
+    worker: Worker
     gpu: str | None
 
 
@@ -76,38 +71,31 @@ class LocalEngine:
         taken = {handle.gpu for handle in self._running}
         gpu = next((name for name in self._gpus if name not in taken), None)
         variables = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        process = start_worker(task.job, place, directory / task.log, self._inherited, variables, self.command)
-        handle = LocalHandle(task, process, place, memory_kills(), gpu)
+        worker = Worker(task.job, place, directory / task.log, self._inherited, variables, self.command)
+        handle = LocalHandle(task, worker, gpu)
         self._running.append(handle)
         return handle
 
     def poll(self, handle: LocalHandle) -> Outcome | None:
         """Return how a worker ended, or None while it runs."""
-        code = handle.process.poll()
-        if code is None:
+        outcome = handle.worker.outcome()
+        if outcome is None:
             return None
-        self._forget(handle)
-        outcome = read_outcome(handle.directory) or ended(code, handle.kills, "The worker")
+        self.stop(handle)  # and what it left running
+        code = handle.worker.process.returncode
         if code < 0 and outcome.cause is None:  # killed between its last word and its end: the outputs are whole
             outcome = replace(outcome, message=f"The worker was ended by signal {-code} when it was done.")
         return replace(outcome, host=socket.gethostname())
 
     def stop(self, handle: LocalHandle) -> None:
         """Kill a worker and all that it started."""
-        self._forget(handle)
-        handle.process.kill()
-        handle.process.wait()
+        self._running.remove(handle)
+        handle.worker.end()
 
     def close(self) -> None:
         """Kill all workers."""
         for handle in list(self._running):
             self.stop(handle)
-
-    def _forget(self, handle: LocalHandle) -> None:
-        """Let another worker start in its place, and kill the processes that it left running."""
-        self._running.remove(handle)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(handle.process.pid, signal.SIGKILL)
 
 
 def machine_memory() -> int:

@@ -7,22 +7,20 @@ another node resumes what a lost one left. Other storage gets each output when i
 import hashlib
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from emloc_core import __version__
-from emloc_core.zoo.engines.engine import start_worker
+from emloc_core.zoo.engines.engine import Worker
 from emloc_core.zoo.engines.storage import Storage, fetch_input
-from emloc_core.zoo.jobs.faults import ended, memory_kills
 from emloc_core.zoo.jobs.job import BYTES, ZooJob
-from emloc_core.zoo.jobs.outcome import Outcome, read_outcome
+from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import JOB, JOBS, write_job
 from emloc_core.zoo.state.lock import try_lock
 
@@ -82,11 +80,11 @@ def _on_shared_disk(order: Order, job: ZooJob) -> Outcome:
     with _alone(place) as lock:
         if lock is None:
             return _BUSY
-        worker = _Worker(job, place, log, lock)
+        worker = Worker(job, place, log, [lock])
         try:
-            while not worker.ended:
+            while (outcome := worker.outcome()) is None:
                 time.sleep(_LOOK)
-            return worker.outcome()
+            return outcome
         finally:
             worker.end()
 
@@ -108,16 +106,15 @@ def _by_storage(order: Order, job: ZooJob) -> Outcome:
                 storage.fetch(name, output)
         write_job(local, place)
         log = place / "log"
-        worker = _Worker(local, place, log, lock)
+        worker = Worker(local, place, log, [lock])
         mirrored = 0.0
         try:
-            while not worker.ended:
+            while (outcome := worker.outcome()) is None:
                 time.sleep(_LOOK)
                 if time.monotonic() - mirrored > _MIRROR:
                     _publish(storage, outputs)
                     storage.write(order.log, log.read_bytes())
                     mirrored = time.monotonic()
-            outcome = worker.outcome()
             _publish(storage, outputs)
         finally:
             worker.end()
@@ -177,24 +174,3 @@ def _alone(place: Path) -> Iterator[int | None]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-class _Worker:
-    """The worker's process, the leader of its own group."""
-
-    def __init__(self, job: ZooJob, place: Path, log: Path, lock: int) -> None:
-        self._place, self._kills = place, memory_kills()
-        self._process = start_worker(job, place, log, [lock])
-
-    @property
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def outcome(self) -> Outcome:
-        return read_outcome(self._place) or ended(self._process.wait(), self._kills, "The worker")
-
-    def end(self) -> None:
-        """Kill what there is left of it and of all that it started."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
