@@ -123,8 +123,7 @@ def base_scores(scored: Scores, place: Path, cell: Cell) -> dict[str, Any]:
     """Return the loss of the base alone; that of wider cells of one model is kept, and measured once."""
     kept = place.with_name(f"scores-{cell.model}-{cell.task}.json")
     if cell.is_wider and kept.exists():
-        known: dict[str, Any] = json.loads(kept.read_text())
-        return known
+        return json.loads(kept.read_text())
     found = scored.of(None)
     if cell.is_wider:
         kept.write_text(json.dumps(found), encoding="utf-8")
@@ -246,8 +245,7 @@ def baseline(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
 def known_rows() -> list[dict[str, Any]]:
     """Return the measurements that there are."""
     results = RESULTS / "quality.json"
-    rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.exists() else []
-    return rows
+    return json.loads(results.read_text())["rows"] if results.exists() else []
 
 
 def main() -> None:

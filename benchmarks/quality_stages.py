@@ -45,8 +45,7 @@ def trained(
     how["use_rslora"] = cell.scaling == RSLORA
     settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)
     asked = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
-    adapter: Path = metered("train", lambda: prepare(asked).run(), output)
-    return adapter
+    return metered("train", lambda: prepare(asked).run(), output)
 
 
 def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | str, output: Path) -> Path:
@@ -85,8 +84,7 @@ def polish(
 def polish_once(cell: Cell, adapter: Path, base: Path, rows: dict[str, Path], metered: Metered) -> Path:
     """Take 20 exact steps from an adapter at half of its rate; return the directory of the LoRA."""
     exact, rate = adapter.with_name("polish"), cell.learning_rate / 2
-    found: Path = metered("polish20", lambda: polished(adapter, base, rows, EXACT[-1], rate, cell.seed, exact), exact)
-    return found
+    return metered("polish20", lambda: polished(adapter, base, rows, EXACT[-1], rate, cell.seed, exact), exact)
 
 
 def polished(

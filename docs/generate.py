@@ -129,8 +129,7 @@ def _floors() -> list[list[str]]:
     """Return the import layers that the test of directions has, the lowest first."""
     for node in ast.parse((ROOT / "tests" / "test_directions.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS":
-            floors: list[list[str]] = ast.literal_eval(node.value)
-            return floors
+            return ast.literal_eval(node.value)
     raise ValueError("tests/test_directions.py has no FLOORS")
 
 

@@ -197,8 +197,7 @@ class TokenObjective:
 
     def vocabulary(self, config: Any) -> int:
         """Return the number of words."""
-        size: int = config.get_text_config().vocab_size
-        return size
+        return config.get_text_config().vocab_size
 
     def dtype(self, config_file: Path) -> str | None:
         """Return None."""

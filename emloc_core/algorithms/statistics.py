@@ -65,8 +65,7 @@ class Gram:
         """Return what is computed from the sum, by a name; computed once, until activations are added."""
         if name not in self._known:
             self._known[name] = compute()
-        found: T = self._known[name]
-        return found
+        return self._known[name]
 
     @property
     def dtype(self) -> torch.dtype:

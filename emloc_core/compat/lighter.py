@@ -82,5 +82,4 @@ class _Packages(dict[str, list[str]]):
         try:
             return [metadata.metadata(module)["Name"]]
         except metadata.PackageNotFoundError:
-            found: list[str] = self._read()[module]
-            return found
+            return self._read()[module]

@@ -15,8 +15,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """
     with private("lm-eval"):
         from lm_eval.tasks import _yaml_loader
-    content: dict[str, Any] = _yaml_loader.load_yaml(path)
-    return content
+    return _yaml_loader.load_yaml(path)
 
 
 def sandbox_templates() -> None:
@@ -42,8 +41,7 @@ def answer_tokens(lm: Any, prompt: str, answer: str) -> list[int]:
     """Return the tokens of an answer as lm-eval scores them: whitespace at the prompt's end belongs to them."""
     with private("lm-eval"):
         encode = lm._encode_pair
-    tokens: list[int] = encode(prompt, answer)[1]
-    return tokens
+    return encode(prompt, answer)[1]
 
 
 class GivenProcessor:

@@ -110,8 +110,7 @@ class HollowTensor(torch.Tensor):
         """Return one of this shape, with the dtype and the device of another tensor."""
         with private("torch"):
             make: Any = torch.Tensor._make_wrapper_subclass
-        found: Self = make(cls, size, dtype=like.dtype, device=like.device)
-        return found
+        return make(cls, size, dtype=like.dtype, device=like.device)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"

@@ -62,16 +62,14 @@ def grouped_product(x: "torch.Tensor", stack: "torch.Tensor", ends: "torch.Tenso
 
     with private("transformers"):
         product = moe._grouped_linear
-    found: torch.Tensor = product(x, stack, ends)
-    return found
+    return product(x, stack, ends)
 
 
 def gated(experts: Any, x: "torch.Tensor") -> "torch.Tensor":
     """Return what a module of fused experts makes of its gate and up products, (rows, 2 i): (rows, i)."""
     with private("transformers"):
         gate = experts._apply_gate
-    found: torch.Tensor = gate(x)
-    return found
+    return gate(x)
 
 
 @contextlib.contextmanager

@@ -128,8 +128,7 @@ def _text(config: Any, length: int, seed: int) -> torch.Tensor:
 
 def vocabulary(config: Any) -> int:
     """Return how many tokens the language model knows."""
-    size: int = config.get_text_config().vocab_size
-    return size
+    return config.get_text_config().vocab_size
 
 
 def special_tokens(config: Any) -> set[int]:

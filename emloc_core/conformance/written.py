@@ -182,5 +182,4 @@ def _kept(model: nn.Module, name: str) -> torch.Tensor:
     """Return a parameter; of a weight that is packed by rows, its codes."""
     owner, _, last = name.rpartition(".")
     layer = model.get_submodule(owner)
-    found: torch.Tensor = getattr(layer, "codes" if isinstance(layer, PackedLayer) and last == "weight" else last)
-    return found
+    return getattr(layer, "codes" if isinstance(layer, PackedLayer) and last == "weight" else last)

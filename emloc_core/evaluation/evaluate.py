@@ -212,8 +212,7 @@ class Evaluate(Job):
                 f"The system {system.name} cannot be evaluated: {error}", code=error.code, resumable=done
             ) from None
         log.unlink(missing_ok=True)
-        answer: dict[str, Any] = result
-        return answer
+        return result
 
 
 def _require_text(systems: Sequence[_Opened]) -> None:

@@ -164,8 +164,7 @@ def _with_images(data: Path, prompt: str, answer: str, system: str) -> tuple[str
 
 def _first(data: Path) -> dict[str, Any]:
     """Return the first row of a file that :func:`load_rows` can read, as it is in the file."""
-    first: dict[str, Any] = next(read_file(data))[1]
-    return first
+    return next(read_file(data))[1]
 
 
 def _choices(rows: list[Row], data: Path) -> list[str]:

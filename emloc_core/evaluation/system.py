@@ -241,8 +241,7 @@ def ask_conversations(task: Any, tokenizer: Any) -> None:
         row = parse_row(doc, f"The task {task.task_name}, row {number}", number)
         encode_conversation(row, tokenizer)  # refuses what the template rejects or leaves out
         question: Any = [*(row.prompt or []), *(row.completion or [])][:-1]
-        text: str = tokenizer.apply_chat_template(question, tools=row.tools, tokenize=False, add_generation_prompt=True)
-        return text
+        return tokenizer.apply_chat_template(question, tools=row.tools, tokenize=False, add_generation_prompt=True)
 
     if task.config.num_fewshot:
         raise EmlocError(f"The task {task.task_name} asks conversations of several turns.", "Leave out num_fewshot.")

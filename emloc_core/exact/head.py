@@ -85,8 +85,7 @@ class Head:
 
 def known(hidden: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Return ``value`` as computed from ``hidden``, with a backward pass that gives ``hidden`` a known gradient."""
-    connected: torch.Tensor = _Known.apply(hidden, gradient, value)
-    return connected
+    return _Known.apply(hidden, gradient, value)
 
 
 class _Known(torch.autograd.Function):

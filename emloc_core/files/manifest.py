@@ -46,8 +46,7 @@ def made_from(directory: Path, role: str) -> str:
     inputs = (read_manifest(directory) or {}).get("inputs", {})
     if not isinstance(inputs, dict) or not isinstance(inputs.get(role), str):
         raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.", code="missing")
-    name: str = inputs[role]
-    return name
+    return inputs[role]
 
 
 def learned_preferences(adapter: Path) -> bool:

@@ -75,8 +75,7 @@ class Known:
             raise EmlocError(
                 f"{self.config_file} has no dtype.", 'Add the dtype of the weights, such as "dtype": "bfloat16".'
             )
-        found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return found
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     @cached_property
     def packed(self) -> list[str]:

@@ -32,8 +32,7 @@ class Config(SimpleNamespace):
 
     def get_text_config(self) -> "Config":
         """Return the part for the language model, or the whole."""
-        found: Config = getattr(self, self.text_part) if self.text_part else self
-        return found
+        return getattr(self, self.text_part) if self.text_part else self
 
 
 class Outline(nn.Module):

@@ -51,8 +51,7 @@ def to_record(family: Family, config: Mapping[str, Any], found: str) -> dict[str
     declared = {name: getattr(family, name) for name in _FIELDS}
     towers = [asdict(tower) for tower in family.towers]
     values = {"config": digest(config), "found": found, "family": {**declared, "towers": towers}}
-    content: dict[str, Any] = json.loads(json.dumps(values, default=sorted))
-    return content
+    return json.loads(json.dumps(values, default=sorted))
 
 
 def from_record(record: Mapping[str, Any]) -> Family:

@@ -34,8 +34,7 @@ def answers_of(
         (found,) = call(f"{__name__}:answers", given, log=log)
         known = {"asked": asked, "answers": found}
         write_json(file, known)
-    answers: list[dict[str, str]] = known["answers"]
-    return answers
+    return known["answers"]
 
 
 def answers(base: str, adapter: str, rows: str, max_new_tokens: int) -> list[dict[str, str]]:

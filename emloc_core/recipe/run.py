@@ -157,8 +157,7 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
         if attempt.is_first:
             raise
         raise EmlocError(f"The alternative {attempt.name!r}: {error}", _WITHOUT, code=error.code) from None
-    found: dict[str, Any] = content
-    return found
+    return content
 
 
 def describe_train(stage: Stage) -> dict[str, Any]:
@@ -168,8 +167,7 @@ def describe_train(stage: Stage) -> dict[str, Any]:
         EmlocError: it could not be tuned.
     """
     (content,) = call(DESCRIBE, {"request": stage.request.to_json()})
-    found: dict[str, Any] = content
-    return found
+    return content
 
 
 def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:

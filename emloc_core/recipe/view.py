@@ -146,14 +146,12 @@ class RunView:
     @property
     def selection_losses(self) -> Mapping[str, float]:
         """The loss of the base on the selection rows by emulator, where several were tried."""
-        losses: Mapping[str, float] = self.results.get("selection_losses", {})
-        return losses
+        return self.results.get("selection_losses", {})
 
     @property
     def kinds(self) -> Mapping[str, str]:
         """The kind by emulator, where several were tried; nothing of runs of older versions."""
-        kinds: Mapping[str, str] = self.results.get("kinds", {})
-        return kinds
+        return self.results.get("kinds", {})
 
     def stage(self, name: str) -> StageView | None:
         """Return a stage by the name of its directory."""
@@ -241,8 +239,7 @@ class RunView:
         return stage.manifest if stage else {}
 
     def _result(self, name: str) -> Mapping[str, Any]:
-        result: Mapping[str, Any] = self._manifest(name).get("result", {})
-        return result
+        return self._manifest(name).get("result", {})
 
 
 def _order(path: Path) -> tuple[int, str]:
@@ -258,8 +255,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _log(stage: Path) -> list[dict[str, Any]]:
-    log: list[dict[str, Any]] = read_json(stage / "log.json") if (stage / "log.json").is_file() else []
-    return log
+    return read_json(stage / "log.json") if (stage / "log.json").is_file() else []
 
 
 def _name(given: str) -> str:

@@ -122,8 +122,7 @@ def _direction(column: str, metrics: Metrics | None) -> bool | None:
     if column in COSTS:
         return False
     if metrics and column in metrics:
-        higher: bool | None = metrics[column]["higher_is_better"]
-        return higher
+        return metrics[column]["higher_is_better"]
     return column.rpartition(".")[2].partition("(")[0] not in LOWER
 
 

@@ -139,8 +139,7 @@ def _add_sizes(writer: "GGUFWriter", config: Any, dtype: str) -> None:
 
 
 def _head_size(config: Any) -> int:
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rope_factors(config: Any) -> _Tensor | None:

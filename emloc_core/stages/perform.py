@@ -37,8 +37,7 @@ def prepare(request: Request) -> Job:
     precheck(request)
     with without_collections():
         make = resolve_name(_JOBS[request.stage])
-    job: Job = make(request)
-    return job
+    return make(request)
 
 
 def describe(request: str) -> dict[str, Any]:

@@ -172,8 +172,7 @@ class RunResult(_Directory):
     @cached_property
     def result(self) -> RunSummary:
         """The content of ``results.json``."""
-        content: RunSummary = read_json(self.path / "results.json")
-        return content
+        return read_json(self.path / "results.json")
 
     @property
     def final(self) -> "Result[Any]":
@@ -194,8 +193,7 @@ class Result(_Directory, Generic[Found]):
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The content of ``emloc.json``: kind, request, result, versions."""
-        content: dict[str, Any] = read_json(self.path / MANIFEST)
-        return content
+        return read_json(self.path / MANIFEST)
 
     @property
     def kind(self) -> str:
@@ -205,14 +203,12 @@ class Result(_Directory, Generic[Found]):
     @property
     def result(self) -> Found:
         """What the stage measured: the error of every Linear, losses, metrics."""
-        found: Found = self.manifest["result"]
-        return found
+        return self.manifest["result"]
 
     @property
     def timing(self) -> dict[str, Any]:
         """What varies from run to run: ``seconds``, ``peak_rss_bytes``."""
-        content: dict[str, Any] = read_json(self.path / TIMING)
-        return content
+        return read_json(self.path / TIMING)
 
     def load(self) -> Any:
         """Load what the directory holds, on the GPU if there is one.

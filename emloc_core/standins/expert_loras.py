@@ -107,8 +107,7 @@ class _Computed:
         if on and (outermost.merged or len(outermost.active_adapters) != 1):
             if isinstance(self._experts, StandInExperts):
                 raise EmlocError("Experts of an emulator have one LoRA at a time.", "Activate one, unmerged.")
-            found: torch.Tensor = type(outermost).forward(outermost, *args, **given)
-            return found
+            return type(outermost).forward(outermost, *args, **given)
         loras = {wrapper.parameter_name: of_wrapper(wrapper) for wrapper in self._wrappers if on}
         return routed(self._experts, *args, **given, loras=loras)
 

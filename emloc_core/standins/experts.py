@@ -92,8 +92,7 @@ def width(experts: nn.Module) -> int:
 
 def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:
     """Return what ``down_proj`` is given: (tokens, i) for the output of the first stack, (tokens, 2 i) with a gate."""
-    found: torch.Tensor = gated(experts, up) if experts.has_gate else experts.act_fn(up)
-    return found
+    return gated(experts, up) if experts.has_gate else experts.act_fn(up)
 
 
 def computes_as_experts(module: Any, args: tuple[Any, ...], output: Any) -> bool:

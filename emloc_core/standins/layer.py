@@ -86,8 +86,7 @@ class StandInLinear(nn.Linear):
         """
         unpack = partial(cls.unpack_stack, shape=shape, dtype=dtype)
         most = _most(shape, dtype)
-        found: torch.Tensor = _GroupedProduct.apply(x, groups, unpack, most, *parts)
-        return found
+        return _GroupedProduct.apply(x, groups, unpack, most, *parts)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,8 +142,7 @@ def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.
             "List that Linear in keep_dense of the family's declaration, or choose the kind 'low-rank'.",
             code="unsupported",
         )
-    found: torch.Tensor = _Product.apply(x, unpack, *parts)
-    return found
+    return _Product.apply(x, unpack, *parts)
 
 
 class _Product(torch.autograd.Function):

@@ -221,16 +221,12 @@ class NF4(PackedNF4):
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """Return bitsandbytes' codes and ``QuantState`` of a weight."""
     functions = kernels().functional
-    found: tuple[torch.Tensor, Any] = functions.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type=_TYPE
-    )
-    return found
+    return functions.quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type=_TYPE)
 
 
 def _scales(state: Any) -> torch.Tensor:
     """Return the scale of every block, fp32, as it is read from eight bits."""
-    found: torch.Tensor = kernels().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return found
+    return kernels().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
 def _rounded_to(states: Sequence[Any], weights: Sequence[torch.Tensor], gram: Gram) -> list[torch.Tensor]:
@@ -242,8 +238,7 @@ def _rounded_to(states: Sequence[Any], weights: Sequence[torch.Tensor], gram: Gr
 
 def _read(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     # bitsandbytes takes a single byte of codes for a transposed matrix.
-    found: torch.Tensor = kernels().functional.dequantize_4bit(codes, state).reshape(state.shape).to(dtype)
-    return found
+    return kernels().functional.dequantize_4bit(codes, state).reshape(state.shape).to(dtype)
 
 
 def _relative(weight: torch.Tensor, found: torch.Tensor) -> float:
@@ -291,8 +286,7 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dt
     # As one row of an even length: rows of an odd one have no kernel on a CPU, but code that is compiled first.
     # Kernels on a GPU read scales as fp32, whatever they are: a model may have been cast as a whole.
     row = torch.ops.bitsandbytes.dequantize_4bit(codes, scales.float(), BLOCK, _TYPE, [2 * codes.numel()], dtype)
-    found: torch.Tensor = row.flatten()[: shape[0] * shape[1]].view(shape)
-    return found
+    return row.flatten()[: shape[0] * shape[1]].view(shape)
 
 
 def rounded(matrix: torch.Tensor) -> torch.Tensor:
@@ -339,8 +333,7 @@ when_imported("torch._dynamo", partial(torch.compiler.assume_constant_result, _s
 @cache
 def _levels(device: torch.device) -> torch.Tensor:
     """Return the 16 numbers that codes stand for, ascending, fp32."""
-    levels: torch.Tensor = kernels().functional.get_4bit_type(_TYPE, device=device)
-    return levels
+    return kernels().functional.get_4bit_type(_TYPE, device=device)
 
 
 def codes(numbers: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,7 @@ def format_named(name: str) -> Format:
     Raises:
         EmlocError: no plugin provides one of that name.
     """
-    found: Format = plugin_manager().algorithm("emulators", name)()
-    return found
+    return plugin_manager().algorithm("emulators", name)()
 
 
 def format_of(config: Mapping[str, Any]) -> Format:

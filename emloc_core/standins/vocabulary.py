@@ -314,8 +314,7 @@ def rows_at_once(model: Any) -> int | None:
 
 def packed_layers(config: Mapping[str, Any]) -> dict[str, str]:
     """Return how the output layer and the embeddings are packed, by path; nothing for models that have them dense."""
-    found: dict[str, str] = (config.get("quantization_config") or {}).get("vocabulary") or {}
-    return found
+    return (config.get("quantization_config") or {}).get("vocabulary") or {}
 
 
 def replace_vocabulary(model: Any, packings: Mapping[str, str]) -> None:

@@ -74,8 +74,7 @@ def make_dataset(
 
 def _watched(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
     """Show progress, if it takes long: with images it may be minutes."""
-    found: Iterable[Sample] = tqdm(samples, desc="Reading rows", unit=" rows", total=total, delay=1)
-    return found
+    return tqdm(samples, desc="Reading rows", unit=" rows", total=total, delay=1)
 
 
 def measure(

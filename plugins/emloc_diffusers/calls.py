@@ -61,8 +61,7 @@ class Call:
 
     def answer(self, output: Any) -> torch.Tensor:
         """Return what a forward answers, in the shape of :meth:`target`."""
-        found: torch.Tensor = output[0]
-        return found
+        return output[0]
 
     def target(self, velocity: torch.Tensor) -> torch.Tensor:
         """Return what it should answer, of ``noise - pictures``, (B, C, h, w)."""

@@ -58,8 +58,7 @@ class FlowStep:
         work, kept = f"positions of {self.row.tokens}", known(self._memory.config_file).traces
         if work not in kept.values:
             kept.add({work: self._followed()})
-        found: Mapping[str, int] = kept.values[work]
-        return found
+        return kept.values[work]
 
     def _followed(self) -> Mapping[str, int]:
         """Follow a forward of one row that has no contents."""

@@ -65,8 +65,7 @@ def fast_tokenizer(directory: Path, settings: Mapping[str, Any]) -> str:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
-    text: str = tokenizer.to_str(pretty=True)
-    return text
+    return tokenizer.to_str(pretty=True)
 
 
 def _merges(pieces: list[Any]) -> list[tuple[str, str]]:

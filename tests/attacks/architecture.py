@@ -70,8 +70,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
                    for part in (self.q(x), self.k(keys), self.v(values)))  # fmt: skip
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        found: torch.Tensor = self.o(mixed.transpose(1, 2).flatten(2))
-        return found
+        return self.o(mixed.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -85,8 +84,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., WIDTH) to the same."""
-        found: torch.Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
-        return found
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -104,13 +102,11 @@ class Block(nn.Module):
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the attention makes of x."""
-        found: torch.Tensor = self.attention(x)
-        return found
+        return self.attention(x)
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the MLP makes of x."""
-        found: torch.Tensor = self.mlp(x)
-        return found
+        return self.mlp(x)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (1, T, WIDTH) to the same."""

@@ -292,8 +292,7 @@ def options(checkout: Path) -> dict[str, int]:
         "for name, command in commands.items() if not isinstance(command, click.Group)}))"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True)
-    counts: dict[str, int] = json.loads(run.stdout)
-    return counts
+    return json.loads(run.stdout)
 
 
 def _declared_layers(checkout: Path) -> int:
