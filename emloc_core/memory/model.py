@@ -271,9 +271,10 @@ class MemoryModel:
         return replace(need, terms={**need.terms, "weights": weights})
 
     def fits(self, budget: int, plan: RankPlan | None = None) -> bool:
-        """Return whether tuning fits so many bytes; nothing is traced where not even the weights do."""
+        """Return whether tuning fits so many bytes; nothing is traced where what is there before it does not."""
         weights = self.nbytes if plan is None else self.emulator_bytes(plan)
-        return weights <= budget and self.tuning(plan).total <= budget
+        before = weights + overhead(self.workload.device, tuning=True)
+        return before <= budget and self.tuning(plan).total <= budget
 
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
         from peft import get_peft_model
