@@ -59,8 +59,10 @@ def _in_appearance(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             stand_in = nn.Parameter(nothing.to(parameter.dtype).expand(parameter.shape), requires_grad=False)
             stood_for[id(stand_in)] = stand_in, meta[id(parameter)]
             setattr(module, name, stand_in)
-    yield
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in stood_for:
-                setattr(module, name, stood_for[id(parameter)][1])
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in stood_for:
+                    setattr(module, name, stood_for[id(parameter)][1])
