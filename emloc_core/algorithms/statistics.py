@@ -257,6 +257,7 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def blocks(size: int, width: int = BLOCK) -> list[slice]:
-    """Return slices that cover so many columns, each of as many as ``width`` but the last."""
+def blocks(size: int, width: int | None = None) -> list[slice]:
+    """Return slices that cover so many columns, each of as many as ``width``, or :data:`BLOCK`, but the last."""
+    width = width or BLOCK
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
