@@ -32,9 +32,8 @@ BASELINES = (
     ("pruned", 0.28),
     ("depth", 0.28),
 )
-#: A kind, and variants of one, that gained nothing and are gone; their rows are kept.
-GONE_KIND = "nf4+repair"
-GONE = (GONE_KIND, "1.6-bit+repair-64", "1.6-bit+repair-refined", "1.6-bit+repair-global")
+#: A kind that gained nothing and is gone; its rows are kept.
+GONE = "nf4+repair"
 #: Other ways to make emulators of a kind, one of which might be its default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
@@ -55,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
     "2.7-bit-64-unrefined": {"kind": "2.7-bit", "samples": 64, "refine": 0},
 }
-#: Memories that variants of a kind are measured at.
+#: Memories that variants of a kind are measured at; those of other kinds gained nothing and are gone, their rows kept.
 VARIED = {
     "nf4": (0.28,),
     "low-rank": (0.28, 0.6, 0.11),
@@ -65,12 +64,12 @@ VARIED = {
 #: Those that are measured without exact steps: with factors, and what is compared at the same memory alone.
 WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name in ("nf4-vocabulary", "2.7-bit-once")]
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
-BYTES = dict.fromkeys(("low-rank", GONE_KIND, "pruned", "depth"), 2.0)
+BYTES = dict.fromkeys(("low-rank", GONE, "pruned", "depth"), 2.0)
 BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
 BYTES["low-rank-2-bit"] = 2.078 / 8  # at the widths of SmolLM2: rows of few numbers have a scale each
 BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BYTES}
 #: Memory of the rounded weight that a kind keeps beside its factors.
-BESIDE = {GONE_KIND: 0.26, "1.6-bit+repair": 0.105}
+BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
 BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
 #: The usual base of a task; a larger one, of another family; mixtures of experts, for text and for pictures.
@@ -196,8 +195,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     somewhere = (RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS)
     recommended = list(dict.fromkeys(somewhere))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
-    variants = [(name, memory) for name, how in VARIANTS.items() if name not in GONE
-                for memory in VARIED[how["kind"]]]  # fmt: skip
+    variants = [(name, memory) for name, how in VARIANTS.items() for memory in VARIED.get(how["kind"], ())]
     longer = STEPS + EXACT[-1]
 
     def first(ways: Sequence[tuple[str, float]], steps: int = STEPS, rate: int = 0) -> Iterator[Cell]:

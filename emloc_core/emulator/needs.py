@@ -103,11 +103,11 @@ class Needs:
     def _block(self, block: str) -> Iterator[Taken]:
         weights, linears = self._blocks[block] * self._dtype.itemsize, self._plan.in_block(block)
         how = {"propagated": self._propagated, "refine": self._refine}
-        inside, longest = self._inside[block], self._passing(block).longest * self._dtype.itemsize
+        inside, positions = self._inside[block], self._passing(block).longest
         layers = self._plan.experts_in_block(block).values()
         experts = sum(map(self._experts_as_read, layers))
         for phase in self._format.phases(linears, self._dtype, **how):
-            row = longest * (inside.backward if phase.backward else inside.forward)
+            row = positions * (inside.backward if phase.backward else inside.forward) * self._dtype.itemsize
             stand_ins = self._propagated * (phase.stand_ins + experts)
             yield Taken("the largest block", weights, phase.statistics, stand_ins, row)
         held = self._format.fitted_bytes(linears, self._dtype)

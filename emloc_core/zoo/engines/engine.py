@@ -60,8 +60,8 @@ def start_worker(
     place: Path,
     log: Path,
     inherited: Sequence[int],
-    variables: Mapping[str, str] | None = None,
-    command: Sequence[str] = WORKER,
+    variables: Mapping[str, str] | None,
+    command: Sequence[str],
 ) -> subprocess.Popen[bytes]:
     """Start a worker, the leader of its own group of processes.
 
@@ -93,16 +93,24 @@ class Worker:
         place, log, inherited, variables, command: see :func:`start_worker`.
     """
 
-    def __init__(self, job: ZooJob, place: Path, log: Path, inherited: Sequence[int], *options: Any) -> None:
-        self.place, self._kills = place, memory_kills()
-        self.process = start_worker(job, place, log, inherited, *options)
+    def __init__(
+        self,
+        job: ZooJob,
+        place: Path,
+        log: Path,
+        inherited: Sequence[int],
+        variables: Mapping[str, str] | None = None,
+        command: Sequence[str] = WORKER,
+    ) -> None:
+        self._place, self._kills = place, memory_kills()
+        self.process = start_worker(job, place, log, inherited, variables, command)
 
     def outcome(self) -> Outcome | None:
         """Return how it ended, or None while it runs."""
         code = self.process.poll()
         if code is None:
             return None
-        return read_outcome(self.place) or ended(code, self._kills, "The worker")
+        return read_outcome(self._place) or ended(code, self._kills, "The worker")
 
     def end(self) -> None:
         """Kill what there is left of it and of all that it started."""
