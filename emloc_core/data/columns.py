@@ -12,8 +12,8 @@ COLUMNS = (
     "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "tools",
     "instruction", "input", "output", "system", "history", "conversations",
 )  # fmt: skip
-#: Columns that make a row, by TRL's names; any of them is enough.
-_ENOUGH = ({"text"}, {"messages"}, {"prompt", "completion"}, {"prompt", "chosen"}, {"prompt", "image"})
+#: Those of them that some rows may lack where others have them.
+_OPTIONAL = {"image", "images", "tools", "input", "system", "history"}
 #: Every column has the name that TRL gives it.
 NO_RENAMING: Mapping[str, str] = {}
 #: ShareGPT's names of roles. ``function_call`` and ``observation`` are LLaMA-Factory's.
@@ -47,7 +47,7 @@ def require_known(columns: Mapping[str, str]) -> None:
 
 
 def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
-    """Return a row whose columns have the usual names; those that it lacks are left out.
+    """Return a row whose columns have the usual names; those that a row may lack are left out where it does.
 
     Args:
         content: the row's columns; anything else is returned as it is.
@@ -55,23 +55,17 @@ def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
         columns: names that the data have, by the usual ones.
 
     Raises:
-        EmlocError: it has none of the columns, by its own name or the usual one; or not enough of them for a row.
+        EmlocError: it lacks another column, or all of them, by its own name and the usual one.
     """
     if not columns or not isinstance(content, Mapping):
         return content
     found = {name: value for name, value in content.items() if name not in columns.values()}
     found |= {name: content[own] for name, own in columns.items() if own in content}
-    lacking = [own for name, own in columns.items() if name not in found]
-    if len(lacking) == len(columns) or (lacking and not _is_enough(as_trl(found, where))):
-        raise EmlocError(
-            f"{where}: has no column {', '.join(lacking)}, but {', '.join(map(str, content))}.", "Correct --columns."
-        )
+    lacking = columns.keys() - found.keys()
+    if lacking == columns.keys() or lacking - _OPTIONAL:
+        missing = ", ".join(own for name, own in columns.items() if name in lacking)
+        raise EmlocError(f"{where}: has no column {missing}, but {', '.join(map(str, content))}.", "Correct --columns.")
     return found
-
-
-def _is_enough(content: Mapping[str, Any]) -> bool:
-    has = {name for name, value in content.items() if value is not None}
-    return any(has >= form for form in _ENOUGH)
 
 
 def known_columns(content: Mapping[str, Any]) -> str:

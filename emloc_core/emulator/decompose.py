@@ -19,7 +19,7 @@ from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.forwards import requiring_products, requiring_shared_inputs
-from emloc_core.emulator.needs import Needs, Passing
+from emloc_core.emulator.needs import Needs
 from emloc_core.emulator.pack import fit_head, looking_up, require_finite
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
@@ -29,6 +29,7 @@ from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.job import Progress
 from emloc_core.model.hooks import forward_hooks, tapped
+from emloc_core.model.inside import Positions
 from emloc_core.model.lockstep import Forward
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
@@ -106,7 +107,7 @@ class Decomposition:
         """Return what a pass takes of the device, as ``emloc plan`` says."""
         base, sizes = self.skeleton, [sample.size for sample in self.samples]
         how = {"propagated": propagated, "refine": propagated and self.refine > 0}
-        passing = Passing(sum(sizes), max(sizes, default=0))
+        passing = Positions(sum(sizes), max(sizes, default=0))
         return Needs(base.model, base.family, self.plan, self.format, base.dtype, **how, passing=lambda _path: passing)
 
     def _pass(self, streams: int, store: Any, visit_block: Callable[[Any, str], Any]) -> None:

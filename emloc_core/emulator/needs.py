@@ -5,13 +5,13 @@ Rows that wait are not among it.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, RankPlan
 from emloc_core.family import Family
-from emloc_core.model.inside import inside
+from emloc_core.model.inside import Positions, inside
 from emloc_core.standins import Format, costs
 from emloc_core.standins.experts import experts_per_token
 from emloc_core.standins.layer import unpacked_bytes
@@ -24,18 +24,6 @@ def units(model: Any, blocks: Sequence[str]) -> tuple[dict[str, int], int]:
     inside = tuple(f"{path}." for path in blocks)
     outside = [each.numel() for name, each in model.named_parameters() if not name.startswith(inside)]
     return own, max(outside, default=0)
-
-
-class Passing(NamedTuple):
-    """How many positions of the rows pass through a module: tokens, or patches of images.
-
-    Attributes:
-        all: of all rows.
-        longest: of the longest.
-    """
-
-    all: int
-    longest: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ class Needs:
         *,
         propagated: bool,
         refine: bool,
-        passing: Callable[[str], Passing],
+        passing: Callable[[str], Positions],
     ) -> None:
         self._model, self._plan, self._format, self._dtype = model, plan, format, dtype
         self._propagated, self._refine, self._passing = propagated, refine, passing
@@ -103,7 +91,7 @@ class Needs:
     def _block(self, block: str) -> Iterator[Taken]:
         weights, linears = self._blocks[block] * self._dtype.itemsize, self._plan.in_block(block)
         how = {"propagated": self._propagated, "refine": self._refine}
-        inside, positions = self._inside[block], self._passing(block).longest
+        inside, positions = self._inside[block], self._passing(block).at_once
         layers = self._plan.experts_in_block(block).values()
         experts = sum(map(self._experts_as_read, layers))
         for phase in self._format.phases(linears, self._dtype, **how):

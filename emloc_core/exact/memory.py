@@ -1,6 +1,5 @@
 """The memory of an exact step, by formula, from shapes alone (``docs/memory.md``)."""
 
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -8,7 +7,7 @@ import torch
 
 from emloc_core.exact.head import PIECES
 from emloc_core.family import Family
-from emloc_core.model.inside import inside, linears_in
+from emloc_core.model.inside import Positions, inside, linears_in
 from emloc_core.model.lockstep import units
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.experts import StandInExperts
@@ -16,19 +15,6 @@ from emloc_core.standins.layer import PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Positions:
-    """How many positions pass through a tower in a step: tokens, or patches of images.
-
-    Attributes:
-        step: of all micro-batches.
-        at_once: of the largest micro-batch.
-    """
-
-    step: int
-    at_once: int
 
 
 def step_need(
@@ -59,7 +45,7 @@ def step_need(
     for tower in family.towers:
         positions = tokens if tower.blocks == lists[-1] else patches
         blocks = list(model.get_submodule(tower.blocks).children())
-        hidden = positions.step * linears_in(blocks[0])[0].in_features
+        hidden = positions.all * linears_in(blocks[0])[0].in_features
         boundaries, ends = boundaries + len(blocks) * hidden, ends + 2 * hidden
         widest = max(each.backward for path, each in held.items() if path.startswith(f"{tower.blocks}."))
         activations = max(activations, positions.at_once * widest)

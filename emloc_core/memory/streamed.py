@@ -5,12 +5,13 @@ from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.algorithms.statistics import cheaper_side
-from emloc_core.emulator.needs import Needs, Passing, units
+from emloc_core.emulator.needs import Needs, units
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import RATIO
-from emloc_core.exact.memory import Positions, lora_need, step_need
+from emloc_core.exact.memory import lora_need, step_need
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.blocks import block_paths
+from emloc_core.model.inside import Positions
 from emloc_core.model.overhead import overhead
 from emloc_core.standins import Format
 
@@ -51,9 +52,9 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
             }
             yield _need("compress", terms, each.phase)
 
-    def passing(path: str) -> Passing:
+    def passing(path: str) -> Positions:
         row = model.step.positions(path)
-        return Passing(settings.samples * row, row)
+        return Positions(settings.samples * row, row)
 
     found = [*needs(plan, model.format, propagated=propagated, refine=settings.refine > 0)]
     if method.by_spectra:

@@ -10,6 +10,18 @@ from emloc_core.model.blocks import block_paths
 from emloc_core.standins.experts import experts_per_token, width
 
 
+class Positions(NamedTuple):
+    """How many positions of rows pass through a module: tokens, or patches of images.
+
+    Attributes:
+        all: of all rows.
+        at_once: of the largest micro-batch, or of the longest row where rows pass one by one.
+    """
+
+    all: int
+    at_once: int
+
+
 class Inside(NamedTuple):
     """How many numbers there are inside a block for every position.
 

@@ -8,10 +8,11 @@ from support.planned import CASES, TINY, label
 
 from emloc_core.conformance.tiny import TinyModel, on_meta, random_model, tiny_config
 from emloc_core.emulator.declared import find_linears
-from emloc_core.exact.memory import Positions, step_need
+from emloc_core.exact.memory import step_need
 from emloc_core.family import Family
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.image_shape import count_patches
+from emloc_core.model.inside import Positions
 from emloc_core.standins import NF4
 
 
