@@ -258,6 +258,6 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(size: int, width: int | None = None) -> list[slice]:
-    """Return slices that cover so many columns, each of as many as ``width``, or :data:`BLOCK`, but the last."""
+    """Return slices that cover so many columns or rows, ``width`` at a time, by default :data:`BLOCK`."""
     width = width or BLOCK
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]

@@ -271,10 +271,10 @@ class MemoryModel:
         return replace(need, terms={**need.terms, "weights": weights})
 
     def fits(self, budget: int, plan: RankPlan | None = None) -> bool:
-        """Return whether tuning fits so many bytes; nothing is traced where what is there before it does not."""
+        """Return whether tuning fits so many bytes; nothing is traced where weights and imports alone do not."""
         weights = self.nbytes if plan is None else self.emulator_bytes(plan)
-        before = weights + overhead(self.workload.device, tuning=True)
-        return before <= budget and self.tuning(plan).total <= budget
+        at_least = weights + overhead(self.workload.device, tuning=True)
+        return at_least <= budget and self.tuning(plan).total <= budget
 
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
         from peft import get_peft_model

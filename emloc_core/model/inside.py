@@ -37,7 +37,7 @@ class Inside(NamedTuple):
 
 
 def inside(model: nn.Module, family: Family) -> dict[str, Inside]:
-    """Return it for every block of a model, by path; the model may be on the meta device."""
+    """Return what a row holds inside every block of a model, by path; the model may be on the meta device."""
     chosen = experts_per_token(model.config)
     found = {}
     for path in block_paths(model, family):

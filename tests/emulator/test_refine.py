@@ -81,7 +81,7 @@ def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny
         assert error == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
 
 
-def test_of_weights_on_levels_scales_alone_move(emulators):
+def test_what_may_move_moves_and_nothing_else(emulators):
     plain, refined = ({name: of for shard in place.glob("*.safetensors") for name, of in load_file(shard).items()}
                       for _, place in emulators)  # fmt: skip
     first = [name for name in plain if name.startswith("model.layers.0.")]

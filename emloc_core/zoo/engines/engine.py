@@ -102,7 +102,7 @@ class Worker:
         variables: Mapping[str, str] | None = None,
         command: Sequence[str] = WORKER,
     ) -> None:
-        self._place, self._kills = place, memory_kills()
+        self.place, self._kills = place, memory_kills()
         self.process = start_worker(job, place, log, inherited, variables, command)
 
     def outcome(self) -> Outcome | None:
@@ -110,7 +110,7 @@ class Worker:
         code = self.process.poll()
         if code is None:
             return None
-        return read_outcome(self._place) or ended(code, self._kills, "The worker")
+        return read_outcome(self.place) or ended(code, self._kills, "The worker")
 
     def end(self) -> None:
         """Kill what there is left of it and of all that it started."""
