@@ -13,7 +13,7 @@
     model = emloc.merge(polished, "merged").load()
 
 Importing this package imports nothing heavy; a function imports what it needs when it is called. To load an emulator
-with plain ``transformers`` needs no import where EMLoC is installed; see :mod:`emloc_core.autoload`.
+with plain ``transformers`` needs no import where EMLoC is installed; see :mod:`emloc_core.compat.autoload`.
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ FLOORS = [
     ["standins", "requests", "report"],
     ["plugins"],
     ["standins.registry", "standins.quantizer"],
-    ["autoload", "files"],
+    ["files"],
     ["data", "recipe.recipe", "stages.progress"],
     ["model"],
     ["exact", "emulator", "adapters", "stages.precheck"],

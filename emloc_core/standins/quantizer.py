@@ -21,7 +21,7 @@ from emloc_core.standins.registry import format_named
 from emloc_core.standins.transfer import refuse_others
 from emloc_core.standins.vocabulary import PackedEmbedding, replace_vocabulary
 
-if TYPE_CHECKING:  # transformers is still being imported where its quantizers are: see emloc_core/autoload.py
+if TYPE_CHECKING:  # transformers is still being imported where its quantizers are: see emloc_core/compat/autoload.py
     from transformers import PreTrainedModel
 
 

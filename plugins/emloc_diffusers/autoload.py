@@ -1,6 +1,6 @@
-"""Lets diffusers load emulators without an import of ours, as :mod:`emloc_core.autoload` lets transformers."""
+"""Lets diffusers load emulators without an import of ours, as :mod:`emloc_core.compat.autoload` lets transformers."""
 
-from emloc_core.autoload import register_with
+from emloc_core.compat.autoload import register_with
 
 
 def watch() -> None:

@@ -117,8 +117,8 @@ def test_a_module_that_is_there_twice_is_listed_twice():
 
 
 def test_importing_torch_runs_the_entry_point():
-    """By it, plain transformers loads emulators; see ``emloc_core/autoload.py``."""
-    script = "import sys, torch; print('emloc_core.autoload' in sys.modules)"
+    """By it, plain transformers loads emulators; see ``emloc_core/compat/autoload.py``."""
+    script = "import sys, torch; print('emloc_core.compat.autoload' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     with contract("torch", "compat.imports.when_imported"):
         assert done.stdout == "True\n", "importing torch does not run entry points of the group torch.backends"
