@@ -18,6 +18,7 @@ from quality_cells import (
     RSLORA,
     SECOND_TASK,
     STEPS,
+    TASKS,
     USUAL_LORA,
     VARIANTS,
     WIDER_TASK,
@@ -28,7 +29,7 @@ from quality_rows import UNRELATED
 from quality_table import Table
 
 SYSTEMS = ("uncorrected", "auto", "polish20")
-_POLISHED = "and 20 exact"
+_POLISHED = "and 20 exact steps"
 #: What is told of a cell.
 DESCRIBED = ("task", "model", "steps", "batch", *LORA, "kind", "memory", "learning_rate")
 
@@ -92,27 +93,34 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
 
     Last, what 20 exact steps make of the longest tuning.
     """
-    usual = [row for row in rows if _which(row) == USUAL_LORA and row["model"] not in MIXTURES]
-    columns = [*sorted({row["steps"] for row in usual}), _POLISHED]
-    lines: dict[tuple[str, ...], dict[int | str, str]] = {}
-    for row in usual:
-        way = (row["task"], MODELS[row["model"]], f"`{row['kind']}`", f"{row['memory']:g}")
-        known = lines.setdefault(way, {})
-        known[row["steps"]] = _recovered(row)
-        if row["steps"] == LONGER[-1] and row[SYSTEMS[-1]] is not None:
-            known[_POLISHED] = f"{row[SYSTEMS[-1]]:.3f}"
-    header = ["task", "model", "kind", "memory", *(f"{each} steps" for each in columns)]
-    return markdown(header, [[*way, *(known.get(each, "") for each in columns)] for way, known in lines.items()])
+    cells: dict[tuple[str, ...], str] = {}
+    for row in rows:
+        if _which(row) == USUAL_LORA and row["model"] not in MIXTURES:
+            way = (row["task"], MODELS[row["model"]], *_standin(row))
+            cells[*way, f"{row['steps']} steps"] = _recovered(row)
+            if row["steps"] == LONGER[-1] and row[SYSTEMS[-1]] is not None:
+                cells[*way, _POLISHED] = f"{row[SYSTEMS[-1]]:.3f}"
+    columns = [*(f"{steps} steps" for steps in (STEPS, *LONGER)), _POLISHED]
+    return _pivoted(["task", "model", "kind", "memory"], columns, cells)
 
 
 def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return, in Markdown, what ``auto`` recovers on mixtures of experts, and how far emulators of usual kinds are."""
-    lines = [
-        [MODELS[row["model"]], row["task"], f"`{row['kind']}`", f"{row['memory']:g}", _divergence(row), _recovered(row)]
-        for row in rows
-        if row["model"] in MIXTURES and row["kind"] not in VARIANTS
-    ]
-    return markdown(["model", "task", "kind", "memory", "KL", "recovery"], lines)
+    """Return, in Markdown, what ``auto`` recovers on mixtures of experts from emulators of usual kinds, by task."""
+    of = [row for row in rows if row["model"] in MIXTURES and row["kind"] not in VARIANTS]
+    cells: dict[tuple[str, ...], str] = {}
+    for row in sorted(of, key=lambda row: (-row["memory"], row["kind"] != "nf4")):
+        cells[*_standin(row), row["task"]] = _recovered(row)
+    return _pivoted(["kind", "memory"], TASKS, cells)
+
+
+def _standin(row: dict[str, Any]) -> tuple[str, str]:
+    return f"`{row['kind']}`", f"{row['memory']:g}"
+
+
+def _pivoted(keys: list[str], columns: Sequence[str], cells: dict[tuple[str, ...], str]) -> str:
+    """Return a table of cells by all their keys, the last of which names the column."""
+    ways = dict.fromkeys(cell[:-1] for cell in cells)
+    return markdown([*keys, *columns], [[*way, *(cells.get((*way, each), "") for each in columns)] for way in ways])
 
 
 def places_table(rows: Sequence[dict[str, Any]]) -> str:
