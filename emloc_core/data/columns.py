@@ -49,6 +49,8 @@ def require_known(columns: Mapping[str, str]) -> None:
 def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
     """Return a row whose columns have the usual names; those that a row may lack are left out where it does.
 
+    A row that has them already is returned as it is: rows that EMLoC wrote are read with the user's names, too.
+
     Args:
         content: the row's columns; anything else is returned as it is.
         where: its name in messages.
@@ -58,6 +60,8 @@ def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
         EmlocError: it lacks another column, or all of them, by its own name and the usual one.
     """
     if not columns or not isinstance(content, Mapping):
+        return content
+    if not content.keys() & set(columns.values()) and known_columns({**content, "text": None}):  # some have a text, too
         return content
     found = {name: value for name, value in content.items() if name not in columns.values()}
     found |= {name: content[own] for name, own in columns.items() if own in content}

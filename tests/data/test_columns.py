@@ -6,7 +6,7 @@ from trl import extract_prompt
 
 from emloc_core.data.messages import IMAGE
 from emloc_core.data.row import parse_row
-from emloc_core.data.rows import CALIBRATION, load_rows, without
+from emloc_core.data.rows import CALIBRATION, load_rows, without, write_rows
 from emloc_core.errors import EmlocError
 
 ALPACA = {"instruction": "Which way?", "input": "", "output": "Left.", "text": "### Instruction: ..."}
@@ -91,6 +91,8 @@ def test_columns_may_have_other_names():
     with pytest.raises(EmlocError, match=r"row 1: has no column answer, but question, a\."):
         load_rows([{"question": "a?", "a": "b."}], columns=names)
     assert load_rows(rows, columns={**names, "tools": "functions"}) == found
+    with pytest.raises(EmlocError, match=r"row 1: has no column dialog, but dialogue, text\."):
+        load_rows([{"dialogue": PLAIN, "text": "a"}], columns={"messages": "dialog"})
     with pytest.raises(EmlocError, match=r"no column 'question'\. Did you mean prompt=question\?"):
         load_rows(rows, columns={"question": "prompt"})
 
@@ -102,6 +104,23 @@ def test_rows_that_an_emulator_keeps_have_the_usual_columns(tiny_emulator, tmp_p
     assert without(rows, [tiny_emulator / CALIBRATION], columns=names) == []
     test = write_jsonl(tmp_path / "test.jsonl", own[:1])
     assert without(rows, [test], columns=names) == rows[1:]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"messages": "dialog"},
+        {"conversations": "turns"},
+        {"instruction": "task", "output": "answer"},
+        {"prompt": "asked", "chosen": "good", "rejected": "bad"},
+    ],
+)
+def test_rows_that_were_written_are_read_with_the_same_names(names, tmp_path):
+    usual = {"messages": PLAIN, "prompt": "a", "chosen": "b", "rejected": "c", **ALPACA, **SHAREGPT}
+    rows = load_rows([{own: usual[name] for name, own in names.items()}], columns=names)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert load_rows(tmp_path / "rows.jsonl", columns=names) == rows
+    assert without(rows, [tmp_path / "rows.jsonl"], columns=names) == []
 
 
 def test_preferences_may_share_their_prompt():
