@@ -83,30 +83,22 @@ class Encoder:
         files = Inputs(place)
         read = files.hash(file for name in self.parts.readers for file in self.parts.files(name))
         drawn = files.hash(self.parts.files("vae")) if self.parts.has("vae") else "pixels"
-        prompts = {
-            row.number: place / f"{_digest(self.parts.class_name, read, row.prompt)}.safetensors" for row in rows
-        }
         size = f"{self.tokens}-{self.call.channels(self.config)}-{self.call.patch}"
-        pictures = {row.number: place / f"{_digest(drawn, size, _image(row).sha256)}.safetensors" for row in rows}
-        if missing := [row for row in rows if not prompts[row.number].exists()]:
+        prompts = [place / f"{_digest(self.parts.class_name, read, row.prompt)}.safetensors" for row in rows]
+        pictures = [place / f"{_digest(drawn, size, _image(row).sha256)}.safetensors" for row in rows]
+        if missing := {path: row for path, row in zip(prompts, rows, strict=True) if not path.exists()}:
             with self.parts.reading(self.call.pipelines, self.device) as pipe, torch.no_grad():
-                for row in missing:
+                for path, row in missing.items():
                     found = self.call.prompt(pipe, str(row.prompt))
-                    _keep({name: each.cpu() for name, each in found.items()}, prompts[row.number])
-        if missing := [row for row in rows if not pictures[row.number].exists()]:
+                    _keep({name: each.cpu() for name, each in found.items()}, path)
+        if missing := {path: row for path, row in zip(pictures, rows, strict=True) if not path.exists()}:
             vae = self.parts.load("vae").to(self.device) if self.parts.has("vae") else None
             with torch.no_grad():
-                for row in missing:
-                    _keep({"latents": self._latents(row, vae)}, pictures[row.number])
+                for path, row in missing.items():
+                    _keep({"latents": self._latents(row, vae)}, path)
         return [
-            Encoded(
-                row.number,
-                load_file(pictures[row.number])["latents"],
-                load_file(prompts[row.number]),
-                row.weight,
-                row.key,
-            )
-            for row in rows
+            Encoded(row.number, load_file(picture)["latents"], load_file(prompt), row.weight, row.key)
+            for row, picture, prompt in zip(rows, pictures, prompts, strict=True)
         ]
 
     def _latents(self, row: Row, vae: Any) -> torch.Tensor:

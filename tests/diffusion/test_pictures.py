@@ -84,6 +84,19 @@ def test_what_is_encoded_is_kept_by_content(pixels, tmp_path, monkeypatch):
     assert not torch.equal(first[0].prompt["tokens"], first[1].prompt["tokens"])
 
 
+def test_rows_of_one_number_in_several_sources_are_learned_each(pixels, tmp_path):
+    for source, shade in (("a", 20), ("b", 90)):
+        (tmp_path / source).mkdir()
+        Image.new("L", (4, 4), shade).save(tmp_path / source / "0.png")
+        (tmp_path / source / "0.txt").write_text({"a": "a cat", "b": "a dog"}[source])
+    rows = load_rows([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [row.number for row in rows] == [1, 1]
+    for found, row in zip(encoder(pixels).encode(rows), rows, strict=True):
+        (alone,) = encoder(pixels).encode([row])
+        assert torch.equal(found.latents, alone.latents)
+        assert torch.equal(found.prompt["tokens"], alone.prompt["tokens"])
+
+
 def test_a_part_with_code_of_its_own_is_refused(pixels, tmp_path):
     index = json.loads((pixels / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["mine", "Encoder"]}))
