@@ -209,10 +209,22 @@ class ExactSteps:
             return result
 
         def recomputed(*args: Any, **kwargs: Any) -> Any:
+            # Of what is given by name, torch neither passes tensors to its hooks nor keeps a GPU's random state.
+            count, names = len(args), [name for name, value in kwargs.items() if _is_hidden(value)]
+            others = {name: value for name, value in kwargs.items() if name not in names}
+
+            def by_position(*given: Any) -> Any:
+                return run(*given[:count], **dict(zip(names, given[count:], strict=True)), **others)
+
             with self.boundaries.keeping():
-                return checkpoint(run, *args, use_reentrant=False, **kwargs)
+                return checkpoint(by_position, *args, *map(kwargs.get, names), use_reentrant=False)
 
         module.forward = recomputed if checkpointed else run
+
+
+def _is_hidden(value: Any) -> bool:
+    """Return whether an argument is like hidden states; a mask, which all blocks share, has a dimension more."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() < 4
 
 
 class _Body(nn.Module):

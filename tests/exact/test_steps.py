@@ -3,6 +3,7 @@
 import os
 import weakref
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -171,6 +172,31 @@ def test_boundaries_may_wait_in_the_memory_of_the_cpu_or_in_a_file(case, tmp_pat
             steps.loss(batches)
             require_equal(lora, expected)
     assert not list(tmp_path.iterdir())  # the file has no name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_boundaries_that_blocks_are_given_by_name_wait_too(dropout, tiny, monkeypatch):
+    monkeypatch.setattr("emloc_core.exact.boundaries._SMALL", 0)
+    model = tiny(FIRST)
+    batches = micro_batches(model, 2)
+    expected, _ = ordinary(model, batches, dropout, seeds_of(2))
+    away = []
+    for is_named in (False, True):
+        lora, steps = exact(model, get_peft_model_state_dict(expected), dropout, boundaries=Boundaries(room=0))
+        if is_named:
+            for block in block_paths(model.meta, model.family):
+                steps.model.get_submodule(block).register_forward_pre_hook(by_name, with_kwargs=True)
+        with mock.patch.object(Boundaries, "_put", autospec=True, side_effect=Boundaries._put) as put:
+            torch.manual_seed(5)
+            steps.loss(batches)
+        require_equal(lora, expected)
+        away.append([call.args[1].shape for call in put.call_args_list])
+    assert away[0] == away[1] != []
+
+
+def by_name(block, args, kwargs):  # noqa: ARG001 - what a hook is given
+    """Give a block its hidden states as diffusers does."""
+    return (), {"hidden_states": args[0], **kwargs}
 
 
 def test_what_fits_the_room_is_read_once(case):
