@@ -5,6 +5,7 @@ before gathers the spectra that they are shared out by.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -81,8 +82,10 @@ class Compress(Job):
     def output(self) -> Output:
         """The emulator's directory. The base's files are hashed on first access."""
         base, files = self.base.checkpoint, Inputs(self.request.output.resolve().parent)
+        linears = json.dumps([each.describe() for each in self.method.linears.planned])
         request = {
             "base": base.fingerprint(files),
+            "linears": hashlib.sha256(linears.encode()).hexdigest(),  # a plugin may change while the model does not
             "settings": self.settings.model_dump(),
             "calibration": [row.key for row in self.rows.calibration],
             "tokenized_rows": _digest(self.samples),  # the tokenizer or chat template may change while the rows do not

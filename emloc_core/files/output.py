@@ -42,7 +42,7 @@ _NO_ROOM = 256 << 10  # bytes; with less free, a failure is attributed to the fu
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect an output."""
     versions = {"python": platform.python_version()}
-    for package in ("emloc", "torch", "transformers", "peft", "trl", "safetensors"):
+    for package in ("emloc", "torch", "transformers", "peft", "trl", "safetensors", "bitsandbytes", "diffusers"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -310,6 +310,7 @@ _ROLES = {
     "selection": "the selection rows",
     "tokenized_rows": "what the tokenizer makes of the rows",
     "base": "the base",
+    "linears": "what the family's plugin declares",
     "model": "the model",
     "adapter": "the adapter",
     "emulator": "the emulator",

@@ -23,9 +23,9 @@ from emloc_core.files.documents import read_object, write_json
 VARIABLE = "EMLOC_CACHE"
 #: Files that are kept; the oldest go first.
 _MOST = 256
-_PACKAGES = ("emloc", "torch", "transformers", "peft", "trl", "bitsandbytes")
+_PACKAGES = ("emloc", "torch", "transformers", "peft", "trl", "bitsandbytes", "diffusers")
 #: The code that decides what is traced.
-_CODE = ("memory", "model", "standins", "algorithms")
+_CODE = ("memory", "model", "standins", "algorithms", "compat", "tuning", "tokens.py", "objective.py")
 
 
 class Cache:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import read_manifest
 from emloc_core.model.hooks import tapped
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 from emloc_core.standins.low_rank import LowRank, LowRankLinear
 
@@ -46,6 +48,13 @@ def test_loads_with_plain_transformers_at_the_planned_ranks(emulator):
     assert len(layers) == 21
     q = layers["model.layers.0.self_attn.q_proj"]
     assert (q.rank, q.in_features, q.out_features) == (int(0.6 * 32 * 32 / 64), 32, 32)
+
+
+def test_what_another_declaration_made_is_refused(tiny_model, rows_file, emulator, monkeypatch):
+    family = replace(LLAMA, keep_dense={**LLAMA.keep_dense, "*.o_proj": "for this test"})
+    monkeypatch.setattr(plugin_manager(), "family_for", lambda _: family)
+    with pytest.raises(EmlocError, match="was made from something else: what the family's plugin declares differs"):
+        compress_job(tiny_model, rows_file, emulator, SETTINGS).output.is_finished()
 
 
 def test_reported_errors_are_the_true_ones(tiny_model, rows_file, emulator):
