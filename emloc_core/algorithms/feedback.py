@@ -11,10 +11,12 @@ Rows are rounded independently, so matrices that share their inputs can be round
 rows at a time, so that less is held beside it.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib.util import find_spec
+from shutil import which
 from typing import TypeGuard
 
 import torch
@@ -239,8 +241,9 @@ def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:
 
 @cache
 def has_triton() -> bool:
-    """Return whether kernels for GPUs can be compiled: on Linux, torch for CUDA brings Triton along."""
-    return find_spec("triton") is not None
+    """Return whether kernels for GPUs can be compiled: by Triton, which torch for CUDA brings along, and a compiler."""
+    has_compiler = "CC" in os.environ or any(map(which, ("gcc", "clang")))
+    return has_compiler and find_spec("triton") is not None
 
 
 def to_levels(

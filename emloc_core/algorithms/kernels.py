@@ -48,11 +48,12 @@ def _launch(
 ) -> None:
     k, m = numbers[0].shape
     kept, originals = grid.kept or (grid.scales, grid.scales)  # which are not read then
-    kernel[triton.cdiv(m, _ROWS),](
-        *numbers, weights, places, grid.levels, grid.middles, grid.scales, kept, originals, m, k, grid.width,
-        LEVELS=len(grid.levels), KEPT=grid.kept is not None, COLUMNS=triton.next_power_of_2(k), ROWS=_ROWS,
-        num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(weights):  # Triton launches on the current one
+        kernel[triton.cdiv(m, _ROWS),](
+            *numbers, weights, places, grid.levels, grid.middles, grid.scales, kept, originals, m, k, grid.width,
+            LEVELS=len(grid.levels), KEPT=grid.kept is not None, COLUMNS=triton.next_power_of_2(k), ROWS=_ROWS,
+            num_warps=1,
+        )  # fmt: skip
 
 
 @triton.jit

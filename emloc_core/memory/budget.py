@@ -41,12 +41,14 @@ class Budget:
         The memory ``free`` is what is free of the device; that imports torch.
 
         Raises:
-            EmlocError: one of them is not a size, or the headroom leaves nothing.
+            EmlocError: one of them is not a size, the device has no free memory, or the headroom leaves nothing.
         """
         if memory == FREE:
             from emloc_core.model.device import free_memory
 
             size = free_memory(device)
+            if not size:
+                raise EmlocError("The device has no free memory.", "End what else uses it.", code="memory")
         else:
             size = parse_bytes(memory)
         free = min(int(SHARE * size), MOST) if headroom is None else _headroom(headroom, size)

@@ -47,7 +47,14 @@ def free_memory(name: str = "auto") -> int:
 
 
 def free_of(gpu: torch.device | int) -> int:
-    """Return the bytes that this process may still take of a GPU: what no process has, or what its cap leaves."""
-    free, total = torch.cuda.mem_get_info(gpu)
-    cap = int(torch.cuda.get_per_process_memory_fraction(gpu) * total)
-    return max(0, min(free, cap - torch.cuda.memory_reserved(gpu)))
+    """Return the bytes that this process may still take of a GPU: what no process has, or what its cap leaves.
+
+    What torch keeps of freed tensors is free for others of this process.
+    """
+    index = gpu if isinstance(gpu, int) else gpu.index
+    if index is None:  # the current one, which torch does not know everywhere
+        index = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(index)
+    cap = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+    reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
+    return max(0, min(free + reserved - allocated, cap - allocated))

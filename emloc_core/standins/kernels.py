@@ -33,10 +33,11 @@ def unpack_levels(
     """
     matrix = torch.empty(*codes.shape[:-2], m, n, dtype=dtype, device=codes.device)
     grid = (matrix.numel() // max(1, n), triton.cdiv(n, _BLOCK))
-    _unpack[grid](
-        codes, scales, _levels(count, dtype, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
-        COUNT=count, DIGITS=digits, GROUP=GROUP, BLOCK=_BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(codes):  # Triton launches on the current one
+        _unpack[grid](
+            codes, scales, _levels(count, dtype, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
+            COUNT=count, DIGITS=digits, GROUP=GROUP, BLOCK=_BLOCK,
+        )  # fmt: skip
     return matrix
 
 

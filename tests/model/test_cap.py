@@ -26,7 +26,9 @@ def gpus(monkeypatch):
         "device_count": lambda: 2,
         "get_device_properties": lambda _: SimpleNamespace(total_memory=80 * GIB),
         "mem_get_info": lambda _: (30 * GIB, 80 * GIB),
+        "current_device": lambda: 1,
         "memory_reserved": lambda _: 2 * GIB,
+        "memory_allocated": lambda _: GIB,
         "set_per_process_memory_fraction": lambda share, gpu: shares.update({gpu: share}),
         "get_per_process_memory_fraction": shares.get,
     }.items():
@@ -35,16 +37,21 @@ def gpus(monkeypatch):
 
 
 def test_torch_may_take_of_every_gpu_what_the_context_leaves(gpus):
-    assert free_of(0) == 30 * GIB  # as others hold the rest
+    assert free_of(0) == 31 * GIB  # as others hold the rest, but for what torch keeps
     keep_to_cap({CAP: "cuda=24GiB"})
     room = 24 * GIB - overhead("cuda", tuning=True)
     assert gpus == {gpu: pytest.approx(room / (80 * GIB)) for gpu in (0, 1)}
-    assert free_of(0) == pytest.approx(room - 2 * GIB, abs=1)
+    assert free_of(0) == pytest.approx(room - GIB, abs=1)
     keep_to_cap({CAP: "cuda=200GiB"})
     assert gpus == {0: 1.0, 1: 1.0}
     with pytest.raises(EmlocError, match=r"A cap of 105 MB is less than the 629 MB that the process has") as caught:
         keep_to_cap({CAP: "cuda=100MiB"})
     assert caught.value.code == "memory"
+
+
+def test_a_gpu_without_a_number_is_the_current_one(gpus):
+    gpus[1] = 0.25
+    assert free_of(torch.device("cuda")) == free_of(torch.device("cuda:1")) == 19 * GIB
 
 
 def test_a_cap_of_ones_own_comes_before_that_of_a_run(monkeypatch):
