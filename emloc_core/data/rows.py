@@ -155,7 +155,7 @@ def digest(rows: Iterable[Row]) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSONL that :func:`load_rows` can read, and their images into a directory beside it.
+    """Write rows as JSONL that :func:`load_rows` can read, whole or not at all, and their images beside it.
 
     Raises:
         EmlocError: an image cannot be read.
@@ -164,5 +164,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     def kept(picture: Picture) -> str:
         return picture.write(path.parent)
 
-    with open(path, "w", encoding="utf-8") as file:
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row.to_dict(), ensure_ascii=False, default=kept) + "\n" for row in rows)
+    partial.replace(path)

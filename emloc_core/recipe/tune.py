@@ -19,7 +19,7 @@ from emloc_core.data.rows import NO_RENAMING, SKIPPED, Skipped, digest, load_row
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
 from emloc_core.files.card import CARD
-from emloc_core.files.documents import read_json, write_json
+from emloc_core.files.documents import read_json, write_json, write_text
 from emloc_core.recipe.decided import decided
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
@@ -30,8 +30,9 @@ from emloc_core.settings import FREE, Columns, CompressSettings, Settings, Train
 RECIPE, ASKED, HELD_OUT, PAGE = "recipe.toml", "tune.json", "held_out.jsonl", "report.html"
 #: Rows that were in memory.
 ROWS, EVALUATED = "rows.jsonl", "evaluated.jsonl"
-#: What is written before all that was asked for is.
-_FIRST = {ROWS, EVALUATED, SKIPPED, HELD_OUT, RECIPE, IMAGES}
+#: What is written of them, before what was asked for is.
+_OF_ROWS = {ROWS, EVALUATED, SKIPPED, IMAGES}
+_ELSEWHERE = "Choose another output directory, or remove this one."
 #: Rows that are never tuned on, and answered before and after.
 _ANSWERED = 5
 #: What may be beside the stages' directories, besides the final one.
@@ -97,17 +98,14 @@ class Tune(Settings):
         Raises:
             EmlocError: something else is there.
         """
-        remedy = "Choose another output directory, or remove this one."
-        there = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
-        if not self.output.exists() or (self.output.is_dir() and there <= _FIRST):  # killed before it had begun
+        require_place(self.output)
+        if not (self.output / RECIPE).is_file():  # nothing is, or it was killed before it had begun
             return None
-        if not (self.output / ASKED).is_file():
-            raise EmlocError(f"{self.output} exists and was not written by `emloc tune`.", remedy, code="exists")
         before, now = read_json(self.output / ASKED), self._asked()
         differing = [f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in now
                      if before.get(name) != now[name]]  # fmt: skip
         if differing:
-            fix = f"{remedy} To change a setting, edit {self.output / RECIPE} and run `emloc run` on it."
+            fix = f"{_ELSEWHERE} To change a setting, edit {self.output / RECIPE} and run `emloc run` on it."
             raise EmlocError(f"{self.output} was made for something else: {'; '.join(differing)}.", fix, code="exists")
         return load_recipe(self.output / RECIPE)
 
@@ -149,8 +147,9 @@ class Tune(Settings):
         return load_rows(self.data, self.split, columns=self.columns, skipped=skipped if self.skip_bad_rows else None)
 
     def _write(self, recipe: Recipe, lines: Iterable[str]) -> None:
-        """Write the rows that are held out, the recipe, with paths relative to it, and at last what was asked for."""
+        """Write what was asked for, the rows that are held out, and at last the recipe, with paths relative to it."""
         self.output.mkdir(parents=True, exist_ok=True)
+        write_json(self.output / ASKED, self._asked())
         rows = [row for row in self._rows([]) if row.label is not False]  # answers that are wanted
         few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
         write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
@@ -160,8 +159,7 @@ class Tune(Settings):
         content = {name: value for name, value in content.items() if value != {}}
         comments = "".join(f"# {line}\n" for line in lines)
         head = f"# Written by `emloc tune`. Edit it, and run `emloc run` on it.\n{comments}\n"
-        (self.output / RECIPE).write_text(head + tomli_w.dumps(content), encoding="utf-8")
-        write_json(self.output / ASKED, self._asked())
+        write_text(self.output / RECIPE, head + tomli_w.dumps(content))
 
     def _sources(self) -> Any:
         """Return the rows as a recipe names them."""
@@ -176,6 +174,19 @@ class Tune(Settings):
         return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
 
 
+def require_place(output: Path) -> None:
+    """Refuse an output that is there, and was not written by ``emloc tune``.
+
+    Raises:
+        EmlocError: as above.
+    """
+    if not output.exists() or (output / ASKED).is_file():
+        return
+    # Hidden files, such as one that was being written, are left as they are.
+    if not output.is_dir() or {path.name for path in output.glob("[!.]*")} - _OF_ROWS:
+        raise EmlocError(f"{output} exists and was not written by `emloc tune`.", _ELSEWHERE, code="exists")
+
+
 def by_name(
     data: Rows,
     output: Path,
@@ -188,25 +199,24 @@ def by_name(
     """Return rows by the names of their files or data sets; those in memory are written to a file of the output first.
 
     Raises:
-        EmlocError: the rows cannot be read, or others were written there.
+        EmlocError: the rows cannot be read, or others, or something else, are there.
     """
     if isinstance(data, str | PathLike):
         return fspath(data)
     if weights(data) is not None:
         return data
+    require_place(output)
     skipped: list[Skipped] = []
     rows = load_rows(data, split, columns=columns, skipped=skipped if skip_bad_rows else None)
     file = output / name
     if file.is_file():
         if digest(load_rows(file)) != digest(rows):
-            raise EmlocError(
-                f"{file} holds other rows.", "Choose another output directory, or remove this one.", code="exists"
-            )
+            raise EmlocError(f"{file} holds other rows.", _ELSEWHERE, code="exists")
         return str(file)
     output.mkdir(parents=True, exist_ok=True)
-    write_rows(file, rows)
     if skipped:
         write_skipped(output / SKIPPED, skipped)
+    write_rows(file, rows)
     return str(file)
 
 

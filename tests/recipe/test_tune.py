@@ -6,6 +6,7 @@ import os
 import pytest
 
 import emloc_core as emloc_api
+from emloc_core.data.row import Row
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
@@ -14,6 +15,7 @@ from emloc_core.memory.budget import Budget
 from emloc_core.memory.decision import decide
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import load_recipe
+from emloc_core.recipe.tune import by_name
 from emloc_core.settings import TrainSettings
 
 #: Settings of a tiny model's tuning.
@@ -125,10 +127,10 @@ def test_rows_in_memory(shallow_model, tmp_path):
 def test_a_run_that_was_killed_before_it_had_begun_begins_again(shallow_model, rows_file, tmp_path, monkeypatch):
     asked = {"memory": "4GiB", **QUICK}
     with monkeypatch.context() as killed:
-        killed.setattr("emloc_core.recipe.tune.write_json", lambda *_: exec("raise KeyboardInterrupt"))
+        killed.setattr("emloc_core.recipe.tune.write_text", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **asked)
-    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"recipe.toml", "held_out.jsonl"}
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"tune.json", "held_out.jsonl"}
     assert emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **asked).final.path.name == "adapter"
 
 
@@ -148,6 +150,26 @@ def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch)
         assert code != 0
         assert said in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "held_out.jsonl", "notes.txt"])
+def test_what_tune_did_not_write_stays_as_it_is(name, shallow_model, rows_file, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    for data in (str(rows_file), [{"text": "a"}, {"text": "b"}]):
+        for output in (tmp_path / "mine", tmp_path / "mine" / name):
+            with pytest.raises(EmlocError, match="was not written by `emloc tune`"):
+                emloc_api.tune(shallow_model, data, output)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [(name, "mine")]
+
+
+def test_rows_in_memory_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    rows = [{"text": "a"}, {"text": "b"}]
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(Row, "to_dict", lambda row: {"text": "a"} if row.number == 1 else exec("raise KeyboardInterrupt"))
+        by_name(rows, tmp_path / "tuned")
+    assert not (tmp_path / "tuned" / "rows.jsonl").exists()
+    assert load_rows(by_name(rows, tmp_path / "tuned")) == load_rows(rows)
 
 
 def test_another_base_to_evaluate_is_refused(shallow_model, rows_file, tmp_path):
