@@ -42,11 +42,17 @@ def following(request: Request, result: Result) -> list[str]:
         case ImportRequest():
             commands = [join("plan", output, "--memory", "24GiB")]
         case CompressRequest(
-            data=data, tuning=tuning, settings=settings, split=split, columns=columns, exclude=exclude
+            data=data,
+            tuning=tuning,
+            settings=settings,
+            split=split,
+            columns=columns,
+            exclude=exclude,
+            skip_bad_rows=skip,
         ):
             left_out = [word for file in exclude for word in ("--exclude", file)]
             same = settings.model_dump(include={"loss", "max_length"}, exclude_unset=True)
-            how = [*read_as(split, columns), *left_out]
+            how = [*read_as(split, columns), *left_out, *(["--skip-bad-rows"] if skip else [])]
             shape = result.result.get("tuning", {})
             how += flags(tuning.model_dump(exclude_unset=True) | same | shape)
             commands = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
