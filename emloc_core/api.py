@@ -529,11 +529,15 @@ def tune(  # noqa: PLR0913 - all by keyword
         EmlocError: the model, the rows or the settings cannot be used, no way to tune fits, or a stage failed; the
             message names it, and earlier stages are kept.
     """
+    from emloc_core.data.mixture import is_splits
     from emloc_core.recipe.tune import EVALUATED, Tune, by_name
 
     settle()
     with quiet() if progress else nullcontext():
-        evaluated = dict(evaluation or {})
+        evaluated: dict[str, Any] = dict(evaluation or {})
+        others: Any = evaluated.get("data", data)
+        if is_splits(others) and evaluated.get("split") in others:
+            evaluated["data"] = others[evaluated.pop("split")]
         if evaluated.get("data") is not None:
             evaluated["data"] = by_name(evaluated["data"], Path(output), columns=columns or {}, name=EVALUATED)
         given = {

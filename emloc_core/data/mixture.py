@@ -29,29 +29,42 @@ def parse_sources(texts: Sequence[str]) -> str | dict[str, float]:
         match = None if Path(text).exists() else _WEIGHTED.fullmatch(text)
         source, weight = (match["source"], float(match["weight"])) if match else (text, 1.0)
         if source in found:
-            raise EmlocError(f"{source} is given twice.", f"Give it once, with a weight: {source}:2.")
+            raise _given_twice(source)
         found[source] = weight
     return texts[0] if list(found.items()) == [(texts[0], 1.0)] else found
 
 
+def _given_twice(source: str) -> EmlocError:
+    return EmlocError(f"{source} is given twice.", f"Give it once, with a weight: {source}:2, or in Python a mapping.")
+
+
 def weights(source: Any) -> dict[str, float] | None:
-    """Return the sources of a mixture with their weights; None for one source, or rows in memory.
+    """Return the sources of a mixture with their weights; None for one source, or rows in memory in splits or not.
 
     Args:
         source: see :func:`emloc_core.data.rows.load_rows`.
 
     Raises:
-        EmlocError: a weight is not a positive number.
+        EmlocError: a weight is not a positive number, or a source is given twice.
     """
     if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
-        return dict.fromkeys(map(str, source), 1.0)
-    if not isinstance(source, Mapping):
+        names = [str(each) for each in source]
+        for name in names:
+            if names.count(name) > 1:
+                raise _given_twice(name)
+        return dict.fromkeys(names, 1.0)
+    if not isinstance(source, Mapping) or is_splits(source):
         return None
     for name, weight in source.items():
         good = isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight) and weight > 0
         if not good:
             raise EmlocError(f"The weight of {name} is {weight!r}, not a number above 0.", "Correct it.")
     return {str(name): float(weight) for name, weight in source.items()}
+
+
+def is_splits(source: Any) -> bool:
+    """Return whether it is a ``DatasetDict``: data sets by the names of their splits."""
+    return isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values())
 
 
 def weighted(rows: "Sequence[Row]", weight: float) -> "Iterable[Row]":

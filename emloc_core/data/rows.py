@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from emloc_core.data.columns import NO_RENAMING
 from emloc_core.data.images import Picture
-from emloc_core.data.mixture import weighted, weights
+from emloc_core.data.mixture import is_splits, weighted, weights
 from emloc_core.data.row import Row, Skipped, parse_rows
 from emloc_core.data.sources import no_rows, reader_of
 from emloc_core.errors import EmlocError
@@ -65,10 +65,10 @@ def load_rows(
     Raises:
         EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
     """
-    if isinstance(source, Mapping) and split in source and not isinstance(source[split], int | float):
-        source = source[split]  # a DatasetDict
-    elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
-        raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
+    if is_splits(source):
+        if split not in source:
+            raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
+        source = source[split]
     if isinstance(source, str | Path):
         name = str(source)
         read, directory = reader_of(name)

@@ -60,6 +60,11 @@ def test_sources_on_a_command_line(tmp_path, monkeypatch):
         parse_sources(["a.jsonl", "a.jsonl:2"])
 
 
+def test_a_source_that_a_list_names_twice_is_refused_as_on_a_command_line(files):
+    with pytest.raises(EmlocError, match="given twice"):
+        load_rows([files[0], files[1], Path(files[0])])
+
+
 def test_rows_that_occur_twice_are_drawn_earlier():
     twice = [Row(number, text=f"twice {number}") for number in range(300)] * 2
     once = [Row(number, text=f"once {number}") for number in range(300)]

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 import emloc_core as emloc_api
 from emloc_core.data.row import Row
@@ -15,8 +16,9 @@ from emloc_core.memory.budget import Budget
 from emloc_core.memory.decision import decide
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import load_recipe
-from emloc_core.recipe.tune import by_name
+from emloc_core.recipe.tune import Tune, by_name
 from emloc_core.settings import TrainSettings
+from emloc_core.stages.precheck import check_rows
 
 #: Settings of a tiny model's tuning.
 QUICK = {"steps": 2, "batch_size": 1, "bf16": False, "learning_rate": 1e-2}
@@ -163,11 +165,24 @@ def test_what_tune_did_not_write_stays_as_it_is(name, shallow_model, rows_file, 
     assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [(name, "mine")]
 
 
+def test_splits_in_memory(tmp_path, monkeypatch):
+    rows = [{"text": letter} for letter in "abc"]
+    splits = DatasetDict({"train": Dataset.from_list(rows[:2]), "test": Dataset.from_list(rows[2:])})
+    check_rows(splits)
+    asked = []
+    monkeypatch.setattr(Tune, "run", lambda self, **_: asked.append(self))
+    for number, evaluation in enumerate(({"split": "test"}, {"data": splits, "split": "test"})):
+        emloc_api.tune("model", splits, tmp_path / str(number), evaluation=evaluation)
+        assert load_rows(asked[-1].data) == load_rows(rows[:2])
+        assert (load_rows(asked[-1].evaluation.data), asked[-1].evaluation.split) == (load_rows(rows[2:]), None)
+
+
 def test_rows_in_memory_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     rows = [{"text": "a"}, {"text": "b"}]
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(Row, "to_dict", lambda row: {"text": "a"} if row.number == 1 else exec("raise KeyboardInterrupt"))
-        by_name(rows, tmp_path / "tuned")
+    with monkeypatch.context() as killed:
+        killed.setattr(Row, "to_dict", lambda row: {"text": "a"} if row.number == 1 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            by_name(rows, tmp_path / "tuned")
     assert not (tmp_path / "tuned" / "rows.jsonl").exists()
     assert load_rows(by_name(rows, tmp_path / "tuned")) == load_rows(rows)
 
