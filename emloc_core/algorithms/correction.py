@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from emloc_core.algorithms.lora import Lora
 
@@ -38,21 +39,22 @@ def correct_lora(weight: torch.Tensor, emulated: Emulated, lora: Lora, clamps: S
         clamps: the paper's code uses 3.
 
     Returns:
-        One LoRA per clamp: ``A' = Q^T``, ``B' = B0 - E`` (scaled), in the dtypes of the given one. Clamp 0 returns the
-        given LoRA itself.
+        One LoRA per clamp: ``A' = Q^T``, ``B' = B0 - E`` (scaled), in the dtypes of the given one; with zeros up to its
+        rank, where that exceeds n. Clamp 0 returns the given LoRA itself.
     """
     dtype = torch.promote_types(lora.a.dtype, torch.float32)
     # In fp64: where two values of D are close, rounding mixes their directions, and the clamp is by direction.
     q, d, zh = (part.to(dtype) for part in torch.linalg.svd(lora.a.T.double(), full_matrices=False))
     b0 = (lora.b.to(dtype) @ zh.T) * d
     error = (times(weight, q) - emulated.times(q)) / lora.scale
-    a = q.T.contiguous().to(lora.a.dtype)
+    unused = lora.rank - q.shape[1]
+    a = pad(q.T, (0, 0, 0, unused)).contiguous().to(lora.a.dtype)
     corrected = []
     for clamp in clamps:
         if clamp == 0:
             corrected.append(lora)
             continue
-        b = b0 - error * column_scales(b0, error, clamp)
+        b = pad(b0 - error * column_scales(b0, error, clamp), (0, unused))
         corrected.append(Lora(a, b.to(lora.b.dtype), lora.scale))
     return corrected
 
