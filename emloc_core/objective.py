@@ -142,7 +142,14 @@ class Objective(Protocol):
     def measure(
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
     ) -> dict[str, int]:
-        """Return what a dry run says of the rows to train on."""
+        """Return what a dry run says of the rows to train on.
+
+        Returns:
+            ``longest_tokens`` and ``longest_row``, the positions of the longest row and its number, before anything is
+            cut; ``cut_rows``, how many are longer than the settings' ``max_length``; ``dropped_rows``, of which no
+            answer is left; ``duplicate_rows``, which occur before; ``examples``, how many the others are to the
+            trainer.
+        """
 
     def arguments(
         self, settings: "StepSettings", checkpoints: "Path", rows: "Sequence[Row]", *, exact: bool, **fixed: Any

@@ -105,7 +105,7 @@ class TokenObjective:
         """Return how long rows are; see :func:`emloc_core.tuning.dataset.measure`."""
         from emloc_core.tuning.dataset import measure
 
-        return measure(rows, model.processing([*rows, *evaluated]), settings.max_length, model.config)
+        return measure(rows, model.processing([*rows, *evaluated]), settings, model.config)
 
     def arguments(
         self, settings: "StepSettings", checkpoints: Path, rows: "Sequence[Row]", *, exact: bool, **fixed: Any

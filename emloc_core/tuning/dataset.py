@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -16,6 +17,7 @@ from emloc_core.data.tokenize import Processing, Sample, tokenized, trl_example
 from emloc_core.errors import EmlocError
 from emloc_core.model.image_shape import count_patches
 from emloc_core.objective import RowSize
+from emloc_core.settings import StepSettings
 
 
 def make_dataset(
@@ -78,31 +80,36 @@ def _watched(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
 
 
 def measure(
-    rows: Sequence[Row], processing: Processing, max_length: int | None, config: PreTrainedConfig
+    rows: Sequence[Row], processing: Processing, settings: StepSettings, config: PreTrainedConfig
 ) -> dict[str, int]:
     """Return how long rows are, and what a maximum length does to them.
 
     Args:
-        rows, processing, max_length, config: see :func:`make_dataset`.
+        rows, processing, config: see :func:`make_dataset`.
+        settings: with the maximum length. Of preferences, the longer answer counts.
 
     Returns:
-        ``longest_tokens`` and ``longest_row``, before anything is cut; ``cut_rows``, how many are longer than
-        ``max_length``; ``dropped_rows``, of which no answer is left; ``duplicate_rows``, which occur before.
+        See :meth:`emloc_core.objective.Objective.measure`.
 
     Raises:
         EmlocError: as :func:`make_dataset`, but that no row has an answer left.
     """
-    limits = Limits.of(config)
-    whole = limits if max_length is None else Limits(None, limits.vocabulary)
-    samples = list(_watched(tokenized(rows, processing, None, whole), len(rows)))
-    lengths = [len(sample.input_ids) for sample in samples]
+    limits, most = Limits.of(config), settings.max_length
+    whole = limits if most is None else Limits(None, limits.vocabulary)
+    answers = [row.answers() if settings.learns_preferences else (row,) for row in rows]
+    flat = list(chain.from_iterable(answers))
+    samples = iter(_watched(tokenized(flat, processing, None, whole), len(flat)))
+    found = [[next(samples) for _ in of_row] for of_row in answers]
+    lengths = [max(len(sample.input_ids) for sample in of_row) for of_row in found]
     longest = max(range(len(rows)), key=lengths.__getitem__)
+    kept = [of_row for of_row in found if all(any(sample.completion_mask[:most]) for sample in of_row)]
     return {
         "longest_tokens": lengths[longest],
         "longest_row": rows[longest].number,
-        "cut_rows": sum(length > max_length for length in lengths) if max_length else 0,
-        "dropped_rows": sum(not any(sample.completion_mask[:max_length]) for sample in samples),
+        "cut_rows": sum(length > most for length in lengths) if most else 0,
+        "dropped_rows": len(rows) - len(kept),
         "duplicate_rows": len(rows) - len({row.key for row in rows}),
+        "examples": sum(map(len, kept)) if getattr(settings, "objective", "") == "kto" else len(kept),
     }
 
 

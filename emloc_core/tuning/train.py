@@ -107,7 +107,8 @@ class Train(Job):
         """
         settings = self.settings
         self._config()
-        batches = math.ceil(len(self.rows) / settings.batch_size)
+        measured = self.model.objective.measure(self.model, self.rows, self.eval_rows, settings)
+        batches = math.ceil(measured["examples"] / settings.batch_size)
         epochs = getattr(settings, "epochs", None) or DEFAULT_EPOCHS
         steps = math.ceil(epochs * math.ceil(batches / settings.accumulation))
         return {
@@ -117,7 +118,7 @@ class Train(Job):
             "rows": len(self.rows),
             "excluded_rows": self.excluded,
             "eval_rows": len(self.eval_rows),
-            **self.model.objective.measure(self.model, self.rows, self.eval_rows, settings),
+            **measured,
             "steps": settings.steps or steps,
             "learning_rate": settings.learning_rate,
             "target_modules": self.targets,

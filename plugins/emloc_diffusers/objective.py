@@ -109,10 +109,17 @@ class FlowMatching:
     def measure(
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
     ) -> dict[str, int]:
-        """Return how many patches the largest picture has."""
+        """Return how many patches the largest picture has; pictures are scaled down, and not cut."""
         found = self.samples(model, rows, settings.max_length, "selection")
         largest = max(found, key=lambda sample: sample.size)
-        return {"longest_tokens": largest.size, "longest_row": largest.row}
+        return {
+            "longest_tokens": largest.size,
+            "longest_row": largest.row,
+            "cut_rows": 0,
+            "dropped_rows": 0,
+            "duplicate_rows": len(rows) - len({row.key for row in rows}),
+            "examples": len(rows),
+        }
 
     def arguments(
         self, settings: "StepSettings", checkpoints: Path, rows: "Sequence[Row]", *, exact: bool, **fixed: Any

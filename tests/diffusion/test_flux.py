@@ -3,14 +3,17 @@
 import diffusers
 import pytest
 import torch
+from click.testing import CliRunner
 from emloc_diffusers.flow import squared_error
 from emloc_diffusers.lora_file import FILE
 from emloc_diffusers.training import ExactFlow
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from support.pipelines import flux_pipeline, picture_rows
+from support.rows import write_jsonl
 
 import emloc_core as emloc
+from emloc_core.cli import cli
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.exact.lora import lora_on
@@ -120,6 +123,15 @@ def test_the_emulator_is_smaller_and_is_what_is_trained_on(made):
     assert result["bytes"]["emulator"] < 0.7 * result["bytes"]["base"]
     assert made["adapter"].result["excluded_rows"] == 0  # few rows: other noise is drawn for them instead
     assert made["adapter"].result["rows"] == 6
+
+
+@pytest.mark.parametrize(("stage", "on"), [("train", "pipeline"), ("polish", "corrected")])
+def test_a_dry_run_tells_of_the_largest_picture_and_of_copies(stage, on, made, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*made["rows"], made["rows"][0]])
+    given = [str(getattr(made[on], "path", made[on])), "--data", str(rows), "-o", str(tmp_path / "out"), "--dry-run"]
+    said = CliRunner().invoke(cli, [stage, *given]).output
+    assert "longest row: 4 tokens" in said
+    assert "duplicates: 1 row" in said
 
 
 def test_rows_of_text_are_refused(made):

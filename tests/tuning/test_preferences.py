@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from support.jobs import train_job
 from support.rows import ANIMALS, COLOURS, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, KTOConfig
@@ -15,6 +16,7 @@ from trl.experimental.orpo import ORPOTrainer
 import emloc_core
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.files.manifest import read_manifest
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.settings import TrainSettings
@@ -203,6 +205,16 @@ def test_the_odds_ratio_is_that_of_trl():
     certain = torch.zeros(1, requires_grad=True)
     odds_ratio_loss(certain, torch.tensor([-1.0]), 0.3).backward()
     assert certain.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_dry_runs_steps_are_the_trainers(objective, tiny_model, tmp_path):
+    long = [{"prompt": "cat " * 40, "chosen": " a", "rejected": text} for text in (" b", " c")]  # dropped
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*preferences()[:6], *long])
+    chosen = {**SETTINGS, "objective": objective, "steps": None, "epochs": 1, "batch_size": 2, "accumulation": 1}
+    job = train_job(tiny_model, rows, tmp_path / "a", TrainSettings(**chosen, max_length=24))
+    assert job.describe()["steps"] == {"dpo": 3, "kto": 6}[objective]
+    assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
