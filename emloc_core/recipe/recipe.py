@@ -156,8 +156,14 @@ class Recipe(Settings):
         evaluates = self.data.eval is not None or self.data.eval_split is not None
         if evaluates and self.train.learns_preferences:
             raise ValueError("data.eval: preferences are not evaluated while tuning; leave out the rows to evaluate")
-        if self.train.patience is not None and not evaluates:
-            raise ValueError("train.patience waits for rows to evaluate, and there are none; give data.eval")
+        needs = {
+            "train.patience waits for": self.train.patience,
+            "polish.patience waits for": self.polish and self.polish.patience,
+            "data.eval_base needs": self.data.eval_base,
+        }
+        for told, given in needs.items():
+            if given and not evaluates:
+                raise ValueError(f"{told} rows to evaluate, and there are none; give data.eval")
         return self
 
     @model_validator(mode="after")

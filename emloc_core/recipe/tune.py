@@ -113,13 +113,18 @@ class Tune(Settings):
         """Return the recipe with what is decided for the memory, and that in lines; nothing is written.
 
         Raises:
-            EmlocError: see :meth:`run`; or there is one row alone.
+            EmlocError: see :meth:`run`; or there is one row alone, or no answer that is wanted.
         """
         skipped: list[Skipped] = []
-        if len({row.key for row in self._rows(skipped)}) == 1:  # what is wrong with a row is said at once, too
+        rows = self._rows(skipped)  # what is wrong with a row is said at once, too
+        if len({row.key for row in rows}) == 1:
             raise EmlocError(
                 "There is one distinct row to tune on, and one is held out, to be answered before and after.",
                 "Give more rows, or use `emloc train`.",
+            )
+        if not _wanted(rows):
+            raise EmlocError(
+                "No row has an answer that is wanted: every `label` is false.", "Give rows whose label is true, too."
             )
         lines = told(skipped)
         emulator = {"compress": CompressSettings(paper=True)} if self.paper else {}
@@ -150,7 +155,7 @@ class Tune(Settings):
         """Write what was asked for, the rows that are held out, and at last the recipe, with paths relative to it."""
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(self.output / ASKED, self._asked())
-        rows = [row for row in self._rows([]) if row.label is not False]  # answers that are wanted
+        rows = _wanted(self._rows([]))
         few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
         write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
         content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
@@ -172,6 +177,11 @@ class Tune(Settings):
         own = self.model_dump(mode="json", exclude={"model", "data", "output", "settings"})
         given = self.settings.model_dump(mode="json", exclude_unset=True)
         return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
+
+
+def _wanted(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows with answers that are wanted."""
+    return [row for row in rows if row.label is not False]
 
 
 def require_place(output: Path) -> None:

@@ -94,6 +94,8 @@ def test_what_cannot_be_read_is_one_error(write, tmp_path):
     [
         (["train.objective='dpo'", "data.eval='e.jsonl'"], "data.eval: preferences are not evaluated while tuning"),
         (["train.patience=2"], "train.patience waits for rows to evaluate, and there are none"),
+        (["polish.steps=1", "polish.patience=2"], "polish.patience waits for rows to evaluate, and there are none"),
+        (["data.eval_base=true"], "data.eval_base needs rows to evaluate, and there are none"),
     ],
 )
 def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, override, told):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from datasets import Dataset, DatasetDict
+from support.rows import write_jsonl
 
 import emloc_core as emloc_api
 from emloc_core.data.row import Row
@@ -185,6 +186,15 @@ def test_rows_in_memory_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
             by_name(rows, tmp_path / "tuned")
     assert not (tmp_path / "tuned" / "rows.jsonl").exists()
     assert load_rows(by_name(rows, tmp_path / "tuned")) == load_rows(rows)
+
+
+def test_unwanted_answers_alone_are_refused_by_the_plan(emloc, shallow_model, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": text, "label": False} for text in "bc"])
+    code, _, err = emloc(
+        "tune", shallow_model, "--data", data, "-o", tmp_path / "out", "--objective", "kto", "--dry-run"
+    )
+    assert code == 1
+    assert "No row has an answer that is wanted" in err
 
 
 def test_another_base_to_evaluate_is_refused(shallow_model, rows_file, tmp_path):
