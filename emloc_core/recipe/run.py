@@ -33,8 +33,11 @@ from emloc_core.recipe.stages import (
 )
 from emloc_core.stages.progress import ProgressEvent
 
-#: Functions that run and describe a stage in its own process.
+#: Functions that run, describe and check a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.stages.perform:describe"
+CHECK = "emloc_core.tuning.targets:check"
+#: Settings of tuning that name parts of the model or of TRL.
+_NAMING = ("extra", "target_modules", "lora_experts", "rank_pattern", "layers_to_transform", "modules_to_save")
 
 #: Keeps the stages from showing what they do.
 _QUIET = {"EMLOC_VERBOSITY": "quiet"}
@@ -65,6 +68,7 @@ def run_recipe(
     """
     recipe = load_recipe(path, overrides)
     require_tasks(recipe)
+    require_tuning(recipe)
     capped = gpu_cap(memory or recipe.model.memory)
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
     total = len(stages(recipe))
@@ -140,6 +144,18 @@ def require_tasks(recipe: Recipe) -> None:
     for task in recipe.eval.tasks if recipe.eval else ():
         if Path(task).is_absolute():  # others are lm-eval's own
             require_task_file(Path(task))
+
+
+def require_tuning(recipe: Recipe) -> None:
+    """Refuse settings of tuning that name what the model or TRL does not have: the emulator comes first, hours before.
+
+    Raises:
+        EmlocError: names it.
+    """
+    polish = recipe.polish.extra if recipe.polish else {}
+    if polish or any(getattr(recipe.train, name) for name in _NAMING):
+        settings = recipe.train.model_dump(mode="json", exclude_unset=True)
+        list(call(CHECK, {"model": recipe.model.base, "settings": settings, "polish": polish}))
 
 
 def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from emloc_core.data.mixture import weights
 from emloc_core.data.row import Row
 from emloc_core.data.rows import NO_RENAMING, SKIPPED, Skipped, digest, load_rows, told, write_rows, write_skipped
 from emloc_core.data.sets import draw
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, validated
 from emloc_core.files.card import CARD
 from emloc_core.files.documents import read_json, write_json, write_text
 from emloc_core.recipe.decided import decided
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
-from emloc_core.recipe.run import run_recipe
+from emloc_core.recipe.run import require_tuning, run_recipe
 from emloc_core.requests import COLUMNS, SKIP, EvalRows, Rows
 from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
 
@@ -128,10 +128,10 @@ class Tune(Settings):
             )
         lines = told(skipped)
         emulator = {"compress": CompressSettings(paper=True)} if self.paper else {}
-        recipe = Recipe(
-            output=str(self.output.absolute()),
-            model=ModelSection(base=_place(self.model), memory=self.memory, headroom=self.headroom),
-            data=DataSection(
+        content = {
+            "output": str(self.output.absolute()),
+            "model": ModelSection(base=_place(self.model), memory=self.memory, headroom=self.headroom),
+            "data": DataSection(
                 train=self._sources(),
                 split=self.split,
                 columns=self.columns,
@@ -141,10 +141,12 @@ class Tune(Settings):
                 eval_base=self.evaluation.on_base,
             ),
             **emulator,
-            train=self.settings,
-            merge=self.merge,
-            answers=AnswersSection(rows=HELD_OUT),
-        )
+            "train": self.settings,
+            "merge": self.merge,
+            "answers": AnswersSection(rows=HELD_OUT),
+        }
+        recipe = validated(Recipe, content, "See `emloc tune --help`.")
+        require_tuning(recipe)
         return decided(recipe, lines.append, adds_polish=True), lines
 
     def _rows(self, skipped: list[Skipped]) -> list[Row]:

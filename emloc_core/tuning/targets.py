@@ -1,6 +1,8 @@
 """Checks where PEFT would put a LoRA, without weights: only a LoRA on a Linear can be corrected and merged."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -9,12 +11,29 @@ from torch import nn
 
 from emloc_core.emulator.declared import all_linears
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.model.opened import OpenModel
-from emloc_core.settings import ALL_LINEAR, TrainSettings
+from emloc_core.model.opened import OpenModel, open_model
+from emloc_core.settings import ALL_LINEAR, PolishSettings, TrainSettings
 from emloc_core.standins.expert_loras import expert_stacks
 from emloc_core.standins.transfer import module_problems, require
 from emloc_core.standins.vocabulary import packed_layers
 from emloc_core.tuning.trl import lora_config
+
+
+def check(model: str, settings: Mapping[str, Any], polish: Mapping[str, Any]) -> None:
+    """Refuse settings that name what a model or its trainer does not have. Reads no weights.
+
+    Args:
+        model: directory or hub id.
+        settings: of training, by name.
+        polish: further fields of the trainer, for exact steps.
+
+    Raises:
+        EmlocError: names it.
+    """
+    opened, train = open_model(model, "cpu"), TrainSettings(**settings)
+    opened.objective.check(train)
+    opened.objective.check(PolishSettings(extra=dict(polish)))
+    choose_targets(opened, train)
 
 
 def choose_targets(model: OpenModel, settings: TrainSettings) -> list[str]:

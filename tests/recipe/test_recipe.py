@@ -104,6 +104,24 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
 
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.target_modules=['nope']", "no module 'nope'"),
+        ("train.extra={foo=1}", "no field 'foo'"),
+        ("polish={extra={foo=1}}", "no field 'foo'"),
+    ],
+)
+@pytest.mark.usefixtures("calls_here")
+def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, told, dry_run, emloc, shallow_model):
+    path = write(base=shallow_model)
+    code, _, err = emloc("run", path, *dry_run, "--set", "eval.tasks=['hellaswag']", "--set", override)
+    assert code == 1
+    assert told in err
+    assert not (path.parent / "emloc-run").exists()
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 def test_a_task_file_that_is_missing_is_named_before_the_first_stage(write, dry_run, emloc, monkeypatch):
     monkeypatch.setattr("emloc_core.recipe.run.call", None)  # no stage is begun or described
     path = write()

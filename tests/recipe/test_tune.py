@@ -148,6 +148,8 @@ def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch)
         "was not written by `emloc tune`": (shallow_model, "--data", rows_file, "-o", tmp_path / "mine"),
         "Write the unit: 24GiB": (*good, "--memory", 24),
         "give steps or epochs": (*good, "--steps", 1, "--epochs", 1),
+        "train.patience waits for rows": (*good, "--memory", "4GiB", "--patience", 2),
+        "no module 'nope'": (*good, "--memory", "4GiB", "--target-modules", "nope"),
     }.items():
         code, _, err = emloc("tune", *arguments)
         assert code != 0
