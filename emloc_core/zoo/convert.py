@@ -94,7 +94,14 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
     with tempfile.TemporaryDirectory() as temporary:
         planned = plan(jobs, directory if directory.is_dir() else Path(temporary), known, advance)
     there = {record.job.name: record for record in records}
-    first: dict[str, str] = {record.fingerprint: record.job.name for record in records if record.state != "duplicate"}
+    asked = {job.name: fingerprint for job, (fingerprint, _) in zip(jobs, planned, strict=True)}
+    first = {
+        record.fingerprint: record.job.name
+        for record in records
+        # As the store has it: others do not stand in for a job that failed, or becomes another one.
+        if record.state not in ("duplicate", "failed")
+        and asked.get(record.job.name, record.fingerprint) == record.fingerprint
+    }
     found = []
     for job, (fingerprint, fresh) in zip(jobs, planned, strict=True):
         needs = fresh or known[fingerprint]

@@ -12,6 +12,7 @@ from support.processes import wait, waiting
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
+from emloc_core.zoo.convert import preview
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import Demand
@@ -81,6 +82,21 @@ def test_a_failed_job_under_another_name_is_done(store):
     assert [(r.job.name, r.state, r.duplicate_of) for r in store.records()] == [
         ("a", "duplicate", "b"), ("c", "duplicate", "b"), ("b", "waiting", None),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("asked", [{"b": "1"}, {"b": "1", "a": "1"}, {"a": "2", "b": "1"}, {"b": "1", "a": "2"}])
+def test_a_dry_run_tells_what_is_done(store, asked, failed, monkeypatch):
+    store.add([waiting("a")], ["1"])
+    if failed:
+        store.start("a", 1, "log")
+        store.finish("a", 1, 1.0, FAILED)
+    jobs = [waiting(name) for name in asked]
+    monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(each, Demand()) for each in asked.values()])
+    said = {each.name: each.state for each in preview(jobs, store.directory)}
+    store.add(jobs, list(asked.values()))
+    first = {record.job.name: record.duplicate_of for record in store.records() if record.job.name in asked}
+    assert said == {name: f"the same as {other}" if other else "to do" for name, other in first.items()}
 
 
 def test_a_finished_job_is_not_replaced_and_nothing_is_added(store):
