@@ -85,8 +85,8 @@ class ZooJob(Settings):
             content["model"] = _model_fingerprint(self.model, cache_dir)
         for name in ("data", "calibration"):
             if content[name]:
-                content[name] = _rows_fingerprint(content[name], cache_dir)
-        content["test"] = [_rows_fingerprint(path, cache_dir) for path in content["test"]]
+                content[name] = _rows_fingerprint(content[name], self.split, cache_dir)
+        content["test"] = [_rows_fingerprint(path, self.split, cache_dir) for path in content["test"]]
         if self.eval:
             content["eval"]["tasks"] = [_task_fingerprint(task, cache_dir) for task in self.eval.tasks]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -126,18 +126,18 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
         return f"{model}: {error}"
 
 
-def _rows_fingerprint(source: str, cache_dir: Path) -> str:
+def _rows_fingerprint(source: str, split: str, cache_dir: Path) -> str:
     """Return a hash of what rows say and show, wherever they and their pictures are; a data set of the hub: its id."""
     from emloc_core.data.rows import digest, load_rows
     from emloc_core.files.inputs import hash_files
 
     path = Path(source)
-    if not path.is_file():
+    if not path.exists():
         return source
     try:
-        return digest(load_rows(source))
+        return digest(load_rows(source, split))
     except EmlocError:  # the worker will say what is wrong with them
-        return hash_files([path], cache_dir)
+        return hash_files([path], cache_dir) if path.is_file() else source
 
 
 def _task_fingerprint(task: str, cache_dir: Path) -> str:

@@ -1,8 +1,10 @@
 """Sources that a user names become jobs, and nothing leaves its directory."""
 
 import json
+import shutil
 
 import pytest
+from datasets import Dataset, DatasetDict
 from support.driver import ForkingDriver
 from support.internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
 from support.jobs import import_job
@@ -322,6 +324,21 @@ def test_a_fingerprint_is_of_what_rows_say_and_show(tmp_path):
         assert fingerprint("copy.jsonl") == found[-1]
     (tmp_path / "test.jsonl").write_text(json.dumps({"messages": turns}))
     assert len({*found, fingerprint()}) == 3
+
+
+def test_a_fingerprint_is_of_what_a_directory_holds(tmp_path):
+    folder, saved = tmp_path / "folder", tmp_path / "saved"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"shown")
+    found = []
+    for text in ("one", "two"):
+        (folder / "a.txt").write_text(text)
+        shutil.rmtree(saved, ignore_errors=True)
+        DatasetDict({"train": Dataset.from_dict({"text": [text]})}).save_to_disk(saved)
+        jobs = [ZooJob(name="a", model="org/model", data=str(each)) for each in (folder, saved)]
+        found += [job.fingerprint(tmp_path) for job in jobs]
+        assert [job.fingerprint(tmp_path) for job in jobs] == found[-2:]
+    assert len(set(found)) == 4
 
 
 def test_a_fingerprint_is_of_what_tasks_ask(tmp_path):
