@@ -1,5 +1,6 @@
 """What a model answers to rows, without an adapter and with it."""
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ def answers(base: str, adapter: Path, rows: Sequence[Row], max_new_tokens: int) 
         for name, context in (("before", conversation.model.disable_adapter()), ("after", nullcontext())):
             with context:
                 if isinstance(row.prompt, list):
-                    told[name] = conversation.complete(row.prompt, row.images or ())
+                    told[name] = conversation.complete(row.prompt, row.images or (), row.tools)
                 else:
                     told[name] = conversation.continue_text(_prompt(row))
         found.append(told)
@@ -40,8 +41,10 @@ def _expected(row: Row) -> str:
 
 
 def _said(content: Any) -> str:
-    """Return the text of a prompt or an answer: of a conversation, that of its last message."""
+    """Return the text of a prompt or an answer: of a conversation, that of its last message, and its calls of tools."""
     if not isinstance(content, list):
         return str(content)
     last = content[-1].get("content") or ""
-    return last if isinstance(last, str) else " ".join(part["text"] for part in last if part.get("type") == "text")
+    text = last if isinstance(last, str) else " ".join(part["text"] for part in last if part.get("type") == "text")
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in content[-1].get("tool_calls", ())]
+    return "\n".join(filter(None, [text, *calls]))

@@ -1,6 +1,6 @@
 """A conversation with a model: text and images in, an answer that is streamed as it is written."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,23 @@ class Conversation:
             self.messages, self._pictures = [*messages, {"role": "assistant", "content": answer}], shown
         return answer
 
-    def complete(self, messages: Sequence[Message], pictures: Sequence[Picture] = ()) -> str:
+    def complete(
+        self,
+        messages: Sequence[Message],
+        pictures: Sequence[Picture] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Return the answer to messages, without the space around it; neither is remembered.
+
+        Args:
+            messages: of a row.
+            pictures: which they show.
+            tools: which may be called, as functions in JSON schema.
 
         Raises:
             EmlocError: see :meth:`say`.
         """
-        return self._answer(self._inputs(list(messages), list(pictures)), lambda _: None)
+        return self._answer(self._inputs(list(messages), list(pictures), tools), lambda _: None)
 
     def continue_text(self, text: str) -> str:
         """Return how the model continues a text, without a chat template.
@@ -102,15 +112,15 @@ class Conversation:
     def _plain(self, text: str) -> Any:
         return self._tokenizer(text, return_tensors="pt")
 
-    def _inputs(self, messages: list[Message], pictures: list[Picture]) -> Any:
+    def _inputs(self, messages: list[Message], pictures: list[Picture], tools: Any = None) -> Any:
+        settings: dict[str, Any] = {"tools": tools, "add_generation_prompt": True}
         try:
             if self.reads_images:
-                text = self.processing.apply_chat_template(in_parts(messages), add_generation_prompt=True)
+                text = self.processing.apply_chat_template(in_parts(messages), **settings)
                 images = [picture.read() for picture in pictures] or None
                 # The template writes the special tokens itself.
                 return self.processing(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
-            settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-            return self.processing.apply_chat_template(messages, **settings)
+            return self.processing.apply_chat_template(messages, return_dict=True, return_tensors="pt", **settings)
         except (TemplateError, ValueError) as error:
             raise EmlocError(
                 f"The model's chat template rejects the conversation ({error}).", "Leave out the system message."

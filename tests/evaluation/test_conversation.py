@@ -14,15 +14,17 @@ from support.vision_models import internvl_processor, picture, qwen_processor, s
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import emloc_core
+from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.evaluation.answers import answers
 
 GREEDY = {"temperature": 0, "max_new_tokens": 8}
 
 
-def greedy(directory, messages):
+def greedy(directory, messages, **given):
     """What transformers alone answers."""
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
-    settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", **given}
     inputs = tokenizer.apply_chat_template(messages, **settings)
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -55,6 +57,19 @@ def test_an_adapter_names_its_model(tiny_model, tmp_path):
     alone = emloc_core.chat(adapter, **GREEDY).say("animal: cat")
     assert alone == emloc_core.chat(tiny_model, adapter, **GREEDY).say("animal: cat")
     assert alone != emloc_core.chat(tiny_model, **GREEDY).say("animal: cat")
+
+
+def test_rows_are_answered_with_their_tools_and_expect_calls(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    asked, tools = [{"role": "user", "content": "animal: cat"}], [{"type": "function", "function": {"name": "look"}}]
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "Käfer"}}}]}
+    rows = load_rows([{"messages": [*asked, called], "tools": tools}])
+    (found,) = answers(str(model), make_adapter(model, tmp_path / "adapter"), rows, 8)
+    assert found["expected"] == '{"name": "look", "arguments": {"at": "Käfer"}}'
+    assert found["before"] == greedy(model, asked, tools=tools) != greedy(model, asked)
 
 
 def test_without_a_chat_template_text_is_continued(tiny_model, tmp_path):
