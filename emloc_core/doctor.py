@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_core.compat.tested import TESTED
+from emloc_core.processes.group import group_memory
 from emloc_core.processes.lifetime import run_to_end
 
 #: Modules whose names are not those of their packages.
@@ -172,13 +173,8 @@ def _memory() -> tuple[int, int] | None:
         free, total = sizes["MemAvailable"], sizes["MemTotal"]
     except (OSError, LookupError, ValueError):
         return None
-    try:
-        limit, used = (
-            int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
-        )
-    except (OSError, ValueError):  # no limit
-        return free, total
-    return min(free, max(0, limit - used)), min(total, limit)
+    group = group_memory() or (free, total)
+    return min(free, group[0]), min(total, group[1])
 
 
 def _plugins(reports: Any) -> Iterator[Check]:

@@ -1,12 +1,10 @@
 """The device that weights, activations and statistics are on."""
 
-import contextlib
-from pathlib import Path
-
 import psutil
 import torch
 
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.processes.group import group_memory
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -33,17 +31,14 @@ def choose_device(name: str = "auto") -> torch.device:
 def free_memory(name: str = "auto") -> int:
     """Return the bytes that are free of a device: see :func:`free_of` for a GPU, and otherwise of this machine.
 
-    That is less where the control group has fewer.
+    That is less where the control group has fewer: see :func:`emloc_core.processes.group.group_memory`.
     """
     device = choose_device(name)
     if device.type == "cuda":
         return free_of(device)
     free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it has no limit
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return free
+    group = group_memory()
+    return min(free, group[0]) if group else free
 
 
 def free_of(gpu: torch.device | int) -> int:

@@ -11,10 +11,11 @@ from support.jobs import compress_job
 from torch import nn
 
 from emloc_core.data.rows import load_rows
+from emloc_core.doctor import _memory
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.absent import Absent
-from emloc_core.model.device import choose_device
+from emloc_core.model.device import choose_device, free_memory
 from emloc_core.model.opened import OpenModel
 from emloc_core.model.parking import Parking
 from emloc_core.model.streaming import Stream
@@ -24,6 +25,18 @@ from emloc_core.settings import CompressSettings
 def test_auto_is_the_gpu_where_there_is_one():
     assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_device("cpu").type == "cpu"
+
+
+def test_what_a_limited_container_keeps_of_files_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.processes.group._PLACE", tmp_path)
+    whole = free_memory("cpu")
+    stat = "anon 100\nfile 750\nactive_file 300\ninactive_file 400\n"
+    for name, text in (("memory.max", "1000\n"), ("memory.current", "900\n"), ("memory.stat", stat)):
+        (tmp_path / name).write_text(text)
+    assert free_memory("cpu") == 800 < whole
+    assert _memory() == (800, 1000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory("cpu") > 1000
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "meta", ""])
