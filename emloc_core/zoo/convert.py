@@ -50,15 +50,7 @@ def convert(
         raise EmlocError(f"{directory} cannot be made ({error.strerror}).", "Choose another place with -o.") from error
     with driving(directory) as lock, closing(Store(directory, create=True)) as store:
         store.take_over()
-        records = store.records()
-        known = _known(records)
-        planned = plan(jobs, directory, known, advance)
-        fingerprints = [fingerprint for fingerprint, _ in planned]
-        asked = {*fingerprints, *(job.name for job in jobs)}
-        relevant = [each for each in records if asked & {each.job.name, each.fingerprint}]
-        store.reopen([each.job.name for each in relevant if _is_gone(each, directory)])
-        store.add(jobs, fingerprints)
-        store.plan({job.name: needs or known[seen] for job, (seen, needs) in zip(jobs, planned, strict=True)})
+        _add(store, jobs, directory, advance)
         Driver(store, make_engine(lock), limits, tell).run()
         return store.records()
 
@@ -83,34 +75,24 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
     """Return what converting the jobs would do, in order; nothing is made.
 
     Raises:
-        EmlocError: there is no place for a zoo.
+        EmlocError: a finished job has the name of another one; or there is no place for a zoo.
     """
     _require_place(directory)
-    records: list[JobRecord] = []
-    if (directory / DATABASE).is_file():
-        with closing(Store(directory)) as store:
-            records = store.records()
-    known = _known(records)
-    with tempfile.TemporaryDirectory() as temporary:
-        planned = plan(jobs, directory if directory.is_dir() else Path(temporary), known, advance)
-    there = {record.job.name: record for record in records}
-    asked = {job.name: fingerprint for job, (fingerprint, _) in zip(jobs, planned, strict=True)}
-    first = {
-        record.fingerprint: record.job.name
-        for record in records
-        # As the store has it: others do not stand in for a job that failed, or becomes another one.
-        if record.state not in ("duplicate", "failed")
-        and asked.get(record.job.name, record.fingerprint) == record.fingerprint
-    }
+    with tempfile.TemporaryDirectory() as temporary, closing(Store(Path(temporary), create=True)) as store:
+        if (directory / DATABASE).is_file():
+            with closing(Store(directory)) as there:
+                there.copy_to(store)
+        before = store.records()
+        _add(store, jobs, directory if directory.is_dir() else Path(temporary), advance)
+        records = {record.job.name: record for record in store.records()}
     found = []
-    for job, (fingerprint, fresh) in zip(jobs, planned, strict=True):
-        needs = fresh or known[fingerprint]
-        same = first.setdefault(fingerprint, job.name)
-        record = there.get(job.name)
-        state = "to do" if same == job.name else f"the same as {same}"
-        if record and record.state == "done" and record.fingerprint == fingerprint and not _is_gone(record, directory):
-            state = "done"
-        found.append(Preview(job.name, state, needs, estimate(job, needs, records) if state == "to do" else None))
+    for job in jobs:
+        record = records[job.name]
+        assert record.needs is not None
+        state = "done" if record.state == "done" else "to do"
+        state = f"the same as {record.duplicate_of}" if record.duplicate_of else state
+        seconds = estimate(job, record.needs, before) if state == "to do" else None
+        found.append(Preview(job.name, state, record.needs, seconds))
     return found
 
 
@@ -133,6 +115,19 @@ def require_room(previews: Sequence[Preview], directory: Path, limit: int | None
             "Free some space, choose another disk, or convert fewer models at a time.",
         )
     return needed, room
+
+
+def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progress) -> None:
+    """Plan jobs and add them to a store; those whose outputs are gone from ``directory`` wait again."""
+    records = store.records()
+    known = _known(records)
+    planned = plan(jobs, directory, known, advance)
+    fingerprints = [fingerprint for fingerprint, _ in planned]
+    asked = {*fingerprints, *(job.name for job in jobs)}
+    relevant = [each for each in records if asked & {each.job.name, each.fingerprint}]
+    store.reopen([each.job.name for each in relevant if _is_gone(each, directory)])
+    store.add(jobs, fingerprints)
+    store.plan({job.name: needs or known[seen] for job, (seen, needs) in zip(jobs, planned, strict=True)})
 
 
 def _require_place(directory: Path) -> None:

@@ -229,6 +229,10 @@ class Store:
             )
         return records
 
+    def copy_to(self, other: "Store") -> None:
+        """Make another store the same as this one is now."""
+        self._database.backup(other._database)
+
     def close(self) -> None:
         """Close the file."""
         self._database.close()

@@ -87,25 +87,31 @@ def test_a_failed_job_under_another_name_is_done(store):
 @pytest.mark.parametrize("failed", [False, True])
 @pytest.mark.parametrize("asked", [{"b": "1"}, {"b": "1", "a": "1"}, {"a": "2", "b": "1"}, {"b": "1", "a": "2"}])
 def test_a_dry_run_tells_what_is_done(store, asked, failed, monkeypatch):
-    store.add([waiting("a")], ["1"])
+    store.add([waiting("a"), waiting("c")], ["1", "1"])
     if failed:
         store.start("a", 1, "log")
         store.finish("a", 1, 1.0, FAILED)
     jobs = [waiting(name) for name in asked]
     monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(each, Demand()) for each in asked.values()])
+    before = store.records()
     said = {each.name: each.state for each in preview(jobs, store.directory)}
+    assert store.records() == before
     store.add(jobs, list(asked.values()))
     first = {record.job.name: record.duplicate_of for record in store.records() if record.job.name in asked}
     assert said == {name: f"the same as {other}" if other else "to do" for name, other in first.items()}
 
 
-def test_a_finished_job_is_not_replaced_and_nothing_is_added(store):
+def test_a_finished_job_is_not_replaced_and_nothing_is_added(store, monkeypatch):
     store.add([waiting("a")], ["1"])
     store.start("a", 1, "log")
     store.finish("a", 1, 1.0, Outcome(None))
     store.add([waiting("a")], ["1"])
     with pytest.raises(EmlocError, match="finished job 'a' of another model"):
         store.add([waiting("b"), waiting("a")], ["3", "2"])
+    (store.directory / "jobs/a").mkdir(parents=True)  # its outputs are on a cluster
+    monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("2", Demand())])
+    with pytest.raises(EmlocError, match="finished job 'a' of another model"):
+        preview([waiting("a")], store.directory)
     assert states(store) == {"a": "done"}
 
 
