@@ -79,7 +79,7 @@ test-pythons: $(STAMP)  ## the built wheel on every supported Python that is her
 	PYTHONPATH=tests $(BIN)/python -m support.pythons
 
 test-gpu: $(STAMP)  ## what a GPU computes is what the CPU does; needs one
-	$(BIN)/python -m pytest -m cuda tests/gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda tests/gpu
 
 gpu-wheels: $(STAMP)  ## what a GPU machine lacks that reaches no registry: OPTIONS='--python 3.12 --cuda 130'
 	$(BIN)/python benchmarks/gpu_wheels.py $(OPTIONS)

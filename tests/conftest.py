@@ -29,7 +29,7 @@ if threading.current_thread() is threading.main_thread():
 # The workers of pytest share the cores already, and threads that wait for each other in tiny models take many times as
 # long. The processes that tests start take it from the environment.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs are run without one
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs are run without one; `make test-gpu` compiles them
 os.environ["EMLOC_CACHE"] = ""  # what one test traced is not what another one does
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes compiles what it does with odd shapes: eight seconds per process
 
