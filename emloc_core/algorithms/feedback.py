@@ -12,10 +12,12 @@ rows at a time, so that less is held beside it.
 """
 
 import os
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 from typing import TypeGuard
 
@@ -241,9 +243,10 @@ def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:
 
 @cache
 def has_triton() -> bool:
-    """Return whether kernels for GPUs can be compiled: by Triton, which torch for CUDA brings along, and a compiler."""
+    """Return whether kernels for GPUs can be compiled: by torch's Triton, a compiler, and Python's headers."""
     has_compiler = "CC" in os.environ or any(map(which, ("gcc", "clang")))
-    return has_compiler and find_spec("triton") is not None
+    has_headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return has_compiler and has_headers and find_spec("triton") is not None
 
 
 def to_levels(

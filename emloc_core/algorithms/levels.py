@@ -235,7 +235,9 @@ def rows_at_once(n: int, products: int = max(_PRODUCTS.values())) -> int:
 
 def _by_group(numbers: torch.Tensor) -> torch.Tensor:
     """Return the sum of every group of a column, (groups, m), for numbers (n, m)."""
-    return torch.stack([numbers[part].sum(0) for part in blocks(len(numbers), GROUP)])
+    groups, rest = divmod(len(numbers), GROUP)
+    whole = numbers[: groups * GROUP].unflatten(0, (groups, GROUP)).sum(1)
+    return torch.cat([whole, numbers[-rest:].sum(0, keepdim=True)]) if rest else whole
 
 
 def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:
