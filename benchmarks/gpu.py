@@ -69,7 +69,7 @@ def layers(small: bool) -> list[dict[str, Any]]:
     rows = []
     for m, n in shapes:
         for kind in (None, OTHER, *KINDS):
-            linear = nn.Linear(n, m, bias=False, device=DEVICE, dtype=torch.bfloat16)
+            linear = nn.Linear(n, m, bias=False, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
             layer = packed(nn.Sequential(linear), kind).get_submodule("0")
             for tokens in (16,) if small else (1024, 4096, 8192):
                 x = torch.randn(tokens, n, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -227,7 +227,8 @@ def packed(model: nn.Module, kind: str | None) -> nn.Module:
 
         for path, (m, n) in shapes.items():
             made = Linear4bit(n, m, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device=DEVICE)
-            model.set_submodule(path, made.to(DEVICE).requires_grad_(requires_grad=False))
+            made = made.to(torch.bfloat16).to(DEVICE)  # as models are: it unpacks to the dtype that it packed
+            model.set_submodule(path, made.requires_grad_(requires_grad=False))
         return model
     ratio = KINDS[kind]
     ranks: list[int | None] = [*uniform(list(shapes.values()), ratio)] if ratio else [None] * len(shapes)
