@@ -45,8 +45,9 @@ class Meter:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
             gpus = range(torch.cuda.device_count())
-            reading["peak_cuda_bytes"] = max(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
-            reading["peak_cuda_reserved_bytes"] = max(torch.cuda.max_memory_reserved(gpu) for gpu in gpus)
+            if most := max(map(torch.cuda.max_memory_allocated, gpus)):  # libraries initialise GPUs that nothing uses
+                reading["peak_cuda_bytes"] = most
+                reading["peak_cuda_reserved_bytes"] = max(map(torch.cuda.max_memory_reserved, gpus))
         return reading
 
 

@@ -133,7 +133,7 @@ def _as_image(pixels: torch.Tensor) -> "Image":
     """Return pixels, (C, H, W), from -1 to 1, as a picture."""
     from PIL import Image
 
-    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    levels = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
