@@ -125,14 +125,17 @@ def _gpu(gpus: Any) -> Iterator[Check]:
     for each in gpus.get("devices", []):
         size = f"{_size(each['free'])} of {_size(each['total'])} free"
         yield Check("gpu", each["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
-    if not gpus.get("devices"):
-        if driver:
-            built = f"was built for CUDA {gpus['cuda']}" if gpus.get("cuda") else "was built for CPUs"
-            yield Check(
-                "gpu", "cuda", "warning", f"the driver {driver} shows a GPU that torch cannot use: torch {built}"
+    if gpus.get("devices"):
+        if not gpus["compiles"]:
+            slow = (
+                "no compiled kernels, so emulators take longer to make: install gcc and Python's headers (python3-dev)"
             )
-        else:
-            yield Check("gpu", "cuda", "note", "no GPU; everything runs on the CPU")
+            yield Check("gpu", "compiler", "warning", slow)
+    elif driver:
+        built = f"was built for CUDA {gpus['cuda']}" if gpus.get("cuda") else "was built for CPUs"
+        yield Check("gpu", "cuda", "warning", f"the driver {driver} shows a GPU that torch cannot use: torch {built}")
+    else:
+        yield Check("gpu", "cuda", "note", "no GPU; everything runs on the CPU")
 
 
 def _driver() -> str | None:
@@ -238,11 +241,13 @@ def _probes(names: Iterable[str]) -> None:
 def _gpus() -> dict[str, Any]:
     import torch
 
+    from emloc_core.algorithms.feedback import has_triton
+
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         devices.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
-    return {"cuda": torch.version.cuda, "devices": devices}
+    return {"cuda": torch.version.cuda, "devices": devices, "compiles": has_triton()}
 
 
 def lines(checks: Iterable[Check]) -> Iterator[str]:

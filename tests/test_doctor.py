@@ -60,6 +60,9 @@ def test_a_package_of_an_extra_may_be_missing(monkeypatch):
     assert found == [Check("packages", "gguf", "note", "not installed (for it: pip install 'emloc[gguf]')")]
 
 
+DEVICE = {"name": "A", "free": 70e9, "total": 80e9}
+
+
 @pytest.mark.parametrize(
     ("gpus", "driver", "state", "text"),
     [
@@ -67,11 +70,12 @@ def test_a_package_of_an_extra_may_be_missing(monkeypatch):
         ({"cuda": None, "devices": []}, "570.1", "warning", "torch was built for CPUs"),
         ({"cuda": "12.8", "devices": []}, "470.1", "warning", "torch was built for CUDA 12.8"),
         (
-            {"cuda": "12.8", "devices": [{"name": "A", "free": 70e9, "total": 80e9}]},
+            {"cuda": "12.8", "devices": [DEVICE], "compiles": True},
             "570.1",
             "ok",
             "70.0 GB of 80.0 GB",
         ),
+        ({"cuda": "12.8", "devices": [DEVICE], "compiles": False}, "570.1", "warning", "install gcc"),
         ("ImportError: torch", None, "error", "ImportError: torch"),
     ],
 )
