@@ -159,11 +159,14 @@ def forgotten(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _elsewhere(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, float], dict[str, float]]]:
-    """Yield measurements of emulators' LoRAs, with the losses elsewhere of their control and their own."""
+    """Yield measurements of emulators' LoRAs, with the losses elsewhere of their control and their own.
+
+    Those of LoRAs that were tuned on what is elsewhere for others are left out.
+    """
     controls = {_way(row): row["elsewhere"][FULL] for row in rows if FULL in row.get("elsewhere", {})}
     for row in rows:
         own, control = row.get("elsewhere", {}).get("auto"), controls.get(_way(row))
-        if own and control:
+        if own and control and row["task"] not in UNRELATED:
             yield row, control, own
 
 
