@@ -138,12 +138,10 @@ def tune(model: str, rows: str, output: str, batch: int, length: int, checkpoint
 
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from emloc_core.processes.environment import settle
     from emloc_core.requests import TrainRequest
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.exact import prepare
 
-    settle()
     floor = resident_bytes()
     settings = TrainSettings(steps=STEPS, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)
     with redirect_stdout(sys.stderr):

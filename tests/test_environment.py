@@ -66,39 +66,6 @@ def test_a_child_keeps_back_what_no_one_can_act_on(tmp_path: Path) -> None:
         assert said.read_text() == words
 
 
-#: Frees blocks of 4 MB with a small one after them, and prints what stays of them.
-FREES = """
-import ctypes, sys
-from pathlib import Path
-from emloc_core.processes.environment import settle
-
-library = ctypes.CDLL(None)
-library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-library.mallopt(-3, 32 << 20)  # as glibc does by itself after a while
-if sys.argv[1] == "settled":
-    settle()
-pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
-before, blocks = pages(), [library.malloc(4 << 20) for _ in range(20)]
-for block in blocks:
-    ctypes.memset(block, 1, 4 << 20)
-last = [library.malloc(100_000) for _ in range(20)]
-for block in blocks:
-    library.free(ctypes.c_void_p(block))
-print((pages() - before) * 4096)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the resident set is read from /proc")
-def test_large_blocks_go_back_when_they_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    settled, plain = (
-        int(subprocess.run([sys.executable, "-c", FREES, how], check=True, capture_output=True).stdout)
-        for how in ("settled", "plain")
-    )
-    assert settled < 10e6
-    assert plain > 70e6
-
-
 def test_calls_of_a_dry_run_are_made_here() -> None:
     with called_here():
         assert next(call("os:getpid", {})) == os.getpid()

@@ -18,7 +18,7 @@ from types import GeneratorType
 from typing import IO, Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.processes.environment import VARIABLES, hush_libraries, settle, without_collections
+from emloc_core.processes.environment import VARIABLES, hush_libraries, without_collections
 from emloc_core.processes.lifetime import child_environment, end_with_parent, run_to_end
 
 _IS_HERE = ContextVar("is_here", default=False)
@@ -154,7 +154,6 @@ def answer(question: Mapping[str, Any], send: Callable[[dict[str, Any]], Any]) -
 def main() -> int:
     """Answer the question on stdin."""
     end_with_parent()
-    settle()
     hush_libraries()
     question = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")

@@ -1,13 +1,11 @@
 """Sets the environment variables that libraries below torch read once, and silences what others say for no one."""
 
-import ctypes
 import gc
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 #: Threads of OpenMP that spin while they wait for work starve a second core: 20 s against 5 s under load. A short spin
 #: first: without it an eigendecomposition took twice as long on two idle cores (0.61 s, not 0.30 s).
@@ -22,8 +20,7 @@ VARIABLES = {
     "LRU_CACHE_CAPACITY": "64",
     "TOKENIZERS_PARALLELISM": "false",
 }
-#: ``M_MMAP_THRESHOLD`` of malloc.h, and the bytes from which on blocks are mapped.
-_THRESHOLD, _MAPPED = -3, 2 << 20
+
 
 #: Libraries that log to stderr.
 LOGGERS = ("transformers", "datasets", "huggingface_hub", "trl", "peft", "accelerate", "torch", "bitsandbytes")
@@ -35,19 +32,6 @@ def settle() -> None:
     """Set what the user has not set. Call it before torch computes."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-    _map_large_blocks()
-
-
-def _map_large_blocks() -> None:
-    """Have glibc map large blocks, which go back to the system as soon as they are freed.
-
-    By itself it puts those of up to 32 MB on a heap, which shrinks only from its end. Huge pages, for which torch asks
-    where it is told to, make up for the time that mapping takes (``docs/decisions/0301-memory-is-given-back.md``).
-    """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        with suppress(AttributeError):  # a C library without it
-            ctypes.CDLL(None).mallopt(_THRESHOLD, _MAPPED)
-            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

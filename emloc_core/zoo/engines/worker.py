@@ -16,7 +16,7 @@ from types import FrameType
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
 from emloc_core.files.workspace import Workspace
-from emloc_core.processes.environment import hush_libraries, settle
+from emloc_core.processes.environment import hush_libraries
 from emloc_core.processes.lifetime import die_with, end_with_parent
 from emloc_core.recipe.stages import Stage
 from emloc_core.zoo.jobs.faults import classify, describe, ended, exit_code, memory_kills
@@ -100,7 +100,6 @@ def main(job_file: str) -> int:
     if os.getpgid(0) == os.getpid():  # started by an engine, in a group of its own
         signal.signal(signal.SIGTERM, _end_all)
         end_with_parent(signal.SIGTERM)
-    settle()
     hush_libraries()
     path = Path(job_file).absolute()
     outcome = run(ZooJob.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
