@@ -106,10 +106,10 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, what ``auto`` recovers on mixtures of experts from emulators of usual kinds, by task."""
-    of = [row for row in rows if row["model"] in MIXTURES and row["kind"] not in VARIANTS]
     cells: dict[tuple[str, ...], str] = {}
-    for row in sorted(of, key=lambda row: (-row["memory"], row["kind"] != "nf4")):
-        cells[*_standin(row), row["task"]] = _recovered(row)
+    for row in sorted(rows, key=lambda row: -row["memory"]):
+        if row["model"] in MIXTURES and row["kind"] not in VARIANTS:
+            cells[*_standin(row), row["task"]] = _recovered(row)
     return _pivoted(["kind", "memory"], TASKS, cells)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_core.compat.tested import TESTED
-from emloc_core.processes.group import group_memory
+from emloc_core.processes.group import within_group
 from emloc_core.processes.lifetime import run_to_end
 
 #: Modules whose names are not those of their packages.
@@ -127,10 +127,8 @@ def _gpu(gpus: Any) -> Iterator[Check]:
         yield Check("gpu", each["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
     if gpus.get("devices"):
         if not gpus["compiles"]:
-            slow = (
-                "no compiled kernels, so emulators take longer to make: install gcc and Python's headers (python3-dev)"
-            )
-            yield Check("gpu", "compiler", "warning", slow)
+            missing = "kernels cannot be compiled, so emulators take longer to make: install gcc and python3-dev"
+            yield Check("gpu", "compiler", "warning", missing)
     elif driver:
         built = f"was built for CUDA {gpus['cuda']}" if gpus.get("cuda") else "was built for CPUs"
         yield Check("gpu", "cuda", "warning", f"the driver {driver} shows a GPU that torch cannot use: torch {built}")
@@ -176,8 +174,7 @@ def _memory() -> tuple[int, int] | None:
         free, total = sizes["MemAvailable"], sizes["MemTotal"]
     except (OSError, LookupError, ValueError):
         return None
-    group = group_memory() or (free, total)
-    return min(free, group[0]), min(total, group[1])
+    return within_group(free, total)
 
 
 def _plugins(reports: Any) -> Iterator[Check]:
@@ -241,13 +238,13 @@ def _probes(names: Iterable[str]) -> None:
 def _gpus() -> dict[str, Any]:
     import torch
 
-    from emloc_core.algorithms.feedback import has_triton
+    from emloc_core.algorithms.feedback import compiles_kernels
 
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         devices.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
-    return {"cuda": torch.version.cuda, "devices": devices, "compiles": has_triton()}
+    return {"cuda": torch.version.cuda, "devices": devices, "compiles": compiles_kernels()}
 
 
 def lines(checks: Iterable[Check]) -> Iterator[str]:

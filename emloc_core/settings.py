@@ -195,6 +195,11 @@ class StepSettings(Settings):
         return False
 
     @property
+    def learns_labels(self) -> bool:
+        """Whether answers are learned one by one, each with a label: wanted or not."""
+        return False
+
+    @property
     def trains_modules(self) -> bool:
         """Whether embeddings or the output layer are trained themselves."""
         return False
@@ -261,6 +266,11 @@ class TrainSettings(StepSettings):
     def learns_preferences(self) -> bool:
         """Whether answers are learned to be preferred to others, rather than learned."""
         return self.objective != "sft"
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether answers are learned one by one, each with its label, as KTO does."""
+        return self.objective == "kto"
 
     @field_validator("target_modules", "modules_to_save", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod

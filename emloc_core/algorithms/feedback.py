@@ -238,11 +238,11 @@ def _pass_on(numbers: torch.Tensor, weights: torch.Tensor, changes: torch.Tensor
 
 def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:
     """Return whether kernels round such numbers: those of a GPU to a grid."""
-    return numbers.is_cuda and isinstance(nearest, Grid) and has_triton()
+    return numbers.is_cuda and isinstance(nearest, Grid) and compiles_kernels()
 
 
 @cache
-def has_triton() -> bool:
+def compiles_kernels() -> bool:
     """Return whether kernels for GPUs can be compiled: by torch's Triton, a compiler, and Python's headers."""
     has_compiler = "CC" in os.environ or any(map(which, ("gcc", "clang")))
     has_headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()

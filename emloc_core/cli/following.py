@@ -41,21 +41,14 @@ def following(request: Request, result: Result) -> list[str]:
     match request:
         case ImportRequest():
             commands = [join("plan", output, "--memory", "24GiB")]
-        case CompressRequest(
-            data=data,
-            tuning=tuning,
-            settings=settings,
-            split=split,
-            columns=columns,
-            exclude=exclude,
-            skip_bad_rows=skip,
-        ):
-            left_out = [word for file in exclude for word in ("--exclude", file)]
-            same = settings.model_dump(include={"loss", "max_length"}, exclude_unset=True)
-            how = [*read_as(split, columns), *left_out, *(["--skip-bad-rows"] if skip else [])]
+        case CompressRequest():
+            how = read_as(request.split, request.columns)
+            how += [word for file in request.exclude for word in ("--exclude", str(file))]
+            how += ["--skip-bad-rows"] if request.skip_bad_rows else []
+            same = request.settings.model_dump(include={"loss", "max_length"}, exclude_unset=True)
             shape = result.result.get("tuning", {})
-            how += flags(tuning.model_dump(exclude_unset=True) | same | shape)
-            commands = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
+            how += flags(request.tuning.model_dump(exclude_unset=True) | same | shape)
+            commands = [join("train", output, *rows(request.data), *how, "-o", _beside(output, "adapter"))]
         case TrainRequest(model=model) if _is_emulator(model):
             commands = [join("correct", output, "-o", _beside(output, "corrected"))]
         case TrainRequest() | PolishRequest():

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -49,9 +50,8 @@ def weights(source: Any) -> dict[str, float] | None:
     """
     if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
         names = [str(each) for each in source]
-        for name in names:
-            if names.count(name) > 1:
-                raise _given_twice(name)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise _given_twice(twice[0])
         return dict.fromkeys(names, 1.0)
     if not isinstance(source, Mapping) or is_splits(source):
         return None

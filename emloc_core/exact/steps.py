@@ -209,7 +209,8 @@ class ExactSteps:
             return result
 
         def recomputed(*args: Any, **kwargs: Any) -> Any:
-            # Of what is given by name, torch neither passes tensors to its hooks nor keeps a GPU's random state.
+            # Of what is given by name, torch neither passes tensors to its hooks nor keeps a GPU's random state. The
+            # closure holds no hidden states, which may wait elsewhere.
             count, names = len(args), [name for name, value in kwargs.items() if _is_hidden(value)]
             others = {name: value for name, value in kwargs.items() if name not in names}
 

@@ -65,7 +65,7 @@ class Workload:
         KTO compares the rows of a micro-batch, so it needs two.
         """
         halves = [self.batch_size >> times for times in range(1, self.batch_size.bit_length())]
-        least = 2 if self.train.objective == "kto" else 1
+        least = 2 if self.train.learns_labels else 1
         return [rows for rows in halves if rows >= least and self.rows_per_step % rows == 0]
 
     def at_once(self, rows: int) -> "Workload":

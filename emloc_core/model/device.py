@@ -4,7 +4,7 @@ import psutil
 import torch
 
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.processes.group import group_memory
+from emloc_core.processes.group import within_group
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -31,14 +31,13 @@ def choose_device(name: str = "auto") -> torch.device:
 def free_memory(name: str = "auto") -> int:
     """Return the bytes that are free of a device: see :func:`free_of` for a GPU, and otherwise of this machine.
 
-    That is less where the control group has fewer: see :func:`emloc_core.processes.group.group_memory`.
+    That is less where the control group has fewer: see :func:`emloc_core.processes.group.within_group`.
     """
     device = choose_device(name)
     if device.type == "cuda":
         return free_of(device)
-    free = psutil.virtual_memory().available
-    group = group_memory()
-    return min(free, group[0]) if group else free
+    memory = psutil.virtual_memory()
+    return within_group(memory.available, memory.total)[0]
 
 
 def free_of(gpu: torch.device | int) -> int:

@@ -5,8 +5,8 @@ from pathlib import Path
 _PLACE = Path("/sys/fs/cgroup")
 
 
-def group_memory() -> tuple[int, int] | None:
-    """Return the bytes of memory that are free and that there are; None where there is no limit.
+def within_group(free: int, total: int) -> tuple[int, int]:
+    """Return the bytes of memory that are free and that there are, of a machine's, to the processes of this group.
 
     Pages of files are free: the kernel keeps what was read until the memory is needed.
     """
@@ -15,6 +15,6 @@ def group_memory() -> tuple[int, int] | None:
         lines = (_PLACE / "memory.stat").read_text(encoding="ascii").splitlines()
         of = {name: int(size) for name, size in map(str.split, lines)}
         cached = of["active_file"] + of["inactive_file"]
-    except (OSError, LookupError, ValueError):
-        return None
-    return max(0, limit - used + cached), limit
+    except (OSError, LookupError, ValueError):  # there is none, or it has no limit
+        return free, total
+    return min(free, max(0, limit - used + cached)), min(total, limit)

@@ -143,7 +143,7 @@ def unpack(
 ) -> torch.Tensor:
     """Return the matrix of this shape and dtype, on so many levels, that :func:`pack` packed; or a stack of them."""
     m, n = shape
-    if codes.is_cuda and not scales.requires_grad and feedback.has_triton():
+    if codes.is_cuda and not scales.requires_grad and feedback.compiles_kernels():
         from emloc_core.standins.kernels import unpack_levels
 
         return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, m, n, count, digits(count))

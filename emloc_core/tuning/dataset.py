@@ -109,7 +109,7 @@ def measure(
         "cut_rows": sum(length > most for length in lengths) if most else 0,
         "dropped_rows": len(rows) - len(kept),
         "duplicate_rows": len(rows) - len({row.key for row in rows}),
-        "examples": sum(map(len, kept)) if getattr(settings, "objective", "") == "kto" else len(kept),
+        "examples": sum(map(len, kept)) if settings.learns_labels else len(kept),
     }
 
 

@@ -52,7 +52,7 @@ def preference_dataset(
             "Raise the maximum length.",
         )
     sizes = [RowSize(max(len(sample.input_ids) for _, sample in of_row)) for of_row in kept]
-    if getattr(settings, "objective", "") == "kto":
+    if settings.learns_labels:
         labelled = [each for of_row in kept for each in of_row]
         table = _table(("prompt_ids", "completion_ids"), (_divided([sample]) for _, sample in labelled))
         labels = pyarrow.array([label for label, _ in labelled])

@@ -71,7 +71,7 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
 def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:
     """Refuse rows that are no preferences between two texts, and for KTO have no label either."""
     objective: str = getattr(settings, "objective", "")
-    labels = objective == "kto"
+    labels = settings.learns_labels
     for row in rows:
         if labels and row.rejected is None and row.label is None:
             raise EmlocError(

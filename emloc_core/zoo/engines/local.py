@@ -1,12 +1,12 @@
 """The engine of this machine: as many workers side by side as the memory plan says fit."""
 
-import contextlib
 import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emloc_core.processes.group import within_group
 from emloc_core.units import human_bytes
 from emloc_core.zoo.engines.engine import WORKER, NoRoomError, Worker
 from emloc_core.zoo.jobs.outcome import Outcome
@@ -101,9 +101,7 @@ class LocalEngine:
 def machine_memory() -> int:
     """Return the machine's memory in bytes, or that of this control group where it is limited to less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
+    return within_group(total, total)[1]
 
 
 def visible_gpus() -> list[str]:
