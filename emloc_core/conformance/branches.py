@@ -38,7 +38,6 @@ def wiring(model: nn.Module, samples: Sequence[Sample]) -> Wiring:
 
     Args:
         model: in eval mode, with weights.
-        samples: what it is run on, one after the other.
 
     Raises:
         Exception: whatever the model's own code raises.
@@ -73,9 +72,7 @@ def other_branches(
     """Flip every switch of a tiny config that the model's code reads, and yield those that wire blocks otherwise.
 
     Args:
-        family: says how models are built.
         settings: the tiny config, as keyword arguments of ``AutoConfig.for_model``.
-        make_samples: returns what a model of a config is run on.
         known: the wirings that have a tiny config; a branch that is like one before it is left out.
 
     Yields:

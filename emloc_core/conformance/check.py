@@ -54,7 +54,6 @@ class Check:
     """One property that a declaration must have.
 
     Attributes:
-        name: such as ``input-groups``.
         run: takes the subject; returns a note or None, and raises ``EmlocError(what is wrong, how to fix it)``.
         needs: checks that must pass for this one to be meaningful.
     """

@@ -48,7 +48,6 @@ def observe(
 
     Args:
         model: in eval mode.
-        samples: what it is run on, one after the other.
         taps: path of a Linear -> how it is tapped.
     """
     seen = Forward()

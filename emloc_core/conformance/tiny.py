@@ -54,10 +54,8 @@ class TinyModel(Subject):
     """One tiny model, and everything that the stages make of it.
 
     Args:
-        declared: the family, as the plugin declares it.
         settings: keyword arguments of ``AutoConfig.for_model``.
         directory: where files go; it is made.
-        kind: of emulator.
     """
 
     def __init__(

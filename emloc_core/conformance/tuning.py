@@ -48,7 +48,6 @@ def tune(
     """Train a LoRA with the toolkit's own settings.
 
     Args:
-        model: an emulator, or any other.
         samples: all of them are one batch.
         loss: of a model on a sample; that of tokens by default.
         task: PEFT's name for it.

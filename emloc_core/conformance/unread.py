@@ -19,8 +19,6 @@ def unread_features(model: nn.Module, samples: Sequence[Sample], linears: Iterab
 
     Args:
         model: in eval mode.
-        samples: what it is run on.
-        linears: paths of the Linears to look at.
 
     Returns:
         By path of a Linear that has such features: which of them are, (out_features,), bool.

@@ -66,7 +66,6 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded
 
     Args:
         row: a conversation; its ``loss`` says which answers count.
-        tokenizer: with a chat template.
 
     Raises:
         EmlocError: there is no chat template, it rejects the conversation, it leaves out tools or calls, or it does not

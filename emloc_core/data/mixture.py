@@ -42,9 +42,6 @@ def _given_twice(source: str) -> EmlocError:
 def weights(source: Any) -> dict[str, float] | None:
     """Return the sources of a mixture with their weights; None for one source, or rows in memory in splits or not.
 
-    Args:
-        source: see :func:`emloc_core.data.rows.load_rows`.
-
     Raises:
         EmlocError: a weight is not a positive number, or a source is given twice.
     """

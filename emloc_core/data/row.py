@@ -157,9 +157,7 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
     """Return one row.
 
     Args:
-        content: its columns.
         where: its name in messages.
-        number: its position in its source.
         directory: what paths of images are relative to.
         confined: whether images must lie within that directory.
 

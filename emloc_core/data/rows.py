@@ -86,9 +86,7 @@ class AskedRows(NamedTuple):
     """The rows that a request asks for.
 
     Attributes:
-        rows: those that are left.
         excluded: how many are left out, since a file has their content.
-        skipped: those that cannot be used.
     """
 
     rows: list[Row]

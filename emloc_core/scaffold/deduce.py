@@ -31,7 +31,6 @@ def towers(seen: Observation, idle: Mapping[str, str], notes: list[str]) -> list
     """Return the stacks of blocks with Linears that can be compressed, in order of execution.
 
     Args:
-        seen: the forward.
         idle: paths of the Linears that get no LoRA -> why: it would learn nothing, say.
         notes: is told where LoRA is left out.
 

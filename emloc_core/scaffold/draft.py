@@ -113,7 +113,6 @@ def _render(value: Any, before: int, indent: int = 0) -> str:
     """Return ``value`` as source: on one line if it fits, otherwise one entry per line.
 
     Args:
-        value: a literal, or a call.
         before: columns that stand before it in its first line.
         indent: columns that its line is indented by.
     """

@@ -41,7 +41,6 @@ def merged(path: str, blocks: Sequence[Block]) -> Stack:
     """Return what holds in all blocks: Linears share a group if they read one input wherever both of them run.
 
     Args:
-        path: of the list of blocks.
         blocks: as observed, of one model or several.
     """
     stack = Stack(path)

@@ -56,7 +56,6 @@ class Observation:
     """One forward of a model with real weights.
 
     Args:
-        model: the model, small enough to run.
         lists: paths of lists of blocks; those that the forward did not reach are left out.
 
     Attributes:

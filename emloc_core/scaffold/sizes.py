@@ -67,8 +67,6 @@ def small_size(name: str, value: int, content: Mapping[str, Any], known: Collect
     """Return what a size becomes.
 
     Args:
-        name, value: of the size.
-        content: the section that it stands in.
         known: the widths of all parts of the model: a size that equals one is another name for it.
     """
     if name in PIXELS:

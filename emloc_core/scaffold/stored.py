@@ -84,9 +84,6 @@ def lost_by_peft(model: PreTrainedModel, linears: Sequence[str]) -> set[str]:
 
     PEFT applies the renamings by which transformers reads old checkpoints to the names in an adapter, though these are
     the model's own already. A pattern that matches such a name leads to a module that is not there.
-
-    Args:
-        model: the model; it is copied.
     """
     with warnings.catch_warnings(action="ignore"):
         try:

@@ -103,7 +103,6 @@ def factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bo
 
     Args:
         linears: with their ranks.
-        propagated: whether errors are propagated.
         smaller: whether each is factorised on the smaller of its Grams, whatever it is captured by.
     """
     peak = 0

@@ -99,9 +99,7 @@ def computes_as_experts(module: Any, args: tuple[Any, ...], output: Any) -> bool
     """Return whether what a module computed is what experts compute that stand-ins are known for.
 
     Args:
-        module: with weights.
         args: of its call: hidden states (tokens, n), indices of experts (tokens, top), their weights (tokens, top).
-        output: of that call.
     """
     try:
         up, down = stacks(module)
@@ -175,13 +173,7 @@ class StandInExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the weighted sum of each token's experts.
-
-        Args:
-            hidden_states: (tokens, n).
-            top_k_index: (tokens, top), which experts.
-            top_k_weights: (tokens, top).
-        """
+        """Return the weighted sum of each token's experts; see :func:`routed`."""
         return routed(self, hidden_states, top_k_index, top_k_weights)
 
     def times(self, name: str, x: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -293,13 +285,7 @@ def _times(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tenso
 
 
 def replace_experts(model: nn.Module, path: str, layer: type[StandInLinear], ranks: Mapping[str, int | None]) -> None:
-    """Replace a module of experts with empty stand-ins for its stacks, which are given up.
-
-    Args:
-        model: is changed.
-        path: of the module.
-        layer, ranks: see :class:`StandInExperts`.
-    """
+    """Replace a module of experts with empty stand-ins for its stacks, which are given up."""
     experts = model.get_submodule(path)
     model.set_submodule(path, StandInExperts(experts, layer, ranks))
     for name in stacks(experts):

@@ -70,7 +70,6 @@ class Format(ABC):
     """How an emulator keeps what stands in for a weight. Users choose it by its name, as the kind of the emulator.
 
     Attributes:
-        name: the format's.
         layer: what stands in for a Linear in a model.
         ratios: of the factors that it keeps; None: it keeps none, and has one size.
         calibrations: what stand-ins can be fitted to, the default first: ``propagated``, ``base``, ``none``.
@@ -183,7 +182,6 @@ class Format(ABC):
 
         Args:
             fitted: what :meth:`fit` returned; by default :class:`~emloc_core.standins.standin.Packed`.
-            dtype: of the base.
         """
         return {name: fitted.parts[name].cpu() for name in self.names()}
 
@@ -193,7 +191,6 @@ class Format(ABC):
         Args:
             tensors: as :meth:`pack` returned them, in the order of the names.
             shape: of the weight, (m, n).
-            dtype: of the base.
         """
         return StandIn(self.layer.unpack(*tensors, shape=shape, dtype=dtype))
 
@@ -203,7 +200,6 @@ class Format(ABC):
         Args:
             ranks: by module path of the Linears that are replaced; None where the format has none.
             model: the base; meta tensors suffice.
-            dtype: of the base.
         """
         return {"quant_method": METHOD, "format": self.name, "ranks": dict(ranks)}
 
@@ -240,7 +236,6 @@ class Format(ABC):
 
         Args:
             linears: with their ranks.
-            dtype: of the base.
             propagated: whether errors are propagated; if not, the Grams of the whole block are there at first.
         """
         found, held, read, by_group = [], 0, 0, list(costs.groups(linears))
@@ -267,8 +262,6 @@ class Format(ABC):
 
         Args:
             linears: that share their inputs, with their ranks.
-            propagated: whether errors are propagated.
-            itemsize: of the base's dtype.
         """
         return costs.rounding_bytes(linears)
 

@@ -26,8 +26,6 @@ def unpack_levels(
     Args:
         codes: (..., bytes, 1), uint8, contiguous.
         scales: (..., m, ceil(n / GROUP)), bf16, contiguous.
-        m: its rows.
-        n: its columns.
         count: of levels.
         digits: codes of a byte.
     """

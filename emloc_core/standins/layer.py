@@ -77,9 +77,7 @@ class StandInLinear(nn.Linear):
 
         Args:
             x: (rows, n).
-            groups: which rows are of which expert.
             parts: of the matrices, with a leading E.
-            shape, dtype: of a matrix.
 
         Returns:
             (rows, m). Parts get no gradient.
@@ -131,7 +129,6 @@ def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.
     Args:
         x: (..., n), any floating dtype.
         unpack: returns M from its parts.
-        parts: of M.
 
     Raises:
         EmlocError: x is of whole numbers.
@@ -198,9 +195,7 @@ class Groups:
         Where nothing but shapes is known, the first chunk stands for all: the same result size, the same peak.
 
         Args:
-            most: how many matrices are unpacked at a time.
             parts: of all experts' matrices, with a leading E.
-            rows: how many there are.
         """
         last = self.places
         if last is None:
@@ -243,12 +238,6 @@ class _GroupedProduct(torch.autograd.Function):
 
 def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank: int | None = None) -> None:
     """Replace one Linear with its empty stand-in, on the same device.
-
-    Args:
-        model: is changed.
-        path: of the Linear.
-        layer: class of the stand-in.
-        rank: of its factors, where it has any.
 
     Raises:
         EmlocError: the model has no Linear there.

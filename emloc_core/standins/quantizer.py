@@ -29,7 +29,6 @@ class EmlocConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of an emulator.
 
     Args:
-        format: name of its format.
         ranks: by path of the Linears, and stacks of experts, that have a stand-in: the rank of its factors, or None.
         vocabulary: by path of the output layer and the embeddings, where they are packed: how.
 

@@ -71,7 +71,6 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
     """Return the reasons why modules that this PEFT config trains themselves cannot be transferred.
 
     Args:
-        config: of a LoRA.
         model: that is wrapped; its weights may be on the meta device.
         packed: paths of its layers that are packed in the emulator, where the model here has none.
     """

@@ -199,7 +199,6 @@ class PackedLayer(nn.Module):
     """What both layers have in common.
 
     Attributes:
-        packing: how rows are packed.
         features: columns of the matrix.
     """
 
@@ -321,7 +320,6 @@ def replace_vocabulary(model: Any, packings: Mapping[str, str]) -> None:
     """Replace output layer and embeddings of a model by empty packed ones; those that were tied still are.
 
     Args:
-        model: is changed.
         packings: the name of the packing, by the path of the layer.
 
     Raises:

@@ -33,11 +33,7 @@ def convert(
     """Do the jobs, and those that an earlier run has left in the zoo; return what has become of all of them.
 
     Args:
-        jobs: from :func:`emloc_core.zoo.jobs.sources.resolve`.
         make_engine: called with the lock's file descriptor, which workers of this machine are to hold.
-        limits: see :class:`emloc_core.zoo.retry.Limits`.
-        tell: see :class:`emloc_core.zoo.driver.Driver`.
-        advance: see :func:`emloc_core.zoo.jobs.planning.plan`.
 
     Raises:
         EmlocError: another driver is at work there, or a finished job has the name of another one; or there is no place

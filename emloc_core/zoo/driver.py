@@ -51,7 +51,6 @@ class Driver:
 
     Args:
         store: the jobs; the caller holds the zoo's lock.
-        limits: see :class:`Limits`.
         tell: called with a job's name, its new state (``running``, ``done``, ``waiting``, ``failed``) and a message.
     """
 

@@ -28,8 +28,6 @@ class Retry:
     """Whether and how a job is tried again.
 
     Attributes:
-        again: whether at all.
-        note: what to say of it.
         delay: seconds until then.
         smaller: the job as it is tried then, if not as before.
     """
@@ -47,10 +45,7 @@ def after(outcome: Outcome, job: ZooJob, failures: int, limits: Limits) -> Retry
     once. The time limit: once more, since a job resumes where it stopped. Bad input, a full disk, a crash: not again.
 
     Args:
-        outcome: of the attempt.
-        job: as it was tried.
         failures: attempts that failed before, interruptions aside.
-        limits: how often, and how long to wait.
     """
     if failures >= limits.retries:
         return Retry(False)

@@ -66,11 +66,9 @@ class Defaults:
 
     Attributes:
         data: rows to calibrate on, for jobs without any of their own.
-        split: split of a hub data set.
         compress: settings of stage 1 that were given: they go before an entry's preset, and behind a file of jobs.
         preset: of entries; ``default`` where none is named.
         merge: whether trained jobs are merged too.
-        offline: never fetch anything.
         registry: files and directories of more entries.
     """
 

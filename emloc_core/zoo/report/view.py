@@ -48,7 +48,6 @@ class JobView:
     """One job, ready to be shown.
 
     Attributes:
-        record: what the store knows.
         number: from 1, in the store's order; names the job's place in the page.
     """
 
