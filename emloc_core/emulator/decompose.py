@@ -59,9 +59,6 @@ class Decomposition:
     """Fits what stands in for every planned Linear of a model.
 
     Args:
-        plan: the ranks.
-        samples: the calibration rows.
-        progress: called after every block.
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
         directory: for files of what rows hold beyond what they do at blocks; None: that stays in memory.
 
@@ -86,7 +83,6 @@ class Decomposition:
         """Fit to the base's own activations.
 
         Args:
-            store: receives what is fitted.
             probes: rows to measure sensitivities with, of a format that gives factors; 0 measures none.
 
         Raises:

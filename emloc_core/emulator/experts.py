@@ -69,7 +69,6 @@ class ExpertFitting:
     """Keeps the tokens that pass through the experts of a layer, and fits what stands in for their stacks.
 
     Args:
-        experts: the module, with weights.
         fit: takes the plan, a matrix and the Gram of its inputs or outputs; by the format.
         directory: for a file of the tokens; None: they stay in memory.
     """

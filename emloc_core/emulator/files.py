@@ -33,12 +33,7 @@ _ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard
 
 
 class EmulatorFiles:
-    """An emulator in its staging directory, written block by block and then finished.
-
-    Args:
-        plan: which Linears have stand-ins, and of which ranks.
-        format: how what stands in for a weight is kept.
-    """
+    """An emulator in its staging directory, written block by block and then finished."""
 
     def __init__(self, skeleton: Skeleton, plan: RankPlan, staging: Path, format: Format) -> None:
         self.format = format
@@ -126,9 +121,6 @@ class EmulatorFiles:
 
     def finish(self, tokens: int) -> dict[str, Any]:
         """Write everything but the factors, once all blocks and the rows are written; return the manifest's result.
-
-        Args:
-            tokens: number of calibration tokens, for the result.
 
         Raises:
             EmlocError: no Linear has factors.

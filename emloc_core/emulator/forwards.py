@@ -32,7 +32,6 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
 
     Args:
         stream: samples wait at the block.
-        family: the declaration, for the message.
 
     Raises:
         EmlocError: at the end, if two Linears of a group received different tensors.

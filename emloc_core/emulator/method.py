@@ -32,7 +32,6 @@ class Method:
     """How the emulator of a model is made.
 
     Attributes:
-        settings: those of the user, completed.
         linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
     """
 

@@ -31,7 +31,6 @@ class Taken:
     """What a phase takes, in bytes.
 
     Attributes:
-        phase: in words.
         weights: of the unit that is loaded, in the model's dtype.
         statistics: the phase's own work, and what was fitted before it and is not written yet.
         stand_ins: what stands in for the unit's weights, as rows of the emulator pass through it.
@@ -57,11 +56,7 @@ class Needs:
 
     Args:
         model: the base; meta tensors suffice.
-        family: its declaration.
         plan: with ranks.
-        dtype: of the base.
-        propagated: whether errors are propagated.
-        refine: whether stand-ins are refined.
         passing: returns how many positions pass through the module at a path.
     """
 

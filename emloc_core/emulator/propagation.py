@@ -201,14 +201,12 @@ def fit_block(
     Args:
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator. They are
             at the block, with the base's weights; in the end, they have passed through it.
-        planned: its Linears.
         experts: what fits its experts, by path of their module.
         rows: number of calibration rows; those that do not pass through the block are ignored.
         fit: takes Linears, their weights and the Gram of the inputs that all of them have, or of the outputs of a
             single one.
         read: takes a Linear's path and what was fitted, and returns that as it will be read.
         blame: takes an error, a path and a row's index, and returns the error for the user.
-        narrow: see :class:`PairedMoments`.
 
     Returns:
         What was fitted, by path.

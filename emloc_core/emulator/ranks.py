@@ -26,9 +26,7 @@ class LinearPlan:
     """What happens to one Linear.
 
     Attributes:
-        block: path of the block that holds it.
         group: its input group: paths that read the same input.
-        out_features, in_features: shape of the weight.
         rank: of its factors, once they have been shared out; None: its stand-in has none, or it stays dense.
         tap: how its activations are captured: ``input``, ``output``, or the family's own function.
     """

@@ -34,12 +34,7 @@ _RATE, _BETAS = 0.01, (0.9, 0.99)
 def refined(
     stream: Stream, block: nn.Module, found: Mapping[str, Fitted], format: Format, epochs: int, ends: "Ends"
 ) -> dict[str, Fitted]:
-    """Return the stand-ins of a block after passes over the rows, or as they are if those have not helped.
-
-    Args:
-        stream, block, ends: see :class:`Refinement`.
-        format: says which of their numbers may move.
-    """
+    """Return the stand-ins of a block after passes over the rows, or as they are if those have not helped."""
     movables = {path: format.movable(of) for path, of in found.items()}
     if not movables or not Refinement(stream, block, movables, ends).run(epochs):
         return dict(found)
@@ -118,7 +113,6 @@ class Refinement:
     Args:
         stream: the samples of the emulator wait at the end of the block.
         block: with the base's weights.
-        movables: the stand-ins, by module path.
         ends: what samples left where they came out of the block.
     """
 

@@ -42,7 +42,6 @@ def sensitivities(
         block: the block, with the base's weights.
         calls: arguments that it was called with; see :func:`copied`.
         factors: factors by module path, with at least half of the Linear's parameters.
-        answering: see :data:`Answering`.
     """
     references = [hidden_states(block(*args, **kwargs)).float() for args, kwargs in calls]
     found = {}

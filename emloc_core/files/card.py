@@ -56,7 +56,6 @@ def card(
     """Return the card of an output in Markdown.
 
     Args:
-        manifest: of the output.
         parents: of the outputs that it was made from, the oldest first.
         loader: the class that loads the base.
         table: a table of scores, in Markdown.

@@ -49,6 +49,5 @@ class Job:
 
         Args:
             staging: directory to write into; it may have what an interrupted run left.
-            progress: see :meth:`run`.
         """
         raise NotImplementedError

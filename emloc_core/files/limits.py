@@ -22,8 +22,6 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
 
     Args:
         what: the work, as the subject of a sentence: ``Rendering the chat template``.
-        seconds: the most that it may take.
-        nbytes: the most that it may allocate, in bytes.
 
     Raises:
         EmlocError: it takes more.

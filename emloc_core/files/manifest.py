@@ -37,7 +37,6 @@ def made_from(directory: Path, role: str) -> str:
     """Return the path or hub id of an input that a finished directory was made from.
 
     Args:
-        directory: an output of EMLoC.
         role: ``base``, ``model``, ``emulator`` or ``adapter``.
 
     Raises:
@@ -83,7 +82,6 @@ def manifest_value(manifest: Mapping[str, Any], directory: Path, name: str, kind
     """Return a part of a manifest.
 
     Args:
-        manifest: the content of ``emloc.json``.
         directory: the directory that it was read from, for the message.
         name: dotted name of the part: ``request.settings``.
         kind: its type, a JSON type: ``str``, ``list[str]``, ``int | None``.
@@ -109,7 +107,6 @@ def require_unchanged(manifest: Mapping[str, Any], directory: Path, content: str
     """Refuse a directory that has changed since its manifest was written.
 
     Args:
-        manifest: the content of its ``emloc.json``.
         content: the SHA-256 over its current content.
 
     Raises:

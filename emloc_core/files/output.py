@@ -74,7 +74,6 @@ class Output:
     """A directory that one stage makes.
 
     Args:
-        path: path of the finished directory.
         kind: what it holds: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
         request: everything that determines the content: settings, and fingerprints of the inputs. JSON values only.
         device: the kind of device that computes it: a run does not resume on another kind.

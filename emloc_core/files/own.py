@@ -31,7 +31,6 @@ def require_own_files(directory: Path, patterns: Iterable[str]) -> None:
     (``models--NAME/snapshots/COMMIT``), or a folder in one. Broken links are ignored.
 
     Args:
-        directory: directory of a model or an adapter.
         patterns: glob patterns of the file names that matter.
 
     Raises:

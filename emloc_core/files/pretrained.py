@@ -164,11 +164,7 @@ def load_processing(name: str, directory: Path) -> Any:
 
 
 def load_gguf(name: str, file: Path, **settings: Any) -> Any:
-    """Return the model in a GGUF file or, with ``AutoTokenizer``, its tokenizer.
-
-    Args:
-        file: the file, for example one that a package provides.
-    """
+    """Return the model in a GGUF file or, with ``AutoTokenizer``, its tokenizer."""
     return auto_class(name).from_pretrained(str(file.parent), gguf_file=file.name, **settings, **_NOTHING_FOREIGN)
 
 
@@ -176,7 +172,6 @@ def load_lora(model: Any, directory: Path, **settings: Any) -> Any:
     """Return a model with the LoRA in a directory applied, as a ``PeftModel``.
 
     Args:
-        model: the model that the LoRA was trained for.
         settings: further arguments of ``PeftModel.from_pretrained``, such as ``is_trainable``.
 
     Raises:

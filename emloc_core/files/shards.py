@@ -90,7 +90,6 @@ class ShardWriter:
 
     Args:
         tensors: key -> (safetensors dtype, shape) of every tensor, in the order in which they will be written.
-        metadata: strings for the header.
     """
 
     def __init__(

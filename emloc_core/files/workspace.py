@@ -24,13 +24,7 @@ def remove_at_once(directory: Path) -> None:
 
 
 class Workspace:
-    """The directory in which ``output`` is built.
-
-    Attributes:
-        directory: ``.NAME.partial`` beside ``output``.
-        content: the directory that will be renamed to ``output``.
-        request: the file that says what ``content`` is made from.
-    """
+    """The directory in which ``output`` is built."""
 
     def __init__(self, output: Path) -> None:
         self.output = output

@@ -91,7 +91,6 @@ class Fit:
 
     Attributes:
         ratio: the largest that fits, a multiple of 0.01, and at most the kind's largest.
-        need: the memory for tuning it.
     """
 
     ratio: float | None
@@ -103,10 +102,6 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
 
     The memory for tuning grows with the ratio, mostly by the weights and never by less, and these are counted without
     tracing. So the first guess is close, and few steps are traced.
-
-    Args:
-        model: the base model's memory.
-        budget: bytes.
     """
 
     if (ratios := model.format.ratios) is None:

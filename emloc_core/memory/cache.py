@@ -29,11 +29,7 @@ _CODE = ("memory", "model", "standins", "algorithms", "compat", "tuning", "token
 
 
 class Cache:
-    """A file of JSON values by name.
-
-    Args:
-        name: of the file.
-    """
+    """A file of JSON values by name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -72,7 +68,6 @@ def key(*parts: Any, code: Sequence[str] = _CODE) -> str:
 
     Args:
         parts: the values; equal ones have the same text, and others have another.
-        code: the packages and modules that decide what is kept.
     """
     text = json.dumps([_versions(), _code(tuple(code)), *parts], sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:40]

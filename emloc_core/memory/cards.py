@@ -17,7 +17,6 @@ class Card:
     """A GPU.
 
     Attributes:
-        name: of it.
         memory: bytes.
         bf16: operations of matrix products in bfloat16 in a second, in 10^12.
         pcie: its generation.

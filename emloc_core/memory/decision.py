@@ -33,7 +33,6 @@ class Decision:
     """How to tune a model in a memory.
 
     Attributes:
-        budget: the memory.
         base: the model's memory, with the rows of a step as they were asked for.
         ways: the ways to tune on these rows, in order of preference; an emulator of a kind that was named comes first.
     """
@@ -65,7 +64,6 @@ class Decision:
 
         Args:
             way: one with an emulator, whose kind is taken where the settings leave it open.
-            settings: of stage 1.
         """
         kind = settings.kind if settings.kind != AUTO else way.kind
         model = MemoryModel(way.model.config_file, way.model.workload, settings.model_copy(update={"kind": kind}))
@@ -150,7 +148,6 @@ def decide(
     """Decide how to tune a model: the way, the kind of emulator and its ratio, and how many rows at once.
 
     Args:
-        config: the model's ``config.json``.
         workload: the rows of an optimiser step, and how they are trained on.
         budget: the memory; None: what inference on the base needs with as many rows.
         settings: how an emulator is made. With the kind ``auto``, which is the default here, the recommended kinds are

@@ -20,7 +20,6 @@ class Depth:
     """The blocks of a tower.
 
     Attributes:
-        count: how many there are.
         apart: how many of the first differ from the others: dense ones of a mixture of experts, say.
         period: after how many the others repeat; ``count`` if they do not.
     """
@@ -64,7 +63,6 @@ class Moment(NamedTuple):
     """When something is allocated.
 
     Attributes:
-        phase: of the step.
         states: of the copies of every tower, see :attr:`Copies.states`.
     """
 
@@ -77,7 +75,6 @@ class Copies:
     """What each copy of a period of blocks holds, which is what the period itself does.
 
     Attributes:
-        count: how many copies there are.
         held: what one holds in each state.
         states: those that the copies may be in: two while the period passes from one to the other. The copies pass
             before it or after it, so then each holds what the period began with or what it ends with; what is needed is

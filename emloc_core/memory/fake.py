@@ -21,8 +21,6 @@ def fake_inputs(
         length: tokens per row.
         padded: whether rows differ in length, so that attention needs a mask.
         images: images per row.
-        image: the shape of each image.
-        image_token: the id of image tokens.
     """
     ids = torch.zeros(rows, length, dtype=torch.int64)
     inputs = {"attention_mask": torch.ones_like(ids)} if padded else {}

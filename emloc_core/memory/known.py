@@ -35,8 +35,6 @@ class Known:
 
     Attributes:
         config: the content of its ``config.json``.
-        config_file: that file.
-        family: its family.
         traces: what steps of it need, by a digest of what was traced.
     """
 

@@ -53,7 +53,6 @@ class Need:
     """Memory of a stage.
 
     Attributes:
-        stage: its name.
         terms: bytes by term, at the peak of the sum.
         phase: what runs at the peak.
     """
@@ -72,8 +71,6 @@ class MemoryModel:
     """The memory of all stages of one model.
 
     Args:
-        config_file: the model's ``config.json``.
-        workload: the batch, and how it is trained on.
         settings: how an emulator is made; the length of its rows is ignored. None: factors, of which a ratio says all.
 
     Raises:

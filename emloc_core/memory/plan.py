@@ -18,7 +18,6 @@ class MemoryPlan:
 
     Attributes:
         name: the user's name for the model.
-        decision: how to tune it.
         way: the way decided on; where none fits, the one that needs least.
         needs: memory of each stage of that way, in order.
         plan: the emulator's ranks; None without an emulator.
@@ -112,9 +111,6 @@ def make_plan(name: str, decision: Decision, *, card: str | None = None, advise:
     """Return the plan that a decision makes for a model.
 
     Args:
-        name: the user's name for the model.
-        decision: how to tune it.
-        card: name of the GPU that times are computed for.
         advise: compute what would fit, where no way does.
     """
     way = decision.shown

@@ -30,12 +30,7 @@ class Speed:
     read: float | None
 
     def seconds(self, flops: float, read_bytes: int) -> float | None:
-        """Return how long it takes at least: reading overlaps with arithmetic. None if reading is not known.
-
-        Args:
-            flops: operations in bfloat16.
-            read_bytes: bytes of weights that are read.
-        """
+        """Return how long it takes at least: reading overlaps with arithmetic. None if reading is not known."""
         arithmetic = flops / self.flops
         if not read_bytes:
             return arithmetic

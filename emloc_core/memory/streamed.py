@@ -120,7 +120,6 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
     What they keep at block boundaries moves from a GPU to the CPU's memory, where it does not fit.
 
     Args:
-        model: the model's memory.
         rows: rows of an optimiser step; None: those of the workload.
         at_once: rows of a micro-batch.
     """

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 class TokenStep:
     """Tokens, and images among them.
 
-    Args:
-        memory: the plan, with its workload.
-
     Raises:
         EmlocError: images leave no room for text.
     """
@@ -141,7 +138,6 @@ def longest(
 
     Args:
         config_file, family, rows, length, limits: see :meth:`emloc_core.objective.Objective.longest`.
-        config: the model's.
     """
     from emloc_core.data.tokenize import load_processing, tokenized
 

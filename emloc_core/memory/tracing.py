@@ -115,7 +115,6 @@ def trace_training(
         towers: module path of the list of blocks -> name of the tower, in execution order.
         depths: module path of the list of blocks -> those of the whole model. The first that differ from the others
             form their own phases (DeepStack adds to their outputs).
-        step: its rows.
         checkpointing: whether activations are recomputed in the backward pass.
         accumulating: whether gradients of an earlier forward pass exist from the start.
         bf16: whether the forward runs under autocast to bfloat16.
@@ -174,7 +173,6 @@ class EnteredCache(DynamicCache):
 
     Args:
         enter: :meth:`Ledger.enter`.
-        config: of the model.
     """
 
     def __init__(self, enter: Callable[[torch.Tensor, str], None], config: Any) -> None:

@@ -28,7 +28,6 @@ class Way:
     """One way to tune.
 
     Attributes:
-        name: the way.
         model: the model's memory under this way: so many rows at once, and this kind of emulator.
         bytes: its peak memory; for ``emulator, then polish``, the larger of tuning and polishing.
         fits: whether that is within the budget.
@@ -104,7 +103,6 @@ def ways(
         kinds: kinds of emulator, the best first; those after the first that fits are not tried.
         budget: bytes that may be used.
         ratio: the emulator's; None: the largest that fits.
-        speed: that of the machine, if it was measured.
 
     Returns:
         The ways, in order of preference: the base itself, emulators, exact steps.

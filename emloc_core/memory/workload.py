@@ -91,16 +91,12 @@ def make_workload(
 
     Args:
         config_file: the model's config; with ``data``, its tokenizer or processor is in the same directory.
-        train: the settings of stage 2, including the batch size.
         device: ``cuda``, ``cpu``, or ``auto``: the one that this machine tunes on.
         length: tokens per row; with ``data``, the length to which rows are cut. Without either, 1024 or the model's
             limit.
         images: images or tiles per row; by default those of the rows, or 1 for an image-text model.
         image_size: height and width of images in pixels, if the model takes any size; by default that of the rows.
         data: rows; the longest sets the length, and the row with most pixels the images.
-        split: split of a saved or hub dataset.
-        columns: names that the data have for columns, by the usual names.
-        skip_bad_rows: leave out rows that cannot be read.
 
     Raises:
         EmlocError: there is no tokenizer, or it cannot handle a row.
