@@ -140,7 +140,6 @@ def validated(model: type[Model], values: Mapping[str, Any], remedy: str, where:
     """Return a model of values by name.
 
     Args:
-        model: its class.
         values: what is said of its fields; the rest have their defaults.
         remedy: what to do about the error, a sentence.
         where: the file that they were read from, if there is one.

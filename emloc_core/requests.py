@@ -231,7 +231,6 @@ def make_request(stage: str, settings: Mapping[str, Any] | None = None, **conten
     """Return the request of a stage.
 
     Args:
-        stage: name of the stage.
         settings: settings by name; the rest have their defaults.
         content: the other fields.
 

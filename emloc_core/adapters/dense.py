@@ -36,7 +36,6 @@ class Replacement:
 
         Args:
             weight: (rows, features), from row ``first`` of the base's on.
-            first: the first of them.
         """
         new = self.weight.to(weight.device, weight.dtype)
         if self.indices is None:

@@ -21,9 +21,6 @@ class Emulator(Checkpoint):
     Args:
         adapter: directory of the LoRA, for messages.
 
-    Attributes:
-        manifest: the content of its ``emloc.json``.
-
     Raises:
         EmlocError: it is not there, is no emulator, or no plugin provides its format.
     """

@@ -20,8 +20,6 @@ class Spectrum:
     """Results of calibration for a Linear.
 
     Attributes:
-        path: module path.
-        block: path of the block that holds it.
         energies: energy of the outputs on the calibration rows along every direction, in the order in which ranks take
             them, descending if the factors are optimal: (min(m, n),), fp64.
         sensitivity: how much its error disturbs its block: the mean squared change of the block's output, relative to
@@ -101,8 +99,6 @@ def spend(
     Args:
         shapes: shapes of the Linears; a rank costs m + n parameters.
         gains: gain of each further rank of a Linear, (>= cap,), non-increasing.
-        floors: minimum ranks.
-        caps: maximum ranks.
         budget: number of parameters, at least the cost of the floors.
     """
     costs = torch.tensor([sum(shape) for shape in shapes])

@@ -134,7 +134,6 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
 
     Args:
         matrix: M, (m, n), in fp32.
-        nearest: rounds a column.
 
     Returns:
         Q, (m, n), in fp32.
@@ -187,7 +186,6 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
         rounded: Q, (m, n), as it is so far, in fp32, which is overwritten.
         slopes: ``(M - Q) G``, (m, n), which is overwritten; see :func:`descent`.
         gram: G.
-        nearest: rounds a column.
 
     Returns:
         Q, (m, n), in fp32, whose loss is no higher.

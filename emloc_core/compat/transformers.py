@@ -187,8 +187,6 @@ class TensorLoader:
 
         Args:
             tensors: tensors, or safetensors' slices, by key.
-            dtype: of the parameters.
-            device: likewise.
 
         Returns:
             Why parameters could not be made, by name; and the names of those whose shape, given next, is not the

@@ -23,8 +23,6 @@ class Conversation:
     Args:
         model: a transformers or PEFT model.
         processing: its tokenizer, or its processor if there may be images.
-        system: text of a system message.
-        max_new_tokens: most tokens per answer.
         temperature: 0 always takes the likeliest token; None leaves it to the model's own generation config.
         seed: seed of an answer's sampling; None draws another answer each time.
 
@@ -64,7 +62,6 @@ class Conversation:
         """Say something and return the answer, without the space around it.
 
         Args:
-            text: the message.
             images: paths of images, which are put before the text.
             write: is called with each piece of the answer as soon as it is known.
 

@@ -192,7 +192,6 @@ def evaluate_system(
     """Evaluate one system; called in its own process, so that its peak memory is measured separately.
 
     Args:
-        adapter: directory of a PEFT adapter, if there is one.
         tasks: ``name`` and ``path`` of each; no path for a bundled task.
         settings: settings of :func:`run_tasks`.
 
@@ -229,10 +228,6 @@ def ask_conversations(task: Any, tokenizer: Any) -> None:
     """Make an lm-eval task ask conversations.
 
     When its requests are built, it raises an EmlocError if a row is no conversation, or the chat template rejects it.
-
-    Args:
-        task: see :func:`asks_conversations`.
-        tokenizer: of the model, with a chat template.
     """
     numbers = count(1)
 

@@ -134,11 +134,7 @@ class ExactSteps:
         self.boundaries.close()
 
     def head_units(self, found: Sequence[str]) -> list[str]:
-        """Return the units outside the backbone, whose weights the loss reads in pieces: they are not recomputed.
-
-        Args:
-            found: all units.
-        """
+        """Return the units outside the backbone, whose weights the loss reads in pieces: they are not recomputed."""
         backbone = f"{self.model.base_model_prefix}."
         head_units = [unit for unit in found if not unit.startswith(backbone)]
         if len(head_units) == len(found):

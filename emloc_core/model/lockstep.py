@@ -51,7 +51,6 @@ class Lockstep:
     Args:
         units: paths of the modules at which samples pause; see :func:`units`.
         block_lists: paths of the lists of blocks, in execution order; every sample passes through the last one's.
-        parking: storage for the tensors of waiting samples.
 
     Attributes:
         sample: index of the running sample, for hooks on the model's modules.

@@ -27,7 +27,6 @@ class OpenModel:
 
     Attributes:
         checkpoint: an ordinary model, or an emulator.
-        family: its declaration.
         device: of weights and activations.
     """
 

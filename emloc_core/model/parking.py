@@ -59,8 +59,6 @@ class Parking:
         """Return a parking for a device: without limit on the CPU, with a fraction of the free memory on a GPU.
 
         Args:
-            device: that samples compute on.
-            shared: as in the constructor.
             directory: as in the constructor; of a GPU, everything beyond the limit goes to CPU memory.
             needed: bytes of a GPU that must stay free for other than samples.
         """

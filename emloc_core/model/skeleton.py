@@ -40,8 +40,6 @@ class Skeleton:
     """An ordinary model, or an emulator, over a checkpoint, loaded part by part.
 
     Args:
-        checkpoint: the weights.
-        family: the declaration, which names the transformers class.
         device: device of loaded weights.
 
     Attributes:

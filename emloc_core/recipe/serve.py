@@ -23,7 +23,6 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
     """Return a server of the page of a run, which begins with ``serve_forever``.
 
     Args:
-        run: output directory of ``emloc run``.
         port: 0 for any free one.
 
     Raises:

@@ -59,7 +59,6 @@ class Attempt:
 
     Attributes:
         name: of an alternative; of the first emulator :data:`FIRST`.
-        settings: how the emulator is made.
     """
 
     root: Path

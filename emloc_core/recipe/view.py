@@ -43,8 +43,6 @@ class StageView:
     """One stage that is finished.
 
     Attributes:
-        manifest: the content of ``emloc.json``.
-        timing: that of ``timing.json``.
         log: of tuning: entries with a step, and losses or a margin.
         planned: bytes by the memory plan; None where there is none.
     """

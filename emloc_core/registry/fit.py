@@ -13,9 +13,7 @@ class EntryFit:
     """One entry's plan; all memory is in bytes, and None if ``error`` is set.
 
     Attributes:
-        parameters: number of the base's parameters.
         length: tokens per row, including those of images.
-        images: images per row.
         budget: memory for tuning, without what stays free.
         inference: what the base needs to read a prompt and generate a token.
         lora: what a LoRA on the base needs.
@@ -59,7 +57,6 @@ def fit(
     """Plan an entry.
 
     Args:
-        entry: the model.
         budget: memory for tuning; None: what inference on the base needs, as in the paper.
         preset: sets the LoRA, and the defaults of batch size and length.
         batch_size: rows per step.

@@ -32,8 +32,6 @@ def plan_model(
     """Plan the memory of every stage, and compare the ways to tune; torch is imported once names are known to be right.
 
     Args:
-        model: directory, ``config.json``, registry entry, or hub id.
-        train: how it is tuned.
         memory, headroom, ratio, kind, image_size, device, card, measure: see :func:`emloc_core.plan`.
         rows: ``data``, ``split``, ``columns``, ``length`` and ``images``: see
             :func:`emloc_core.memory.workload.make_workload`.

@@ -49,7 +49,6 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
     """Run a job and notify the plugins that observe stages.
 
     Args:
-        job: of a request.
         progress: called with every item that is done; for training, None lets the trainer show its own bar.
 
     Returns:

@@ -52,7 +52,6 @@ class Pace:
         Args:
             seconds: since the beginning.
             done: how many are done, by earlier processes too.
-            total: how many there are.
         """
         if self._before is None:
             self._before = max(0, done - 1)
@@ -61,13 +60,7 @@ class Pace:
 
 
 class Reporter:
-    """Makes an event of each report of a job.
-
-    Args:
-        stage: name of the stage.
-        output: its output directory.
-        tell: called with each event.
-    """
+    """Makes an event of each report of a job."""
 
     def __init__(self, stage: str, output: Path, tell: Callable[[ProgressEvent], Any]) -> None:
         self._stage, self._output, self._tell = stage, str(output), tell

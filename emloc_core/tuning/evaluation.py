@@ -30,7 +30,6 @@ def trainer_settings(settings: StepSettings, *, on_base: bool) -> dict[str, Any]
     """Return fields of SFTConfig for evaluation at every ``eval_steps``, and a checkpoint with each.
 
     Args:
-        settings: how to train.
         on_base: whether the loss of the base decides which checkpoint is the best.
     """
     return {

@@ -33,7 +33,6 @@ def preference_dataset(
 
     Args:
         rows: rows with rejected answers.
-        processing: the model's tokenizer.
         max_length: truncate prompt and answer to this many tokens; None for no truncation.
         settings: with the objective. KTO estimates how far the model has moved from neighbours in the dataset, so they
             are shuffled.

@@ -23,7 +23,6 @@ class TuningRows(NamedTuple):
     """Rows by what they are for.
 
     Attributes:
-        train: to train on.
         evaluated: to evaluate; none of them has the content of one that is trained on.
         excluded: how many rows of the data are left out, since an emulator keeps them, or the user excludes them.
         skipped: those that cannot be used.
@@ -39,7 +38,6 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
     """Read the rows of a request.
 
     Args:
-        request: which rows are trained on and evaluated.
         model: what is trained on. The rows that it keeps, if it is an emulator, are left out.
 
     Raises:
@@ -98,7 +96,6 @@ def divide(
     """Return the rows to train on and those to evaluate; no content is in both.
 
     Args:
-        rows: rows of the data.
         request: with what it says of the rows to evaluate.
         settings: with the ``loss``.
         kept: files with rows that the emulator was made or will be corrected with: they are not evaluated.

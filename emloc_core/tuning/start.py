@@ -33,9 +33,6 @@ _SHAPE = ("batch_size", "accumulation", "max_length")
 class NewLora:
     """A new LoRA on a model.
 
-    Args:
-        request: which model, and how the LoRA is trained.
-
     Attributes:
         model: an emulator, or an ordinary model.
         settings: with what an emulator was planned for.
@@ -101,9 +98,6 @@ class NewLora:
 
 class GivenLora:
     """The LoRA of an adapter of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
-
-    Args:
-        request: which adapter, and how it is trained further.
 
     Attributes:
         settings, adapter, tuned_at: see :class:`NewLora`.

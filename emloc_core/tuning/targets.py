@@ -23,8 +23,6 @@ def check(model: str, settings: Mapping[str, Any], polish: Mapping[str, Any]) ->
     """Refuse settings that name what a model or its trainer does not have. Reads no weights.
 
     Args:
-        model: directory or hub id.
-        settings: of training, by name.
         polish: further fields of the trainer, for exact steps.
 
     Raises:

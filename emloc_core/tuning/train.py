@@ -313,7 +313,6 @@ def steps_described(settings: StepSettings, request: Mapping[str, Any], result: 
     """Return what a card says of the steps.
 
     Args:
-        settings: how they were taken.
         request, result: the manifest's.
     """
     where = "exact steps on the base" if request.get("exact") else "steps"
