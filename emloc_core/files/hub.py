@@ -33,23 +33,9 @@ def push(
     with_rows: bool = False,
     base: str | None = None,
 ) -> str:
-    """Upload an output to a model repository, which is created if there is none.
+    """Upload an output, and return the address of the commit: see :func:`emloc_core.push`.
 
     Paths of this machine in its manifest and its adapter's config become their last parts.
-
-    Args:
-        directory: a finished output.
-        repository: ``organisation/name``.
-        private: whether a new repository is private.
-        with_rows: publish the rows in it too; an emulator is not complete without them.
-        base: hub id of the base, where the output names a local path.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        EmlocError: it is not a finished output, it holds rows and ``with_rows`` is not given, or the hub refuses it or
-            cannot be reached.
     """
     directory = Path(directory)
     check_repository(repository)

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ _ELSEWHERE = "Choose another output directory, or remove this one."
 _NO_ROOM = 256 << 10  # bytes; with less free, a failure is attributed to the full disk
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect an output."""
     versions = {"python": platform.python_version()}

@@ -13,17 +13,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object, write_json
+from emloc_core.files.output import versions
 
 VARIABLE = "EMLOC_CACHE"
 #: Files that are kept; the oldest go first.
 _MOST = 256
-_PACKAGES = ("emloc", "torch", "transformers", "peft", "trl", "bitsandbytes", "diffusers")
 #: The code that decides what is traced.
 _CODE = ("memory", "model", "standins", "algorithms", "compat", "tuning", "tokens.py", "objective.py")
 
@@ -69,7 +68,7 @@ def key(*parts: Any, code: Sequence[str] = _CODE) -> str:
     Args:
         parts: the values; equal ones have the same text, and others have another.
     """
-    text = json.dumps([_versions(), _code(tuple(code)), *parts], sort_keys=True, default=_plain)
+    text = json.dumps([versions(), _code(tuple(code)), *parts], sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
@@ -89,15 +88,6 @@ def _prune(place: Path) -> None:
     files = sorted(place.glob("*.json"), key=lambda path: path.stat().st_mtime)
     for path in files[:-_MOST]:
         path.unlink()
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 @cache

@@ -72,7 +72,7 @@ def test_what_depends_on_something_else_is_traced(
     elif change == "rows":
         load = workload(batch=5)
     elif change == "version":
-        monkeypatch.setattr(kept, "_versions", lambda: {"torch": "99"})
+        monkeypatch.setattr(kept, "versions", lambda: {"torch": "99"})
     elif change == "code":
         monkeypatch.setattr(kept, "_code", lambda _: "other")
     else:
