@@ -7,12 +7,12 @@ and its content security policy forbids everything else, so that nothing in a na
 import base64
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from emloc_core import __version__
 from emloc_core.files.documents import write_text
@@ -47,7 +47,8 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
         "generated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "emloc": __version__,
     }
-    content: dict[str, Any] = in_json({**head, "summary": asdict(summary), "jobs": [each.to_dict() for each in views]})
+    found = to_json({"summary": summary, "jobs": [each.to_dict() for each in views]}, inf_nan_mode="strings")
+    content: dict[str, Any] = {**head, **json.loads(found)}
     files = {
         PAGE: _render(head, summary, views),
         DATA: json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -55,17 +56,6 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
     for name, text in files.items():
         write_text(directory / name, text)
     return content
-
-
-def in_json(value: Any) -> Any:
-    """Return JSON values with words for the numbers that JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: in_json(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [in_json(each) for each in value]
-    return value
 
 
 def _render(head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:

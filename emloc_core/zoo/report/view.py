@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -216,13 +216,13 @@ class JobView:
         return log_end(self.directory, self.record.attempts[-1].log)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record with what is derived of it, as JSON values but for NaN."""
+        """Return the record with what is derived of it, for JSON."""
         return {
             **self.record.to_dict(),
             "kind": self.kind,
             "losses": self.losses,
             "errors": self.errors,
-            "memory": [asdict(peak) for peak in self.memory],
+            "memory": self.memory,
             "seconds": self.seconds,
             "log_end": self.log_end,
         }

@@ -1,7 +1,9 @@
 """A job's record in the store."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from pydantic_core import to_jsonable_python
 
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.task import Demand
@@ -55,14 +57,4 @@ class JobRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {
-            "name": self.job.name,
-            "job": self.job.model_dump(),
-            "fingerprint": self.fingerprint,
-            "state": self.state,
-            "duplicate_of": self.duplicate_of,
-            "smaller": self.smaller and self.smaller.model_dump(),
-            "needs": self.needs and asdict(self.needs),
-            "result": self.result,
-            "attempts": [asdict(attempt) for attempt in self.attempts],
-        }
+        return {"name": self.job.name, **to_jsonable_python(self)}
