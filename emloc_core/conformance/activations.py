@@ -189,11 +189,11 @@ def statistics(subject: TinyModel) -> None:
             whole[path].add(rows)
     problems = []
     for path, gram in whole.items():
-        if path not in streamed.grams:
+        if path not in streamed:
             problems.append(f"no streamed row reaches {path}")
-        elif not torch.equal(streamed.weights[path], subject.whole.get_parameter(f"{path}.weight")):
+        elif not torch.equal(streamed[path].weight, subject.whole.get_parameter(f"{path}.weight")):
             problems.append(f"the weight of {path}, streamed, is not the one that from_pretrained loads")
-        elif not torch.equal(streamed.grams[path].matrix, gram.matrix):
+        elif not torch.equal(streamed[path].gram.matrix, gram.matrix):
             problems.append(f"the statistics of {path}, streamed, are not those of a whole forward")
     require(
         problems,
@@ -205,7 +205,7 @@ def statistics(subject: TinyModel) -> None:
 @check(statistics)
 def full_rank(subject: TinyModel) -> str:
     """With factors of full rank, in memory, the emulator's logits equal the base's to rounding."""
-    factors = subject.decomposed.factors
+    factors = subject.decomposed
     model = copy.deepcopy(subject.whole)
     biases = {path: model.get_submodule(path).bias for path in factors}
     experts = [each for each in subject.plan.experts if each.reason is None]

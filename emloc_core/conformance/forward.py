@@ -90,34 +90,9 @@ def answer(model: Any, sample: Sample) -> torch.Tensor:
     return found if isinstance(found, torch.Tensor) else found.logits
 
 
-@dataclass
-class Decomposed:
-    """What a streamed pass found of every compressed Linear, by module path.
-
-    Attributes:
-        grams: the statistics that its factors are made from.
-        weights: the weight that was loaded for it, (m, n).
-        factors: of full rank, min(m, n).
-    """
-
-    grams: dict[str, Gram] = field(default_factory=dict)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    factors: dict[str, Factors] = field(default_factory=dict)
-
-    def is_written(self, _block: str) -> bool:
-        """Say that a block is still to be done: nothing is resumed."""
-        return False
-
-    def write(self, _block: str, factors: Mapping[str, Factors]) -> None:
-        """Keep a block's factors, and what they were made from."""
-        for path, found in factors.items():
-            assert isinstance(found, _Traced)
-            self.factors[path], self.grams[path], self.weights[path] = found, found.gram, found.weight
-
-
 @dataclass(frozen=True)
-class _Traced(Factors):
-    """Factors that remember what they were made from."""
+class Traced(Factors):
+    """Factors that remember what they were made from: a Gram, and the weight that was loaded, (m, n)."""
 
     gram: Gram
     weight: torch.Tensor
@@ -128,7 +103,19 @@ class _Tracing(LowRank):
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
         found = zip(super().fit(weights, gram, ranks), weights, strict=True)
-        return [_Traced(of.u, of.v, of.spectrum, gram, weight.clone()) for of, weight in found]
+        return [Traced(of.u, of.v, of.spectrum, gram, weight.clone()) for of, weight in found]
+
+
+class Decomposed(dict[str, Traced]):
+    """What a streamed pass found of every compressed Linear, by module path: factors of full rank, min(m, n)."""
+
+    def is_written(self, _block: str) -> bool:
+        """Say that a block is still to be done: nothing is resumed."""
+        return False
+
+    def write(self, _block: str, fitted: Mapping[str, Any]) -> None:
+        """Keep a block's factors."""
+        self.update(fitted)
 
 
 def decompose(skeleton: Skeleton, plan: RankPlan, samples: Sequence[Sample]) -> Decomposed:

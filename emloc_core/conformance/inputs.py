@@ -5,7 +5,7 @@ How an image becomes tokens is read from the config; a family whose models do it
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +131,15 @@ def vocabulary(config: Any) -> int:
     return config.get_text_config().vocab_size
 
 
-def special_tokens(config: Any) -> set[int]:
+def special_tokens(config: Mapping[str, Any]) -> set[int]:
     """Return every id that a config gives a meaning, at any depth: ``eos_token_id``, ``image_token_id``."""
-    return set(_special(config))
-
-
-def _special(config: Mapping[str, Any]) -> Iterator[int]:
+    found: set[int] = set()
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _special(value)
+            found |= special_tokens(value)
         elif str(name).endswith(("_token_id", "_token_index")):
-            yield from (number for number in (value if isinstance(value, list) else [value]) if number is not None)
+            found.update(number for number in (value if isinstance(value, list) else [value]) if number is not None)
+    return found
 
 
 def number_tokenizer(config: Any) -> PreTrainedTokenizerFast:
