@@ -4,6 +4,7 @@ What is fitted goes to the caller's :class:`Store`: an emulator's shards, or spe
 the store already holds, since later blocks need their outputs.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -157,12 +158,12 @@ class Decomposition:
             yield
         else:
             planned = self.plan.in_block(block)
-            grams = _grams(planned, self.skeleton.device)
-            tapping = {linear.path: linear.tap for linear in planned if _receives(linear, planned)}
+            gathered = _gathered(planned, self.skeleton.device)
+            tapping = {path: linears[0].tap for path, (_, linears) in gathered.items()}
 
             def sink(path: str, activations: torch.Tensor) -> None:
                 try:
-                    grams[path].add(activations)
+                    gathered[path][0].add(activations)
                 except EmlocError as error:
                     raise self._blame(error, path, self.stream.sample) from None
 
@@ -175,7 +176,7 @@ class Decomposition:
             products = requiring_products(self.stream, planned, len(self.samples))
             with watching, products, tapped(modules, tapping, sink), forward_hooks(routed):
                 yield
-            fitted: Mapping[str, Any] = self._reached(planned, grams)
+            fitted: Mapping[str, Any] = self._reached(gathered)
             if calls:
                 disturbances = sensitivities(unit, calls, fitted, self._answering)
                 fitted = {path: (of, disturbances[path]) for path, of in fitted.items()}
@@ -256,19 +257,13 @@ class Decomposition:
     def _alone(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Any:
         return self._fit([linear], [weight], gram)[0]
 
-    def _reached(self, planned: Sequence[LinearPlan], grams: dict[str, Gram]) -> dict[str, Fitted]:
+    def _reached(self, gathered: dict[str, tuple[Gram, list[LinearPlan]]]) -> dict[str, Fitted]:
         """Fit the Linears that tokens reached, those that share a Gram together, which is given up then."""
         found: dict[str, Fitted] = {}
-        for linear in planned:
-            if linear.path not in grams:
-                continue
-            gram = grams[linear.path]
-            linears = [each for each in planned if grams.get(each.path) is gram]
-            for each in linears:
-                del grams[each.path]
+        while gathered:
+            gram, linears = gathered.pop(next(iter(gathered)))
             if gram.tokens:
-                weights = [self._weight(each.path) for each in linears]
-                fitted = self._fit(linears, weights, gram)
+                fitted = self._fit(linears, [self._weight(each.path) for each in linears], gram)
                 found.update(zip([each.path for each in linears], fitted, strict=True))
         return found
 
@@ -316,20 +311,15 @@ class Decomposition:
         plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=len(self.blocks))
 
 
-def _receives(linear: LinearPlan, planned: list[LinearPlan]) -> bool:
-    """Return whether to gather at a Linear's own tap: outputs always, a shared input once per group."""
-    peers = [other.path for other in planned if other.group == linear.group and other.tap != "output"]
-    return linear.tap == "output" or linear.path == peers[0]
-
-
-def _grams(planned: list[LinearPlan], device: torch.device) -> dict[str, Gram]:
-    """Return one Gram per Linear; Linears of an input group that tap their input share one."""
-    grams: dict[str, Gram] = {}
-    shared: dict[tuple[str, ...], Gram] = {}
+def _gathered(planned: Sequence[LinearPlan], device: torch.device) -> dict[str, tuple[Gram, list[LinearPlan]]]:
+    """Return the Grams, and whose each is, by the path where it is gathered: Linears share that of their inputs."""
+    sharing: dict[Any, list[LinearPlan]] = defaultdict(list)
     for linear in planned:
-        if linear.tap == "output":
-            grams[linear.path] = Gram("output", linear.out_features, device=device)
-        else:
-            gram = shared.setdefault(linear.group, Gram("input", linear.in_features, device=device))
-            grams[linear.path] = gram
-    return grams
+        sharing[linear.path if linear.tap == "output" else linear.group].append(linear)
+    return {linears[0].path: (_gram(linears[0], device), linears) for linears in sharing.values()}
+
+
+def _gram(linear: LinearPlan, device: torch.device) -> Gram:
+    if linear.tap == "output":
+        return Gram("output", linear.out_features, device=device)
+    return Gram("input", linear.in_features, device=device)
