@@ -18,11 +18,7 @@ from emloc_core.standins.experts import matrices
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse an adapter with a LoRA that fits no Linear of the model, which may be on the meta device.
-
-    Raises:
-        EmlocError: a LoRA does not fit; names the first.
-    """
+    """Refuse an adapter with a LoRA that fits no Linear of the model, which may be on the meta device."""
     for path, lora in adapter.loras.items():
         try:
             actual = _shape(model, path, lora)

@@ -79,11 +79,7 @@ def _indices(path: str, tokens: Any) -> tuple[int, ...]:
 
 
 def require_dense(replaced: Mapping[str, Replacement], model: nn.Module) -> None:
-    """Refuse replacements of anything but the embeddings and the output layer, or of other shapes.
-
-    Raises:
-        EmlocError: names the first.
-    """
+    """Refuse replacements of anything but the embeddings and the output layer, or of other shapes."""
     dense = vocabulary_layers(model)
     for path, new in replaced.items():
         if path not in dense:

@@ -158,11 +158,7 @@ def _require_tools_shown(row: Row, messages: list[Message], ids: list[int], rend
 
 
 def require_template(row: Row, processing: Any) -> None:
-    """Refuse a conversation if there is no chat template.
-
-    Raises:
-        EmlocError: the tokenizer or processor has none.
-    """
+    """Refuse a conversation if there is no chat template."""
     if not processing.chat_template:
         what = "tokenizer" if isinstance(processing, PreTrainedTokenizerBase) else "processor"
         raise EmlocError(

@@ -32,9 +32,6 @@ def require_known(columns: Mapping[str, str]) -> None:
 
     Args:
         columns: names that the data have, by those in :data:`COLUMNS`.
-
-    Raises:
-        EmlocError: rows cannot have one of the columns.
     """
     if unknown := [name for name in columns if name not in COLUMNS]:
         name = unknown[0]

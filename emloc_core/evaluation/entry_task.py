@@ -26,11 +26,7 @@ _METRICS = {
 
 
 def require_data_alone(path: Path, directory: Path) -> None:
-    """Refuse a task file that would run code, or that names files outside ``directory`` (links are followed).
-
-    Raises:
-        EmlocError: the file is refused, or cannot be read.
-    """
+    """Refuse a task file that would run code, or that names files outside ``directory`` (links are followed)."""
     if not path.is_file():
         raise EmlocError(f"There is no task file {path}.", "Correct the entry that names it.", code="missing")
     files, content = read_task(path)

@@ -103,11 +103,7 @@ def is_conversational(task: Any) -> bool:
 
 
 def require_task_file(path: Path) -> None:
-    """Refuse a path where no task file is.
-
-    Raises:
-        EmlocError: as above.
-    """
+    """Refuse a path where no task file is."""
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.",

@@ -72,9 +72,6 @@ class Checkpoint:
 
         Args:
             option: the one that names another checkpoint, for the message.
-
-        Raises:
-            EmlocError: it is quantised, or an emulator.
         """
         if (settings := self.config.get("quantization_config")) and not is_in_mxfp4(self.config):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
@@ -260,11 +257,7 @@ def _of_several(directory: Path) -> Path:
 
 
 def require_name(model: str) -> None:
-    """Refuse what is no hub id, but a path where nothing is.
-
-    Raises:
-        EmlocError: as above.
-    """
+    """Refuse what is no hub id, but a path where nothing is."""
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise EmlocError(
             f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).", code="missing"

@@ -71,11 +71,7 @@ class Inputs:
         return [stamp[:-1] for stamp, _ in self._seen.values()]
 
     def verify(self) -> None:
-        """Check that no file has changed since it was hashed, so that everything read since is consistent.
-
-        Raises:
-            EmlocError: a file has been changed, replaced or removed.
-        """
+        """Refuse files that have changed since they were hashed, so that all that was read since is consistent."""
         for path, (stamp, digest) in self._seen.items():
             try:
                 now = _stamp(path)

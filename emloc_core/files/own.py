@@ -32,9 +32,6 @@ def require_own_files(directory: Path, patterns: Iterable[str]) -> None:
 
     Args:
         patterns: glob patterns of the file names that matter.
-
-    Raises:
-        EmlocError: there is such a file; names the first.
     """
     root = directory.resolve()
     snapshot = next((each for each in (root, root.parent) if each.parent.name == "snapshots"), None)

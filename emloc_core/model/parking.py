@@ -156,11 +156,7 @@ class Parking:
 
 
 def require_own(tensor: torch.Tensor) -> None:
-    """Refuse a tensor of a sample that is parked: the running one has no business with it.
-
-    Raises:
-        EmlocError: it is one.
-    """
+    """Refuse a tensor of a sample that is parked: the running one has no business with it."""
     if tensor.numel() and not tensor.untyped_storage().nbytes():
         raise EmlocError(
             "Two rows wait with one tensor: the model keeps what it computes for one row, and uses it for the next.",

@@ -279,11 +279,7 @@ class PluginManager(pluggy.PluginManager):
         return self._objectives[family.objective]
 
     def require(self, hook: str, name: str) -> None:
-        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins.
-
-        Raises:
-            EmlocError: as above.
-        """
+        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins."""
         if name in ALGORITHMS[hook]:
             return
         if any(caller.plugin is not builtin for caller in getattr(self.hook, f"emloc_{hook}").get_hookimpls()):

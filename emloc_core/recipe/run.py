@@ -134,11 +134,7 @@ def _perform(
 
 
 def require_tasks(recipe: Recipe) -> None:
-    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later.
-
-    Raises:
-        EmlocError: names the file.
-    """
+    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later."""
     from emloc_core.evaluation.tasks import require_task_file
 
     for task in recipe.eval.tasks if recipe.eval else ():
@@ -147,11 +143,7 @@ def require_tasks(recipe: Recipe) -> None:
 
 
 def require_tuning(recipe: Recipe) -> None:
-    """Refuse settings of tuning that name what the model or TRL does not have: the emulator comes first, hours before.
-
-    Raises:
-        EmlocError: names it.
-    """
+    """Refuse settings of tuning that name what the model or TRL lacks: the emulator comes first, hours before."""
     polish = recipe.polish.extra if recipe.polish else {}
     if polish or any(getattr(recipe.train, name) for name in _NAMING):
         settings = recipe.train.model_dump(mode="json", exclude_unset=True)

@@ -187,11 +187,7 @@ def _wanted(rows: Iterable[Row]) -> list[Row]:
 
 
 def require_place(output: Path) -> None:
-    """Refuse an output that is there, and was not written by ``emloc tune``.
-
-    Raises:
-        EmlocError: as above.
-    """
+    """Refuse an output that is there, and was not written by ``emloc tune``."""
     if not output.exists() or (output / ASKED).is_file():
         return
     # Hidden files, such as one that was being written, are left as they are.

@@ -26,11 +26,7 @@ _NAMED = {"kind": "emulators", "correction": "corrections"}
 
 
 def precheck(request: Request) -> None:
-    """Refuse a request whose models, rows, algorithms, memory or place for the output cannot be what it says.
-
-    Raises:
-        EmlocError: one of them cannot.
-    """
+    """Refuse a request whose models, rows, algorithms, memory or place for the output cannot be what it says."""
     asked: Any = request
     if (memory := getattr(asked, "memory", None)) not in (None, FREE):
         parse_bytes(memory)
@@ -53,11 +49,7 @@ def precheck(request: Request) -> None:
 
 
 def check_names(settings: Any) -> None:
-    """Refuse settings that name an algorithm that nothing offers.
-
-    Raises:
-        EmlocError: says what is offered.
-    """
+    """Refuse settings that name an algorithm that nothing offers."""
     for field, hook in _NAMED.items():
         name = getattr(settings, field, None)
         if name is not None and name != AUTO:
@@ -69,9 +61,6 @@ def check_model(name: str) -> None:
 
     Args:
         name: directory or hub id, of which nothing is downloaded.
-
-    Raises:
-        EmlocError: as above.
     """
     check_place(name)
     if Path(name).exists():
@@ -79,11 +68,7 @@ def check_model(name: str) -> None:
 
 
 def check_place(name: str) -> None:
-    """Refuse what is neither there nor a hub id.
-
-    Raises:
-        EmlocError: as above.
-    """
+    """Refuse what is neither there nor a hub id."""
     if not Path(name).exists():
         require_name(name)
 
@@ -93,9 +78,6 @@ def check_rows(data: Any) -> None:
 
     Args:
         data: see :func:`emloc_core.data.rows.load_rows`; of hub datasets nothing is downloaded.
-
-    Raises:
-        EmlocError: names the file.
     """
     sources: Iterable[Any] = weights(data) or [data]
     for source in sources:

@@ -110,11 +110,7 @@ def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
 
 
 def require(problems: Iterable[str]) -> None:
-    """Refuse an adapter that has problems.
-
-    Raises:
-        EmlocError: it does; names them.
-    """
+    """Refuse an adapter that has problems."""
     if found := "; ".join(problems):
         raise EmlocError(
             f"What is trained on an emulator has to hold on the base: {found}.", REMEDY, code="unsupported"

@@ -50,9 +50,6 @@ def require_room(nbytes: int, device: torch.device) -> None:
 
     Args:
         device: that each process tunes on.
-
-    Raises:
-        EmlocError: it is a GPU, and less of it is free.
     """
     if device.type == "cuda" and nbytes > (free := free_of(device)):
         raise EmlocError(

@@ -24,9 +24,6 @@ def check(model: str, settings: Mapping[str, Any], polish: Mapping[str, Any]) ->
 
     Args:
         polish: further fields of the trainer, for exact steps.
-
-    Raises:
-        EmlocError: names it.
     """
     opened, train = open_model(model, "cpu"), TrainSettings(**settings)
     opened.objective.check(train)

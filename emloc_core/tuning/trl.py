@@ -57,11 +57,7 @@ _OF_DPO = {
 
 
 def check_extra(settings: StepSettings) -> None:
-    """Refuse ``extra`` fields that are unknown or cannot be set.
-
-    Raises:
-        EmlocError: a field is refused; names it and what to do instead.
-    """
+    """Refuse ``extra`` fields that are unknown or cannot be set."""
     kind = _config_class(settings)
     named = {field: setting for setting, field in _NAMED.items()}
     named["gradient_checkpointing"] = "gradient_checkpointing"  # the old name of the field
