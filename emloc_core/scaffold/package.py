@@ -1,10 +1,8 @@
 """Writes the package of a plugin that declares a family, from the template in ``plugins/emloc_template``."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -86,9 +84,10 @@ def _check(name: str, model_types: Sequence[str]) -> None:
 
 def _render(name: str, model_types: Sequence[str]) -> dict[str, str]:
     """Return the content of every file, by path."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    loader = PackageLoader("emloc_template", "")
+    environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)
     values = {
         "name": name,
         "package": f"emloc_{name}",
@@ -97,17 +96,7 @@ def _render(name: str, model_types: Sequence[str]) -> dict[str, str]:
         "shown_types": ", ".join(f"`{each}`" for each in model_types),
         "version": __version__,
     }
-    templates = _templates(files("emloc_template"))
     return {
-        path.replace("NAME", name).removesuffix(".jinja"): environment.from_string(text).render(values)
-        for path, text in templates
+        path.replace("NAME", name).removesuffix(".jinja"): environment.get_template(path).render(values)
+        for path in environment.list_templates(["jinja"])
     }
-
-
-def _templates(place: Traversable, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the path and the text of every template below ``place``."""
-    for entry in place.iterdir():
-        if entry.is_dir():
-            yield from _templates(entry, f"{path}{entry.name}/")
-        elif entry.name.endswith(".jinja"):
-            yield f"{path}{entry.name}", entry.read_text(encoding="utf-8")
