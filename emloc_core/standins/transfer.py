@@ -5,7 +5,6 @@ A Linear's weight is another one on the emulator. So nothing may be computed fro
 PEFT's own check is made where it wraps a model, in any script; see :func:`refuse_others`.
 """
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -49,7 +48,7 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"it is a {getattr(kind, 'value', kind)}, and only a LoRA can be transferred"]
-    defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
+    defaults = LoraConfig().to_dict()
     problems = []
     for name, value in config.items():
         safe = value in _SAFE_VALUES.get(name, ()) or not (value or defaults.get(name))
@@ -59,12 +58,6 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
             why = _WHY.get(name, "it is not known to be safe")
             problems.append(f"{name}={value!r} cannot be transferred ({why})")
     return problems
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
 
 
 def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collection[str] = ()) -> list[str]:
