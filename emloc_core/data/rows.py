@@ -126,8 +126,7 @@ def without(
     """Return the rows whose content is in none of ``files``, in their order; an empty file leaves none out.
 
     Args:
-        files: files, or saved or hub datasets.
-        split: of those datasets.
+        split: of saved or hub datasets.
         columns: see :func:`load_rows`; what an emulator keeps has the usual ones.
 
     Raises:

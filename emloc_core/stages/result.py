@@ -143,11 +143,7 @@ class RunSummary(TypedDict):
 
 
 class _Directory(os.PathLike[str]):
-    """A directory. Every function of the Python API accepts it as a path.
-
-    Attributes:
-        path: the directory.
-    """
+    """A directory, ``path``. Every function of the Python API accepts it as a path."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -160,11 +156,7 @@ class _Directory(os.PathLike[str]):
 
 
 class RunResult(_Directory):
-    """The directory of a finished run.
-
-    Attributes:
-        path: the directory.
-    """
+    """The directory of a finished run."""
 
     def __repr__(self) -> str:
         return f"<run at {self.path}>"
@@ -181,11 +173,7 @@ class RunResult(_Directory):
 
 
 class Result(_Directory, Generic[Found]):
-    """A finished output directory of one stage.
-
-    Attributes:
-        path: the directory.
-    """
+    """A finished output directory of one stage."""
 
     def __repr__(self) -> str:
         return f"<{self.kind} at {self.path}>"

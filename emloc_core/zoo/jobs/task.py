@@ -12,15 +12,13 @@ JOBS, LOGS, JOB = "jobs", "logs", "job.json"
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job needs, by the plan; None where the plan could not tell.
+    """What a job needs, by the plan, in bytes; None where the plan could not tell.
+
+    ``base`` and ``emulator`` are the weights; ``inference`` (on the base) and ``tuning`` (the emulator) are peaks.
 
     Attributes:
-        memory: the largest stage's peak on the CPU, in bytes.
-        disk: what the job writes and downloads, in bytes.
-        base: the model's weights, in bytes.
-        emulator: the emulator's weights, in bytes.
-        inference: the peak of inference on the base, in bytes.
-        tuning: the peak of tuning the emulator, in bytes.
+        memory: the largest stage's peak on the CPU.
+        disk: what the job writes and downloads.
         reason: why something is unknown.
     """
 
