@@ -91,7 +91,7 @@ def picture_directory(data: Sequence[Path]) -> Path:
     Raises:
         EmlocError: there are several.
     """
-    directories = sorted({path.parent for path in data}) or [Path()]
+    directories = sorted({path.parent.resolve() for path in data}) or [Path()]
     if len(directories) > 1:
         raise EmlocError(
             f"A task with images has data files in {directories[0]} and in {directories[1]}.",

@@ -67,15 +67,15 @@ def load_task(spec: TaskSpec) -> list[Any]:
     from lm_eval.tasks import TaskManager
 
     where = spec.path or f"lm-eval's task {spec.name}"
-    directory = Path()
+    data: list[Path] = []
     sandbox_templates()
     try:
         if spec.path is None:
             loaded = TaskManager().load([spec.name])
         else:
             content = with_absolute_data(load_yaml(spec.path), spec.path)
-            directory = picture_directory([Path(file) for file in data_files(content)])
-            with unpacking(map(Path, data_files(content))):
+            data = [Path(file) for file in data_files(content)]
+            with unpacking(data):
                 loaded = TaskManager(include_defaults=False).load([content])
     except EmlocError:
         raise
@@ -90,7 +90,7 @@ def load_task(spec: TaskSpec) -> list[Any]:
         raise EmlocError(f"lm-eval cannot build {where} ({reason}).", "Correct the task file or its data.") from error
     tasks = list(loaded["tasks"].values())
     for task in filter(shows_pictures, tasks):
-        find_pictures(task, directory)
+        find_pictures(task, picture_directory(data))
     return tasks
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.evaluate import canonical_systems
+from emloc_core.evaluation.images import picture_directory
 from emloc_core.evaluation.loading import load_system
 from emloc_core.evaluation.multimodal_lm import ImageTextLM
 from emloc_core.evaluation.new_task import write_task
@@ -297,6 +298,14 @@ def test_a_picture_that_changes_meanwhile_is_noticed(rows_with_pictures, tmp_pat
     shutil.copy(tmp_path / "pictures" / "blue.png", tmp_path / "pictures" / "red.png")
     with pytest.raises(EmlocError, match=r"red\.png was changed while it was being read"):
         inputs.verify()
+
+
+def test_pictures_are_beside_the_rows_of_one_directory(tmp_path):
+    (tmp_path / "one").mkdir()
+    rows = [tmp_path / "one" / "a.jsonl", tmp_path / "one" / ".." / "one" / "b.jsonl"]
+    assert picture_directory(rows) == (tmp_path / "one").resolve()
+    with pytest.raises(EmlocError, match="keep the files of one task in one directory"):
+        picture_directory([*rows, tmp_path / "c.jsonl"])
 
 
 def test_a_missing_picture_is_found_before_anything_runs(internvl, rows_with_pictures, tmp_path):

@@ -193,6 +193,18 @@ def test_data_are_found_relative_to_the_task_file(tmp_path, monkeypatch):
     assert len(loaded.eval_docs) == 3
 
 
+def test_rows_of_text_may_be_in_several_directories(rows_file, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(rows_file, tmp_path / name / "rows.jsonl")
+    (tmp_path / "b" / "task.yaml").write_text(
+        "task: two\ndataset_path: json\ndataset_kwargs: {data_files: {train: ../a/rows.jsonl, test: rows.jsonl}}\n"
+        "fewshot_split: train\ntest_split: test\ndoc_to_text: prompt\ndoc_to_target: completion\n"
+    )
+    (loaded,) = load_task(find_task(str(tmp_path / "b" / "task.yaml"), Inputs()))
+    assert len(loaded.eval_docs) == len(load_rows(rows_file))
+
+
 def test_a_digest_covers_data_functions_and_includes(rows_file, tmp_path):
     data = tmp_path / "rows.jsonl"
     shutil.copy(rows_file, data)
