@@ -131,7 +131,8 @@ def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     functions = sorted({file for value in named_functions(content) if (file := _function_file(value, path)).is_file()})
     inputs.hash([*files, *functions])
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
-    digest, declared = f"{own}-{inputs.hash(sorted(data))}", content.get("doc_to_image")
+    rows = [*data, *_files_of_a_directory(resolved)]
+    digest, declared = f"{own}-{inputs.hash(sorted(rows))}", content.get("doc_to_image")
     if declared is not None:
         digest += f"-{hash_pictures(data, declared, inputs)}"
     return TaskSpec(name, path.resolve(), digest, declared is not None)
@@ -209,6 +210,13 @@ def data_files(content: dict[str, Any]) -> Iterator[str]:
             stack += value.values() if isinstance(value, dict) else value
         elif isinstance(value, str) and "://" not in value:
             yield value
+
+
+def _files_of_a_directory(content: dict[str, Any]) -> Iterator[Path]:
+    """Yield the files of a data set that is a local directory."""
+    path = content.get("dataset_path")
+    if isinstance(path, str) and path not in LOCAL_FORMATS and Path(path).is_dir():
+        yield from filter(Path.is_file, Path(path).rglob("*"))
 
 
 def named_functions(value: Any) -> Iterator[str]:

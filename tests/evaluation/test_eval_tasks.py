@@ -223,6 +223,18 @@ def test_a_digest_covers_data_functions_and_includes(rows_file, tmp_path):
     assert len(digests) == 5
 
 
+def test_a_digest_covers_a_directory_of_data(rows_file, tmp_path):
+    (tmp_path / "rows" / "deep").mkdir(parents=True)
+    data, digests = tmp_path / "rows" / "deep" / "test.jsonl", set()
+    shutil.copy(rows_file, data)
+    (tmp_path / "task.yaml").write_text(f"task: a\ndataset_path: {tmp_path / 'rows'}\ntest_split: test\n")
+    for line in ("", "\n"):
+        with data.open("a") as stream:
+            stream.write(line)
+        digests.add(find_task(str(tmp_path / "task.yaml"), Inputs()).digest)
+    assert len(digests) == 2
+
+
 BROKEN = {
     "task: [": "not valid YAML",
     "- 1": "holds list",
