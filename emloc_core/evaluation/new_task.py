@@ -63,9 +63,9 @@ def _write(kind: str, rows: list[Row], data: Path, output: Path) -> Path:
     values = {
         "NAME": re.sub(r"\W+", "_", output.stem) or kind,
         "FORMAT": _FORMATS[data.suffix],
-        "DATA": json.dumps(os.path.relpath(data.resolve(), output.resolve().parent)),
+        "DATA": _quoted(os.path.relpath(data.resolve(), output.resolve().parent)),
         "SYSTEM": _jinja("" if asked else system),
-        "PROMPT": json.dumps(asked) if asked else _jinja(prompt),
+        "PROMPT": _quoted(asked) if asked else _jinja(prompt),
         "ANSWER": _jinja(answer),
         "TEXT": _jinja(text),
         "IMAGES": column,
@@ -78,8 +78,8 @@ def _write(kind: str, rows: list[Row], data: Path, output: Path) -> Path:
         )
     if template == "choice":
         choices = _choices(rows, data)
-        values["CHOICES"] = json.dumps(choices)
-        values["INDEX"] = json.dumps(f"{{{{ {json.dumps(choices)}.index({answer}) }}}}")
+        values["CHOICES"] = _quoted(choices)
+        values["INDEX"] = _jinja(f"{_quoted(choices)}.index({answer})")
     content = files("emloc_core.evaluation").joinpath("templates", f"{template}.yaml").read_text("utf-8")
     if not column:
         content = re.sub(r"doc_to_image:.*\n", "", content)
@@ -91,7 +91,13 @@ def _write(kind: str, rows: list[Row], data: Path, output: Path) -> Path:
 
 def _jinja(expression: str) -> str:
     """Return a Jinja expression as a YAML string."""
-    return json.dumps(f"{{{{ {expression} }}}}" if expression else "")
+    return _quoted(f"{{{{ {expression} }}}}" if expression else "")
+
+
+def _quoted(value: str | list[str]) -> str:
+    """Return JSON that YAML and Jinja read too: neither joins the two halves in which JSON may write a character."""
+    written = json.dumps(value, ensure_ascii=False)
+    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", written)
 
 
 def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:

@@ -148,6 +148,14 @@ def test_a_choice_is_scored_among_all_answers(tiny_model, tmp_path):
     assert found["metrics"]["acc"]["value"] == pytest.approx(right / len(rows))
 
 
+def test_choices_may_be_any_text(tmp_path):
+    texts = ["\U0001f600", "\\ud83d", "caf\u00e9 \"'", "{{ a }}\\", "two\r\n\tlines\u2028\x85\x7f\x01"]
+    data = write_jsonl(tmp_path / "\U0001f600.jsonl", [{"prompt": "a", "completion": text} for text in texts])
+    (task,) = load_task(find_task(str(write_task("choice", data, tmp_path / "choice.yaml")), Inputs()))
+    for doc in task.eval_docs:
+        assert task.doc_to_choice(doc)[int(task.doc_to_target(doc))] == doc["completion"]
+
+
 def test_a_task_of_a_form_that_its_kind_cannot_use_is_refused(rows_file, tmp_path):
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a cat runs."}])
     with pytest.raises(EmlocError, match="needs prompt and completion"):
