@@ -29,7 +29,7 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
     Args:
         kind: one of :data:`KINDS`.
         data: rows that :func:`load_rows` reads. Those that lm-eval reads otherwise (CSV, saved datasets, columns of
-            other tools than TRL) are copied beside ``output``, as JSONL.
+            other tools than TRL, texts in parts) are copied beside ``output``, as JSONL.
         output: the YAML file to write; the path of the data is relative to it.
 
     Raises:
@@ -38,7 +38,8 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
     if output.exists():
         raise EmlocError(f"{output} already exists.", "Choose another file, or remove this one.", code="exists")
     rows = load_rows(str(data))
-    if data.suffix in _FORMATS and known_columns(_first(data)) == "TRL":
+    as_it_is = data.suffix in _FORMATS and known_columns(_first(data)) == "TRL"
+    if as_it_is and (kind in IMAGE_KINDS or not any(_has_parts(content) for _, content in read_file(data))):
         return _write(kind, rows, data, output)
     data = output.with_suffix(".jsonl")
     if data.exists():
@@ -171,6 +172,12 @@ def _with_images(data: Path, prompt: str, answer: str, system: str) -> tuple[str
 def _first(data: Path) -> dict[str, Any]:
     """Return the first row of a file that :func:`load_rows` can read, as it is in the file."""
     return next(read_file(data))[1]
+
+
+def _has_parts(content: dict[str, Any]) -> bool:
+    """Return whether a row, as it is in the file, has a message whose content is a list of parts."""
+    messages = [message for column in content.values() if isinstance(column, list) for message in column]
+    return any(isinstance(message, dict) and isinstance(message.get("content"), list) for message in messages)
 
 
 def _choices(rows: list[Row], data: Path) -> list[str]:

@@ -183,6 +183,18 @@ def test_rows_that_lm_eval_reads_otherwise_are_copied(tiny_model, tmp_path):
     assert samples[0]["expected"] == "dog."
 
 
+def test_texts_in_parts_are_asked_as_text(tiny_model, tmp_path):
+    rows = chat_rows(3)
+    question, answer = rows[2]["messages"][1:]  # of one row among others
+    asked, expected = question["content"], answer["content"]
+    question["content"] = [{"type": "text", "text": asked[:5]}, {"type": "text", "text": asked[5:]}]
+    answer["content"] = [{"type": "text", "text": expected}]
+    task = write_task("generation", write_jsonl(tmp_path / "parts.jsonl", rows), tmp_path / "write.yaml")
+    sample = metrics_of(tiny_model, task)[1][2]
+    assert sample["prompt"].endswith(f"<user>{asked}</s><assistant>")
+    assert sample["expected"] == expected
+
+
 def test_nothing_is_left_of_a_task_that_is_refused(tmp_path):
     lines = "".join(f"a{number},b{number}\n" for number in range(30))
     (tmp_path / "rows.csv").write_text(f"instruction,output\n{lines}")
