@@ -15,6 +15,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import manifest_value, read_manifest
 from emloc_core.standins.experts import matrices
+from emloc_core.standins.format import kind_of
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:
@@ -71,7 +72,7 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
                     "Run `emloc correct` first, or use it uncorrected with --allow-uncorrected.",
                     code="mismatch",
                 )
-        if emulator is None and model and is_rounded_form(Checkpoint(model), base):
+        if model and is_rounded_form(Checkpoint(model), base):
             return fingerprint
         named = adapter.config.get("base_model_name_or_path")
         if not model and made_for and made_for != fingerprint and named != base.name:
@@ -97,12 +98,12 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
 
 
 def is_rounded_form(model: Checkpoint, base: Checkpoint) -> bool:
-    """Return whether a quantised checkpoint, such as one of bitsandbytes, is of this base.
+    """Return whether a quantised checkpoint, such as one of bitsandbytes, is of this base and no emulator of it.
 
     Its vectors (norms, biases) are not quantised, so they are the base's but for their dtype. A LoRA that was trained
     on it is for the base as well, as in QLoRA.
     """
-    if not model.config.get("quantization_config") or base.config.get("quantization_config"):
+    if not model.config.get("quantization_config") or base.config.get("quantization_config") or kind_of(model.config):
         return False
     vectors = [key for key, tensor in base.tensors.items() if len(tensor.shape) == 1 and tensor.is_floating_point]
     if not vectors or any(key not in model.tensors for key in vectors):

@@ -103,14 +103,25 @@ def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
         manifest = read_manifest(system.adapter)
         if manifest is None or system.name == "base+uncorrected":  # made for the emulator
             continue
-        known = manifest.get("request", {}).get("base" if corrected else "model")
-        if known != system.model.fingerprint(files):
+        request = manifest.get("request", {})
+        on_base = corrected or "emulator" not in request  # which a copy of what was trained on the base has not
+        known = request.get("model") or (request.get("base") if on_base else None)
+        if known != system.model.fingerprint(files) and not _is_on_four_bits(system):
             raise EmlocError(
                 f"The adapter {system.adapter} was made for another model than {system.model.directory} "
                 f"({system.name}).",
                 "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them anyway.",
                 code="mismatch",
             )
+
+
+def _is_on_four_bits(system: _Opened) -> bool:
+    """Return whether the adapter was trained on the system's base in four bits, as in QLoRA."""
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.belonging import is_rounded_form
+
+    model = Adapter(system.adapter).trained_on if system.adapter and system.name in _ON_THE_BASE else None
+    return model is not None and is_rounded_form(Checkpoint(model), system.model)
 
 
 class Evaluate(Job):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.evaluation import completions, direct_nll, evaluate, metrics_of, system
+from support.models import save_in_four_bits
 from support.run import patch_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,9 +27,11 @@ from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.tasks import find_task
 from emloc_core.files import pretrained
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.processes.call import ProcessDiedError
 from emloc_core.requests import make_request
+from emloc_core.standins.format import MARK
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +217,9 @@ def foreign(tiny_model, tmp_path_factory):
 def write_manifest(adapter, tmp_path):
     """Return a function that copies the adapter with the manifest of a stage that made it for some model."""
 
-    def write(kind, key, model):
+    def write(kind, key, model, **more):
         directory = shutil.copytree(adapter, tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}")
-        request = {key: Checkpoint(model).fingerprint(Inputs())}
+        request = {key: Checkpoint(model).fingerprint(Inputs()), **more}
         (directory / "emloc.json").write_text(json.dumps({"kind": kind, "request": request}))
         return directory
 
@@ -226,7 +229,7 @@ def write_manifest(adapter, tmp_path):
 def test_an_adapter_in_the_place_of_another_is_refused(
     tiny_model, tiny_emulator, adapter, write_manifest, tasks, tmp_path
 ):
-    corrected = write_manifest("corrected-adapter", "base", tiny_model)
+    corrected = write_manifest("corrected-adapter", "base", tiny_model, emulator="its fingerprint")
     tuned = write_manifest("adapter", "model", tiny_emulator)
     full = write_manifest("adapter", "model", tiny_model)
 
@@ -236,6 +239,8 @@ def test_an_adapter_in_the_place_of_another_is_refused(
 
     assert compare(adapter=tuned, corrected=corrected, polished=full, full_lora=full)
     assert compare(adapter=adapter, full_lora=adapter)  # not EMLoC's: unknown
+    for kind in ("corrected-adapter", "served-adapter"):  # copies of what was trained on the base
+        assert compare(full_lora=write_manifest(kind, "base", tiny_model))
     for refused, message in (
         ({"corrected": tuned}, f"--corrected {tuned} is not corrected"),
         ({"corrected": adapter}, f"--corrected {adapter} is not corrected"),
@@ -247,6 +252,19 @@ def test_an_adapter_in_the_place_of_another_is_refused(
     ):
         with pytest.raises(EmlocError, match=message):
             compare(**refused)
+
+
+def test_an_adapter_of_the_base_in_four_bits_is_on_the_base(tiny_model, write_manifest, tasks, tmp_path):
+    packed = save_in_four_bits(tiny_model, tmp_path / "packed")
+    tuned = write_manifest("adapter", "model", packed)
+    write_json(tuned / "adapter_config.json",
+               read_json(tuned / "adapter_config.json") | {"base_model_name_or_path": str(packed)})  # fmt: skip
+    systems = canonical_systems(base=str(tiny_model), full_lora=tuned)
+    compared = Evaluate(make_request("eval", systems=systems, tasks=tasks, output=tmp_path / "out"))
+    assert compared.describe()
+    write_json(packed / "config.json", read_json(packed / "config.json") | {MARK: "nf4"})  # an emulator of it
+    with pytest.raises(EmlocError, match=f"{tuned} was made for another model than {tiny_model}"):
+        compared.describe()
 
 
 @pytest.mark.parametrize(
