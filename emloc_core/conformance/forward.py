@@ -66,15 +66,11 @@ def observe(
         seen.tapped[path].append(activations.clone())
 
     tapping = tapped({path: model.get_submodule(path) for path in taps or ()}, taps or {}, sink)
-    handles = [model.get_submodule(path).register_forward_pre_hook(entering(path)) for path in blocks]
-    try:
-        with forward_hooks((model.get_submodule(path), watching(path)) for path in linears), tapping:
-            for sample in samples:
-                seen.blocks.append([])
-                seen.logits.append(logits(model, sample))
-    finally:
-        for handle in handles:
-            handle.remove()
+    following = forward_hooks(((model.get_submodule(path), entering(path)) for path in blocks), before=True)
+    with following, forward_hooks((model.get_submodule(path), watching(path)) for path in linears), tapping:
+        for sample in samples:
+            seen.blocks.append([])
+            seen.logits.append(logits(model, sample))
     return seen
 
 

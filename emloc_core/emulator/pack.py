@@ -140,11 +140,8 @@ def _input(stream: Stream, path: str, sample: int) -> torch.Tensor:
     if path in stream.units:
         with stream.arguments(sample) as (args, _):
             return args[0].clone()
-    handle = stream.skeleton.model.get_submodule(path).register_forward_pre_hook(reached)
-    try:
+    with forward_hooks([(stream.skeleton.model.get_submodule(path), reached)], before=True):
         stream.step(sample)
-    finally:
-        handle.remove()
     return found[0]
 
 

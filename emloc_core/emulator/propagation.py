@@ -10,7 +10,7 @@ passes through the block once in each stream.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import ROWS, Gram, Side, blocks, cheaper_side, rounded
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
-from emloc_core.model.hooks import forwards
+from emloc_core.model.hooks import forward_hooks, forwards
 from emloc_core.model.parking import require_own
 from emloc_core.model.streaming import Stream
 from emloc_core.processes.heap import give_back
@@ -304,17 +304,10 @@ def _pausing(
 
         return hook
 
-    with ExitStack() as stack:
-        for linear in planned:
-            module = modules[linear.path]
-            registered = (
-                module.register_forward_pre_hook(before(linear.path, linear.group, 1))
-                if isinstance(linear.tap, str)
-                else module.register_forward_hook(after(linear))
-            )
-            stack.callback(registered.remove)
-        for path in experts:  # tokens, and where they are sent
-            stack.callback(modules[path].register_forward_pre_hook(before(path, (path,), 2)).remove)
+    entering = [(modules[each.path], before(each.path, each.group, 1)) for each in planned if isinstance(each.tap, str)]
+    entering += [(modules[path], before(path, (path,), 2)) for path in experts]  # tokens, and where they are sent
+    leaving = [(modules[each.path], after(each)) for each in planned if not isinstance(each.tap, str)]
+    with forward_hooks(entering, before=True), forward_hooks(leaving):
         yield
     ran = {path for _, path in reached}
     for linear in planned:

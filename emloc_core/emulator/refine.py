@@ -71,11 +71,8 @@ class Ends:
             return block.forward(*args, **kwargs)
 
         block = self._stream.skeleton.model.get_submodule(self._block)
-        handle = block.register_forward_hook(leave, with_kwargs=True)
-        try:
+        with forward_hooks([(block, leave)], with_kwargs=True):
             yield
-        finally:
-            handle.remove()
 
     def pass_on(self) -> None:
         """Let the samples that wait continue to the next block."""

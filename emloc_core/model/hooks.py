@@ -40,11 +40,17 @@ def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink
 
 
 @contextmanager
-def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Register forward hooks while the context is active; a hook's result, unless None, replaces the output."""
+def forward_hooks(
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False, with_kwargs: bool = False
+) -> Iterator[None]:
+    """Register forward hooks, or pre-hooks, while the context is active.
+
+    A hook's result, unless None, replaces the output; that of one ``before`` the forward, its inputs.
+    """
     with ExitStack() as stack:
         for module, hook in hooks:
-            stack.callback(module.register_forward_hook(hook).remove)
+            register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(hook, with_kwargs=with_kwargs).remove)
         yield
 
 

@@ -15,6 +15,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from emloc_core.errors import EmlocError
+from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.parking import Parking
 
 #: One sample: called once, in its greenlet; runs the model's forward and whatever follows (a loss, say).
@@ -188,20 +189,12 @@ class Lockstep:
             if unit == last:
                 break
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
+    def _hooks(self) -> AbstractContextManager[None]:
         def pause(unit: str) -> Callable[[nn.Module, Any, Any], None]:
             return lambda _module, args, kwargs: self.pause(unit, args, kwargs)
 
-        handles = [
-            self.model.get_submodule(unit).register_forward_pre_hook(pause(unit), with_kwargs=True)
-            for unit in self.units
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = ((self.model.get_submodule(unit), pause(unit)) for unit in self.units)
+        return forward_hooks(hooks, before=True, with_kwargs=True)
 
 
 def _start(forward: Forward) -> greenlet:

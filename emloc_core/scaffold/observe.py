@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from emloc_core.emulator.coverage import fused_weights
 from emloc_core.errors import EmlocError, typed_line
+from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.weight_reads import read_without_call
 from emloc_core.scaffold.merge import Block, is_within, merged
 from emloc_core.standins.experts import computes_as_experts
@@ -140,13 +141,11 @@ class Observation:
 
             return hook
 
-        with ExitStack() as stack:
-            for path, module in self.model.named_modules():
-                if fused_weights(module):
-                    stack.callback(module.register_forward_hook(experts(path)).remove)
-                stack.callback(module.register_forward_pre_hook(enter(path)).remove)
-                if isinstance(module, nn.Linear):
-                    stack.callback(module.register_forward_hook(leave(path)).remove)
+        modules = dict(self.model.named_modules())
+        leaving = [(module, experts(path)) for path, module in modules.items() if fused_weights(module)]
+        leaving += [(module, leave(path)) for path, module in modules.items() if isinstance(module, nn.Linear)]
+        entering = forward_hooks(((module, enter(path)) for path, module in modules.items()), before=True)
+        with entering, forward_hooks(leaving):
             yield
 
     def _find_interleaved(self, lists: Sequence[str]) -> dict[str, str]:
