@@ -55,11 +55,11 @@ def row_chunks(tensor: TensorInfo, nbytes: int) -> Iterator[torch.Tensor]:
     """
     columns = tensor.shape[1]
     width = columns * DTYPES[tensor.dtype].itemsize
-    for part in _chunks(tensor, max(1, nbytes // width) * width):
+    for part in chunks(tensor, max(1, nbytes // width) * width):
         yield torch.frombuffer(part, dtype=DTYPES[tensor.dtype]).reshape(-1, columns)
 
 
-def _chunks(tensor: TensorInfo, nbytes: int) -> Iterator[memoryview]:
+def chunks(tensor: TensorInfo, nbytes: int) -> Iterator[memoryview]:
     """Yield the raw bytes of a tensor in the file; each part is overwritten by the next."""
     buffer = memoryview(bytearray(min(nbytes, tensor.nbytes)))
     with tensor.shard.open("rb", buffering=0) as file:
@@ -130,7 +130,7 @@ class ShardWriter:
         """
         self._expect(key)
         if not self._copied_by_kernel(tensor):
-            for part in _chunks(tensor, _CHUNK):
+            for part in chunks(tensor, _CHUNK):
                 self._write_all(part)
         self._require_whole(key)
 
@@ -210,7 +210,7 @@ def is_intact(shard: Path) -> bool:
     expected = metadata.pop(_HASH, None)
     metadata.pop("format", None)
     layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-    return expected == _hash(layout, metadata, (part for each in tensors.values() for part in _chunks(each, _CHUNK)))
+    return expected == _hash(layout, metadata, (part for each in tensors.values() for part in chunks(each, _CHUNK)))
 
 
 def _hash(
