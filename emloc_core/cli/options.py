@@ -155,7 +155,6 @@ def options(
 
     Args:
         short: shorter option names by field, beside the field's own: ``{"learning_rate": "--lr"}``.
-        skip: fields without an option.
         of: the option that they belong to, if there is one, for the help texts.
         hidden: whether the help leaves them out, since another command's has them.
     """

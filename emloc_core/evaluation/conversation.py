@@ -89,7 +89,6 @@ class Conversation:
         """Return the answer to messages, without the space around it; neither is remembered.
 
         Args:
-            messages: of a row.
             pictures: which they show.
             tools: which may be called, as functions in JSON schema.
 

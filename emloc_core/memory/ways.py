@@ -31,8 +31,6 @@ class Way:
         model: the model's memory under this way: so many rows at once, and this kind of emulator.
         bytes: its peak memory; for ``emulator, then polish``, the larger of tuning and polishing.
         fits: whether that is within the budget.
-        kind: the emulator's kind, if there is an emulator.
-        ratio: the emulator's ratio, if it has one.
         read_bytes: bytes of weights read from disk or RAM per optimiser step.
         flops: arithmetic per optimiser step; recomputation counts.
         compress_bytes: peak memory of stage 1, which makes the emulator; 0 without one.

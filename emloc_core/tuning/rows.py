@@ -25,7 +25,6 @@ class TuningRows(NamedTuple):
     Attributes:
         evaluated: to evaluate; none of them has the content of one that is trained on.
         excluded: how many rows of the data are left out, since an emulator keeps them, or the user excludes them.
-        skipped: those that cannot be used.
     """
 
     train: list[Row]

@@ -29,7 +29,6 @@ class LocalEngine:
     job has one of its own.
 
     Args:
-        workers: at most so many at a time.
         memory: bytes for all of them together; by default those of the machine.
         inherited: file descriptors that workers hold as long as they live.
     """

@@ -33,7 +33,6 @@ class Peak:
     Attributes:
         of: what needs it.
         short: the same in a word.
-        bytes: how much; None where that is not known.
         planned: by the memory plan, and not measured.
     """
 
