@@ -30,9 +30,9 @@ OF_PLAN = {"lora_rank", "target_modules", "batch_size"}
 
 
 def entries():
-    """Draw entries of models of tokens: what a row of pictures costs is another matter. Some are observed for it."""
-    family_for = plugin_manager().family_for
-    return st.sampled_from([entry for entry in load_entries() if family_for(entry.config).objective == "tokens"])
+    """Draw entries of models of tokens that are declared: what a row of pictures costs is another matter."""
+    declared = set().union(*(each.model_types for each in plugin_manager().families() if each.objective == "tokens"))
+    return st.sampled_from([entry for entry in load_entries() if entry.config["model_type"] in declared])
 
 
 def tuning(model, plan=None, **_):
