@@ -211,7 +211,8 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from first([*RIVALS, *BASELINES])
     for rate, steps in product((1, 2), (STEPS, longer)):
         yield from first([(FULL, 1)], steps, rate)
-    yield from first([(SCRATCH, 1)], EXACT[-1])
+    for rate in range(3):
+        yield from first([(SCRATCH, 1)], EXACT[-1], rate)
     yield from first(plain)
     yield from (
         Cell(task, *way, 0, STEPS, best_rate(known, task, VARIANTS[way[0]]["kind"], way[1]))
@@ -224,7 +225,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
             yield from (Cell(task, FULL, 1, seed, steps, rate) for rate in likely(task, FULL, 1, steps))
         for way in (*recommended, *RIVALS, *plain, *variants):
             yield from (Cell(task, *way, seed, STEPS, rate) for rate in likely(task, *way))
-        yield Cell(task, SCRATCH, 1, seed, EXACT[-1], LEARNING_RATES[task][0])
+        yield from (Cell(task, SCRATCH, 1, seed, EXACT[-1], rate) for rate in likely(task, SCRATCH, 1, EXACT[-1]))
 
 
 def wider_ways() -> list[tuple[str, float]]:
