@@ -202,11 +202,6 @@ class Compress(Job):
         return sum(sample.size for sample in self.samples)
 
 
-def prepare(request: CompressRequest) -> Compress:
-    """Return the job of a request whose kind and ratio are decided."""
-    return Compress(request)
-
-
 def described(settings: CompletedSettings, result: Mapping[str, Any]) -> str:
     """Return what the card of an emulator says of it."""
     errors = [each["relative_error"] for each in result["linears"] if each["relative_error"] is not None]

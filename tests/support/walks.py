@@ -1,6 +1,6 @@
 """How far a reader goes after a request, and other figures of a checkout, as JSON.
 
-``PYTHONPATH=tests python -m support.walks [CHECKOUT]``. A *walk* begins at a stage's ``prepare`` and follows, as a
+``PYTHONPATH=tests python -m support.walks [CHECKOUT]``. A *walk* begins where a stage's job is made and follows, as a
 reader would, every call that is handed the request, a field of it, the model or the adapter. A *stop* is a function
 of the core that is read on the way, once. A *climb* is a stop in a module on a higher floor (see
 :mod:`support.imports`) than the one before it: the reader was down there already, and has to come up again.
@@ -21,8 +21,6 @@ from pathlib import Path
 from support.imports import CORE, arrows, between_rooms, floors, modules, room
 from support.paths import ROOT
 
-#: Where each walk begins.
-STARTS = ("emulator.compress", "tuning.exact", "adapters.correct")
 #: Classes that stand for the model or the adapter.
 MODELS = {"Adapter", "Checkpoint", "Family", "GivenLora", "NewLora", "OpenModel", "Skeleton"}
 #: What finds out what is known of a model: its family, its config, and what loads its weights.
@@ -39,6 +37,14 @@ class Stop:
     module: str
     owner: str
     name: str
+
+
+#: Where each walk begins.
+STARTS = (
+    Stop("emulator.compress", "Compress", "__init__"),
+    Stop("tuning.exact", "", "prepare"),
+    Stop("adapters.correct", "", "prepare"),
+)
 
 
 @dataclass
@@ -254,7 +260,8 @@ def walk(code: Code, start: Stop) -> list[Stop]:
                     kept[found[0].owner] |= scope.kept if on_self(item) else set()
                     follow(*found, handed)
 
-    follow(start, code.defined[start.module, start.name], {"request"})  # type: ignore[arg-type]
+    method = code.method((start.module, start.owner), start.name)
+    follow(start, method[1] if method else code.defined[start.module, start.name], {"request"})  # type: ignore[arg-type]
     return list(read)
 
 
@@ -316,7 +323,7 @@ def count(checkout: Path) -> dict[str, object]:
         "arrows between rooms": sum(map(len, rooms.values())),
         "layers": _declared_layers(checkout),
         "floors of modules": 1 + max(floor_of.values()),
-        "walks": {name: figures_of(walk(code, Stop(name, "", "prepare")), floor_of) for name in STARTS},
+        "walks": {start.module: figures_of(walk(code, start), floor_of) for start in STARTS},
         "calls that open a model": {name: code.calls(name) for name in OPENERS},
         "modules that know a format": {
             name: sum(bool(re.search(pattern, text)) for text in source.values()) for name, pattern in FORMATS.items()
