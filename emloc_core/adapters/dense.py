@@ -37,11 +37,10 @@ class Replacement:
         Args:
             weight: (rows, features), from row ``first`` of the base's on.
         """
-        new = self.weight.to(weight.device, weight.dtype)
         if self.indices is None:
-            return new[first : first + len(weight)]
+            return self.weight[first : first + len(weight)].to(weight.device, weight.dtype)
         found = weight.clone()
-        for row, index in zip(new, self.indices, strict=True):
+        for row, index in zip(self.weight, self.indices, strict=True):
             if first <= index < first + len(weight):
                 found[index - first] = row
         return found
