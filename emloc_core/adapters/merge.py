@@ -26,8 +26,8 @@ from emloc_core.model.opened import open_original
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import MergeRequest
 
-#: What becomes of a weight: a LoRA is added, it is replaced, or None: it stays as it is.
-Change = Lora | Replacement | None
+#: What becomes of a weight: it is replaced, then a LoRA is added; None: neither.
+Change = tuple[Replacement | None, Lora | None]
 _AT_ONCE = 3  # shards
 _ROWS_BYTES = 2 << 20  # bytes of a weight merged at a time: few enough to stay in the processor's cache
 
@@ -47,11 +47,18 @@ class Merge(Job):
         self.model = open_original(request.base or self.adapter.base_name, option="--base")
         self.base = self.model.checkpoint
         skeleton = self.model.skeleton
-        self.untied: dict[str, tuple[str, Change]] = {}  # new key -> key that it was tied to, what becomes of it
-        self.unties = False
         require_dense(self.adapter.replaced, skeleton.model)
-        self.changes: dict[str, Change] = self._by_key(skeleton)
-        self._replace(skeleton)
+        replaced = replaced_weights(self.adapter.replaced, skeleton)
+        changed = {lora.parameter(path) for path, lora in self.adapter.loras.items()}
+        #: Tied output layers that change otherwise than the embeddings, and become tensors of their own.
+        self.unties = {
+            name for name, to in skeleton.tied.items() if name in changed or replaced.get(name) is not replaced.get(to)
+        }
+        #: New key -> key that it was tied to; the others are tied in the config, but stored in the file too.
+        self.untied = {name: skeleton.sources(name)[0] for name in self.unties if not skeleton.stored(name)}
+        loras = self._by_key(skeleton)
+        new = {self._key(name, skeleton): of for name, of in replaced.items()}
+        self.changes: dict[str, Change] = {key: (new.get(key), loras.get(key)) for key in loras.keys() | new.keys()}
 
     @cached_property
     def output(self) -> Output:
@@ -76,8 +83,8 @@ class Merge(Job):
             "finished": self.output.is_finished(),
         }
 
-    def _by_key(self, skeleton: Skeleton) -> dict[str, Change]:
-        found: dict[str, Change] = {}
+    def _by_key(self, skeleton: Skeleton) -> dict[str, Lora]:
+        found: dict[str, Lora] = {}
         for path, lora in self.adapter.loras.items():
             name = lora.parameter(path)
             keys = skeleton.sources(name)
@@ -98,30 +105,14 @@ class Merge(Job):
                     "The adapter belongs to another model, or save the base with save_pretrained first.",
                     code="mismatch",
                 )
-            change = lora.transposed() if skeleton.is_transposed(keys[0]) else lora
-            if name not in skeleton.tied:
-                found[keys[0]] = change
-            elif stored := skeleton.stored(name):  # tied in the config, but stored in the file too
-                found[stored[0]] = change
-                self.unties = True
-            else:
-                self.untied[name] = (keys[0], change)
-                self.unties = True
+            found[self._key(name, skeleton)] = lora.transposed() if skeleton.is_transposed(keys[0]) else lora
         return found
 
-    def _replace(self, skeleton: Skeleton) -> None:
-        """Add what the adapter replaces; a tied output layer becomes a tensor of its own, unless both change alike."""
-        replaced = replaced_weights(self.adapter.replaced, skeleton)
-        for name in (name for name in replaced if name not in skeleton.tied):
-            self.changes[skeleton.sources(name)[0]] = replaced[name]
-        for name, source in skeleton.tied.items():
-            if replaced.get(name) is replaced.get(source):
-                continue
-            self.unties = True
-            if stored := skeleton.stored(name):  # tied in the config, but stored in the file too
-                self.changes[stored[0]] = replaced.get(name, self.changes.get(stored[0]))
-            else:
-                self.untied.setdefault(name, (skeleton.sources(source)[0], replaced.get(name)))
+    def _key(self, name: str, skeleton: Skeleton) -> str:
+        """Return the key that a parameter has in the merged checkpoint."""
+        if name in self.untied:
+            return name
+        return (skeleton.stored(name) if name in self.unties else skeleton.sources(name))[0]
 
     def make(self, staging: Path, progress: Progress) -> None:
         """Write the merged checkpoint; ``progress`` is called with a shard's name."""
@@ -153,34 +144,33 @@ class Merge(Job):
         tensors, metadata = read_header(source)
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
         extra = self.untied if source == self.base.shards[-1] else {}
-        for key, (tied_to, _) in extra.items():
+        for key, tied_to in extra.items():
             layout[key] = (self.base.tensors[tied_to].dtype, self.base.tensors[tied_to].shape)
         with ShardWriter(target, layout, metadata) as writer:
             for key, tensor in tensors.items():
-                change = self.changes.get(key)
-                if change is None:
-                    writer.copy(key, tensor)
+                if key in self.changes:
+                    writer.write(key, self._merged(tensor, *self.changes[key]))
                 else:
-                    writer.write(key, self._merged(tensor, change))
-            for key, (tied_to, change) in extra.items():
-                writer.write(key, self._merged(self.base.tensors[tied_to], change))
+                    writer.copy(key, tensor)
+            for key, tied_to in extra.items():
+                writer.write(key, self._merged(self.base.tensors[tied_to], *self.changes.get(key, (None, None))))
 
-    def _merged(self, tensor: TensorInfo, change: Change) -> Iterator[memoryview]:
+    def _merged(self, tensor: TensorInfo, new: Replacement | None, lora: Lora | None) -> Iterator[memoryview]:
         """Yield the bytes of the changed weight, some rows at a time: with a LoRA the fp32 sum, cast once."""
-        if isinstance(change, Lora):
-            if change.is_stacked:
-                for each in zip(tensor.split(), change.experts(), strict=True):
-                    yield from self._merged(*each)
-                return
-            change = Lora(change.a.float(), change.b.float(), change.scale)
+        if lora and lora.is_stacked:
+            for part, of in zip(tensor.split(), lora.experts(), strict=True):
+                yield from self._merged(part, new, of)
+            return
+        if lora:
+            lora = Lora(lora.a.float(), lora.b.float(), lora.scale)
         done = 0
         for weight in row_chunks(tensor, _ROWS_BYTES):
+            if new:
+                weight.copy_(new.applied(weight, done))
             merged = weight
-            if isinstance(change, Lora):
-                rows = change.b[done : done + len(weight)]
-                merged = weight.float().addmm_(rows, change.a, alpha=change.scale).to(DTYPES[tensor.dtype])
-            elif isinstance(change, Replacement):
-                merged = change.applied(weight, done)
+            if lora:
+                rows = lora.b[done : done + len(weight)]
+                merged = weight.float().addmm_(rows, lora.a, alpha=lora.scale).to(DTYPES[tensor.dtype])
             # NaN and Inf survive a sum, so one pass finds them, including overflows in the cast.
             if not bool(torch.isfinite(merged.sum(dtype=torch.float32))):
                 raise EmlocError(
@@ -204,14 +194,14 @@ class Merge(Job):
             write_json(staging / self.base.index, {"metadata": {}, "weight_map": weight_map})
 
 
-def _by_expert(lora: Lora, path: str, keys: list[str], skeleton: Skeleton) -> dict[str, Change]:
+def _by_expert(lora: Lora, path: str, keys: list[str], skeleton: Skeleton) -> dict[str, Lora]:
     """Return the LoRA on a stack of experts by the checkpoint's keys: of the stack, or of the parts of each matrix."""
     shapes = [skeleton.shape_of(key) for key in keys]
     if len(keys) == 1 and shapes[0] == tuple(skeleton.model.get_parameter(path).shape):
         return {keys[0]: lora if lora.shape == shapes[0] else lora.transposed()}
     experts = lora.experts()
     parts, left = divmod(len(keys), len(experts))  # gate and up, say: all experts' of one, then all of the next
-    found: dict[str, Change] = {}
+    found: dict[str, Lora] = {}
     if not left and parts and not lora.b.shape[1] % parts:
         halves = [Lora(of.a, of.b.chunk(parts)[part], of.scale) for part in range(parts) for of in experts]
         found = dict(zip(keys, halves, strict=True))

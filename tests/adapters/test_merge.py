@@ -111,6 +111,28 @@ def test_a_lora_on_a_tied_head_changes_the_head_alone(tmp_path):
     assert torch.equal(merged.model.embed_tokens.weight, original.model.embed_tokens.weight)
 
 
+def store_head(base):
+    """Store a copy of a tied head in the base's file, too; return all of its tensors."""
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tied_head_takes_trained_rows_and_then_a_lora(tmp_path, stored):
+    base = tied_base(tmp_path)
+    if stored:
+        store_head(base)
+    options = {"target_modules": ["lm_head"], "trainable_token_indices": [5, 9], "size": 0.3}
+    adapter = make_adapter(base, tmp_path / "adapter", **options)
+    merged = AutoModelForCausalLM.from_pretrained(merge(adapter, base, tmp_path / "merged"), dtype="auto").eval()
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).eval()
+    ids = torch.tensor([[1, 9, 30, 5, 80]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, wrapped(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_an_adapter_of_another_architecture_is_refused(tiny_model, tmp_path):
     options = dict(LLAMA.tiny_configs[0]) | {"hidden_size": 48}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
@@ -123,9 +145,7 @@ def test_an_adapter_of_another_architecture_is_refused(tiny_model, tmp_path):
 
 def test_a_stored_copy_of_a_tied_head_takes_the_update(tmp_path):
     base = tied_base(tmp_path)
-    tensors = load_file(base / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    tensors = store_head(base)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"], size=0.3)
     merged = merge(adapter, base, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")

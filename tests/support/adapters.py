@@ -14,7 +14,7 @@ def make_adapter(model, output, *, size=0.05, **options):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "trainable_tokens_delta" in name:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     peft_model.save_pretrained(output)
     return output
