@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.adapters import make_adapter
 from support.evaluation import completions, direct_nll, evaluate, metrics_of, system
 from support.models import save_in_four_bits
 from support.run import patch_calls
@@ -73,6 +74,16 @@ def test_an_adapter_with_other_keys_is_refused(tiny_model, adapter, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(EmlocError, match="does not fit"), pytest.warns(UserWarning, match="missing adapter keys"):
         load_system(tiny_model, tmp_path / "other")
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_lora_on_the_head_may_lack_peft_s_copy_of_it(tiny_model, tmp_path, copied):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    copy = tensors.pop("base_model.model.lm_head.base_layer.weight")
+    save_file(tensors | ({"base_model.model.lm_head.base_layer.weight": copy} if copied else {}), file)
+    assert load_system(tiny_model, adapter)
 
 
 @pytest.fixture(scope="module", params=["here", pytest.param("processes", marks=pytest.mark.thorough)])
