@@ -185,7 +185,7 @@ def correct(
     """
     content = {
         "adapter": adapter,
-        "output": output or Path(f"{fspath(adapter)}-corrected"),
+        "output": output or _beside(adapter, "corrected"),
         "base": base,
         "emulator": emulator,
         "selection_data": selection_data,
@@ -234,7 +234,7 @@ def polish(  # noqa: PLR0913 - all by keyword
     """
     content = {
         "adapter": adapter,
-        "output": output or Path(f"{fspath(adapter)}-polished"),
+        "output": output or _beside(adapter, "polished"),
         "base": base,
         **_rows(data, exclude, split, columns, skip_bad_rows=skip_bad_rows),
         "limits": dict(limits or {}),
@@ -569,6 +569,14 @@ def load_family(model: Name) -> "Family":
     from emloc_core.plugins.manager import plugin_manager
 
     return plugin_manager().family_for(read_config_json(find_config(fspath(model))))
+
+
+def _beside(adapter: Name, word: str) -> Path:
+    """Return the path of what is made of an adapter, where none is given."""
+    path = Path(adapter)
+    if path.name in ("", ".."):  # the current directory, or one above it
+        path = path.resolve()
+    return path.with_name(f"{path.name}-{word}")
 
 
 def _rows(

@@ -37,6 +37,13 @@ def test_every_stage_returns_its_output_as_a_path_with_a_result(made):
     assert json.loads((emulator.path / "emloc.json").read_text()) == emulator.manifest
 
 
+def test_an_output_is_beside_the_adapter_however_that_is_written(made, monkeypatch):
+    _, adapter, corrected, _ = made
+    monkeypatch.chdir(adapter.path)
+    for name in (f"{adapter.path}/", "."):
+        assert emloc.correct(name, device="cpu", clamp=1).path == corrected.path
+
+
 def test_what_is_made_loads_and_the_merged_model_is_the_base_with_the_corrected_adapter(made):
     import torch
 
