@@ -7,25 +7,33 @@ from typing import Any
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_base
 from emloc_core.adapters.moments import copy_moments, hash_moments
+from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
 from emloc_core.model.opened import open_model
 from emloc_core.requests import CorrectRequest
+from emloc_core.standins.format import kind_of
 
 
 class AsTrained(Job):
     """Copies an adapter that was trained on no emulator, so that what follows finds it where it expects it.
 
     Raises:
-        EmlocError: the model that it was trained on, or the original of that, has no family.
+        EmlocError: the model that it was trained on, or the original of that, has no family, or is an emulator.
     """
 
     def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
         self.adapter, self._path = adapter, request.output
-        self.model = open_model(request.base or str(adapter.trained_on), "cpu")
+        self.model = open_model(request.base or adapter.model_name, "cpu")
         self.base = self.model.checkpoint
+        if kind_of(self.base.config):  # one of the hub
+            raise EmlocError(
+                f"{adapter.directory} was trained on {self.base.name}, which is an emulator.",
+                "Give its directory with --emulator.",
+                code="mismatch",
+            )
 
     @property
     def warnings(self) -> list[str]:

@@ -26,7 +26,7 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.data.row import Row
 from emloc_core.data.rows import SELECTION, load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, may_be_hub_id
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import CONTENT, made_from
@@ -258,7 +258,17 @@ def prepare(request: CorrectRequest) -> Correct | AsTrained:
             "Use it on the base directly, or give the adapter that training wrote.",
             code="mismatch",
         )
-    model = adapter.trained_on
-    if request.emulator or not model or kind_of(Checkpoint(model).config):  # its manifest may be lost
+    if request.emulator:
         return Correct(request, adapter)
+    model, name = adapter.trained_on, adapter.model_name
+    if kind_of(Checkpoint(model).config) if model else not may_be_hub_id(name):  # its manifest may be lost
+        return Correct(request, adapter)
+    if not model and not adapter.manifest and request.base != name:
+        raise EmlocError(
+            f"{adapter.directory} was trained on {name}, which is not here, so it is unknown whether that is an "
+            "emulator.",
+            f"Give the emulator with --emulator. If {name} is the base itself, there is nothing to correct: use "
+            f"`emloc merge`, or copy the adapter with --base {name}.",
+            code="missing",
+        )
     return AsTrained(request, adapter)

@@ -256,9 +256,14 @@ def _of_several(directory: Path) -> Path:
     return directory
 
 
+def may_be_hub_id(model: str) -> bool:
+    """Return whether this has the form of a hub id, and not of a path."""
+    return not model.startswith((".", "/", "~")) and model.count("/") == 1
+
+
 def require_name(model: str) -> None:
     """Refuse what is no hub id, but a path where nothing is."""
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not may_be_hub_id(model):
         raise EmlocError(
             f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).", code="missing"
         )

@@ -25,7 +25,8 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.lora import WEIGHTS
+from emloc_core.files.inputs import Inputs
+from emloc_core.files.lora import CONFIG, WEIGHTS
 from emloc_core.files.manifest import read_manifest
 from emloc_core.model.opened import OpenModel
 from emloc_core.settings import CompressSettings, CorrectSettings
@@ -238,6 +239,38 @@ def test_an_adapter_of_the_base_itself_needs_no_correction(tiny_model, tmp_path)
     on_base = make_adapter(tiny_model, tmp_path / "on_base")
     with pytest.raises(EmlocError, match="not an emulator"):
         correct(on_base, tiny_model, tmp_path / "out", emulator=tiny_model)
+
+
+def named(adapter, name):
+    """Have an adapter say that it was trained on another model."""
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    return adapter
+
+
+@pytest.fixture
+def hub(monkeypatch, tiny_model, emulator):
+    models = {"org/base": tiny_model, "org/emulator": emulator}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(models[name]))
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_adapter_of_a_base_on_the_hub_is_copied(tiny_model, tmp_path):
+    adapter = named(make_adapter(tiny_model, tmp_path / "adapter"), "org/base")
+    with pytest.raises(EmlocError, match="unknown whether") as raised:
+        correct(adapter, None, tmp_path / "out")
+    assert "--base org/base" in raised.value.fix
+    copy = correct(adapter, "org/base", tmp_path / "copy")  # the user says what EMLoC's manifest would
+
+    model = Checkpoint(tiny_model).fingerprint(Inputs(tmp_path))
+    manifest = {"kind": "adapter", "request": {"model": model}, "result": {"sha256": content_hash(adapter)}}
+    (adapter / "emloc.json").write_text(json.dumps(manifest))
+    out = correct(adapter, None, tmp_path / "out")
+    assert (out / WEIGHTS).read_bytes() == (copy / WEIGHTS).read_bytes()
+    assert Adapter(out).model_name == "org/base"
+    assert Adapter(out).is_corrected
+    with pytest.raises(EmlocError, match="which is an emulator"):
+        correct(named(adapter, "org/emulator"), None, tmp_path / "none")
 
 
 def test_clamps_are_compared_on_the_answers_that_count_in_training(tiny_model, tmp_path):

@@ -61,9 +61,9 @@ def import_job(source: Any, output: Path) -> Import:
     return Import(ImportRequest(source=_place(source), output=output))
 
 
-def _place(given: Any) -> str:
-    """Return the directory of a model, an adapter or spectra, open or not."""
-    return str(getattr(given, "directory", given))
+def _place(given: Any) -> Any:
+    """Return the directory of a model, an adapter or spectra, open or not, if one is given."""
+    return given and str(getattr(given, "directory", given))
 
 
 def _source(data: Any) -> Any:
