@@ -158,6 +158,8 @@ def before_the_end(subject: TinyModel, paths: Collection[str]) -> list[str]:
     A stream that ends there, as that of prompts where pictures alone leave the model, is computed for nothing.
     """
     *_, before, last = ["", *block_paths(subject.meta, subject.family)]
+    if before.rpartition(".")[0] != last.rpartition(".")[0]:
+        return list(paths)  # the last block has none of its kind before it
     inside = {path: path.removeprefix(f"{last}.") for path in paths}
     return [path for path, rest in inside.items() if rest == path or f"{before}.{rest}" in paths]
 

@@ -278,13 +278,15 @@ def test_a_linear_too_small_for_factors_is_found(tmp_path, monkeypatch):
     assert fails(CHECKS["trains"].on(subject_of(family, tmp_path)), "model.layers.0.mlp.spare stayed dense")
 
 
-def test_a_lora_that_does_not_learn_is_found(tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_lora_that_does_not_learn_is_found(blocks, tmp_path, monkeypatch):
     def forward(self, x):
         self.spare(x)
         return mlp(self, x)
 
     spare(llama.LlamaMLP, monkeypatch, lambda: nn.Linear(32, 32), forward)
-    family = with_groups(*GROUPS[:2], [*GROUPS[2], "mlp.spare"], GROUPS[3])
+    declared = with_groups(*GROUPS[:2], [*GROUPS[2], "mlp.spare"], GROUPS[3])
+    family = replace(declared, tiny_configs=[{**ONE.tiny_configs[0], "num_hidden_layers": blocks}])
     result = CHECKS["trains"].on(subject_of(family, tmp_path))
     assert fails(result, "the LoRA on model.layers.0.mlp.spare got no gradient")
 
