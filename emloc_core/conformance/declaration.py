@@ -138,10 +138,7 @@ def linears(subject: TinyModel) -> None:
         "Declare repeated blocks as a tower; list what stays dense in keep_dense with the reason, which users see.",
     )
     require(
-        [
-            f"{path} of {blocks} is in an input group, and kept dense"
-            for blocks, path in _never_compressed(subject.plan)
-        ],
+        [f"{path} of {blocks} is to be compressed, and kept dense" for blocks, path in _never_compressed(subject.plan)],
         "Take it out of one of them.",
     )
     read = read_without_call(subject.meta)
@@ -168,9 +165,9 @@ def _list_around(model: nn.Module, path: str) -> str | None:
 
 
 def _never_compressed(plan: RankPlan) -> list[tuple[str, str]]:
-    """Return the list of blocks and the path within them of declared Linears that are kept dense in every block."""
+    """Return the list of blocks and the path within them of what is declared, and kept dense in every block."""
 
-    def places(linears: Iterable[LinearPlan]) -> set[tuple[str, str]]:
-        return {(each.block.rpartition(".")[0], each.path.removeprefix(f"{each.block}.")) for each in linears}
+    def places(planned: Iterable[LinearPlan]) -> set[tuple[str, str]]:
+        return {(each.block.rpartition(".")[0], each.path.removeprefix(f"{each.block}.")) for each in planned}
 
-    return sorted(places(plan.linears) - places(plan.candidates))
+    return sorted(places(plan.planned) - places(each for each in plan.planned if each.is_replaced))
