@@ -22,6 +22,7 @@ _SIZES: Mapping[str, int] = {
     r"(\w+_)?channels?": WIDTH,
     r"moe_intermediate_size|shared_expert_intermediate_size": 48,
     r"(\w+_)?intermediate_size(_\w+)?|(\w+_)?ffn_(dim|hidden_size)": 96,
+    r"word_embed_proj_dim": WIDTH // 2,  # where it is no other name for the width
     r"(block_)?ff_dim|n_inner|d_inner|d_?ff|dim_ff|mlp_dim": 96,
     r"(\w+_)?hidden_(sizes?|dim)(_\w+)?|n_embd|d_model|(\w+_)?emb(ed)?(_proj)?_dim|projection_dim": WIDTH,
     r"linear_num_key_heads": HEADS // 2,

@@ -355,6 +355,12 @@ def test_shrinking_keeps_what_is_equal_or_adds_up():
     assert small["rope_parameters"]["mrope_section"] == [3, 3, 2]
 
 
+def test_shrinking_keeps_a_projection_of_embeddings():
+    for width, expected in ((512, 32), (1024, 64)):
+        small = make_config(shrink(AutoConfig.for_model("opt", hidden_size=1024, word_embed_proj_dim=width)))
+        assert (small.hidden_size, small.word_embed_proj_dim) == (64, expected)
+
+
 def test_shrinking_keeps_a_block_at_which_something_happens():
     """The section around a tower may repeat the place, and wins."""
     vision = make_config(shrink(AutoConfig.for_model("minicpmv4_6"))).vision_config
