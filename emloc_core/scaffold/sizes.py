@@ -88,6 +88,8 @@ def _related(name: str, value: int, content: Mapping[str, Any], known: Collectio
         found = WIDTH if value in known else times * WIDTH or found
     if name.endswith("head_dim") and value in _rotated_and_not(content):
         found = 2 * HEAD_DIM
+    if name.endswith("_head_dim"):  # all heads may be wider than the model
+        found = _multiple(content.get(name.replace("head_dim", "hidden_size"), 0), content) * HEAD_DIM or found
     if name == "intermediate_size" and value == 4 * content.get("hidden_size", 0):
         found = 4 * WIDTH  # some models count on it
     if match := _KEY_VALUE_HEADS.fullmatch(name):

@@ -361,6 +361,11 @@ def test_shrinking_keeps_a_projection_of_embeddings():
         assert (small.hidden_size, small.word_embed_proj_dim) == (64, expected)
 
 
+def test_shrinking_keeps_heads_wider_than_the_model():
+    small = make_config(shrink(AutoConfig.for_model("zamba2", use_shared_attention_adapter=True)))
+    assert small.attention_head_dim * small.num_attention_heads == small.attention_hidden_size == 2 * small.hidden_size
+
+
 def test_shrinking_keeps_a_block_at_which_something_happens():
     """The section around a tower may repeat the place, and wins."""
     vision = make_config(shrink(AutoConfig.for_model("minicpmv4_6"))).vision_config
