@@ -4,6 +4,7 @@ A config with names for its sizes that :mod:`emloc_core.scaffold.sizes` does not
 them, and the user then writes a small config.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,8 @@ class _Shrinking:
         small = few_blocks(content, small, self._of_each)
         if pinpoints := content.get("image_grid_pinpoints"):
             small["image_grid_pinpoints"] = _pinpoints(pinpoints, content.get("vision_config") or {})
+        if (side := content.get("scale_factor")) and "image_size" in (small.get("vision_config") or {}):
+            small["vision_config"]["image_size"] = PIXELS["patch_size"] * side * math.ceil(PATCHES / side)  # of squares
         if old := _patches(content.get("vision_config") or {}):
             for name, value in content.items():
                 if is_by_index(value) and (queries := {int(key): each for key, each in value.items()}.get(old)):

@@ -366,6 +366,12 @@ def test_shrinking_keeps_heads_wider_than_the_model():
     assert small.attention_head_dim * small.num_attention_heads == small.attention_hidden_size == 2 * small.hidden_size
 
 
+@pytest.mark.parametrize(("scale_factor", "patches"), [(2, 8), (3, 9), (4, 8)])
+def test_shrinking_keeps_patches_in_whole_squares(scale_factor, patches):
+    vision = make_config(shrink(AutoConfig.for_model("idefics3", scale_factor=scale_factor))).vision_config
+    assert vision.image_size == patches * vision.patch_size
+
+
 def test_shrinking_keeps_a_block_at_which_something_happens():
     """The section around a tower may repeat the place, and wins."""
     vision = make_config(shrink(AutoConfig.for_model("minicpmv4_6"))).vision_config
