@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,7 @@ from emloc_core.algorithms.statistics import Gram
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.declaration import linears
 from emloc_core.conformance.forward import logits, observe
+from emloc_core.conformance.inputs import is_text
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.unread import unread_features
 from emloc_core.emulator.forwards import alike
@@ -52,6 +54,25 @@ def blocks(subject: TinyModel) -> None:
         ],
         "Declare the towers in the order in which they run.",
     )
+
+
+@check(blocks)
+def causal(subject: TinyModel) -> None:
+    """Another last token of a text changes no logits before it."""
+    texts = [(one, old) for one, old in zip(subject.samples, subject.forward.logits, strict=True) if is_text(one)]
+    if not texts:
+        return
+    sample, before = texts[-1]
+    *ids, last = sample.input_ids
+    other = replace(sample, input_ids=[*ids, next(token for token in ids if token != last)])
+    apart = deviation(logits(subject.whole, other)[:, :-1], before[:, :-1])
+    if apart > tolerated(subject, [apart]):
+        raise EmlocError(
+            f"The logits of a token depend on later ones, by {apart:.0e} of the largest: the model is an encoder, or "
+            "reads like one, and would see in training what it is to predict.",
+            "Choose a decoder; where a config has is_decoder, one with is_decoder=true.",
+            code="unsupported",
+        )
 
 
 @check(blocks)

@@ -26,6 +26,7 @@ class CheckResult:
         passed: whether the check passed. A check that could not run has not passed.
         message: what is wrong; for a passed check, a note.
         blocked: whether it was not run because a check that it needs failed.
+        code: the code of the error, where one says what is wrong.
     """
 
     family: str
@@ -36,6 +37,7 @@ class CheckResult:
     remedy: str = ""
     traceback: str = ""
     blocked: bool = False
+    code: str = ""
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
@@ -78,7 +80,7 @@ class Check:
             with under_test(subject.declared):
                 return result(True, self.run(subject) or "")
         except EmlocError as error:
-            return result(False, str(error.args[0]), error.fix or "")
+            return result(False, str(error.args[0]), error.fix or "", code=error.code)
         except Exception as error:  # a declaration may break anything, and a check must say so
             known = meaning(error)
             message = str(known.args[0]) if known else f"Could not run: {typed_line(error)}"

@@ -15,6 +15,7 @@ EACH = (
     declaration.builds,
     declaration.linears,
     activations.blocks,
+    activations.causal,
     activations.input_groups,
     activations.taps,
     activations.outputs,

@@ -43,9 +43,6 @@ def tiny_samples(family: Family, config: Any) -> list[Sample]:
 def taken(model: Any, samples: Sequence[Any]) -> list[Any]:
     """Return the samples without those of text alone that a model refuses, if there are images too."""
 
-    def is_text(sample: Any) -> bool:
-        return isinstance(sample, Sample) and not sample.others
-
     def runs(sample: Any) -> bool:
         try:
             with torch.no_grad():
@@ -57,6 +54,11 @@ def taken(model: Any, samples: Sequence[Any]) -> list[Any]:
     if all(map(is_text, samples)):
         return list(samples)
     return [sample for sample in samples if not is_text(sample) or runs(sample)]
+
+
+def is_text(sample: Any) -> bool:
+    """Say whether a sample is of tokens, and of nothing else."""
+    return isinstance(sample, Sample) and not sample.others
 
 
 def _needs_images(config: Any) -> bool:

@@ -104,7 +104,10 @@ def _require_checks(draft: "Draft") -> None:
         for check in EACH:
             result = check.on(subject)
             if not result.passed:
-                raise _needs_a_plugin(tiny, f"on a tiny model, the check {result.check!r} fails: {result.message}")
+                reason = f"on a tiny model, the check {result.check!r} fails: {result.message}"
+                if result.code == "unsupported":
+                    raise EmlocError(_cannot(tiny, reason), result.remedy, code=result.code)
+                raise _needs_a_plugin(tiny, reason)
 
 
 def _cannot(content: Mapping[str, Any], reason: str) -> str:

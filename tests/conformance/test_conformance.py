@@ -170,6 +170,13 @@ def test_logits_that_are_no_numbers_are_found(tmp_path, monkeypatch):
     assert fails(CHECKS["blocks"].on(subject_of(ONE, tmp_path)), "logits are not all finite")
 
 
+def test_logits_that_depend_on_later_tokens_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: mlp(self, x) + x.mean(1, keepdim=True))
+    result = CHECKS["causal"].on(subject_of(ONE, tmp_path))
+    assert fails(result, "The logits of a token depend on later ones")
+    assert result.code == "unsupported"
+
+
 def test_a_linear_that_does_not_run_is_found(tmp_path, monkeypatch):
     spare(llama.LlamaMLP, monkeypatch, lambda: nn.Linear(32, 32))
     family = with_groups(*GROUPS, ["mlp.spare"])
@@ -426,13 +433,13 @@ def test_the_command_lists_what_fails_and_exits_with_1(emloc):
         code, out, err = emloc("families", "check", "halved")
     assert code == 1
     assert "halved, all: 3 of 3 checks passed" in out
-    assert "halved, llama: 1 of 15 checks passed" in out
+    assert "halved, llama: 1 of 16 checks passed" in out
     assert "FAILED linears: model.layers.0.mlp.down_proj is a Linear that is neither" in out
     assert "or to keep_dense with the reason" in out
     blocked = [check.name for check in checks.EACH[2:]]  # all that need it, in one line
     assert f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.\n" in out
     assert out.count("Not run") == out.count("FAILED") == 1
-    assert "14 of 18 checks failed" in err
+    assert "15 of 19 checks failed" in err
 
 
 def test_the_command_speaks_json(emloc):

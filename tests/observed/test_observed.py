@@ -112,6 +112,7 @@ def test_strictness_refuses_what_would_be_observed_and_what_was(emloc, rows_file
     [
         ("bart", "is an encoder-decoder", "unsupported"),
         ("clip", "neither a causal language model nor an image-text model", "unsupported"),
+        ("roberta", "The logits of a token depend on later ones", "unsupported"),
         ("blt", "`emloc families new blt --from MODEL` drafts a plugin", "plugin"),
     ],
 )
@@ -120,6 +121,12 @@ def test_what_cannot_be_used_is_refused_with_the_reason(model_type, reason, code
         plugin_manager().family_for(content(model_type))
     assert reason in str(refused.value)
     assert refused.value.code == code
+
+
+@thorough
+def test_an_encoder_that_is_a_decoder_by_its_config_is_observed():
+    family = plugin_manager().family_for(content("bert", is_decoder=True))
+    assert [tower.blocks for tower in family.towers] == ["bert.encoder.layer"]
 
 
 def test_what_was_observed_is_kept_by_config(tmp_path, monkeypatch, never_again):

@@ -17,6 +17,8 @@ OTHER, MISSING = "no decoder", "package missing"
 #: What refusals say of models that EMLoC is not for, and of those that could not be built here.
 _SAY = {"is an encoder-decoder": OTHER, "neither a causal language model nor": OTHER,
         "was not found in your environment": MISSING}  # fmt: skip
+#: What refusals say of encoders of text. With images they are of decoders whose prompts read both ways.
+_ENCODER = "The logits of a token depend on later ones"
 #: What every refusal says.
 _ALWAYS = ("and looking at it is not enough: ", "on a tiny model, ")
 INTRODUCTION = """# Survey of architectures
@@ -25,7 +27,8 @@ Written by `make families-survey`. For every model type of transformers {version
 language models, or for images and text, a tiny model is declared by looking at another one, compressed, tuned,
 corrected and merged ({ways}). Each result is compared with a reference that streams nothing: ordinary forwards
 of the whole model, the paper's formulas, and the base patched by hand. It is *right* if all stages agree,
-*refused* if not compressed, with a reason, and *wrong* if it differs without a word.
+*refused* if not compressed, with a reason, and *wrong* if it differs without a word. Encoders, and encoder-decoders,
+are *no decoder*.
 
 The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where these run no
 model. They show one branch each; `emloc compress` checks on your rows what its Linears
@@ -44,7 +47,8 @@ def outcome(result: Mapping[str, Any]) -> str:
     """Return the outcome that the page names; a way that is refused beside others that are right is no refusal."""
     found: str = result["outcome"]
     if found == REFUSED:
-        found = next((other for text, other in _SAY.items() if text in result["why"]), REFUSED)
+        said = _SAY | ({_ENCODER: OTHER} if result["class"] == "text" else {})
+        found = next((other for text, other in said.items() if text in result["why"]), REFUSED)
     return RIGHT if found == REFUSED and RIGHT in result.get("ways", {}).values() else found
 
 
