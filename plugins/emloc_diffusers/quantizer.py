@@ -5,6 +5,7 @@ After its import, ``from_pretrained`` of a transformer loads an emulator, which 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from emloc_core.compat.imports import when_imported
 from emloc_core.errors import EmlocError
 from emloc_core.standins.format import METHOD
 from emloc_core.standins.layer import StandInLinear
@@ -29,8 +29,8 @@ class Quantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         self.quantization_config.replace(model)
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        """Leave it as it is."""
+    def _process_model_after_weight_loading(self, _: Any, **__: Any) -> None:
+        _tell_shapes()
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
         """Refuse an emulator that lacks a part of a stand-in; other weights are up to diffusers.
@@ -73,11 +73,13 @@ def _is_part(model: Any, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), StandInLinear)
 
 
+@cache
 def _tell_shapes() -> None:
     """Tell pipelines of FLUX.1 the shapes of stand-ins.
 
     They take what is stored for the weight, and one that is smaller than a LoRA's they fill up with zeros.
     """
+    # Not above: this module is imported while that one is, as it imports diffusers' quantizers.
     from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 
     usual = FluxLoraLoaderMixin._calculate_module_shape
@@ -93,4 +95,3 @@ def _tell_shapes() -> None:
 
 AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = EmlocConfig
-when_imported("diffusers.loaders.lora_pipeline", _tell_shapes)

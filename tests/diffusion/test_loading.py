@@ -138,7 +138,11 @@ def test_an_emulator_that_lacks_a_part_is_refused(made, tmp_path):
 
 
 def test_it_is_loaded_without_an_import_of_ours(made):
-    code = f"import diffusers as d; print(d.FluxTransformer2DModel.from_pretrained({str(made['nf4'])!r}).is_quantized)"
+    code = f"""
+from diffusers import Flux2KleinPipeline  # which begins with the loaders of LoRAs: they import the quantizers, and ours
+from diffusers import FluxTransformer2DModel
+print(FluxTransformer2DModel.from_pretrained({str(made["nf4"])!r}).is_quantized)
+"""
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
