@@ -9,11 +9,11 @@ from emloc_core.errors import EmlocError, did_you_mean
 
 #: Columns that rows may have.
 COLUMNS = (
-    "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "tools",
+    "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "weight", "tools",
     "instruction", "input", "output", "system", "history", "conversations",
 )  # fmt: skip
 #: Those of them that some rows may lack where others have them.
-_OPTIONAL = {"image", "images", "tools", "input", "system", "history"}
+_OPTIONAL = {"image", "images", "weight", "tools", "input", "system", "history"}
 #: Every column has the name that TRL gives it.
 NO_RENAMING: Mapping[str, str] = {}
 #: ShareGPT's names of roles. ``function_call`` and ``observation`` are LLaMA-Factory's.

@@ -199,12 +199,21 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
 
 
 def _picture(content: dict[str, Any], where: str, number: int, directory: Path, *, confined: bool) -> Row:
-    weight = content.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise EmlocError(f"{where}: `weight` is {weight!r}, not a number above 0.", "Correct it, or leave it out.")
+    weight = _weight(content.get("weight"), where)
     prompt = parse_string(content["prompt"], f"{where}: `prompt`")
     images = _pictures(content, where, directory, confined=confined)
-    return Row(number, prompt=prompt, images=images, weight=float(weight))
+    return Row(number, prompt=prompt, images=images, weight=weight)
+
+
+def _weight(given: Any, where: str) -> float:
+    """Return it as a number, which CSV has as text; 1 where the row has none."""
+    try:
+        weight = 1.0 if given is None else float(given)
+    except (TypeError, ValueError):
+        weight = float("nan")
+    if isinstance(given, bool) or not 0 < weight < float("inf"):
+        raise EmlocError(f"{where}: `weight` is {given!r}, not a number above 0.", "Correct it, or leave it out.")
+    return weight
 
 
 def _rejected(content: dict[str, Any], chosen: Content, where: str) -> Content | None:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
+from PIL import Image
 from support.rows import example_rows
 
 from emloc_core.data.rows import Skipped, load_rows, write_skipped
@@ -25,6 +27,21 @@ def test_cells_of_csv_are_text_as_it_is_written(tmp_path: Path):
         load_rows(path)
     (tmp_path / "rows.tsv").write_text("prompt\tcompletion\na, b\tc\n")
     assert load_rows(tmp_path / "rows.tsv")[0].prompt == "a, b"
+
+
+def test_weights_of_pictures_are_numbers_texts_or_none(tmp_path: Path):
+    table = tmp_path / "rows.csv"
+    table.write_text("caption,image,w\na,a.png,0.5\nb,b.png,\n")
+    rows = [{"caption": "a", "image": "a.png", "w": 0.5}, {"caption": "b", "image": "b.png", "w": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    for path in (table, tmp_path / "rows.parquet"):
+        found = load_rows(path, columns={"prompt": "caption", "weight": "w"})
+        assert [row.weight for row in found] == [0.5, 1.0]
+    table.write_text("prompt,image,weight\na,a.png,much\n")
+    with pytest.raises(EmlocError, match="`weight` is 'much', not a number above 0"):
+        load_rows(table)
 
 
 def test_saved_datasets_hold_the_same_rows(tmp_path: Path, rows_file: Path):
