@@ -92,12 +92,13 @@ def _batch(group: Sequence[Drawn]) -> dict[str, Any]:
 
 
 def sizes(pictures: Pictures) -> list[RowSize]:
-    """Return the positions of every row: those of its picture, and of the longest part of its prompt."""
+    """Return the positions of every row: those of its picture, and of the longest sequence of its prompt."""
     found = []
     for row in pictures.rows:
         encoded = row.encoded if isinstance(row, Drawn) else row
         _, height, width = encoded.latents.shape
-        tokens = height * width // pictures.call.patch**2 + max(len(each) for each in encoded.prompt.values())
+        sequences = [len(each) for each in encoded.prompt.values() if each.ndim > 1]  # and not what is pooled
+        tokens = height * width // pictures.call.patch**2 + max(sequences)
         found.append(RowSize(tokens, tokens))
     return found
 

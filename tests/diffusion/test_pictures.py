@@ -8,11 +8,13 @@ import torch
 from click.testing import CliRunner
 from diffusers import FluxTransformer2DModel
 from emloc_diffusers.calls import call_of, packed, unpacked
-from emloc_diffusers.encoding import Encoder
+from emloc_diffusers.encoding import Encoded, Encoder
 from emloc_diffusers.families import FAMILIES
+from emloc_diffusers.flow import Times
 from emloc_diffusers.pictures import Drawing, grid
 from emloc_diffusers.pipeline import Parts
 from emloc_diffusers.scores import Judge
+from emloc_diffusers.training import Pictures, sizes
 from PIL import Image
 from support.pipelines import flux_pipeline, picture_rows
 from transformers import (
@@ -32,6 +34,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.files.pretrained import load_lora
 from emloc_core.model.opened import open_model
+from emloc_core.objective import RowSize
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,12 @@ def test_rows_of_one_number_in_several_sources_are_learned_each(pixels, tmp_path
         (alone,) = encoder(pixels).encode([row])
         assert torch.equal(found.latents, alone.latents)
         assert torch.equal(found.prompt["tokens"], alone.prompt["tokens"])
+
+
+def test_a_row_is_as_long_as_its_patches_and_its_sequence_of_tokens():
+    prompt = {"tokens": torch.zeros(5, 24), "pooled": torch.zeros(768)}
+    row = Encoded(1, torch.zeros(4, 8, 8), prompt, 1.0, "")
+    assert sizes(Pictures([row], Times("uniform"), "FluxTransformer2DModel")) == [RowSize(16 + 5, 16 + 5)]
 
 
 def test_a_part_with_code_of_its_own_is_refused(pixels, tmp_path):
