@@ -86,7 +86,8 @@ class Parts:
             return 1
         config = read_object(self.directory / "vae" / "config.json")
         # Diffusers' own spelling: a VAE that encodes films, of which a picture is one of a single frame.
-        halved = len(config.get("temperal_downsample", config["block_out_channels"][1:]))
+        of_films = config.get("temperal_downsample")
+        halved = len(config["block_out_channels"][1:] if of_films is None else of_films)
         return 2 ** (halved + ("batch_norm_eps" in config))  # which normalises patches of 2 x 2 latents as one
 
     def load(self, name: str) -> Any:

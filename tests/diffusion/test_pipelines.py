@@ -9,6 +9,7 @@ from emloc_diffusers.pipeline import Parts
 from support.pipelines import (
     flux_pipeline,
     picture_rows,
+    qwen_image_pipeline,
     sd3_pipeline,
     z_image_pipeline,
 )
@@ -19,6 +20,7 @@ import emloc_core as emloc
 CASES = {
     "FLUX.1": (flux_pipeline, {"max_sequence_length": 6}),
     "Stable Diffusion 3": (sd3_pipeline, {}),
+    "Qwen-Image": (qwen_image_pipeline, {}),
     "Z-Image": (z_image_pipeline, {}),
 }
 QUICK = ("FLUX.2 klein", "Qwen-Image")
