@@ -86,12 +86,12 @@ class Drawing:
         """
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
         size = {"height": side, "width": side, "num_inference_steps": steps, "generator": generators}
-        options = {**self.call.drawing(self.pipe), **options}
+        options = {"prompt": list(prompts), **self.call.drawing(self.pipe), **options}
         if getattr(self.pipe, "vae", None) is not None:
-            return list(self.pipe(list(prompts), **size, **options).images)
+            return list(self.pipe(**size, **options).images)
         factor = self.pipe.vae_scale_factor  # without a VAE, latents are pixels
         size |= {"height": side * factor, "width": side * factor}
-        found = self.pipe(list(prompts), output_type="latent", **size, **options).images
+        found = self.pipe(output_type="latent", **size, **options).images
         return [_as_image(each) for each in unpacked(found, side, side)]
 
 
