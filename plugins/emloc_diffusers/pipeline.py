@@ -138,7 +138,8 @@ class Parts:
             )
         kind = getattr(library(), self.class_name)
         taken = inspect.signature(kind.__init__).parameters
-        parts = {**given, **{name: self.load(name) for name in names if name in taken}}
+        told = {name: value for name, value in self.index.items() if name in taken and not isinstance(value, list)}
+        parts = {**told, **given, **{name: self.load(name) for name in names if name in taken}}
         missing = [name for name, each in taken.items() if each.default is each.empty and name not in ("self", *parts)]
         return kind(**dict.fromkeys(missing), **parts)
 

@@ -7,6 +7,7 @@ from emloc_diffusers.lora_file import FILE
 from emloc_diffusers.pictures import Drawing
 from emloc_diffusers.pipeline import Parts
 from support.pipelines import (
+    flux2_pipeline,
     flux_pipeline,
     picture_rows,
     qwen_image_pipeline,
@@ -19,6 +20,7 @@ import emloc_core as emloc
 #: What writes a pipeline, and the options of its call that draw as EMLoC draws.
 CASES = {
     "FLUX.1": (flux_pipeline, {"max_sequence_length": 6}),
+    "FLUX.2 klein": (flux2_pipeline, {}),
     "Stable Diffusion 3": (sd3_pipeline, {}),
     "Qwen-Image": (qwen_image_pipeline, {}),
     "Z-Image": (z_image_pipeline, {}),
