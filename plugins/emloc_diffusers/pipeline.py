@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -106,7 +107,11 @@ class Parts:
         Raises:
             EmlocError: it is another one, or a part cannot be loaded.
         """
-        yield self._made(classes, self.readers).to(device)
+        pipe = self._made(classes, self.readers).to(device)
+        # Where there is no T5, its embeddings are zeros as wide as the transformer says.
+        config = read_config(self.directory / "transformer" / "config.json")
+        pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+        yield pipe
 
     def whole(self, classes: Sequence[str], transformer: Checkpoint) -> Any:
         """Return the pipeline with a transformer, all of it in the transformer's dtype.

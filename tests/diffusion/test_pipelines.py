@@ -1,5 +1,7 @@
 """A whole pipeline of every family: its encoders are read, its transformer is tuned, and it draws."""
 
+from functools import partial
+
 import diffusers
 import pytest
 import torch
@@ -22,6 +24,7 @@ CASES = {
     "FLUX.1": (flux_pipeline, {"max_sequence_length": 6}),
     "FLUX.2 klein": (flux2_pipeline, {}),
     "Stable Diffusion 3": (sd3_pipeline, {}),
+    "Stable Diffusion 3 without T5": (partial(sd3_pipeline, t5=False), {}),
     "Qwen-Image": (qwen_image_pipeline, {}),
     "Z-Image": (z_image_pipeline, {}),
 }
