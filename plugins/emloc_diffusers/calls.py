@@ -31,11 +31,13 @@ class Call:
         pipelines: the classes of pipelines whose prompts and pictures the class is given.
         density: how times are drawn, as in diffusers' scripts: ``uniform`` or ``logit-normal``.
         patch: sides of pictures are multiples of so many latents.
+        guidance: what the pipelines call it.
     """
 
     pipelines: tuple[str, ...]
     density = "uniform"
     patch = 2
+    guidance = "guidance_scale"
 
     def channels(self, config: Mapping[str, Any]) -> int:
         """Return C, the channels of pictures as latents."""
@@ -45,8 +47,8 @@ class Call:
         """Return the published number of parameters of what encodes prompts, all of it together."""
         raise NotImplementedError
 
-    def drawing(self, pipe: Any) -> dict[str, Any]:
-        """Return options of the pipeline's call, for prompts that are encoded as in :meth:`prompt`."""
+    def drawing(self, pipe: Any, prompts: int = 1) -> dict[str, Any]:
+        """Return options of the pipeline's call, for so many prompts that are encoded as in :meth:`prompt`."""
         return {}
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
@@ -113,7 +115,7 @@ class Flux(Packed):
     def readers(self, config: Mapping[str, Any]) -> int:
         return CLIP_L + T5_XXL
 
-    def drawing(self, pipe: Any) -> dict[str, Any]:
+    def drawing(self, pipe: Any, prompts: int = 1) -> dict[str, Any]:
         return {"max_sequence_length": min(512, pipe.tokenizer_2.model_max_length)}
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
@@ -199,10 +201,13 @@ class StableDiffusion3(Call):
 class QwenImage(Packed):
     """Qwen-Image: packed pictures, whose shapes the model is told; prompts are as long as they are."""
 
-    pipelines = ("QwenImagePipeline",)
+    pipelines, guidance = ("QwenImagePipeline",), "true_cfg_scale"
 
     def readers(self, config: Mapping[str, Any]) -> int:
         return QWEN_VL
+
+    def drawing(self, pipe: Any, prompts: int = 1) -> dict[str, Any]:
+        return {"negative_prompt": [" "] * prompts}  # without one there is no guidance
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         return {"tokens": pipe.encode_prompt(text)[0][0]}

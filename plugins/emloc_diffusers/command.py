@@ -23,6 +23,7 @@ _DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
               "those that are drawn.")  # fmt: skip
 @click.option("--side", type=click.IntRange(1), default=512, show_default=True, help="Height and width in pixels.")
 @click.option("--steps", type=click.IntRange(1), default=28, show_default=True, help="Steps of the solver.")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance; without it, as the pipeline has it.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the noise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("pictures.png"),
               show_default=True, help="File of the grid.")  # fmt: skip
@@ -34,10 +35,9 @@ def command(
     data: str | None,
     judge: Path | None,
     side: int,
-    steps: int,
-    seed: int,
     output: Path,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Draw what a pipeline makes of prompts, alone and with adapters, always from the same noise; and score it."""
     from emloc_core.data.rows import load_rows
@@ -61,7 +61,7 @@ def command(
         name = adapter.name if adapter else "base"
         name = str(adapter) if name in drawn else name
         click.echo(f"drawing: {name}", err=True)
-        drawn[name] = Drawing(model, adapter).draw(prompts, side=side, steps=steps, seed=seed)
+        drawn[name] = Drawing(model, adapter).draw(prompts, side=side, **options)
         scores[name] = {"loss": losses.of(adapter)} if losses else {}
         if judging:
             scores[name]["similarity"] = judging.similarity(drawn[name], references)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -73,7 +73,7 @@ class Drawing:
         return max(patch, min(width, height))
 
     def draw(
-        self, prompts: Sequence[str], *, side: int, steps: int = STEPS, seed: int = 0, **options: Any
+        self, prompts: Sequence[str], *, side: int, steps: int = STEPS, seed: int = 0, guidance: float | None = None
     ) -> "list[Image]":
         """Return a picture for every prompt; the noise depends on the seed and the place in the list alone.
 
@@ -82,11 +82,13 @@ class Drawing:
             side: height and width in pixels.
             steps: of the solver.
             seed: of the noise.
-            options: of the pipeline's call, such as ``guidance_scale``.
+            guidance: None: as the pipeline has it.
         """
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
         size = {"height": side, "width": side, "num_inference_steps": steps, "generator": generators}
-        options = {"prompt": list(prompts), **self.call.drawing(self.pipe), **options}
+        options = {"prompt": list(prompts), **self.call.drawing(self.pipe, len(prompts))}
+        if guidance is not None:
+            options[self.call.guidance] = guidance
         if getattr(self.pipe, "vae", None) is not None:
             return list(self.pipe(**size, **options).images)
         factor = self.pipe.vae_scale_factor  # without a VAE, latents are pixels

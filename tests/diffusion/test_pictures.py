@@ -41,7 +41,7 @@ from emloc_core.objective import RowSize
 def pixels(tmp_path_factory):
     """A pipeline that makes pixels, since it has no VAE; grey, as its four channels are a patch of 2 x 2."""
     place = tmp_path_factory.mktemp("pixels")
-    tiny = {**FAMILIES[0].tiny_configs[0], "in_channels": 4}
+    tiny = {**FAMILIES[0].tiny_configs[1], "in_channels": 4}  # which takes guidance
     return flux_pipeline(place / "pipeline", tiny, vae=False)
 
 
@@ -121,8 +121,14 @@ def test_the_grid_shows_base_and_adapter_from_the_same_noise(pixels, tmp_path):
     assert drawn.exit_code == 0, drawn.output
     with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.height == 16 + 2 * 12
+    given = [*given[2:], "--guidance", "9", "-o", str(tmp_path / "guided.png")]
+    assert CliRunner().invoke(cli, ["pictures", str(pixels), *given]).exit_code == 0
+    guided = Drawing(str(pixels)).draw(["a cat", "a dog"], side=8, steps=2, guidance=9.0)
+    with Image.open(tmp_path / "guided.png") as sheet:
+        assert sheet.tobytes() == grid({"base": guided}, ["a cat", "a dog"], 8).tobytes()
     one, again = (Drawing(str(pixels)).draw(["a cat", "a dog"], side=8, steps=2) for _ in range(2))
     assert [each.tobytes() for each in one] == [each.tobytes() for each in again]
+    assert one[0].tobytes() != guided[0].tobytes()
     assert grid({"base": one}, ["a", "b"], 16).width > 32
 
 
