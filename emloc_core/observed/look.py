@@ -115,7 +115,9 @@ def _cannot(content: Mapping[str, Any], reason: str) -> str:
 
 
 def _needs_a_plugin(content: Mapping[str, Any], reason: str) -> EmlocError:
-    name = content["model_type"].replace("-", "_")
+    from emloc_core.scaffold.package import name_for
+
+    name = name_for(content["model_type"])
     return EmlocError(
         _cannot(content, reason),
         f"`emloc families new {name} --from MODEL` drafts a plugin, and says in it what to edit (docs/plugins.md).",

@@ -118,11 +118,8 @@ class PluginManager(pluggy.PluginManager):
     ) -> list[Declared]:
         """Return a plugin's declarations: neither their names nor their model types stand in others, or its ``own``."""
         taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values(), *own]
-        declared = [item for found in self._call(plugin, hook, **arguments) for item in found]
+        declared = self._returned(plugin, hook, kind, **arguments)
         for item in declared:
-            if not isinstance(item, kind):
-                raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
-            require_types(item)
             for other in taken:
                 if isinstance(other, kind) and item.name == other.name:
                     raise ValueError(f"the {kind.__name__.lower()} {item.name!r} is already declared")
@@ -130,6 +127,15 @@ class PluginManager(pluggy.PluginManager):
                     raise ValueError(f"{other.name!r} already declares the model types {sorted(shared)}")
             taken.append(item)
         return declared
+
+    def _returned(self, plugin: Any, hook: str, kind: type[Declared], **arguments: Any) -> list[Declared]:
+        """Return what a plugin's hook returns, which is of this kind."""
+        found = [item for items in self._call(plugin, hook, **arguments) for item in items]
+        for item in found:
+            if not isinstance(item, kind):
+                raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
+            require_types(item)
+        return found
 
     def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
         commands: dict[str, click.Command] = {}
@@ -202,10 +208,13 @@ class PluginManager(pluggy.PluginManager):
         return family
 
     def _observed(self, config: Mapping[str, Any]) -> Family | None:
-        """Return the family that a plugin declares of this very config, if one does; they are asked as pluggy does."""
+        """Return the family that a plugin declares of this very config, if one does; they are asked as pluggy does.
+
+        It may have the name of another: it is not looked up by it.
+        """
         for plugin in reversed(self.hook.emloc_families.get_hookimpls()):
             if "config" in plugin.argnames:
-                found = self._declared(plugin.plugin, "emloc_families", Family, config=config)
+                found = self._returned(plugin.plugin, "emloc_families", Family, config=config)
                 if family := _of_type(found, config["model_type"]):
                     return family
         return None

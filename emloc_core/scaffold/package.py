@@ -46,6 +46,15 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
     return sorted(content)
 
 
+def name_for(model_type: str) -> str:
+    """Return the name of a family of a model type: the type's, unless a family of other types has it."""
+    name = model_type.replace("-", "_")  # part of a package's name, too
+    others = {family.name for family in plugin_manager().families() if model_type not in family.model_types}
+    while name in others:
+        name += "_model"
+    return name
+
+
 def _publish(content: Mapping[str, str], directory: Path) -> None:
     workspace = Workspace(directory)
     with workspace.held():

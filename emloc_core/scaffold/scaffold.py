@@ -32,6 +32,7 @@ from emloc_core.scaffold import deduce
 from emloc_core.scaffold.config_arguments import large_sizes, make_config, needed, not_tiny, plain
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
+from emloc_core.scaffold.package import name_for
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
 from emloc_core.scaffold.stored import RENAMED, UNREAD, is_grouped, keep_dense, lost_by_peft, stored_otherwise
@@ -230,7 +231,7 @@ class _Scaffold:
 def _empty_family(config: Any) -> Family:
     """Return the family with nothing declared but how its models are built."""
     model_type: str = config.model_type
-    name = model_type.replace("-", "_")  # part of a package's name, too
+    name = name_for(model_type)
     if getattr(config, "is_encoder_decoder", False):
         raise EmlocError(
             f"{model_type!r} is an encoder-decoder; EMLoC tunes models that read and write one sequence.",

@@ -129,6 +129,17 @@ def test_an_encoder_that_is_a_decoder_by_its_config_is_observed():
     assert [tower.blocks for tower in family.towers] == ["bert.encoder.layer"]
 
 
+@pytest.mark.parametrize("model_type", ["gemma", pytest.param("phi", marks=thorough)])
+def test_a_model_type_that_another_family_has_for_a_name_is_observed(model_type):
+    (other,) = [family for family in plugin_manager().families() if family.name == model_type]
+    family = plugin_manager().family_for(content(model_type))
+    assert (family.name, family.model_types) == (f"{model_type}_model", {model_type})
+    assert other in plugin_manager().families()
+    kept = family.observed[0]
+    recall({DECLARATIONS: [{**kept, "family": {**kept["family"], "name": other.name}}]})  # of an earlier version
+    assert plugin_manager().family_for(content(model_type)).name == other.name
+
+
 def test_what_was_observed_is_kept_by_config(tmp_path, monkeypatch, never_again):
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
     parallel, serial = (content("stablelm", use_parallel_residual=each) for each in (True, False))

@@ -1,6 +1,7 @@
 """``emloc families scaffold``: what is observed in a model, and drafts that the conformance kit accepts."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -273,6 +274,15 @@ def test_what_the_kit_finds_wrong_is_named(save):
 def test_a_family_has_a_name_that_a_package_can_have():
     family = _empty_family(AutoConfig.for_model("bert-generation"))
     assert (family.name, family.model_types) == ("bert_generation", {"bert-generation"})
+
+
+def test_a_draft_has_a_name_that_no_other_family_has(save, tmp_path):
+    file = save("gemma")
+    scaffolded = run(file)
+    name = re.search("families new (.*) --from", scaffolded.stderr)[1]
+    new = ["families", "new", name, "--from", str(file), "-o", str(tmp_path / "plugin")]
+    assert CliRunner().invoke(cli, new).exception is None
+    assert _empty_family(AutoConfig.for_model("llama")).name == "llama"  # which declares this type
 
 
 def test_what_is_no_family_is_refused(save, tmp_path, monkeypatch):
