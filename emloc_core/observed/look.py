@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from emloc_core.errors import EmlocError, typed_line
+from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.memory.cache import Cache, key
 from emloc_core.observed.record import digest, from_record, to_record
@@ -86,8 +86,6 @@ def _draft(content: Mapping[str, Any]) -> "Draft":
         except EmlocError as error:
             reason = str(error.args[0]).replace(str(file), "its config.json")
             raise EmlocError(_cannot(content, reason), error.fix, code=error.code) from error
-        except Exception as error:  # an unknown model's code, in whatever is done with it
-            raise _needs_a_plugin(content, f"its code fails ({typed_line(error)}).") from error
     if doubts := [note.removeprefix("Edit: ") for note in draft.notes if note.startswith("Edit: ")]:
         raise _needs_a_plugin(content, doubts[0])
     return draft

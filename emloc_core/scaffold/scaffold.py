@@ -24,7 +24,7 @@ from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.coverage import undeclared
 from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.ranks import RankPlan
-from emloc_core.errors import EmlocError, first_line
+from emloc_core.errors import EmlocError, first_line, is_out_of_memory, typed_line
 from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config, new_model
 from emloc_core.plugins.manager import plugin_manager
@@ -47,16 +47,29 @@ def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
         alone: draft it for this very config: no switch of it is flipped, and nothing is taken from other families.
 
     Raises:
-        EmlocError: transformers lacks the architecture, it is none that can be compressed, or the config cannot be
-            shrunk to that of a tiny model.
+        EmlocError: transformers lacks the architecture, it is none that can be compressed, the config cannot be
+            shrunk to that of a tiny model, or the architecture's own code fails.
+        OSError, MemoryError: the machine has no room for a tiny model.
     """
     config = load_config(config_file)
     family = _empty_family(config)
-    with under_test(family):
-        found = _Scaffold(config, family, alone=alone)
-        if found.misses_blocks:
-            found = _Scaffold(config, family, alone=alone, of_each=2)
-    return found.draft()
+    try:
+        with under_test(family):
+            found = _Scaffold(config, family, alone=alone)
+            if found.misses_blocks:
+                found = _Scaffold(config, family, alone=alone, of_each=2)
+        return found.draft()
+    except EmlocError:
+        raise
+    except Exception as error:  # an unknown model's code, in whatever is done with it
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        raise EmlocError(
+            f"The code of this {config.model_type!r} fails ({typed_line(error)}).",
+            f"`emloc families new {family.name} --model-type {config.model_type}` writes a plugin that you can edit "
+            "(docs/plugins.md).",
+            code="plugin",
+        ) from error
 
 
 def check_draft(draft: Draft) -> Draft:

@@ -113,7 +113,7 @@ def test_strictness_refuses_what_would_be_observed_and_what_was(emloc, rows_file
         ("bart", "is an encoder-decoder", "unsupported"),
         ("clip", "neither a causal language model nor an image-text model", "unsupported"),
         ("roberta", "The logits of a token depend on later ones", "unsupported"),
-        ("blt", "`emloc families new blt --from MODEL` drafts a plugin", "plugin"),
+        ("blt", "The code of this 'blt' fails (ValueError: Expected parameter logits", "plugin"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_reason(model_type, reason, code):

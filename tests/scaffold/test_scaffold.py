@@ -581,6 +581,27 @@ def test_the_command_speaks_json(save):
     compile(content["source"], "draft", "exec")
 
 
+def test_the_commands_refuse_a_model_whose_own_code_fails(save, tmp_path):
+    file = save("blt")
+    for command in (["scaffold", file], ["new", "mine", "--from", file, "-o", tmp_path / "plugin"]):
+        failed = CliRunner().invoke(cli, ["families", *map(str, command)]).exception
+        assert isinstance(failed, EmlocError)
+        assert "The code of this 'blt' fails (ValueError: Expected parameter logits" in str(failed)
+        assert "`emloc families new blt --model-type blt` writes a plugin" in failed.fix
+    assert not (tmp_path / "plugin").exists()
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), MemoryError()])
+def test_a_fault_of_the_machine_is_not_said_to_be_of_the_model(fault, save, monkeypatch):
+    monkeypatch.setattr("emloc_core.scaffold.scaffold.unread_features", lambda *_: raises(fault))
+    with pytest.raises(type(fault)):
+        scaffold(save("phi3"))
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
 def test_the_command_refuses_what_is_not_there(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
         done = run(path)
