@@ -44,11 +44,16 @@ class CheckResult:
 
 
 class Subject:
-    """What checks are run on: a declaration, or one of its tiny models."""
+    """What checks are run on: a declaration, or one of its tiny models.
+
+    Attributes:
+        raised: what ended each check that failed, by its name.
+    """
 
     def __init__(self, declared: Family, label: str) -> None:
         self.declared, self.label = declared, label
         self.results: dict[str, CheckResult] = {}
+        self.raised: dict[str, Exception] = {}
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,10 @@ class Check:
             with under_test(subject.declared):
                 return result(True, self.run(subject) or "")
         except EmlocError as error:
+            subject.raised[self.name] = error
             return result(False, str(error.args[0]), error.fix or "", code=error.code)
         except Exception as error:  # a declaration may break anything, and a check must say so
+            subject.raised[self.name] = error
             known = meaning(error)
             message = str(known.args[0]) if known else f"Could not run: {typed_line(error)}"
             where = "The traceback shows where: emloc families check --json, or the test's report."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("emloc.families")
 #: The code that decides what is seen, and whether it is accepted.
 _CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "standins", "family.py")
-#: Codes of refusals that are of the model; others, as for a missing package, are of this machine, or of this hour.
+#: Codes of refusals that may be of the model; others, as for a missing package, are of this machine, or of this hour.
 _LASTING = ("unsupported", "plugin")
 _REFUSAL = "refusal"
 
@@ -45,7 +45,7 @@ def declaration(content: Mapping[str, Any]) -> Family:
     try:
         draft = observed(content)
     except EmlocError as error:
-        if error.code in _LASTING:
+        if error.code in _LASTING and _is_ours(error):
             kept.add({_REFUSAL: {"message": error.args[0], "fix": error.fix, "code": error.code}})
         raise
     record = recorded(draft, content)
@@ -103,9 +103,17 @@ def _require_checks(draft: "Draft") -> None:
             result = check.on(subject)
             if not result.passed:
                 reason = f"on a tiny model, the check {result.check!r} fails: {result.message}"
+                cause = subject.raised.get(result.check)
                 if result.code == "unsupported":
-                    raise EmlocError(_cannot(tiny, reason), result.remedy, code=result.code)
-                raise _needs_a_plugin(tiny, reason)
+                    raise EmlocError(_cannot(tiny, reason), result.remedy, code=result.code) from cause
+                raise _needs_a_plugin(tiny, reason) from cause
+
+
+def _is_ours(error: BaseException | None) -> bool:
+    """Say whether a refusal comes from no other exception than ours: a full disk, say, may be behind any other."""
+    while isinstance(error, EmlocError) and not error.resumable:
+        error = error.__cause__ or error.__context__
+    return error is None
 
 
 def _cannot(content: Mapping[str, Any], reason: str) -> str:

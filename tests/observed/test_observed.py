@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.jobs import compress_job
 from support.models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.family import TINY
 from emloc_core.files.manifest import read_manifest
 from emloc_core.observed import look
@@ -165,6 +166,24 @@ def test_a_refusal_is_kept_unless_it_is_of_this_machine(tmp_path, monkeypatch, n
     with pytest.raises(EmlocError) as after:
         plugin_manager().family_for(refused)
     assert (str(after.value), after.value.code) == (str(before.value), before.value.code)
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        ("scaffold.scaffold.random_model", MemoryError()),
+        ("scaffold.scaffold.Observation", RuntimeError("can't allocate memory")),
+        ("conformance.tiny.random_model", OSError(28, "No space left on device")),
+        ("conformance.tiny.decompose", DiskFullError("The disk is full.", "Free some space.")),
+    ],
+)
+def test_a_refusal_is_not_kept_where_another_exception_is_behind_it(place, fault, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"emloc_core.{place}", Mock(side_effect=fault))
+        with pytest.raises(EmlocError, match="No plugin declares"):
+            plugin_manager().family_for(content("granite"))
+    assert plugin_manager().family_for(content("granite"))
 
 
 def test_a_record_is_the_same_for_what_is_made_from_the_model():
