@@ -8,7 +8,7 @@ plugin declares by its model type. Empty or ``0`` counts as unset.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -214,9 +214,11 @@ class PluginManager(pluggy.PluginManager):
         """
         for plugin in reversed(self.hook.emloc_families.get_hookimpls()):
             if "config" in plugin.argnames:
-                found = self._returned(plugin.plugin, "emloc_families", Family, config=config)
-                if family := _of_type(found, config["model_type"]):
-                    return family
+                # The observer's errors are what it says of the model.
+                with nullcontext() if plugin.plugin_name == OBSERVED.name else self.isolated(plugin.plugin_name):
+                    found = self._returned(plugin.plugin, "emloc_families", Family, config=config)
+                    if family := _of_type(found, config["model_type"]):
+                        return family
         return None
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:

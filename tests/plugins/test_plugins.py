@@ -20,7 +20,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.plugins import builtin as algorithms
 from emloc_core.plugins import manager as plugins
-from emloc_core.plugins.manager import PluginManager, plugin_manager
+from emloc_core.plugins.manager import OBSERVED, PluginManager, plugin_manager
 
 BROKEN_ALGORITHMS = {
     "raising": """
@@ -129,6 +129,37 @@ def test_the_family_of_a_model_type_or_what_to_do():
         plugin_manager().family_for({"model_type": "gpt9"})
     for part in ("llama (llama, mistral)", "`emloc families scaffold MODEL`", "`emloc families new NAME`"):
         assert part in str(raised.value)
+
+
+FOR_A_CONFIG = """
+    from emloc_core.family import Family
+    from emloc_core.hookspecs import hookimpl
+
+    @hookimpl
+    def emloc_families(config):
+        return [Family("mine", frozenset({"mine"}), [])]
+"""
+
+
+BROKEN_FOR_A_CONFIG = """
+    from emloc_core.hookspecs import hookimpl
+
+    @hookimpl
+    def emloc_families(config):
+        return [] if config is None else config["rope_scaling"]["type"]
+"""
+
+
+def test_a_plugin_that_is_asked_about_a_config_may_return_what_it_has_declared(entry, capsys):
+    manager = PluginManager()
+    manager.load([entry(FOR_A_CONFIG), entry(BROKEN_FOR_A_CONFIG), OBSERVED])
+    assert [report.error for report in manager.reports] == [None, None, None]
+    for _ in range(2):
+        assert manager.family_for({"model_type": "granite"}).observed
+    assert [report.error for report in manager.reports] == [None, None, "KeyError: 'rope_scaling'"]  # ours is first
+    assert capsys.readouterr().err.count("is broken: KeyError: 'rope_scaling'") == 1
+    with pytest.raises(EmlocError, match="encoder-decoder"):  # emloc's own refusal, which breaks no plugin
+        manager.family_for({"model_type": "t5"})
 
 
 def test_algorithms_come_by_name_through_the_hooks():
