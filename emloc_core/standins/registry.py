@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from emloc_core.errors import EmlocError
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.format import METHOD, Format, kind_of
 
@@ -11,9 +12,16 @@ def format_named(name: str) -> Format:
     """Return the format of a kind of emulator.
 
     Raises:
-        EmlocError: no plugin provides one of that name.
+        EmlocError: no plugin provides one of that name, or the one has another itself, which its emulators would give.
     """
-    return plugin_manager().algorithm("emulators", name)()
+    found: Format = plugin_manager().algorithm("emulators", name)()
+    if found.name != name:
+        raise EmlocError(
+            f"The format that a plugin offers as {name!r} is named {found.name!r}: its emulators could not be loaded.",
+            "Offer it under its name (docs/formats.md).",
+            code="plugin",
+        )
+    return found
 
 
 def format_of(config: Mapping[str, Any]) -> Format:

@@ -9,6 +9,7 @@ from support.paths import DOCS
 from transformers import AutoModelForCausalLM
 
 from emloc_core.errors import EmlocError
+from emloc_core.hookspecs import hookimpl
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins import Packed
 from emloc_core.testing import check_format
@@ -77,6 +78,21 @@ def test_without_its_plugin_an_emulator_says_what_is_missing(emloc, tiny_model, 
         plugin_manager().unregister(eight_bits)
     with pytest.raises(EmlocError, match=r"no '8-bit' among the emulators"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "emulator", dtype="auto")
+
+
+def test_a_format_that_is_offered_under_another_name_is_refused_before_anything_is_made(
+    emloc, tiny_model, rows_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(EightBits, "name", "eight")
+    other = ModuleType("other_name")
+    other.emloc_emulators = hookimpl(lambda: {"8-bit": EightBits})
+    plugin_manager().register(other)
+    try:
+        common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
+        code, _, err = emloc("compress", tiny_model, *common, "-o", tmp_path / "emulator", "--dry-run")
+    finally:
+        plugin_manager().unregister(other)
+    assert (code, "offers as '8-bit' is named 'eight'" in err) == (1, True), err
 
 
 class Coarse(EightBits):
