@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.documents import read_object
+from emloc_core.files.documents import read_config, read_object
 from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import learned_preferences, read_manifest
 from emloc_core.requests import (
@@ -93,7 +93,7 @@ def _original(adapter: Path) -> list[str]:
     if not (adapter / CONFIG).is_file():
         return []
     config = Path(str(read_object(adapter / CONFIG).get("base_model_name_or_path")), "config.json")
-    known = read_object(config) if config.is_file() else {}
+    known = read_config(config) if config.is_file() else {}
     if not known.get("quantization_config"):
         return []
     from emloc_core.files.quantised import is_in_four_bits

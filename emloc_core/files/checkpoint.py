@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import BASE_CARD, CARD
-from emloc_core.files.documents import read_object
+from emloc_core.files.documents import read_config, read_object
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import read_manifest, require_unchanged
@@ -221,7 +221,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
     Raises:
         EmlocError: it cannot be read, or nothing in it names an architecture.
     """
-    config = read_object(path)
+    config = read_config(path)
     model_type = config.get(plugin_manager().objective_for(config).type_key)
     if not isinstance(model_type, str):
         raise EmlocError(f"{path} has no model_type.", "Give a Hugging Face model directory, or its config.json.")

@@ -3,6 +3,7 @@
 import json
 import os
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,23 @@ def write_text(path: Path, text: str) -> None:
         raise EmlocError(f"{path} cannot be written ({error.strerror}).", "Choose another place with -o.") from error
 
 
-def read_json(path: Path) -> Any:
+def _refuse(constant: str) -> Any:
+    """Refuse NaN and infinities, which Python reads but JSON does not have; they could not be written back."""
+    raise ValueError(f"{constant} is not a number in JSON")
+
+
+def read_json(path: Path, constant: Callable[[str], Any] = _refuse) -> Any:
     """Read a JSON file.
+
+    Args:
+        constant: returns what is read for NaN and infinities.
 
     Raises:
         EmlocError: the file is missing or is not JSON.
     """
     try:
         require_regular(path)
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except FileNotFoundError:
         raise EmlocError(f"{path} does not exist.", "Check the path.", code="missing") from None
     except OSError as error:
@@ -69,23 +78,30 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def _refuse_constant(name: str) -> None:
-    """Refuse NaN and infinities, which Python reads but JSON does not have; they could not be written back."""
-    raise ValueError(f"{name} is not a number in JSON")
+def read_object(path: Path, constant: Callable[[str], Any] = _refuse) -> dict[str, Any]:
+    """Read a JSON file that holds an object, as indexes and manifests do.
 
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object, as configs, indexes and manifests do.
+    Args:
+        constant: as for :func:`read_json`.
 
     Raises:
         EmlocError: the file is missing, is not JSON, or holds something else.
     """
-    content = read_json(path)
+    content = read_json(path, constant)
     if not isinstance(content, dict):
         raise EmlocError(
             f"{path} holds a {type(content).__name__}, not an object.", "Restore the file.", code="damaged"
         )
     return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model's ``config.json``: older ones have NaN and infinities, which transformers writes as is done here.
+
+    Raises:
+        EmlocError: as :func:`read_object`.
+    """
+    return read_object(path, lambda constant: {"__float__": constant})
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:

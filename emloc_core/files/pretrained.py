@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from emloc_core.compat.transformers import never_ask_for_code
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.files.documents import read_object
+from emloc_core.files.documents import read_config, read_object
 from emloc_core.files.limits import limited
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
@@ -54,7 +54,7 @@ def load_config(path: Path) -> Any:
     Raises:
         EmlocError: transformers does not know the architecture or rejects the file, or it names code to download.
     """
-    _check(read_object(path), str(path))
+    _check(read_config(path), str(path))
     try:
         with limited(f"Reading {path}", _SECONDS, _CONFIG_BYTES):
             return AutoConfig.from_pretrained(path, **_NOTHING_FOREIGN)

@@ -1,5 +1,6 @@
 """A family's declaration as the source of a plugin module, laid out as a formatter would leave it."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -142,9 +143,9 @@ def _flat(value: Any) -> str:
         return f"{value.name}({', '.join(f'{key}={_flat(item)}' for key, item in value.arguments.items())})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_quoted(key)}: {_flat(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_flat, value))}]"
-    return repr(value)
+    return f'float("{value}")' if value in (math.inf, -math.inf) else repr(value)
 
 
 def _quoted(text: str) -> str:

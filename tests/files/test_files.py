@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, find_config, open_checkpoint
-from emloc_core.files.documents import read_toml
+from emloc_core.files.documents import read_object, read_toml, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import read_manifest
 from emloc_core.files.output import Output
-from emloc_core.files.pretrained import load_model
+from emloc_core.files.pretrained import load_config, load_model
 from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
@@ -296,9 +297,23 @@ def test_many_processes_may_share_the_cache_of_hashes(tmp_path):
 
 @pytest.mark.parametrize("content", ['{"a": NaN}', '{"a": -Infinity}', '{"a":' * 100_000, "[" + "9" * 5000 + "]", "{"])
 def test_what_is_no_json_is_named(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "index.json").write_text(content)
     with pytest.raises(EmlocError, match="not valid JSON"):
-        Checkpoint(tmp_path)
+        read_object(tmp_path / "index.json")
+
+
+def test_infinity_in_a_config_is_read_as_transformers_writes_it(tmp_path):
+    """The configs of Mamba-2 have it."""
+    file, limits = tmp_path / "config.json", [0.0, math.inf]
+    file.write_text(json.dumps({"model_type": "bamba", "time_step_limit": limits}))
+    config = load_config(file)
+    assert list(config.time_step_limit) == limits
+    read = Checkpoint(tmp_path).config
+    write_json(file, read)
+    assert list(load_config(file).time_step_limit) == limits
+    assert Checkpoint(tmp_path).config == read
+    config.save_pretrained(tmp_path)
+    assert Checkpoint(tmp_path).config["time_step_limit"] == read["time_step_limit"]
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "3"])

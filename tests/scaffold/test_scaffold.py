@@ -1,6 +1,7 @@
 """``emloc families scaffold``: what is observed in a model, and drafts that the conformance kit accepts."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -283,6 +284,13 @@ def test_a_draft_has_a_name_that_no_other_family_has(save, tmp_path):
     new = ["families", "new", name, "--from", str(file), "-o", str(tmp_path / "plugin")]
     assert CliRunner().invoke(cli, new).exception is None
     assert _empty_family(AutoConfig.for_model("llama")).name == "llama"  # which declares this type
+
+
+def test_infinity_in_a_config_is_drafted(save):
+    file = save("mamba2", time_step_limit=[0.5, math.inf])
+    assert "[0.5, Infinity]" in file.read_text()
+    (tiny,) = declared(scaffold(file)).tiny_configs
+    assert tiny["time_step_limit"] == [0.5, math.inf]
 
 
 def test_what_is_no_family_is_refused(save, tmp_path, monkeypatch):
