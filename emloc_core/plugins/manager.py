@@ -20,6 +20,7 @@ import click
 import pluggy
 
 from emloc_core import hookspecs
+from emloc_core.compat.model_types import has_model_type
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
 from emloc_core.layout import Gguf, Layout
@@ -34,6 +35,15 @@ STRICT = "EMLOC_STRICT_FAMILIES"
 TOKENS = "tokens"
 #: The plugin that declares a model by looking at it, where no other does.
 OBSERVED = EntryPoint("observed", "emloc_core.observed.plugin", GROUP)
+#: What to do where no family declares a model type, that transformers has or has not.
+_DECLARE = (
+    "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, `emloc "
+    "families new NAME` writes the package around it (docs/plugins.md)."
+)
+_IN_TRANSFORMERS = (
+    "Code that comes with a model is never run: use a version of the model in transformers' own classes, or a plugin "
+    "that imports its layout (the hook emloc_layouts)."
+)
 Declared = TypeVar("Declared", Family, Layout)
 
 
@@ -189,11 +199,13 @@ class PluginManager(pluggy.PluginManager):
                 )
             family = self._observed(config) if observe and not is_on(STRICT) else None
         if family is None:
+            missing, remedy = "", _DECLARE
+            if self.objective_for(config).type_key == "model_type" and not has_model_type(model_type):
+                missing, remedy = ", and transformers has no such model type", _IN_TRANSFORMERS
             raise EmlocError(
-                f"No installed family declares the model type {model_type!r}{where}. "
+                f"No installed family declares the model type {model_type!r}{where}{missing}. "
                 f"{_known(self._families.values())}.",
-                "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the "
-                "declaration, `emloc families new NAME` writes the package around it (docs/plugins.md).",
+                remedy,
                 code="unsupported",
             )
         for part, path in family.nested.items():

@@ -125,8 +125,9 @@ def test_a_misspelt_hook_is_told_its_name(entry):
 
 def test_the_family_of_a_model_type_or_what_to_do():
     assert plugin_manager().family_for({"model_type": "llama"}).name == "llama"
-    with pytest.raises(EmlocError, match="No installed family declares the model type 'gpt9'") as raised:
-        plugin_manager().family_for({"model_type": "gpt9"})
+    with pytest.raises(EmlocError, match="No installed family declares the model type 'granite'") as raised:
+        plugin_manager().family_for({"model_type": "granite"}, observe=False)
+    assert "transformers" not in str(raised.value)
     for part in ("llama (llama, mistral)", "`emloc families scaffold MODEL`", "`emloc families new NAME`"):
         assert part in str(raised.value)
 
@@ -139,6 +140,24 @@ FOR_A_CONFIG = """
     def emloc_families(config):
         return [Family("mine", frozenset({"mine"}), [])]
 """
+
+
+def test_no_plugin_is_advised_for_a_model_that_has_classes_of_its_own():
+    config = {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}}
+    for observe in (True, False):
+        with pytest.raises(EmlocError, match="'chatglm', and transformers has no such model type") as raised:
+            plugin_manager().family_for(config, observe=observe)
+        assert "never run: use a version of the model in transformers' own classes" in raised.value.fix
+        assert "emloc families" not in raised.value.fix
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_model_types_of_transformers_are_known_before_it_is_imported(loaded):
+    code = "import transformers.models.auto\n" if loaded else ""
+    code += "from emloc_core.compat.model_types import has_model_type as has\n"
+    code += "import sys\nprint(has('granite'), has('chatglm'), 'transformers' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["True", "False", str(loaded)]
 
 
 BROKEN_FOR_A_CONFIG = """
