@@ -24,6 +24,8 @@ Encoded = tuple[list[int], list[int]]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: Renders messages, as text or as token ids.
 _Render = Callable[..., Any]
+#: Renders messages as text: True ends with the prompt for an answer, False with the content of the last message.
+AnswerRender = Callable[[list[Message], bool], str]
 
 
 def encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -100,6 +102,29 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded
             f"{row.name}: the model's chat template rejects it ({error}).",
             "Correct the roles and their order, or leave the row out.",
         ) from error
+
+
+def lead(asked: str, messages: Sequence[Message], render: AnswerRender, answer: str = "?") -> str:
+    """Return what the template writes between the prompt for an answer and the answer: an empty block of thoughts, say.
+
+    Args:
+        asked: the messages, rendered with that prompt.
+
+    Returns:
+        "" also where what the template shows does not begin with that prompt, or end with the answer as it is given.
+    """
+    try:
+        answered = render([*map(dict, messages), {"role": "assistant", "content": answer}], False)
+    except (TemplateError, ValueError, TypeError):
+        return ""
+    said = answered.removeprefix(asked)
+    return said[: -len(answer)] if said != answered and answer and said.endswith(answer) else ""
+
+
+def as_written(text: str, tokenizer: Any) -> str:
+    """Return a text as it is decoded where a model writes it: without special tokens."""
+    found: str = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True)
+    return found
 
 
 def _all_answers(row: Row, messages: list[Message], ids: list[int], render: _Render, end_token: Any) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import ProcessorMixin, TextStreamer, set_seed
 
+from emloc_core.data.chat_template import as_written, lead
 from emloc_core.data.images import Picture
 from emloc_core.data.limits import Limits
 from emloc_core.data.messages import IMAGE, Message, in_parts
@@ -59,7 +60,7 @@ class Conversation:
     def say(
         self, text: str, images: Sequence[str | PathLike[str]] = (), write: Callable[[str], None] = lambda _: None
     ) -> str:
-        """Say something and return the answer, without the space around it.
+        """Say something and return the answer, without the space around it and what the chat template writes before it.
 
         Args:
             images: paths of images, which are put before the text.
@@ -75,7 +76,8 @@ class Conversation:
         content = [*(dict(IMAGE) for _ in pictures), {"type": "text", "text": text}] if pictures else text
         messages = [*self.messages, {"role": "user", "content": content}]
         shown = [*self._pictures, *pictures]
-        answer = self._answer(self._inputs(messages, shown) if self.has_template else self._plain(text), write)
+        asked = self._inputs(messages, shown) if self.has_template else (self._plain(text), "")
+        answer = self._answer(*asked, write)
         if self.has_template:
             self.messages, self._pictures = [*messages, {"role": "assistant", "content": answer}], shown
         return answer
@@ -95,7 +97,7 @@ class Conversation:
         Raises:
             EmlocError: see :meth:`say`.
         """
-        return self._answer(self._inputs(list(messages), list(pictures), tools), lambda _: None)
+        return self._answer(*self._inputs(list(messages), list(pictures), tools), lambda _: None)
 
     def continue_text(self, text: str) -> str:
         """Return how the model continues a text, without a chat template.
@@ -103,26 +105,38 @@ class Conversation:
         Raises:
             EmlocError: there is no room for more.
         """
-        return self._answer(self._plain(text), lambda _: None)
+        return self._answer(self._plain(text), "", lambda _: None)
 
-    def _plain(self, text: str) -> Any:
-        return self._tokenizer(text, return_tensors="pt")
+    def _plain(self, text: str, **settings: Any) -> Any:
+        return self._tokenizer(text, return_tensors="pt", **settings)
 
-    def _inputs(self, messages: list[Message], pictures: list[Picture], tools: Any = None) -> Any:
-        settings: dict[str, Any] = {"tools": tools, "add_generation_prompt": True}
+    def _inputs(self, messages: list[Message], pictures: list[Picture], tools: Any = None) -> tuple[Any, str]:
+        """Return what the model reads, and what the chat template writes before an answer."""
+
+        def render(messages: list[Message], for_answer: bool) -> str:
+            found: Any = self.processing.apply_chat_template(
+                in_parts(messages) if self.reads_images else messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=for_answer,
+                continue_final_message=not for_answer,
+            )
+            return found
+
         try:
-            if self.reads_images:
-                text = self.processing.apply_chat_template(in_parts(messages), **settings)
-                images = [picture.read() for picture in pictures] or None
-                # The template writes the special tokens itself.
-                return self.processing(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
-            return self.processing.apply_chat_template(messages, return_dict=True, return_tensors="pt", **settings)
+            text = render(messages, True)
+            start = as_written(lead(text, messages, render), self._tokenizer)
+            # The template writes the special tokens itself.
+            if not self.reads_images:
+                return self._plain(text, add_special_tokens=False), start
+            images = [picture.read() for picture in pictures] or None
+            return self.processing(text=[text], images=images, add_special_tokens=False, return_tensors="pt"), start
         except (TemplateError, ValueError) as error:
             raise EmlocError(
                 f"The model's chat template rejects the conversation ({error}).", "Leave out the system message."
             ) from error
 
-    def _answer(self, inputs: Any, write: Callable[[str], None]) -> str:
+    def _answer(self, inputs: Any, start: str, write: Callable[[str], None]) -> str:
         length = inputs["input_ids"].shape[1]
         longest = Limits.of(self.model.config).tokens
         room = self._most if longest is None else min(self._most, longest - length)
@@ -133,7 +147,7 @@ class Conversation:
         if self._seed is not None:
             set_seed(self._seed)
         inputs = inputs.to(self.model.device)
-        streamer = _Streamer(self._tokenizer, write)
+        streamer = _Streamer(self._tokenizer, start, write)
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
         with torch.inference_mode():
             self.model.generate(
@@ -143,14 +157,18 @@ class Conversation:
 
 
 class _Streamer(TextStreamer):
-    """Passes on the pieces of an answer."""
+    """Passes on the pieces of an answer, but not what the chat template writes before any answer."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, start: str, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write = write
+        self._start, self._held, self._write = start, "", write
         self.pieces: list[str] = []
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._held += text
+        if self._start.startswith(self._held) and not stream_end:
+            return  # it may become the whole start
+        text, self._start, self._held = self._held.removeprefix(self._start), "", ""
         if text:
             self.pieces.append(text)
             self._write(text)

@@ -16,12 +16,13 @@ from torch.nn import functional
 from emloc_core.compat.lm_eval import GivenProcessor
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER
+from emloc_core.evaluation.text_lm import TextLM
 
 #: Token ids that follow a prompt, and the answers that the logits score: index of the request, token ids.
 _Scored = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
 
-class ImageTextLM(GivenProcessor, HFMultimodalLM):
+class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
     """An image-text model with its processor, for tasks with ``doc_to_image``.
 
     Args:
@@ -88,12 +89,13 @@ class ImageTextLM(GivenProcessor, HFMultimodalLM):
             )
         return encoded.to(self.device, self.model.dtype)
 
-    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002
         """Return each answer's log-likelihood in nats, and whether greedy decoding would give it.
 
         Args:
             requests: lm-eval's instances with the arguments prompt, answer, and ``{"visual": images}``.
         """
+        self.follow(requests)
         # Answers that differ only in their last token, such as one-token choices, share a forward pass.
         passes: dict[Any, _Scored] = {}
         for place, request in enumerate(requests):

@@ -7,6 +7,7 @@ of the conversation before the last answer, in the model's own chat template, as
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def run_tasks(
                     f"The task {task.task_name} asks conversations of several turns.",
                     "Leave out --no-chat: they need the chat template.",
                 )
-            ask_conversations(task, lm.tokenizer)
+            ask_conversations(task, lm)
         with without_environment():
             found = simple_evaluate(
                 model=lm,
@@ -100,14 +101,13 @@ def run_tasks(
 
 def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
     """Return lm-eval's model for tasks that either all show images, or all show none."""
-    from lm_eval.models.huggingface import HFLM
-
     from emloc_core.evaluation.multimodal_lm import ImageTextLM
+    from emloc_core.evaluation.text_lm import TextLM
 
     if images:
         return ImageTextLM(model, tokenizer=processing, softmax_dtype="float32", batch_size=batch_size)
     tokenizer = getattr(processing, "tokenizer", processing)
-    return HFLM(model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
+    return TextLM(model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
 
 
 def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, int]:
@@ -224,19 +224,28 @@ def asks_conversations(task: Any) -> bool:
     return isinstance(column, str) and isinstance(row, dict) and isinstance(row.get(column), list)
 
 
-def ask_conversations(task: Any, tokenizer: Any) -> None:
+def ask_conversations(task: Any, lm: Any) -> None:
     """Make an lm-eval task ask conversations.
 
     When its requests are built, it raises an EmlocError if a row is no conversation, or the chat template rejects it.
     """
     numbers = count(1)
 
+    def render(tools: Any, messages: Any, for_answer: bool) -> Any:
+        return lm.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=for_answer,
+            continue_final_message=not for_answer,
+        )
+
     def context(doc: Any, **_: Any) -> str:
         number = next(numbers)
         row = parse_row(doc, f"The task {task.task_name}, row {number}", number)
-        encode_conversation(row, tokenizer)  # refuses what the template rejects or leaves out
+        encode_conversation(row, lm.tokenizer)  # refuses what the template rejects or leaves out
         question: Any = [*(row.prompt or []), *(row.completion or [])][:-1]
-        return tokenizer.apply_chat_template(question, tools=row.tools, tokenize=False, add_generation_prompt=True)
+        return lm.ask(question, partial(render, row.tools))
 
     if task.config.num_fewshot:
         raise EmlocError(f"The task {task.task_name} asks conversations of several turns.", "Leave out num_fewshot.")

@@ -16,7 +16,7 @@ from tokenizers import normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from emloc_core.data.chat_template import encode_conversation, encode_conversations
+from emloc_core.data.chat_template import encode_conversation, encode_conversations, lead
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
 from emloc_core.data.rows import load_rows
@@ -244,6 +244,27 @@ def test_answers_are_found_in_templates_of_real_models(name, end, tokenizer):
     first, last = counted(tokenizer, {"messages": TURNS})
     assert first.replace(end, "", 1).replace("<unk>", "").strip() == "a red cat."
     assert last.partition(end)[0].endswith("the grey dog.")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("qwen3", "<think>\n\n</think>\n\n"), ("qwen3_5_think", "\n</think>\n\n"), ("llama3_2", ""),
+     ("gptoss", "<|channel|>final<|message|>"), ("deepseekv3", "")],
+)  # fmt: skip
+def test_what_real_templates_write_before_an_answer(name, found, tokenizer):
+    template = files("trl") / "chat_templates" / f"{name}.jinja"
+    tokenizer = with_template(tokenizer, template.read_text("utf-8"))
+
+    def render(messages, for_answer):
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=for_answer, continue_final_message=not for_answer
+        )
+
+    asked = render(TURNS[:1], True)
+    for answer in ("a red cat.", "?", "i"):
+        assert lead(asked, TURNS[:1], render, answer) == found
+    if name.startswith("qwen3"):  # which tells thoughts in an answer from the rest of it
+        assert lead(asked, TURNS[:1], render, "<think>\nwell\n</think>\n\ncat") == ""
 
 
 def test_a_greeting_is_no_answer(tokenizer):

@@ -10,6 +10,7 @@ import pytest
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN_VL
 from support.adapters import make_adapter
+from support.models import THINKING_TEMPLATE
 from support.vision_models import internvl_processor, picture, qwen_processor, save_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
@@ -42,6 +43,22 @@ def test_answers_are_those_of_transformers_and_turns_are_remembered(tiny_model):
     assert second == greedy(tiny_model, turns)
     conversation.reset()
     assert conversation.say("animal: cat") == first
+
+
+def test_what_the_template_writes_before_an_answer_is_not_said(tiny_model, tmp_path):
+    first = emloc_core.chat(tiny_model, **GREEDY).say("animal: cat")
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    start = first[: len(first) // 2]
+    tokenizer.chat_template = THINKING_TEMPLATE.replace("thought. ", start)
+    tokenizer.save_pretrained(model)
+    conversation, pieces = emloc_core.chat(model, **GREEDY), []
+    assert conversation.say("animal: cat", write=pieces.append) == first.removeprefix(start).strip()
+    assert "".join(pieces).strip() == conversation.messages[-1]["content"] != first
+    for start in ("other words", first[:3] + "?"):
+        conversation.processing.chat_template = THINKING_TEMPLATE.replace("thought. ", start)
+        conversation.reset()
+        assert conversation.say("animal: cat") == first
 
 
 def test_the_command_writes_the_answers_to_the_lines_of_stdin(emloc, tiny_model, monkeypatch):

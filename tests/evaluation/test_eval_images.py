@@ -173,6 +173,25 @@ def test_nll_is_the_loss_a_token_of_the_answers_alone(batch_size, lm, base, rows
     assert found["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
 
 
+def test_an_answer_to_images_is_scored_where_tuning_has_it(internvl, rows_with_pictures, tmp_path):
+    spec = find_task(str(write_task("image_nll", rows_with_pictures, tmp_path / "loss.yaml")), Inputs())
+    model, processor = load_system(internvl, None, images=True)
+    role, before = "<{{ message['role'] }}>", "{% if message['role'] == 'assistant' and loop.last %}<unk>{% endif %}"
+    processor.chat_template = processor.chat_template.replace(role, role + before)
+    (scored,) = run_tasks(model, processor, load_task(spec))["tasks"].values()
+    nlls, tokens = 0.0, 0
+    for row in load_rows(str(rows_with_pictures)):
+        sample = tokenized_row(row, processor)
+        start = sample.completion_mask.index(1) + 1
+        ids = torch.tensor(sample.input_ids)
+        assert ids[start - 1] == processor.tokenizer.unk_token_id
+        with torch.no_grad():
+            logits = model(**sample.inputs(model.device)).logits[0, start - 1 : -2]
+        nlls += torch.nn.functional.cross_entropy(logits.cpu(), ids[start:-1], reduction="sum").item()
+        tokens += len(ids) - start - 1
+    assert scored["metrics"]["nll"]["value"] == pytest.approx(nlls / tokens, rel=1e-5)
+
+
 def test_a_choice_is_by_the_likelihood_of_each_answer(lm, base, rows_with_pictures, tmp_path, monkeypatch):
     task = write_task("image_choice", rows_with_pictures, tmp_path / "choice.yaml")
     (loaded,) = load_task(find_task(str(task), Inputs()))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import lm_eval.tasks
 import pytest
+from lm_eval.models.huggingface import HFLM
 from support.evaluation import completions, direct_nll, metrics_of
-from support.rows import example_rows, write_jsonl
+from support.models import THINKING_TEMPLATE
+from support.rows import example_rows, tokenized_row, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.data.rows import load_rows
@@ -121,6 +123,48 @@ def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, t
         pairs.append((context, tokenizer.encode(text + row["messages"][-1]["content"])[len(context) :]))
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
     assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def thinking(tiny_model, tmp_path):
+    """A model whose template writes more before an answer than it asks for one with."""
+    model = shutil.copytree(tiny_model, tmp_path / "thinking")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = THINKING_TEMPLATE
+    tokenizer.save_pretrained(model)
+    return model
+
+
+@pytest.fixture(params=["one turn", "several turns"])
+def asked(request, tmp_path):
+    """Rows of conversations."""
+    rows = chat_rows(6) if request.param == "one turn" else [
+        {"messages": one["messages"] + other["messages"][1:]} for one, other in itertools.pairwise(chat_rows(7))
+    ]  # fmt: skip
+    return write_jsonl(tmp_path / "chats.jsonl", rows)
+
+
+def test_an_answer_is_scored_where_tuning_has_it(thinking, asked, tmp_path):
+    found, _ = metrics_of(thinking, write_task("completion_nll", asked, tmp_path / "answers.yaml"))
+    tokenizer = AutoTokenizer.from_pretrained(thinking)
+    thought, pairs = len(tokenizer.encode("<system>thought.")), []
+    for row in load_rows(asked):
+        sample = tokenized_row(row, tokenizer)
+        start = sample.completion_mask.index(1) + thought
+        pairs.append((sample.input_ids[:start], sample.input_ids[start:-1]))
+    assert tokenizer.decode(pairs[0][0]).endswith("thought.")
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(thinking), pairs)
+    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_a_template_writes_before_an_answer_is_not_part_of_it(thinking, asked, tmp_path, monkeypatch):
+    answers = [row.completion[0]["content"] for row in load_rows(asked)]
+    written = [f"thought. {answer}" for answer in answers[:3]] + answers[3:]
+    monkeypatch.setattr(HFLM, "generate_until", lambda *_: written)
+    found, samples = metrics_of(thinking, write_task("generation", asked, tmp_path / "write.yaml"))
+    assert found["metrics"]["exact_match"]["value"] == 1
+    assert samples[0]["prompt"].endswith("<assistant>")
+    assert [sample["written"] for sample in samples] == answers
 
 
 def test_a_chat_without_a_template_is_refused(tiny_model, tmp_path):
