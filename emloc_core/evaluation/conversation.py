@@ -108,7 +108,7 @@ class Conversation:
         return self._answer(self._plain(text), "", lambda _: None)
 
     def _plain(self, text: str, **settings: Any) -> Any:
-        return self._tokenizer(text, return_tensors="pt", **settings)
+        return self._tokenizer(text, return_token_type_ids=False, return_tensors="pt", **settings)
 
     def _inputs(self, messages: list[Message], pictures: list[Picture], tools: Any = None) -> tuple[Any, str]:
         """Return what the model reads, and what the chat template writes before an answer."""

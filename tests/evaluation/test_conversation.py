@@ -61,6 +61,14 @@ def test_what_the_template_writes_before_an_answer_is_not_said(tiny_model, tmp_p
         assert conversation.say("animal: cat") == first
 
 
+def test_a_tokenizer_may_tell_types_of_tokens(tiny_model):
+    conversation = emloc_core.chat(tiny_model, **GREEDY)
+    expected = conversation.say("animal: cat"), conversation.continue_text("animal: cat")
+    conversation.reset()
+    conversation.processing.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert (conversation.say("animal: cat"), conversation.continue_text("animal: cat")) == expected
+
+
 def test_the_command_writes_the_answers_to_the_lines_of_stdin(emloc, tiny_model, monkeypatch):
     expected = [greedy(tiny_model, [{"role": "user", "content": text}]) for text in ("animal: cat", "animal: dog")]
     monkeypatch.setattr("sys.stdin", io.StringIO("animal: cat\n/reset\n\nanimal: dog\n/exit\nanimal: cow\n"))
