@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from emloc_core.adapters.dense import Replacement, replacements
-from emloc_core.adapters.expert_keys import by_stack, in_file
+from emloc_core.adapters.expert_keys import by_stack, in_file, is_single
 from emloc_core.algorithms.lora import Lora, flattened, of_experts
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object, write_json
@@ -201,6 +201,12 @@ class Adapter:
     def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor, *, stacked: bool = False) -> Lora:
         rank = self._of_pattern("rank_pattern", path, self.config.get("r", 8))
         if a.shape[0] != b.shape[1] or (a.shape[0] % rank if stacked else a.shape[0] != rank):
+            if not stacked and is_single(path, self.config.get("target_parameters") or []):
+                raise EmlocError(
+                    f"The adapter {self.directory} has a LoRA on one stack of experts only, in {path}.",
+                    "Put one on both, gate_up_proj (or up_proj) and down_proj.",
+                    code="unsupported",
+                )
             raise EmlocError(
                 f"The LoRA in {self.directory} on {path} has the shapes {tuple(a.shape)} and {tuple(b.shape)}; "
                 f"{CONFIG} says rank {rank}.",

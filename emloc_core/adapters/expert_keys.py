@@ -29,6 +29,11 @@ def by_stack(found: Mapping[str, T], targets: Iterable[str]) -> dict[str, T]:
     return stacks
 
 
+def is_single(path: str, targets: Iterable[str]) -> bool:
+    """Return whether PEFT keeps a LoRA on one stack of experts alone at this path, which is on no Linear."""
+    return any(_is_named(f"{path}.{name}", targets) for name in (*_FIRST, _SECOND))
+
+
 def in_file(path: str) -> str:
     """Return the path in PEFT's file of the LoRA on a stack."""
     owner, _, name = path.rpartition(".")

@@ -148,6 +148,13 @@ def test_a_dense_model_s_single_stack_is_left_to_peft(base):
     assert not any("forward" in vars(outer) for _, (outer, *_) in parameter_wrappers(lora))
 
 
+@pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
+def test_an_adapter_on_a_single_stack_is_told_to_have_both(base, tmp_path, stack):
+    with_lora(loaded(base), target_parameters=[f"mlp.experts.{stack}"]).save_pretrained(tmp_path)
+    with pytest.raises(EmlocError, match=r"one stack of experts only, in model\.layers\.\d\.mlp\.experts"):
+        _ = Adapter(tmp_path).loras
+
+
 def test_several_loras_are_left_to_peft_and_refused_on_stand_ins(base, emulator):
     config = {"r": 2, "target_modules": [], "target_parameters": expert_stacks(loaded(base)), "task_type": "CAUSAL_LM"}
     for model, refused in ((loaded(base), False), (loaded(emulator), True)):
