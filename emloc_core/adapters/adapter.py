@@ -189,6 +189,10 @@ class Adapter:
                     code="not-finite",
                 )
             found[key.removeprefix(_PREFIX)] = tensor
+        if not found:
+            raise EmlocError(
+                f"{self.directory / WEIGHTS} holds no LoRA.", "Copy the file again, or train again.", code="damaged"
+            )
         return found
 
     def _no_lora(self, key: str) -> EmlocError:

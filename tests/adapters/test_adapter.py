@@ -40,6 +40,15 @@ def test_a_scale_has_to_be_a_number_above_zero(tmp_path, config):
         _ = Adapter(directory).loras
 
 
+@pytest.mark.parametrize("tensors", [{}, {"base_model.model.lm_head.base_layer.weight": torch.ones(4, 4)}])
+def test_an_adapter_without_a_lora_is_damaged(tmp_path, tensors):
+    directory = write(tmp_path / "adapter")
+    save_file(tensors, directory / "adapter_model.safetensors")
+    with pytest.raises(EmlocError, match="holds no LoRA") as raised:
+        _ = Adapter(directory).loras
+    assert raised.value.code == "damaged"
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
 def test_a_scale_has_to_be_finite(tmp_path, field, number):
