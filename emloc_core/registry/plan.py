@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.memory.budget import Budget
 from emloc_core.model.image_shape import parse_size
@@ -43,6 +44,8 @@ def plan_model(
     if card is not None:
         from emloc_core.memory.cards import find_card
 
+        if device == "cpu":
+            raise EmlocError("--card plans for a GPU, and --device cpu for none.", "Give one of them.")
         gpu = find_card(card)
         device, memory = "cuda", memory or str(gpu.memory)
     budget = Budget.named(memory, headroom, device)

@@ -180,6 +180,7 @@ def test_a_card_that_is_not_here(shallow_model: Path) -> None:
     shown = run("plan", shallow_model, "--length", 64, "--card", "H100").stdout
     assert "times are computed from the published figures of H100" in shown
     assert "Did you mean 'RTX 4090'?" in refused("plan", shallow_model, "--card", "RTX 5090")
+    assert "Give one of them" in refused("plan", shallow_model, "--card", "H100", "--device", "cpu")
 
 
 def test_a_micro_batch_is_as_large_as_fits(shallow_model: Path) -> None:
