@@ -80,8 +80,8 @@ class Adapter:
             raise EmlocError(
                 f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.", REMEDY, code="unsupported"
             )
-        #: Path or hub id of the model that its config names: the one it was trained on, or corrected for.
-        self.model_name = str(self.config.get("base_model_name_or_path"))
+        name = self.config.get("base_model_name_or_path")
+        self._named = name if isinstance(name, str) else ""
         self.manifest = read_manifest(self.directory) or {}
         if not self.manifest:
             return
@@ -89,6 +89,21 @@ class Adapter:
         if kind not in _MADE_FOR:
             raise EmlocError(f"{self.directory} holds {kind!r}, not an adapter.", "Give the directory of an adapter.")
         manifest_value(self.manifest, self.directory, f"request.{_MADE_FOR[kind]}", str)
+
+    @property
+    def model_name(self) -> str:
+        """Path or hub id of the model that its config names: the one it was trained on, or corrected for.
+
+        Raises:
+            EmlocError: it names none.
+        """
+        if not self._named:
+            raise EmlocError(
+                f"{self.directory} does not name the model that it was trained on.",
+                f"Give that with --base, or with --emulator if it is one; or name it in {CONFIG}.",
+                code="missing",
+            )
+        return self._named
 
     @property
     def is_corrected(self) -> bool:
@@ -100,8 +115,8 @@ class Adapter:
     @property
     def trained_on(self) -> Path | None:
         """The directory of the model that its config names, if it exists. A corrected adapter names its base."""
-        directory = Path(self.model_name)
-        return directory if (directory / "config.json").is_file() else None
+        directory = Path(self._named)
+        return directory if self._named and (directory / "config.json").is_file() else None
 
     @property
     def base_name(self) -> str:

@@ -74,7 +74,7 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
                 )
         if model and is_rounded_form(Checkpoint(model), base):
             return fingerprint
-        named = adapter.config.get("base_model_name_or_path")
+        named = adapter.config.get("base_model_name_or_path") or "a model that it does not name"
         if not model and made_for and made_for != fingerprint and named != base.name:
             raise EmlocError(
                 f"{adapter.directory} was trained on {named}, which is not here, and not on {base.directory}.",

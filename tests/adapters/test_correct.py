@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, delta, make_adapter
-from support.jobs import compress_job, correct_job
+from support.jobs import compress_job, correct_job, merge_job
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +24,7 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.errors import EmlocError
+from emloc_core.evaluation.conversation import open_conversation
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.lora import CONFIG, WEIGHTS
@@ -246,6 +247,22 @@ def named(adapter, name):
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": name}))
     return adapter
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_an_adapter_that_names_no_model_needs_it_named(tiny_model, emulator, adapter, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tiny_model)
+    nameless = named(shutil.copytree(adapter, tmp_path / "adapter"), name)
+    for attempt in (
+        lambda: correct(nameless, tiny_model, tmp_path / "out"),
+        lambda: merge_job(nameless, None, tmp_path / "out"),
+        lambda: open_conversation(str(nameless)),
+    ):
+        with pytest.raises(EmlocError, match="does not name the model") as raised:
+            attempt()
+        assert "--base" in raised.value.fix
+    assert correct(nameless, tiny_model, tmp_path / "corrected", emulator=emulator)
+    assert merge_job(nameless, tiny_model, tmp_path / "merged", allow_uncorrected=True).run()
 
 
 @pytest.fixture
