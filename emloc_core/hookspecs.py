@@ -28,13 +28,14 @@ def emloc_families(config: "Mapping[str, Any] | None") -> "Sequence[Family]":  #
     """Declare model families. Called when the plugin is loaded, with None: import nothing heavy then.
 
     A plugin that takes ``config`` is called again for a model whose type no plugin declares. The first that returns a
-    family for it is believed; the last one asked is emloc's own, which looks at a tiny model of that config.
+    family for it is believed; the last one asked is emloc's own, which looks at a tiny model of that config. One that
+    raises, an EmlocError too, is reported as broken, and the next one is asked.
 
     Args:
         config: the content of the model's ``config.json``.
 
     Returns:
-        The families. Names and model types are unique among all plugins.
+        The families. Names and model types of those that are declared with None are unique among all plugins.
     """
 
 

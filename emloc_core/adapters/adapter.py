@@ -100,7 +100,8 @@ class Adapter:
         if not self._named:
             raise EmlocError(
                 f"{self.directory} does not name the model that it was trained on.",
-                f"Give that with --base, or with --emulator if it is one; or name it in {CONFIG}.",
+                f"Name it in {CONFIG} (base_model_name_or_path). Or give an emulator to `emloc correct` with "
+                "--emulator, or the base to `emloc merge` with --base.",
                 code="missing",
             )
         return self._named

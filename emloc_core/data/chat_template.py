@@ -109,6 +109,7 @@ def lead(asked: str, messages: Sequence[Message], render: AnswerRender, answer: 
 
     Args:
         asked: the messages, rendered with that prompt.
+        answer: which is to follow; any, where it is not known yet.
 
     Returns:
         "" also where what the template shows does not begin with that prompt, or end with the answer as it is given.

@@ -209,7 +209,7 @@ def _weight(given: Any, where: str) -> float:
     """Return it as a number, which CSV has as text; 1 where the row has none."""
     try:
         weight = 1.0 if given is None else float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = float("nan")
     if isinstance(given, bool) or not 0 < weight < float("inf"):
         raise EmlocError(f"{where}: `weight` is {given!r}, not a number above 0.", "Correct it, or leave it out.")

@@ -88,7 +88,7 @@ class Conversation:
         pictures: Sequence[Picture] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Return the answer to messages, without the space around it; neither is remembered.
+        """Return the answer to messages, as :meth:`say` does; neither is remembered.
 
         Args:
             pictures: which they show.

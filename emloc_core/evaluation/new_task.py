@@ -96,7 +96,10 @@ def _jinja(expression: str) -> str:
 
 
 def _quoted(value: str | list[str]) -> str:
-    """Return JSON that YAML and Jinja read too: neither joins the two halves in which JSON may write a character."""
+    """Return a literal that YAML and Jinja read alike: JSON, but with ``\\U`` for what is not ASCII.
+
+    JSON may write such a character in two halves, which neither of them joins.
+    """
     written = json.dumps(value, ensure_ascii=False)
     return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", written)
 

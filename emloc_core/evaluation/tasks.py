@@ -213,10 +213,12 @@ def data_files(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _files_of_a_directory(content: dict[str, Any]) -> Iterator[Path]:
-    """Yield the files of a data set that is a local directory."""
+    """Yield the files of a data set that is a local directory, without what git or the hub keeps there."""
     path = content.get("dataset_path")
     if isinstance(path, str) and path not in LOCAL_FORMATS and Path(path).is_dir():
-        yield from filter(Path.is_file, Path(path).rglob("*"))
+        for file in filter(Path.is_file, Path(path).rglob("*")):
+            if not any(part.startswith(".") for part in file.relative_to(path).parts):
+                yield file
 
 
 def named_functions(value: Any) -> Iterator[str]:

@@ -35,6 +35,7 @@ def declaration(content: Mapping[str, Any]) -> Family:
 
     Raises:
         EmlocError: the model has to be looked at by a person; says why, and which command drafts a plugin.
+        OSError, MemoryError, RuntimeError: the disk or the memory is full.
     """
     kept = Cache(f"{key(digest(content), code=_CODE)}-declaration")
     if refusal := kept.values.get(_REFUSAL):
@@ -62,7 +63,7 @@ def observed(content: Mapping[str, Any]) -> "Draft":
         content: of a ``config.json``.
 
     Raises:
-        EmlocError: as :func:`declaration`.
+        EmlocError, OSError, MemoryError, RuntimeError: as :func:`declaration`.
     """
     draft = _draft(content)
     _require_checks(draft)

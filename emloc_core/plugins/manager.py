@@ -35,12 +35,12 @@ STRICT = "EMLOC_STRICT_FAMILIES"
 TOKENS = "tokens"
 #: The plugin that declares a model by looking at it, where no other does.
 OBSERVED = EntryPoint("observed", "emloc_core.observed.plugin", GROUP)
-#: What to do where no family declares a model type, that transformers has or has not.
+#: What to do about a model type that no family declares: where transformers has it, and where it does not.
 _DECLARE = (
     "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, `emloc "
     "families new NAME` writes the package around it (docs/plugins.md)."
 )
-_IN_TRANSFORMERS = (
+_FOREIGN = (
     "Code that comes with a model is never run: use a version of the model in transformers' own classes, or a plugin "
     "that imports its layout (the hook emloc_layouts)."
 )
@@ -201,7 +201,7 @@ class PluginManager(pluggy.PluginManager):
         if family is None:
             missing, remedy = "", _DECLARE
             if self.objective_for(config).type_key == "model_type" and not has_model_type(model_type):
-                missing, remedy = ", and transformers has no such model type", _IN_TRANSFORMERS
+                missing, remedy = ", and transformers has no such model type", _FOREIGN
             raise EmlocError(
                 f"No installed family declares the model type {model_type!r}{where}{missing}. "
                 f"{_known(self._families.values())}.",

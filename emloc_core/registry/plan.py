@@ -45,7 +45,7 @@ def plan_model(
         from emloc_core.memory.cards import find_card
 
         if device == "cpu":
-            raise EmlocError("--card plans for a GPU, and --device cpu for none.", "Give one of them.")
+            raise EmlocError("--card plans for a GPU, and --device cpu for a machine without one.", "Give one of them.")
         gpu = find_card(card)
         device, memory = "cuda", memory or str(gpu.memory)
     budget = Budget.named(memory, headroom, device)

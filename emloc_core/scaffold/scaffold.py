@@ -49,7 +49,7 @@ def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
     Raises:
         EmlocError: transformers lacks the architecture, it is none that can be compressed, the config cannot be
             shrunk to that of a tiny model, or the architecture's own code fails.
-        OSError, MemoryError: the machine has no room for a tiny model.
+        OSError, MemoryError, RuntimeError: the disk or the memory is full.
     """
     config = load_config(config_file)
     family = _empty_family(config)
@@ -62,7 +62,7 @@ def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
     except EmlocError:
         raise
     except Exception as error:  # an unknown model's code, in whatever is done with it
-        if isinstance(error, OSError) or is_out_of_memory(error):
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None):  # libraries give none
             raise
         raise EmlocError(
             f"The code of this {config.model_type!r} fails ({typed_line(error)}).",

@@ -80,6 +80,8 @@ class Export(Job):
         if self.adapter is not None:
             require_base(self.adapter, self.base, files, allow_uncorrected=self.request.allow_uncorrected)
             request["adapter"] = self.adapter.fingerprint(files)
+            if emulator := self.adapter.manifest.get("request", {}).get("emulator"):
+                request["emulator"] = emulator  # which tells it from a copy of what was trained on the base
             inputs["adapter"] = str(self.adapter.directory.absolute())
         kind = "gguf" if self.settings.gguf else "comfyui" if self.settings.comfyui else "served-adapter"
         return Output(self.request.output, kind, request, inputs=inputs, files=files, family=self.model.family)

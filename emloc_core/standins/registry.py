@@ -12,7 +12,8 @@ def format_named(name: str) -> Format:
     """Return the format of a kind of emulator.
 
     Raises:
-        EmlocError: no plugin provides one of that name, or the one has another itself, which its emulators would give.
+        EmlocError: no plugin provides one of that name, or its own name is another, by which its emulators could not
+            be loaded.
     """
     found: Format = plugin_manager().algorithm("emulators", name)()
     if found.name != name:

@@ -242,6 +242,7 @@ def test_an_adapter_in_the_place_of_another_is_refused(
 ):
     corrected = write_manifest("corrected-adapter", "base", tiny_model, emulator="its fingerprint")
     tuned = write_manifest("adapter", "model", tiny_emulator)
+    served = write_manifest("served-adapter", "base", tiny_model, emulator="its fingerprint")
     full = write_manifest("adapter", "model", tiny_model)
 
     def compare(**adapters):
@@ -260,6 +261,7 @@ def test_an_adapter_in_the_place_of_another_is_refused(
         ({"full_lora": tuned}, f"{tuned} was made for another model than {tiny_model}"),
         ({"polished": tuned}, f"{tuned} was made for another model than {tiny_model}"),
         ({"full_lora": corrected}, f"{corrected} was made for another model than {tiny_model}"),
+        ({"full_lora": served}, f"{served} was made for another model than {tiny_model}"),
     ):
         with pytest.raises(EmlocError, match=message):
             compare(**refused)

@@ -111,6 +111,7 @@ def test_what_was_tuned_on_an_emulator_is_corrected_first(tiny_emulator, rows_fi
     assert not (tmp_path / "exported").exists()
     exported = emloc_core.export(emloc_core.correct(adapter), tmp_path / "exported")
     assert Adapter(exported.path).is_corrected
+    assert "emulator" in Adapter(exported.path).manifest["request"]  # so that eval takes it for no LoRA of the base
     emloc_core.merge(exported, tmp_path / "merged")
 
 

@@ -17,8 +17,9 @@ OTHER, MISSING = "no decoder", "package missing"
 #: What refusals say of models that EMLoC is not for, and of those that could not be built here.
 _SAY = {"is an encoder-decoder": OTHER, "neither a causal language model nor": OTHER,
         "was not found in your environment": MISSING}  # fmt: skip
-#: What refusals say of encoders of text. With images they are of decoders whose prompts read both ways.
+#: What refusals say of encoders, and of decoders that read a prompt both ways: of all with images, and of some of text.
 _ENCODER = "The logits of a token depend on later ones"
+_BOTH_WAYS = ("cpmant", "xlnet")
 #: What every refusal says.
 _ALWAYS = ("and looking at it is not enough: ", "on a tiny model, ")
 INTRODUCTION = """# Survey of architectures
@@ -31,8 +32,7 @@ of the whole model, the paper's formulas, and the base patched by hand. It is *r
 are *no decoder*.
 
 The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where these run no
-model. They show one branch each; `emloc compress` checks on your rows what its Linears
-receive. Types are run again when something changed for them: results may be older than the code.
+model. Types are run again when something changed for them: results may be older than the code.
 """
 
 
@@ -47,7 +47,8 @@ def outcome(result: Mapping[str, Any]) -> str:
     """Return the outcome that the page names; a way that is refused beside others that are right is no refusal."""
     found: str = result["outcome"]
     if found == REFUSED:
-        said = _SAY | ({_ENCODER: OTHER} if result["class"] == "text" else {})
+        is_encoder = result["class"] == "text" and result["type"] not in _BOTH_WAYS
+        said = _SAY | ({_ENCODER: OTHER} if is_encoder else {})
         found = next((other for text, other in said.items() if text in result["why"]), REFUSED)
     return RIGHT if found == REFUSED and RIGHT in result.get("ways", {}).values() else found
 
