@@ -21,13 +21,15 @@ class ReadAhead:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def want(self, tensors: Iterable[TensorInfo]) -> Future[None]:
-        """Read tensors in the background."""
+    def want(self, tensors: Iterable[TensorInfo]) -> Future[int]:
+        """Read tensors in the background; the result is the number of bytes read."""
         return self._pool.submit(_read, sorted(tensors, key=lambda tensor: (tensor.shard, tensor.start)))
 
 
-def _read(tensors: list[TensorInfo]) -> None:
+def _read(tensors: list[TensorInfo]) -> int:
+    total = 0
     for tensor in tensors:
         with suppress(EmlocError):  # truncated meanwhile; loading the tensor will report it
-            for _ in chunks(tensor, _CHUNK):
-                pass
+            for part in chunks(tensor, _CHUNK):
+                total += len(part)
+    return total
