@@ -16,12 +16,13 @@ from survey.page import MISSING, OTHER, PAGE, outcome, page, results
         ({"outcome": CRASHED, "why": "", "ways": {"nf4": CRASHED, "low-rank": RIGHT}}, CRASHED),
         ({"outcome": REFUSED, "why": "'bart' is an encoder-decoder; EMLoC tunes"}, OTHER),
         ({"outcome": REFUSED, "why": "The logits of a token depend on later ones, by 4e-02"}, OTHER),
+        ({"outcome": REFUSED, "why": "The logits of a token depend on later ones", "type": "xlnet"}, REFUSED),
         ({"outcome": REFUSED, "why": "The logits of a token depend on later ones", "class": "image-text"}, REFUSED),
         ({"outcome": REFUSED, "why": "requires the timm library but it was not found in your environment"}, MISSING),
     ],
 )
 def test_an_outcome_is_that_of_all_ways(result, expected):
-    assert outcome({"class": "text", **result}) == expected
+    assert outcome({"type": "bert", "class": "text", **result}) == expected
 
 
 def test_the_page_is_written_from_the_results():
