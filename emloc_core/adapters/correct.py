@@ -260,10 +260,13 @@ def prepare(request: CorrectRequest) -> Correct | AsTrained:
         )
     if request.emulator:
         return Correct(request, adapter)
-    model, name = adapter.trained_on, adapter.model_name
-    if kind_of(Checkpoint(model).config) if model else not may_be_hub_id(name):  # its manifest may be lost
-        return Correct(request, adapter)
-    if not model and not adapter.manifest and request.base != name:
+    if model := adapter.trained_on:
+        is_emulator = kind_of(Checkpoint(model).config)  # by its config: its manifest may be lost
+        return Correct(request, adapter) if is_emulator else AsTrained(request, adapter)
+    name = adapter.model_name
+    if not may_be_hub_id(name):
+        return Correct(request, adapter)  # which says that it is not there
+    if not adapter.manifest and request.base != name:
         raise EmlocError(
             f"{adapter.directory} was trained on {name}, which is not here, so it is unknown whether that is an "
             "emulator.",

@@ -165,7 +165,7 @@ class Merge(Job):
             lora = Lora(lora.a.float(), lora.b.float(), lora.scale)
         done = 0
         for weight in row_chunks(tensor, _ROWS_BYTES):
-            if new:
+            if new:  # into the chunk's own memory: a LoRA is added in place
                 weight.copy_(new.applied(weight, done))
             merged = weight
             if lora:

@@ -26,7 +26,6 @@ class CheckResult:
         passed: whether the check passed. A check that could not run has not passed.
         message: what is wrong; for a passed check, a note.
         blocked: whether it was not run because a check that it needs failed.
-        code: the code of the error, where one says what is wrong.
     """
 
     family: str
@@ -37,7 +36,6 @@ class CheckResult:
     remedy: str = ""
     traceback: str = ""
     blocked: bool = False
-    code: str = ""
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
@@ -86,7 +84,7 @@ class Check:
                 return result(True, self.run(subject) or "")
         except EmlocError as error:
             subject.raised[self.name] = error
-            return result(False, str(error.args[0]), error.fix or "", code=error.code)
+            return result(False, str(error.args[0]), error.fix or "")
         except Exception as error:  # a declaration may break anything, and a check must say so
             subject.raised[self.name] = error
             known = meaning(error)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from emloc_core.data.messages import Message
+from emloc_core.data.messages import Message, in_parts
 from emloc_core.data.row import Row
 from emloc_core.data.starts import common_prefix, tokenized_with_starts
 from emloc_core.errors import EmlocError
@@ -102,6 +102,22 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded
             f"{row.name}: the model's chat template rejects it ({error}).",
             "Correct the roles and their order, or leave the row out.",
         ) from error
+
+
+def answer_render(processing: Any, tools: Any = None) -> AnswerRender:
+    """Return what renders messages by the template of a tokenizer, or of a processor, which takes contents in parts."""
+
+    def render(messages: list[Message], for_answer: bool) -> str:
+        found: Any = processing.apply_chat_template(
+            in_parts(messages) if isinstance(processing, ProcessorMixin) else messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=for_answer,
+            continue_final_message=not for_answer,
+        )
+        return found
+
+    return render
 
 
 def lead(asked: str, messages: Sequence[Message], render: AnswerRender, answer: str = "?") -> str:

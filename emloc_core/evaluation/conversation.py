@@ -9,10 +9,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import ProcessorMixin, TextStreamer, set_seed
 
-from emloc_core.data.chat_template import as_written, lead
+from emloc_core.data.chat_template import answer_render, as_written, lead
 from emloc_core.data.images import Picture
 from emloc_core.data.limits import Limits
-from emloc_core.data.messages import IMAGE, Message, in_parts
+from emloc_core.data.messages import IMAGE, Message
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.loading import load_system
 from emloc_core.files.checkpoint import open_checkpoint
@@ -112,17 +112,7 @@ class Conversation:
 
     def _inputs(self, messages: list[Message], pictures: list[Picture], tools: Any = None) -> tuple[Any, str]:
         """Return what the model reads, and what the chat template writes before an answer."""
-
-        def render(messages: list[Message], for_answer: bool) -> str:
-            found: Any = self.processing.apply_chat_template(
-                in_parts(messages) if self.reads_images else messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=for_answer,
-                continue_final_message=not for_answer,
-            )
-            return found
-
+        render = answer_render(self.processing, tools)
         try:
             text = render(messages, True)
             start = as_written(lead(text, messages, render), self._tokenizer)

@@ -7,13 +7,12 @@ of the conversation before the last answer, in the model's own chat template, as
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from emloc_core.compat.lm_eval import answer_tokens, ask, without_environment
-from emloc_core.data.chat_template import encode_conversation
+from emloc_core.data.chat_template import answer_render, encode_conversation
 from emloc_core.data.row import parse_row
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import shows_pictures
@@ -231,21 +230,12 @@ def ask_conversations(task: Any, lm: Any) -> None:
     """
     numbers = count(1)
 
-    def render(tools: Any, messages: Any, for_answer: bool) -> Any:
-        return lm.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=for_answer,
-            continue_final_message=not for_answer,
-        )
-
     def context(doc: Any, **_: Any) -> str:
         number = next(numbers)
         row = parse_row(doc, f"The task {task.task_name}, row {number}", number)
         encode_conversation(row, lm.tokenizer)  # refuses what the template rejects or leaves out
         question: Any = [*(row.prompt or []), *(row.completion or [])][:-1]
-        return lm.ask(question, partial(render, row.tools))
+        return lm.ask(question, answer_render(lm.tokenizer, row.tools))
 
     if task.config.num_fewshot:
         raise EmlocError(f"The task {task.task_name} asks conversations of several turns.", "Leave out num_fewshot.")

@@ -42,8 +42,7 @@ class TextLM(HFLM):
         """
         for request in requests:
             prompt, answer, *images = request.args
-            if prompt in self._leads:
-                request.arguments = (prompt + self._leads[prompt](answer), answer, *images)
+            request.arguments = (prompt + self._lead(prompt, answer), answer, *images)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return each answer's log-likelihood in nats, and whether greedy decoding would give it."""
@@ -53,7 +52,8 @@ class TextLM(HFLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes, without what the chat template writes before any answer."""
         written = super().generate_until(requests, disable_tqdm)
-        leads = [self._leads[prompt]() if (prompt := request.args[0]) in self._leads else "" for request in requests]
-        return [
-            text.removeprefix(as_written(start, self.tokenizer)) for text, start in zip(written, leads, strict=True)
-        ]
+        leads = (as_written(self._lead(request.args[0]), self.tokenizer) for request in requests)
+        return [text.removeprefix(start) for text, start in zip(written, leads, strict=True)]
+
+    def _lead(self, prompt: str, *answer: str) -> str:
+        return self._leads[prompt](*answer) if prompt in self._leads else ""

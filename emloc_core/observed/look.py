@@ -104,9 +104,9 @@ def _require_checks(draft: "Draft") -> None:
             result = check.on(subject)
             if not result.passed:
                 reason = f"on a tiny model, the check {result.check!r} fails: {result.message}"
-                cause = subject.raised.get(result.check)
-                if result.code == "unsupported":
-                    raise EmlocError(_cannot(tiny, reason), result.remedy, code=result.code) from cause
+                cause = subject.raised[result.check]
+                if isinstance(cause, EmlocError) and cause.code == "unsupported":
+                    raise EmlocError(_cannot(tiny, reason), cause.fix, code=cause.code) from cause
                 raise _needs_a_plugin(tiny, reason) from cause
 
 

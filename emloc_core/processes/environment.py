@@ -21,7 +21,6 @@ VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-
 #: Libraries that log to stderr.
 LOGGERS = ("transformers", "datasets", "huggingface_hub", "trl", "peft", "accelerate", "torch", "bitsandbytes")
 

@@ -172,9 +172,9 @@ def test_logits_that_are_no_numbers_are_found(tmp_path, monkeypatch):
 
 def test_logits_that_depend_on_later_tokens_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: mlp(self, x) + x.mean(1, keepdim=True))
-    result = CHECKS["causal"].on(subject_of(ONE, tmp_path))
-    assert fails(result, "The logits of a token depend on later ones")
-    assert result.code == "unsupported"
+    subject = subject_of(ONE, tmp_path)
+    assert fails(CHECKS["causal"].on(subject), "The logits of a token depend on later ones")
+    assert subject.raised["causal"].code == "unsupported"
 
 
 def test_a_linear_that_does_not_run_is_found(tmp_path, monkeypatch):
