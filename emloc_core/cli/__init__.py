@@ -63,7 +63,8 @@ def cli(context: click.Context, *, strict_families: bool) -> None:
     (optional) trains it a few exact steps there; merge adds it to the weights; eval compares them all. run does
     everything from one recipe.
     """
-    from emloc_core.plugins.manager import STRICT, is_on
+    from emloc_core.plugins.manager import STRICT
+    from emloc_core.plugins.report import is_on
 
     hush_libraries()
     if strict_families:

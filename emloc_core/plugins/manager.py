@@ -6,11 +6,10 @@ of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every hook call; ``EMLOC_STRICT_F
 plugin declares by its model type. Empty or ``0`` counts as unset.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -27,6 +26,7 @@ from emloc_core.layout import Gguf, Layout
 from emloc_core.objective import Objective
 from emloc_core.plugins import builtin
 from emloc_core.plugins.builtin import ALGORITHMS, COMMANDS
+from emloc_core.plugins.report import PluginReport, is_on
 
 PROJECT = GROUP = "emloc"
 #: The variable that refuses families that are observed.
@@ -45,16 +45,6 @@ _FOREIGN = (
     "that imports its layout (the hook emloc_layouts)."
 )
 Declared = TypeVar("Declared", Family, Layout)
-
-
-@dataclass(frozen=True)
-class PluginReport:
-    """An installed plugin: its distribution and, if it is broken, why."""
-
-    name: str
-    distribution: str
-    families: tuple[str, ...] = ()
-    error: str | None = None
 
 
 class PluginManager(pluggy.PluginManager):
@@ -85,7 +75,7 @@ class PluginManager(pluggy.PluginManager):
                 families = self.add(entry.load(), entry.name)
                 report = replace(report, families=tuple(family.name for family in families))
             except (Exception, SystemExit) as error:
-                report = _broken(report, error)
+                report = report.broken(error)
             self.reports.append(report)
 
     def add(self, plugin: Any, name: str) -> list[Family]:
@@ -350,16 +340,11 @@ class PluginManager(pluggy.PluginManager):
             yield
         except (Exception, SystemExit) as error:
             reports = {report.name: report for report in self.reports}
-            broken = _broken(reports.get(owner, PluginReport(owner, "unknown")), error)
+            broken = reports.get(owner, PluginReport(owner, "unknown")).broken(error)
             if owner not in self._told:
                 self._told.add(owner)
                 click.echo(f"emloc: the plugin {owner!r} of {broken.distribution} is broken: {broken.error}", err=True)
                 self.reports = [broken if report.name == owner else report for report in self.reports]
-
-
-def is_on(variable: str) -> bool:
-    """Return whether an environment variable is set to something other than 0."""
-    return os.environ.get(variable, "") not in ("", "0")
 
 
 def _of_type(declared: Iterable[Declared], model_type: Any) -> Declared | None:
@@ -390,17 +375,6 @@ def _distribution(entry: EntryPoint) -> str:
     if entry is OBSERVED:
         return PROJECT
     return entry.dist.name if entry.dist else "unknown"
-
-
-def _broken(report: PluginReport, error: BaseException) -> PluginReport:
-    """Return the report of a plugin that raised ``error``."""
-    if is_on("EMLOC_STRICT_PLUGINS"):
-        raise EmlocError(
-            f"The plugin {report.name!r} of {report.distribution} is broken: {error!r}.",
-            "Fix or uninstall it, or unset EMLOC_STRICT_PLUGINS to continue without it.",
-            code="plugin",
-        ) from error
-    return replace(report, error=f"{type(error).__name__}: {error}")
 
 
 @cache
