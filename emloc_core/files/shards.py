@@ -168,16 +168,15 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
+            with self._file:
+                if kind is None:
+                    if self._expected:
+                        raise ValueError(f"{self.path} lacks {[key for key, _ in self._expected]}")
+                    os.fsync(self._file.fileno())  # some file systems tell of a full disk here, or when it is closed
             if kind is None:
-                if self._expected:
-                    raise ValueError(f"{self.path} lacks {[key for key, _ in self._expected]}")
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-            if kind is None and not self._expected:
                 os.replace(self._temporary, self.path)
-            else:
-                self._temporary.unlink(missing_ok=True)
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import nullcontext
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -94,6 +94,17 @@ def test_a_shard_appears_when_it_is_whole_or_not_at_all(tmp_path):
         ShardWriter(tmp_path / "x.safetensors", layout) as writer,
     ):
         writer.write("a", torch.ones(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_could_not_be_synced_does_not_look_whole(tmp_path, monkeypatch):
+    """A disk that others share says so late: that it is full is known when a file is synced."""
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with (
+        pytest.raises(OSError, match="No space"),
+        ShardWriter(tmp_path / "x.safetensors", {"a": ("F32", (2,))}) as writer,
+    ):
+        writer.write("a", torch.ones(2))
     assert list(tmp_path.iterdir()) == []
 
 
