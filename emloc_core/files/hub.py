@@ -21,7 +21,7 @@ def check_repository(repository: str) -> None:
     Raises:
         EmlocError: it is not ``organisation/name``.
     """
-    if not HUB_ID.fullmatch(repository) or Path(repository).exists():
+    if not HUB_ID.fullmatch(repository):
         raise EmlocError(f"{repository} is not the id of a repository.", "Give organisation/name.")
 
 
@@ -85,8 +85,8 @@ def _without_paths(directory: Path, manifest: dict[str, Any], base: str | None) 
         if local in names:
             names[local] = base
     result = manifest.get("result") or {}
-    if result.get("base") in names:  # an emulator's
-        manifest = {**manifest, "result": {**result, "base": names[result["base"]]}}
+    if isinstance(named := result.get("base"), str):  # an emulator's; an evaluation has scores there
+        manifest = {**manifest, "result": {**result, "base": names.get(named, named)}}
     manifest = {**manifest, "inputs": {role: names.get(path, path) for role, path in inputs.items()}}
     yield MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     if (directory / _ADAPTER).is_file():

@@ -82,6 +82,23 @@ def test_a_local_base_gets_its_name_on_the_hub(hub, tiny_model, tmp_path):
     assert not any(str(tmp_path).encode() in content for content in published.values())
 
 
+def test_a_base_has_its_id_though_a_directory_has_that_name_too(hub, tiny_model, tmp_path, monkeypatch):
+    merged = emloc_core.merge(make_adapter(tiny_model, tmp_path / "adapter"), tmp_path / "merged")
+    (tmp_path / BASE).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    emloc_core.push(merged, "people/merged", base=BASE)
+    assert json.loads(hub.files["people/merged"]["emloc.json"])["inputs"]["base"] == BASE
+
+
+def test_an_evaluation_is_published_with_its_rows(hub, tmp_path):
+    """Its result has the scores of a system that is called ``base``, where an emulator's names its base."""
+    manifest = {"kind": "evaluation", "inputs": {}, "request": {}, "result": {"base": {"nll": 1.5}}}
+    (tmp_path / "emloc.json").write_text(json.dumps(manifest))
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    emloc_core.push(tmp_path, "people/scores", with_rows=True)
+    assert json.loads(hub.files["people/scores"]["emloc.json"]) == manifest
+
+
 @pytest.mark.usefixtures("calls_here")
 def test_a_stage_and_a_recipe_push_what_they_make(hub, tiny_model, rows_file, tmp_path, emloc):
     adapter = make_adapter(tiny_model, tmp_path / "adapter")
