@@ -4,6 +4,7 @@ PEFT imports bitsandbytes wherever it is installed; with torch's compiler that w
 step. ``-X importtime`` shows where the others go.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ _RARELY_USED = {
 def lighten() -> None:
     """Have bitsandbytes, transformers and TRL do less where they are imported from now on."""
     while_imported("bitsandbytes", _compiling_when_called)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     when_imported("transformers.utils.import_utils", _reading_folders_once)
     for name, used in _RARELY_USED.items():
         while_imported(name, partial(imported_when_used, *used))
@@ -51,6 +53,11 @@ def _compiled_when_called(compiler: Any, function: Callable[..., Any] | None = N
         return compiled()(*args, **named)
 
     return call
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Say whether a warning is not that of a kernel for some CPUs, whose place bitsandbytes' own takes."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def _reading_folders_once() -> None:

@@ -38,6 +38,7 @@ def test_imports_put_off_what_few_programs_need():
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["imported"], f"{found['imported']} are imported all the same"
     assert found["read"] == 1, f"transformers reads a model's file {found['read']} times to find the names in it"
+    assert "gemm_4bit_forward" not in done.stderr, f"bitsandbytes tells of its kernels in another way: {done.stderr}"
     assert found["put off"] == "_Packages", "trl reads all packages in another way"
     assert found["packages"][0] == found["packages"][1], f"packages differ: {found['packages']}"
     assert found["stands in"], "what stands in for a class knows no instance of it"
