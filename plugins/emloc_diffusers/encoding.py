@@ -158,6 +158,12 @@ def fitted(size: tuple[int, int], side: int, patches: int | None, name: str) -> 
     return width, height
 
 
+def patches(row: Row, side: int, most: int | None) -> int:
+    """Return how many patches a row's picture has, scaled down to the most, and cut to whole ones; see :func:`fitted`."""
+    width, height = fitted(_image(row).read().size, side, most, row.name)
+    return width * height // side**2
+
+
 def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     """Return latents of a VAE as transformers learn them: (B, C, h, w)."""
     config = vae.config

@@ -110,11 +110,14 @@ class FlowMatching:
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
     ) -> dict[str, int]:
         """Return how many patches the largest picture has; pictures are scaled down, and not cut."""
-        found = self.samples(model, rows, settings.max_length, "selection")
-        largest = max(found, key=lambda sample: sample.size)
+        from emloc_diffusers.encoding import patches
+
+        side = patch_side(model)
+        sizes = [patches(row, side, settings.max_length) for row in rows]
+        largest = max(range(len(rows)), key=sizes.__getitem__)
         return {
-            "longest_tokens": largest.size,
-            "longest_row": largest.row,
+            "longest_tokens": sizes[largest],
+            "longest_row": rows[largest].number,
             "cut_rows": 0,
             "dropped_rows": 0,
             "duplicate_rows": len(rows) - len({row.key for row in rows}),
@@ -214,6 +217,14 @@ def encoded(model: "OpenModel", rows: "Sequence[Row]", tokens: int | None) -> "l
 
     parts = Parts(pipeline_of(model.checkpoint))
     return Encoder(parts, call_of(model.family.auto_class), model.config, tokens).encode(rows)
+
+
+def patch_side(model: "OpenModel") -> int:
+    """Return the side of a patch, in pixels."""
+    from emloc_diffusers.calls import call_of
+    from emloc_diffusers.pipeline import Parts, pipeline_of
+
+    return Parts(pipeline_of(model.checkpoint)).factor * call_of(model.family.auto_class).patch
 
 
 def times(model: "OpenModel") -> Any:

@@ -13,6 +13,7 @@ from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 from emloc_core.files.pretrained import load_model, load_processing
 from emloc_core.model.opened import OpenModel, open_model
+from emloc_diffusers.objective import patch_side
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,11 +49,7 @@ class Losses:
 
 def patches(model: OpenModel, side: int) -> int:
     """Return how many patches a square picture has, of a side in pixels."""
-    from emloc_diffusers.calls import call_of
-    from emloc_diffusers.pipeline import Parts, pipeline_of
-
-    patch = Parts(pipeline_of(model.checkpoint)).factor * call_of(model.family.auto_class).patch
-    return max(1, side // patch) ** 2
+    return max(1, side // patch_side(model)) ** 2
 
 
 class Judge:

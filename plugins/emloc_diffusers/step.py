@@ -20,7 +20,7 @@ from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.overhead import overhead
 from emloc_core.objective import Purpose, RowSize
 from emloc_diffusers.calls import Call, call_of
-from emloc_diffusers.encoding import fitted
+from emloc_diffusers.encoding import patches
 from emloc_diffusers.flow import DRAWS, forward, squared_error
 from emloc_diffusers.pipeline import INDEX, Parts
 
@@ -160,12 +160,7 @@ def most_patches(config_file: Path, call: Call, rows: Sequence[Row], most: int |
     """
     place = config_file.absolute().parent.parent
     side = Parts(place).factor * call.patch if (place / INDEX).is_file() else PATCH
-    found = 0
-    for row in rows:
-        assert row.images
-        width, height = fitted(row.images[0].read().size, side, most, row.name)
-        found = max(found, width * height // side**2)
-    return found
+    return max((patches(row, side, most) for row in rows), default=0)
 
 
 def dtype_beside(config_file: Path) -> str:

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
+from emloc_diffusers.encoding import Encoder
 from emloc_diffusers.flow import squared_error
 from emloc_diffusers.lora_file import FILE
 from emloc_diffusers.training import ExactFlow
@@ -126,7 +127,8 @@ def test_the_emulator_is_smaller_and_is_what_is_trained_on(made):
 
 
 @pytest.mark.parametrize(("stage", "on"), [("train", "pipeline"), ("polish", "corrected")])
-def test_a_dry_run_tells_of_the_largest_picture_and_of_copies(stage, on, made, tmp_path):
+def test_a_dry_run_tells_of_the_largest_picture_and_of_copies(stage, on, made, tmp_path, monkeypatch):
+    monkeypatch.delattr(Encoder, "encode")  # which may take minutes
     rows = write_jsonl(tmp_path / "rows.jsonl", [*made["rows"], made["rows"][0]])
     given = [str(getattr(made[on], "path", made[on])), "--data", str(rows), "-o", str(tmp_path / "out"), "--dry-run"]
     said = CliRunner().invoke(cli, [stage, *given]).output
