@@ -31,8 +31,8 @@ class Sample(Protocol):
     """One forward of a model, and what it should answer."""
 
     @property
-    def row(self) -> int:
-        """The number of the row that it was made from."""
+    def row(self) -> str:
+        """What messages call the row that it was made from."""
 
     @property
     def others(self) -> "Mapping[str, torch.Tensor]":
@@ -141,11 +141,11 @@ class Objective(Protocol):
 
     def measure(
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """Return what a dry run says of the rows to train on.
 
         Returns:
-            ``longest_tokens`` and ``longest_row``, the positions of the longest row and its number, before anything is
+            ``longest_tokens`` and ``longest_row``, the positions of the longest row and its name, before anything is
             cut; ``cut_rows``, how many are longer than the settings' ``max_length``; ``dropped_rows``, of which no
             answer is left; ``duplicate_rows``, which occur before; ``examples``, how many the others are to the
             trainer.

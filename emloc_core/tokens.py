@@ -101,7 +101,7 @@ class TokenObjective:
 
     def measure(
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """Return how long rows are; see :func:`emloc_core.tuning.dataset.measure`."""
         from emloc_core.tuning.dataset import measure
 

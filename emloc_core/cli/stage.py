@@ -153,7 +153,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
-    yield f"longest row: {content['longest_tokens']:,} tokens (row {content['longest_row']})"
+    yield f"longest row: {content['longest_tokens']:,} tokens ({content['longest_row']})"
     if cut := content["cut_rows"]:
         yield f"cut by the maximum length: {cut} rows, {content['dropped_rows']} of them dropped: no answer is left"
     if copies := content["duplicate_rows"]:

@@ -77,7 +77,7 @@ def as_sample(inputs: Mapping[str, torch.Tensor], row: int) -> Sample:
     """Return the arguments of a forward of one row as a sample."""
     ids = inputs["input_ids"][0].tolist()
     others = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
-    return Sample(ids, [1] * len(ids), row + 1, others)
+    return Sample(ids, [1] * len(ids), f"Row {row + 1}", others)
 
 
 def image_inputs(config: Any) -> dict[str, torch.Tensor]:
@@ -159,8 +159,8 @@ def number_tokenizer(config: Any) -> PreTrainedTokenizerFast:
 def text_rows(samples: list[Sample]) -> list[Row]:
     """Return the samples of text as a user's rows, for the tokenizer of numbers."""
     rows = [
-        Row(sample.row, text=" ".join(str(number) for number in sample.input_ids))
-        for sample in samples
+        Row(number, text=" ".join(str(token) for token in sample.input_ids))
+        for number, sample in enumerate(samples, start=1)
         if not sample.others
     ]
     return rows or [Row(1, text="4 5 6")]  # a stage reads one before it is given the samples with images

@@ -41,14 +41,14 @@ class Sample:
     Attributes:
         input_ids: T token ids.
         completion_mask: T times 0 or 1: whether the token counts in the loss; all 1 for a row of text.
-        row: number of the row that it was made from.
+        row: what messages call the row that it was made from.
         others: the model's other inputs by name, in the shapes that its processor returns: ``pixel_values``, and
             whatever else it takes for images.
     """
 
     input_ids: list[int]
     completion_mask: list[int]
-    row: int
+    row: str
     others: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def inputs(self, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -240,7 +240,7 @@ def tokenized(
         for row, (ids, mask) in zip(some, encoded(some, processing), strict=True):
             if not any(mask):
                 raise EmlocError(f"{row.name}: the tokenizer leaves nothing to learn.", "Leave the row out.")
-            yield _within(limits, row, Sample(ids[:max_length], mask[:max_length], row.number))
+            yield _within(limits, row, Sample(ids[:max_length], mask[:max_length], row.name))
 
 
 def _within(limits: Limits, row: Row, sample: Sample) -> Sample:
@@ -296,7 +296,7 @@ def _with_images(row: Row, processor: "ProcessorMixin", max_length: int | None, 
     ids, labels, _ = (batch.pop(name)[0] for name in ("input_ids", "labels", "attention_mask"))
     others = {name: value.to(dtype) if value.is_floating_point() else value
               for name, value in batch.items() if isinstance(value, torch.Tensor)}  # fmt: skip
-    return Sample(ids.tolist(), (labels != -100).int().tolist(), row.number, others)
+    return Sample(ids.tolist(), (labels != -100).int().tolist(), row.name, others)
 
 
 def _plain(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

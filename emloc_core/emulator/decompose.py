@@ -298,9 +298,8 @@ class Decomposition:
         return self.skeleton.model.get_parameter(f"{path}.weight")
 
     def _blame(self, error: EmlocError, path: str, sample: int) -> EmlocError:
-        row = self.samples[sample].row
         return EmlocError(
-            f"{error} of {path}, in row {row} of the data.",
+            f"{self.samples[sample].row}: {error} of {path}.",
             "Check the weights up to this layer; a half-precision model may overflow on this row.",
             code=error.code,
         )

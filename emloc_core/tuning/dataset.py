@@ -81,7 +81,7 @@ def _watched(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
 
 def measure(
     rows: Sequence[Row], processing: Processing, settings: StepSettings, config: PreTrainedConfig
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Return how long rows are, and what a maximum length does to them.
 
     Args:
@@ -105,7 +105,7 @@ def measure(
     kept = [of_row for of_row in found if all(any(sample.completion_mask[:most]) for sample in of_row)]
     return {
         "longest_tokens": lengths[longest],
-        "longest_row": rows[longest].number,
+        "longest_row": rows[longest].name,
         "cut_rows": sum(length > most for length in lengths) if most else 0,
         "dropped_rows": len(rows) - len(kept),
         "duplicate_rows": len(rows) - len({row.key for row in rows}),

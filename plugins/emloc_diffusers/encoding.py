@@ -31,14 +31,14 @@ class Encoded:
     """A row as the transformer learns from it.
 
     Attributes:
-        row: its number.
+        row: what messages call it.
         latents: (C, h, w), fp32.
         prompt: tensors by name, without batch.
         weight: in the loss.
         key: of its content.
     """
 
-    row: int
+    row: str
     latents: torch.Tensor
     prompt: Mapping[str, torch.Tensor]
     weight: float
@@ -97,7 +97,7 @@ class Encoder:
                 for path, row in missing.items():
                     _keep({"latents": self._latents(row, vae)}, path)
         return [
-            Encoded(row.number, load_file(picture)["latents"], load_file(prompt), row.weight, row.key)
+            Encoded(row.name, load_file(picture)["latents"], load_file(prompt), row.weight, row.key)
             for row, picture, prompt in zip(rows, pictures, prompts, strict=True)
         ]
 
@@ -159,7 +159,7 @@ def fitted(size: tuple[int, int], side: int, patches: int | None, name: str) -> 
 
 
 def patches(row: Row, side: int, most: int | None) -> int:
-    """Return how many patches a row's picture has, scaled down to the most, and cut to whole ones; see :func:`fitted`."""
+    """Return the patches of a row's picture, scaled down to the most, and cut to whole ones; see :func:`fitted`."""
     width, height = fitted(_image(row).read().size, side, most, row.name)
     return width * height // side**2
 

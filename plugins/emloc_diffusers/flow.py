@@ -94,8 +94,8 @@ class Drawn:
     seed: int
 
     @property
-    def row(self) -> int:
-        """The number of the row."""
+    def row(self) -> str:
+        """What messages call the row."""
         return self.encoded.row
 
     @property

@@ -108,7 +108,7 @@ class FlowMatching:
 
     def measure(
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """Return how many patches the largest picture has; pictures are scaled down, and not cut."""
         from emloc_diffusers.encoding import patches
 
@@ -117,7 +117,7 @@ class FlowMatching:
         largest = max(range(len(rows)), key=sizes.__getitem__)
         return {
             "longest_tokens": sizes[largest],
-            "longest_row": rows[largest].number,
+            "longest_row": rows[largest].name,
             "cut_rows": 0,
             "dropped_rows": 0,
             "duplicate_rows": len(rows) - len({row.key for row in rows}),

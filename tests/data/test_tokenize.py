@@ -70,7 +70,7 @@ def test_samples_equal_what_trl_trains_on(rows, max_length, tokenizer, tiny_mode
     samples = encode(rows, tokenizer, max_length, Limits(256))
     expected = of_trl(rows, tiny_model, tmp_path, max_length)
     assert [(sample.input_ids, sample.completion_mask) for sample in samples] == expected
-    assert [sample.row for sample in samples] == [row.number for row in rows]
+    assert [sample.row for sample in samples] == [row.name for row in rows]
     if max_length:  # some are cut, to just that length
         assert max(len(sample.input_ids) for sample in samples) == max_length
         assert max(len(sample.input_ids) for sample in encode(rows, tokenizer)) > max_length
@@ -85,7 +85,7 @@ def test_the_loss_falls_on_the_completion_alone(tokenizer):
 
 
 def test_inputs_are_one_sequence_of_int64():
-    inputs = Sample([5, 6, 7], [0, 1, 1], row=1).inputs("cpu")
+    inputs = Sample([5, 6, 7], [0, 1, 1], row="Row 1").inputs("cpu")
     assert torch.equal(inputs["input_ids"], torch.tensor([[5, 6, 7]]))
     assert torch.equal(inputs["attention_mask"], torch.ones(1, 3, dtype=torch.int64))
     assert inputs["input_ids"].dtype == torch.int64

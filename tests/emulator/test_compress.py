@@ -259,9 +259,9 @@ def test_overflow_in_activations_names_layer_and_row(tiny_model, rows_file, tmp_
         tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e38
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
-    model = damaged(tiny_model, tmp_path, spoil)
-    with pytest.raises(EmlocError, match=r"activations of model\.layers\.1\.mlp\.down_proj, in row \d+"):
-        compress(model, rows_file, tmp_path / "out")
+    model, more = damaged(tiny_model, tmp_path, spoil), write_jsonl(tmp_path / "more.jsonl", example_rows()[:1])
+    with pytest.raises(EmlocError, match=r"Row \d+ of .+: NaN .+ activations of model\.layers\.1\.mlp\.down_proj"):
+        compress(model, [str(rows_file), str(more)], tmp_path / "out")
 
 
 def test_a_missing_factor_is_found_when_loading(emulator, tmp_path):
