@@ -113,8 +113,10 @@ class RayEngine:
         inputs: dict[str, str] = {}
         if self._storage is not None:
             job = task.job
-            paths = [path for path in (job.model, job.data, job.calibration, *job.test) if path and Path(path).exists()]
-            inputs = {path: input_name(Path(path)) for path in paths}
+            named = filter(None, (job.model, job.data, job.calibration, *job.test))
+            # An id of the hub is no path in this working directory.
+            paths = {name: Path(name) for name in named if Path(name).is_absolute()}
+            inputs = {name: input_name(path) for name, path in paths.items() if path.exists()}
         submitted = self._submissions.submit(self._submit, task, directory, asked, inputs)
         handle = RayHandle(task, directory, asked, inputs, submitted)
         self._running.append(handle)
@@ -129,12 +131,12 @@ class RayEngine:
             reference = handle.submitted.result()
             if not self._ray.wait([reference], timeout=0)[0]:
                 return None
-            outcome = Outcome(**self._ray.get(reference))
+            outcome = self._seen(Outcome(**self._ray.get(reference)), handle)
         except Exception as error:
             outcome = self._failure(error, handle)
         self._running.remove(handle)
         self._fetch_log(handle)
-        return self._seen(outcome, handle)
+        return outcome
 
     def stop(self, handle: RayHandle) -> None:
         """End a task; its worker ends with it."""

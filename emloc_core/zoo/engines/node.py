@@ -11,14 +11,14 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from emloc_core import __version__
 from emloc_core.zoo.engines.engine import Worker
-from emloc_core.zoo.engines.storage import Storage, fetch_input
+from emloc_core.zoo.engines.storage import Storage, fetch_input, input_name
 from emloc_core.zoo.jobs.job import BYTES, ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import JOB, JOBS, write_job
@@ -112,13 +112,15 @@ def _by_storage(order: Order, job: ZooJob) -> Outcome:
             while (outcome := worker.outcome()) is None:
                 time.sleep(_LOOK)
                 if time.monotonic() - mirrored > _MIRROR:
-                    _publish(storage, outputs)
-                    storage.write(order.log, log.read_bytes())
+                    with suppress(OSError):  # the next look, or the end, makes up for it
+                        _publish(storage, outputs)
+                        storage.write(order.log, log.read_bytes())
                     mirrored = time.monotonic()
             _publish(storage, outputs)
         finally:
             worker.end()
-            storage.write(order.log, log.read_bytes())
+            with suppress(OSError):  # no log is worth an attempt
+                storage.write(order.log, log.read_bytes())
         if outcome.cause is None:
             shutil.rmtree(place)
         return outcome
@@ -146,15 +148,19 @@ def _publish(storage: Storage, outputs: dict[Path, str]) -> None:
 
 
 def _with_inputs(job: ZooJob, inputs: dict[str, str], storage: Storage, place: Path) -> ZooJob:
-    """Return the job with what is not on this machine fetched from the storage."""
+    """Return the job with what is not on this machine, as the driver saw it, fetched from the storage."""
 
     def here(path: str | None) -> str | None:
-        if path is None or path not in inputs or Path(path).exists():
+        if path is None or path not in inputs or _is_here(Path(path), inputs[path]):
             return path
         return str(fetch_input(storage, inputs[path], place))
 
     changes = {name: here(getattr(job, name)) for name in ("model", "data", "calibration")}
     return job.model_copy(update={**changes, "test": [here(path) for path in job.test]})
+
+
+def _is_here(path: Path, name: str) -> bool:
+    return path.exists() and input_name(path) == name
 
 
 _BUSY = Outcome("input/output", "The worker of an earlier attempt is still there.")

@@ -15,11 +15,22 @@ from uuid import uuid4
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, typed_line
 from emloc_core.files.manifest import MANIFEST
 
 INPUTS = "inputs"
 _WHOLE = ".whole"  # marks a copy of something that has no manifest
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Have what a file system raises of its own, of its HTTP library say, be an ``OSError``, which is tried again."""
+    try:
+        yield
+    except (OSError, EmlocError):
+        raise
+    except Exception as error:
+        raise OSError(f"The storage failed ({typed_line(error)}).") from error
 
 
 class Storage:
@@ -44,12 +55,14 @@ class Storage:
         self.root = root.rstrip("/")
         self._is_local = isinstance(self.files, LocalFileSystem)
 
+    @_os_errors()
     def has(self, name: str, marker: str = MANIFEST) -> bool:
         """Say whether a directory is there, whole."""
         # Another process writes there too, so nothing that was listed before counts.
         self.files.invalidate_cache()
         return bool(self.files.isfile(self._path(name, marker)))
 
+    @_os_errors()
     def publish(self, source: Path, name: str, marker: str = MANIFEST) -> None:
         """Copy a directory, or a file into one, unless it is there already: every file whole, and ``marker`` last."""
         if self.has(name, marker):
@@ -66,6 +79,7 @@ class Storage:
         else:
             self.write(f"{name}/{marker}", b"")
 
+    @_os_errors()
     def fetch(self, name: str, target: Path, marker: str = MANIFEST) -> None:
         """Copy a directory that is whole to ``target``, which appears when it is whole too.
 
@@ -87,12 +101,14 @@ class Storage:
             self.files.get_file(path, str(place))
         os.rename(incoming, target)
 
+    @_os_errors()
     def write(self, name: str, content: bytes) -> None:
         """Write a file: a reader sees the old one or the new one."""
         target = self._path(name)
         with self._replacing(target) as partial:
             self.files.pipe_file(partial, content)
 
+    @_os_errors()
     def read(self, name: str) -> bytes:
         """Return a file's content.
 
@@ -140,7 +156,7 @@ def fetch_input(storage: Storage, name: str, directory: Path) -> Path:
     target = directory / name
     if not target.is_dir():
         storage.fetch(name, target, _WHOLE)
-        (target / _WHOLE).unlink()
+    (target / _WHOLE).unlink(missing_ok=True)  # also where one that was killed has fetched it
     inside = sorted(target.iterdir())
     is_file = len(inside) == 1 and name.endswith(".file")
     return inside[0] if is_file else target

@@ -8,7 +8,10 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -21,13 +24,14 @@ from emloc_core.files.documents import write_json
 from emloc_core.files.output import TIMING
 from emloc_core.settings import CompressSettings
 from emloc_core.zoo.convert import convert
-from emloc_core.zoo.engines.cluster import RayEngine
+from emloc_core.zoo.engines.cluster import RayEngine, RayHandle
 from emloc_core.zoo.engines.connect import confine
 from emloc_core.zoo.engines.engine import NoRoomError
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.node import Order, output_names, perform
 from emloc_core.zoo.engines.storage import Storage, input_name, share
 from emloc_core.zoo.jobs.job import ZooJob
+from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import Demand, Task, write_job
 from emloc_core.zoo.state.store import Store
 
@@ -203,6 +207,58 @@ def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
     assert (tmp_path / "second" / TIMING).read_bytes() == (tmp_path / "first" / TIMING).read_bytes()
 
 
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    """A worker that makes its emulator at once and ends at the third look; a list of the jobs that it is given."""
+    given = []
+
+    class Made:
+        def __init__(self, job, place, log, _):
+            given.append(job)
+            self.looks = 0
+            log.write_text("made\n")
+            (place / "emulator").mkdir()
+            write_json(place / "emulator" / "emloc.json", {})
+
+        def outcome(self):
+            self.looks += 1
+            return Outcome(None) if self.looks == 3 else None
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(emloc_core.zoo.engines.node, "Worker", Made)
+    monkeypatch.setattr(emloc_core.zoo.engines.node, "_MIRROR", 0)
+    return given
+
+
+def test_storage_that_fails_for_a_while_ends_no_worker(jobs, worker, tmp_path, monkeypatch):
+    storage, order = Storage(str(tmp_path / "remote")), Order(jobs[0].model_dump_json(), "", "log", None, {})
+    order = replace(order, storage=storage.url)
+    publish, fail = Storage.publish, Mock(side_effect=OSError("it is away"))
+    monkeypatch.setattr(Storage, "write", fail)
+    monkeypatch.setattr(Storage, "publish", lambda *given: publish(*given) if fail.called else fail())
+    assert perform(order)["cause"] is None
+    assert len(worker) == 1
+    assert storage.has(output_names(jobs[0], {})["emulator"])
+
+
+def test_another_file_in_that_place_is_not_the_drivers(jobs, worker, tmp_path):
+    rows = Path(shutil.copy(jobs[0].data, tmp_path / "rows.jsonl"))
+    storage = Storage(str(tmp_path / "remote"))
+    job = jobs[0].model_copy(update={"data": str(rows)})
+    inputs = {str(rows): share(storage, rows)}
+    order = Order(job.model_dump_json(), "", "log", storage.url, inputs)
+    assert perform(order)["cause"] is None
+    storage.files.rm(storage._path("jobs"), recursive=True)
+    rows.write_text("{}\n")
+    assert perform(order)["cause"] is None
+    there, fetched = (Path(job.data) for job in worker)
+    assert (there, fetched.name) == (rows, rows.name)
+    assert fetched.is_relative_to(tmp_path / "temporary")
+
+
 def test_another_job_of_the_name_has_outputs_of_its_own():
     job = ZooJob(name="a", model="org/model", data="rows.jsonl", train={"batch_size": 4}, eval={"tasks": ["arc_easy"]})
     names = output_names(job, {"rows.jsonl": "inputs/1"})
@@ -318,10 +374,30 @@ def test_options_of_clusters_are_for_clusters(option, tmp_path):
     assert not (tmp_path / "zoo").exists()
 
 
-def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
-    from emloc_core.zoo.engines.cluster import RayHandle
-    from emloc_core.zoo.jobs.outcome import Outcome
+def test_storage_that_cannot_be_asked_ends_an_attempt_and_not_the_driver(engine, jobs, tmp_path, monkeypatch):
+    made = engine((True, {"CPU": 1.0}), storage="memory://away")
+    made._ray.wait, made._ray.get = lambda given, **_: (given, []), lambda _: {"cause": None, "host": "far"}
+    made._ray.exceptions = SimpleNamespace(**dict.fromkeys(("OutOfMemoryError", "RayTaskError", "RayError"), KeyError))
+    made._submit = lambda *_: None
+    handle = made.start(Task(jobs[0], 1, Demand()), tmp_path)
+    handle.submitted.result()
+    monkeypatch.setattr(made._storage.files, "isfile", Mock(side_effect=RuntimeError("no route")))
+    monkeypatch.setattr(made._storage.files, "cat_file", Mock(side_effect=RuntimeError("no route")))
+    outcome = made.poll(handle)
+    assert outcome.cause == "input/output"
+    assert "no route" in outcome.message
 
+
+def test_an_id_of_the_hub_is_no_path_here(engine, tmp_path, monkeypatch):
+    (tmp_path / "organisation/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    made = engine((True, {"CPU": 1.0}), storage="memory://zoo")
+    made._submit = lambda *_: None
+    job = ZooJob(name="a", model="organisation/model", data=str(tmp_path))
+    assert made.start(Task(job, 1, Demand()), tmp_path / "zoo").inputs.keys() == {str(tmp_path)}
+
+
+def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
     made = engine((True, {"CPU": 1.0}))
     handle = RayHandle(Task(jobs[0], 1, Demand()), tmp_path, {}, {}, Future())
     outcome = made._seen(Outcome(None, host="far"), handle)

@@ -1,10 +1,13 @@
 """Storage by URL: what is half written never looks whole, and what is fetched stays in its place."""
 
+from unittest.mock import Mock
+
 import fsspec
 import pytest
 
 from emloc_core.errors import EmlocError
 from emloc_core.zoo.engines.storage import Storage, fetch_input, input_name, share
+from emloc_core.zoo.jobs.faults import classify
 
 MARKER = "emloc.json"
 
@@ -131,6 +134,34 @@ def test_inputs(storage, output, tmp_path):
     rows.write_text('{"changed": 1}\n')
     assert input_name(rows) != data
     assert fetch_input(storage, share(storage, rows), tmp_path).read_text() == '{"changed": 1}\n'
+
+
+def test_a_fetch_that_was_killed_at_its_end_leaves_a_file_a_file(storage, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    name = share(storage, rows)
+    storage.fetch(name, tmp_path / name, ".whole")
+    assert fetch_input(storage, name, tmp_path).read_text() == "{}\n"
+
+
+def test_what_a_file_system_raises_of_its_own_is_tried_again(storage, output, tmp_path, monkeypatch):
+    class EndpointError(Exception):
+        pass
+
+    storage.publish(output, "emulator")
+    for method in ("isfile", "pipe_file", "cat_file"):
+        monkeypatch.setattr(storage.files, method, Mock(side_effect=EndpointError("no route")))
+    calls = (
+        lambda: storage.has("emulator"),
+        lambda: storage.publish(output, "emulator"),
+        lambda: storage.fetch("emulator", tmp_path / "fetched"),
+        lambda: storage.write("log", b""),
+        lambda: storage.read("log"),
+    )
+    for call in calls:
+        with pytest.raises(OSError, match=r"The storage failed \(EndpointError: no route\)") as raised:
+            call()
+        assert classify(raised.value) == "input/output"
 
 
 def test_no_such_storage():
