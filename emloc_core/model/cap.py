@@ -42,6 +42,8 @@ def keep_to_cap(environment: Mapping[str, str] = os.environ) -> None:
 def cap_gpus(nbytes: int) -> None:
     """Have torch allocate no more of any GPU than so many bytes, those of the driver's context counted.
 
+    Of processes that were launched together, each caps the GPU that is its own: it would make a context on any other.
+
     Raises:
         EmlocError: the context alone takes as much.
     """
@@ -52,9 +54,11 @@ def cap_gpus(nbytes: int) -> None:
     room = nbytes - overhead("cuda", tuning=True)
     if room <= 0:
         raise _too_small(nbytes, nbytes - room)
-    for gpu in range(torch.cuda.device_count()):
+    launched = os.environ.get("LOCAL_RANK")
+    for gpu in range(torch.cuda.device_count()) if launched is None else [int(launched)]:
         total = torch.cuda.get_device_properties(gpu).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), gpu)
+        with torch.cuda.device(gpu):  # torch would leave it the current one
+            torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), gpu)
 
 
 def cap_told() -> str:

@@ -1,5 +1,6 @@
 """What a process may take: of a GPU by torch, of the memory of the CPU by the kernel, and the error beyond it."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -20,16 +21,27 @@ GIB = 1 << 30
 @pytest.fixture
 def gpus(monkeypatch):
     """Two cards of 80 GiB, of which others hold 50; a dict of the shares that torch may take."""
-    shares = {0: 1.0, 1: 1.0}
+    shares, current = {0: 1.0, 1: 1.0}, [0]
+
+    def take(share, gpu):
+        shares[gpu], current[0] = share, gpu  # as torch does
+
+    @contextmanager
+    def device(gpu):
+        before, current[0] = current[0], gpu
+        yield
+        current[0] = before
+
     for name, function in {
         "is_available": lambda: True,
         "device_count": lambda: 2,
         "get_device_properties": lambda _: SimpleNamespace(total_memory=80 * GIB),
         "mem_get_info": lambda _: (30 * GIB, 80 * GIB),
-        "current_device": lambda: 1,
+        "current_device": lambda: current[0],
+        "device": device,
         "memory_reserved": lambda _: 2 * GIB,
         "memory_allocated": lambda _: GIB,
-        "set_per_process_memory_fraction": lambda share, gpu: shares.update({gpu: share}),
+        "set_per_process_memory_fraction": take,
         "get_per_process_memory_fraction": shares.get,
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
@@ -42,6 +54,7 @@ def test_torch_may_take_of_every_gpu_what_the_context_leaves(gpus):
     room = 24 * GIB - overhead("cuda", tuning=True)
     assert gpus == {gpu: pytest.approx(room / (80 * GIB)) for gpu in (0, 1)}
     assert free_of(0) == pytest.approx(room - GIB, abs=1)
+    assert torch.cuda.current_device() == 0
     keep_to_cap({CAP: "cuda=200GiB"})
     assert gpus == {0: 1.0, 1: 1.0}
     with pytest.raises(EmlocError, match=r"A cap of 105 MB is less than the 629 MB that the process has") as caught:
@@ -50,8 +63,14 @@ def test_torch_may_take_of_every_gpu_what_the_context_leaves(gpus):
 
 
 def test_a_gpu_without_a_number_is_the_current_one(gpus):
-    gpus[1] = 0.25
-    assert free_of(torch.device("cuda")) == free_of(torch.device("cuda:1")) == 19 * GIB
+    gpus[0] = 0.25
+    assert free_of(torch.device("cuda")) == free_of(torch.device("cuda:0")) == 19 * GIB
+
+
+def test_of_launched_processes_each_caps_its_own_gpu(gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    keep_to_cap({CAP: "cuda=24GiB"})
+    assert gpus[0] == 1.0 > gpus[1]
 
 
 def test_a_cap_of_ones_own_comes_before_that_of_a_run(monkeypatch):
