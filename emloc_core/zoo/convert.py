@@ -1,7 +1,7 @@
 """Converts a zoo: takes over from a stopped driver, plans new jobs, and runs everything to the end."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,8 @@ from pathlib import Path
 from emloc_core.errors import EmlocError
 from emloc_core.files.job import Progress
 from emloc_core.files.manifest import MANIFEST
-from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, written
+from emloc_core.units import human_bytes
+from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, left, written
 from emloc_core.zoo.engines.engine import Engine
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME
@@ -53,7 +54,7 @@ def convert(
 
 @dataclass(frozen=True)
 class Preview:
-    """What a conversion would do.
+    """What a conversion would do with a job.
 
     Attributes:
         state: ``to do``, ``done``, or ``the same as NAME``.
@@ -61,14 +62,19 @@ class Preview:
         seconds: by what finished jobs of this zoo took; None where none tells.
     """
 
-    name: str
+    job: ZooJob
     state: str
     needs: Demand
     seconds: float | None
 
+    @property
+    def name(self) -> str:
+        """The job's name in the zoo."""
+        return self.job.name
+
 
 def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda *_: None) -> list[Preview]:
-    """Return what converting the jobs would do, in order; nothing is made.
+    """Return what converting the jobs would do, in order, those that wait in the zoo last; nothing is made.
 
     Raises:
         EmlocError: a finished job has the name of another one; or there is no place for a zoo.
@@ -82,35 +88,45 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
         _add(store, jobs, directory if directory.is_dir() else Path(temporary), advance)
         records = {record.job.name: record for record in store.records()}
     found = []
-    for job in jobs:
-        record = records[job.name]
-        assert record.needs is not None
+    left_over = [name for name, record in records.items() if record.state in ("waiting", "interrupted")]
+    for name in dict.fromkeys([*(job.name for job in jobs), *left_over]):
+        record = records[name]
+        needs = record.needs or Demand()
         state = "done" if record.state == "done" else "to do"
         state = f"the same as {record.duplicate_of}" if record.duplicate_of else state
-        seconds = estimate(job, record.needs, before) if state == "to do" else None
-        found.append(Preview(job.name, state, record.needs, seconds))
+        seconds = estimate(record.job, needs, before) if state == "to do" else None
+        found.append(Preview(record.job, state, needs, seconds))
     return found
 
 
-def require_room(previews: Sequence[Preview], directory: Path, limit: int | None) -> tuple[int, int]:
-    """Return how many bytes will be written, and how many may be.
+def require_room(previews: Sequence[Preview], directory: Path, limits: Limits) -> tuple[int, int | None]:
+    """Return how many bytes will be written, and how many may be; None where nothing tells.
 
     Raises:
         EmlocError: the disk, or the limit, does not hold it.
     """
-    needed = sum(each.needs.disk or 0 for each in previews if each.state == "to do")
-    room = free_bytes(directory) - RESERVE
-    if limit is not None:
-        taken = sum(written(directory, each.name, each.needs) for each in previews if each.state == "done")
-        room = min(room, limit - taken)
-    if needed > room:
-        from emloc_core.units import human_bytes
-
+    to_do = {each.job.name: each.needs for each in previews if each.state == "to do"}
+    needed = sum(left(directory, name, needs) for name, needs in to_do.items())
+    rooms = [] if limits.elsewhere else [free_bytes(directory) - RESERVE]
+    if limits.disk is not None:
+        begun = sum(needs.disk or 0 for needs in to_do.values()) - needed
+        rooms.append(limits.disk - begun - _taken(directory, to_do))
+    room = max(0, min(rooms)) if rooms else None
+    if room is not None and needed > room:
         raise EmlocError(
-            f"The jobs write {human_bytes(needed)}, and {directory} can take {human_bytes(max(room, 0))}.",
+            f"The jobs write {human_bytes(needed)}, and {directory} can take {human_bytes(room)}.",
             "Free some space, choose another disk, or convert fewer models at a time.",
         )
     return needed, room
+
+
+def _taken(zoo: Path, to_do: Collection[str]) -> int:
+    """Return how many bytes the finished jobs of a zoo take, but those whose outputs are gone and to be made again."""
+    if not (zoo / DATABASE).is_file():
+        return 0
+    with closing(Store(zoo)) as store:
+        done = [each for each in store.records() if each.state == "done" and each.job.name not in to_do]
+    return sum(written(zoo, each.job.name, each.needs) for each in done)
 
 
 def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progress) -> None:

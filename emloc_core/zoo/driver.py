@@ -4,6 +4,7 @@ One job's failure never stops another. The store always holds what has happened,
 and the next one resumes.
 """
 
+import os
 import shutil
 import signal
 import threading
@@ -183,7 +184,9 @@ class Driver:
                 f"{human_bytes(self.limits.disk)} that the zoo may take are taken.",
                 "Give --disk more.",
             )
-        free = free_bytes(self.store.directory)
+        if self.limits.elsewhere:
+            return True
+        free, need = free_bytes(self.store.directory), left(self.store.directory, task.job.name, task.needs)
         if free - promised < need + RESERVE:
             if promised:
                 return False
@@ -219,10 +222,22 @@ def free_bytes(directory: Path) -> int:
 
 def written(zoo: Path, name: str, needs: Demand | None) -> int:
     """Return how many bytes a finished job takes; the plan's where its outputs are in a cluster's storage."""
-    place = zoo / JOBS / name
-    if not any(place.glob(f"*/{MANIFEST}")):
-        return _disk(needs)
-    return sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
+    whole = any((zoo / JOBS / name).glob(f"*/{MANIFEST}"))
+    return _size(zoo / JOBS / name) if whole else _disk(needs)
+
+
+def left(zoo: Path, name: str, needs: Demand | None) -> int:
+    """Return how many bytes a job that is not at work has still to write, by the plan."""
+    return max(0, _disk(needs) - _size(zoo / JOBS / name))
+
+
+def _size(directory: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):  # a worker of another driver has just renamed it
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total
 
 
 def _progress(record: JobRecord) -> _Progress:

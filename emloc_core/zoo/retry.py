@@ -15,12 +15,14 @@ class Limits:
         time: seconds per attempt; None for no limit.
         disk: bytes that all outputs together may take; None for what is free.
         backoff: seconds before the second try after an error of input or output; twice as many before each next.
+        elsewhere: outputs go to a storage, whatever is free where the zoo is.
     """
 
     retries: int = 2
     time: float | None = None
     disk: int | None = None
     backoff: float = 2.0
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 import os
 import shutil
 import signal
+from contextlib import closing
 
 import pytest
 from support.processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import hash_files
-from emloc_core.zoo.convert import convert, preview
-from emloc_core.zoo.driver import Driver
+from emloc_core.zoo.convert import Preview, convert, preview, require_room
+from emloc_core.zoo.driver import RESERVE, Driver
 from emloc_core.zoo.jobs.task import Demand, Task
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.store import Store
@@ -209,6 +210,47 @@ def test_what_is_done_takes_what_its_files_take(tmp_path):
     assert {name: causes(record) for name, record in records.items()} == {
         "before": [None], "now": [None], "next": [None], "too": ["disk"],
     }  # fmt: skip
+
+
+def test_what_is_written_already_needs_no_room_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.zoo.driver.free_bytes", lambda _: RESERVE + 50)
+    (tmp_path / "jobs/begun/.emulator.partial").mkdir(parents=True)
+    (tmp_path / "jobs/begun/.emulator.partial/shard").write_bytes(b"x" * 60)
+    needs = dict.fromkeys(("begun", "new"), Demand(memory=1, disk=100))
+    records = run_with_needs(tmp_path, needs, workers=1)
+    assert {name: causes(record) for name, record in records.items()} == {"begun": [None], "new": ["disk"]}
+
+
+def test_what_goes_to_a_storage_needs_no_room_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.zoo.driver.free_bytes", lambda _: 0)
+    records = run_with_needs(tmp_path, {"a": Demand(memory=1, disk=100)}, elsewhere=True)
+    assert causes(records["a"]) == [None]
+
+
+def test_a_dry_run_counts_what_is_done_and_what_is_left_over(tmp_path, monkeypatch):
+    """As the run does: 300 kB are there, and two jobs write 400 kB each, of which one has written 150 kB."""
+    for name, size in (("done", 300_000), ("begun", 150_000)):
+        (tmp_path / "jobs" / name / "emulator").mkdir(parents=True)
+        (tmp_path / "jobs" / name / "emulator" / "emloc.json").write_bytes(b"x" * size)
+    needs = Demand(memory=0, disk=400_000)
+    run_with_needs(tmp_path, {"done": needs})
+    with closing(Store(tmp_path)) as store:
+        store.add([waiting("begun")], ["begun"])
+        store.plan({"begun": needs})
+    monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("asked", needs)])
+    previews = preview([waiting("asked")], tmp_path)
+    assert [(each.name, each.state) for each in previews] == [("asked", "to do"), ("begun", "to do")]
+    needed, room = require_room(previews, tmp_path, Limits(disk=1_110_000))
+    assert needed == 650_000 < room < 660_000
+    with pytest.raises(EmlocError, match="The jobs write 650 kB"):
+        require_room(previews, tmp_path, Limits(disk=1_090_000))
+
+
+def test_a_dry_run_with_nothing_to_write_needs_no_room(tmp_path):
+    assert require_room([], tmp_path, Limits(disk=1, elsewhere=True)) == (0, 1)
+    assert require_room([], tmp_path, Limits(elsewhere=True)) == (0, None)
+    done = Preview(waiting("a"), "done", Demand(disk=1 << 60), None)
+    assert require_room([done], tmp_path, Limits())[0] == 0
 
 
 def test_what_is_done_and_gone_is_done_again(tmp_path, monkeypatch):

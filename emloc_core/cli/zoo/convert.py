@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from emloc_core.zoo.engines.engine import Engine
     from emloc_core.zoo.jobs.job import ZooJob
     from emloc_core.zoo.jobs.task import Demand
+    from emloc_core.zoo.retry import Limits
 
 _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -81,7 +82,8 @@ def command(
 
     budget, room = (parse_bytes(text) if text else None for text in (memory, disk))
     time_limit = values.pop("time_limit")
-    limits = Limits(values.pop("retries"), parse_seconds(time_limit) if time_limit else None, room)
+    seconds = parse_seconds(time_limit) if time_limit else None
+    limits = Limits(values.pop("retries"), seconds, room, elsewhere=storage is not None)
     settings, others = given(CompressSettings, values)
     validated(CompressSettings, settings, "See --help.")
     defaults = Defaults(compress=settings, **others)
@@ -89,7 +91,7 @@ def command(
     if dry_run:
         from emloc_core.zoo.engines.local import machine_memory
 
-        _describe(jobs, zoo, room, budget or (machine_memory() if engine == "local" else None), as_json)
+        _describe(jobs, zoo, limits, budget or (machine_memory() if engine == "local" else None), as_json)
         return
 
     def make_engine(lock: int) -> "Engine":
@@ -150,19 +152,22 @@ def _told() -> Iterator[Callable[[str, str, str], None]]:
         yield tell
 
 
-def _describe(jobs: "list[ZooJob]", zoo: Path, disk: int | None, memory: int | None, as_json: bool) -> None:
+def _describe(jobs: "list[ZooJob]", zoo: Path, limits: "Limits", memory: int | None, as_json: bool) -> None:
     from emloc_core.zoo.convert import preview, require_room
 
     with progress("Planning") as advance:
         previews = preview(jobs, zoo, advance)
     # Duplicates and finished jobs are not tried.
-    refused = {each.name: _refused(job, each.needs, memory)
-               for job, each in zip(jobs, previews, strict=True) if each.state == "to do"}  # fmt: skip
+    refused = {each.name: _refused(each.job, each.needs, memory) for each in previews if each.state == "to do"}
     refused = {name: reason for name, reason in refused.items() if reason}
     known = [each.seconds for each in previews if each.state == "to do"]
     total = sum(seconds for seconds in known if seconds is not None) if None not in known else None
     if as_json:
-        content = [{**asdict(each), "refused": refused.get(each.name, "")} for each in previews]
+        content = [
+            {"name": each.name, "state": each.state, "needs": asdict(each.needs), "seconds": each.seconds,
+             "refused": refused.get(each.name, "")}
+            for each in previews
+        ]  # fmt: skip
         print_json({"jobs": content, "seconds": total})
     else:
         width = max(len(each.name) for each in previews)
@@ -178,9 +183,9 @@ def _describe(jobs: "list[ZooJob]", zoo: Path, disk: int | None, memory: int | N
             reason = f" ({reasons})" if reasons else ""
             click.echo(f"{number:>3}. {each.name:<{width}}  {each.state:<6}  {', '.join(sizes)}{reason}")
         click.echo(f"time for all, one after another: {'unknown' if total is None else human_seconds(total)}")
-    needed, room = require_room(previews, zoo, disk)
+    needed, room = require_room(previews, zoo, limits)
     if not as_json:
-        click.echo(f"disk: {human_bytes(needed)} of {human_bytes(room)}")
+        click.echo(f"disk: {human_bytes(needed)}{'' if room is None else f' of {human_bytes(room)}'}")
     if refused:
         named = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""

@@ -94,7 +94,7 @@ def test_a_dry_run_tells_what_is_done(store, asked, failed, monkeypatch):
     jobs = [waiting(name) for name in asked]
     monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(each, Demand()) for each in asked.values()])
     before = store.records()
-    said = {each.name: each.state for each in preview(jobs, store.directory)}
+    said = {each.name: each.state for each in preview(jobs, store.directory) if each.name in asked}
     assert store.records() == before
     store.add(jobs, list(asked.values()))
     first = {record.job.name: record.duplicate_of for record in store.records() if record.job.name in asked}
