@@ -40,7 +40,7 @@ def require_processes(started: int) -> None:
     if "accelerate" in command and asked and started == 1 < int(asked[1]):
         raise EmlocError(
             f"accelerate launch started one process, not {asked[1]}: on a CPU it needs mpirun for more.",
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked[1]} -m emloc_core train ... starts them all.",
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked[1]} -m emloc_core ... starts them all.",
             code="unavailable",
         )
 

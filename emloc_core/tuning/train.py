@@ -9,7 +9,7 @@ import atexit
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from emloc_core.adapters.moments import copy_moments, write_moments
 from emloc_core.data.rows import SKIPPED, digest, told, write_skipped
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
+from emloc_core.exact.parallel import Processes
 from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
@@ -151,14 +152,17 @@ class Train(Job):
             atexit.register(state.destroy_process_group)
         self.is_main_process = state.is_main_process
         files = Inputs(self.path.resolve().parent)
-        request = self._request(files, state.num_processes) if state.is_main_process else {}
-        device, made_from = config.device.type, self._inputs()
-        output = Output(self.path, "adapter", request, device, made_from, files, self.model.family)
-        (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
-        if finished:
-            return self.path
-        with output.build() if state.is_main_process else nullcontext():
-            state.wait_for_everyone()  # for the staging directory
+        with ExitStack() as building:
+            with Processes().together():
+                request = self._request(files, state.num_processes) if state.is_main_process else {}
+                device, made_from = config.device.type, self._inputs()
+                output = Output(self.path, "adapter", request, device, made_from, files, self.model.family)
+                finished = state.is_main_process and output.is_finished()
+                if state.is_main_process and not finished:
+                    building.enter_context(output.build())
+            (finished,) = broadcast_object_list([finished])
+            if finished:
+                return self.path
             output.result = self._train(config, output, state)
             if state.is_main_process:
                 output.result[CONTENT] = content_hash(output.staging)

@@ -136,6 +136,11 @@ def train_until_one_fails(model, rows, output, which):
         return share(self, *args, **options)
 
     ExactSteps._share = failing
+    train_and_tell(model, rows, output)
+
+
+def train_and_tell(model, rows, output):
+    """Train, and write what this process ends with, if that is an error."""
     try:
         train(model, rows, output)
     except Exception as error:
@@ -157,3 +162,13 @@ def test_where_one_fails_all_end_with_its_error(which, first, second, tiny_model
     assert [found[0][0], found[0][1].removesuffix(" Run the same command again."), found[0][2]] == first
     assert found[1][0] == second
     assert not (tmp_path / "adapter").exists()
+
+
+def test_what_the_main_one_refuses_ends_all_alike(tiny_model, rows, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").touch()
+    assert run_together(2, train_and_tell, tiny_model, rows, tmp_path / "adapter") == [0, 0]
+    found = [read_json(tmp_path / f"error-{rank}.json") for rank in (0, 1)]
+    assert found[0] == found[1]
+    assert found[0][0] == "EmlocError"
+    assert "adapter exists" in found[0][1]

@@ -342,7 +342,9 @@ def test_what_launchers_ask_for_in_vain_is_refused(monkeypatch):
 
     launched("python", "bin/accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "emloc_core", "train")
     require_processes(2)
-    with pytest.raises(EmlocError, match=r"started one process, not 2.*torchrun --nproc_per_node 2"):
+    with pytest.raises(
+        EmlocError, match=r"started one process, not 2.*torchrun --nproc_per_node 2 -m emloc_core \.\.\."
+    ):
         require_processes(1)
     launched("bin/accelerate", "launch", "--num_processes=1", "-m", "emloc_core", "train", "--num_processes=3")
     require_processes(1)
