@@ -68,6 +68,8 @@ class ExactTrain(Train):
             for ordinary steps.
     """
 
+    smaller = "a smaller batch and more accumulation, or a maximum length"
+
     def __init__(self, request: TrainRequest | PolishRequest, start: NewLora | GivenLora) -> None:
         if request.evaluation.on_base:
             raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")

@@ -62,6 +62,8 @@ class Train(Job):
 
     #: The caller's own, which the trainer calls too; they are no part of the request.
     callbacks: Sequence[TrainerCallback] = ()
+    #: What takes less memory.
+    smaller = "a smaller batch and more accumulation, a maximum length, or gradient checkpointing"
 
     def __init__(self, request: TrainRequest | PolishRequest, start: NewLora | GivenLora) -> None:
         self.request, self.path, self.start = request, request.output, start
@@ -236,8 +238,8 @@ class Train(Job):
                     raise
                 raise EmlocError(
                     f"The device ran out of memory at step {trainer.state.global_step + 1}.{cap_told()}",
-                    "Free some and run the same command again to resume at the last checkpoint, or train with a "
-                    "smaller batch and more accumulation, a maximum length, or gradient checkpointing.",
+                    "Free some and run the same command again to resume at the last checkpoint, or train with "
+                    f"{self.smaller}.",
                     code="memory",
                     resumable=True,
                 ) from error

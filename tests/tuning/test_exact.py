@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -383,6 +384,14 @@ def test_rows_without_answers_and_rows_that_fill_memory_are_refused(
     with pytest.raises(EmlocError, match=r"keeps .* at block boundaries, and 1 kB of memory is free.*--park disk"):
         polish(ordinary, tiny_model, rows_file, tmp_path / "a")
     polish(ordinary, tiny_model, rows_file, tmp_path / "a", limits=ExactSettings(park="disk"), steps=1)
+
+
+def test_without_memory_it_is_told_what_exact_steps_can_do(ordinary, tiny_model, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(ExactSteps, "loss", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(
+        EmlocError, match=r"at step 1\. .* a smaller batch and more accumulation, or a maximum length\."
+    ):
+        polish(ordinary, tiny_model, rows_file, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
