@@ -37,8 +37,8 @@ class Boundaries:
     """
 
     def __init__(self, room: float = float("inf"), directory: Path | None = None, reserved: float = 0) -> None:
-        self.reserved = reserved
-        self._room = self._left = room
+        self.room, self.reserved = room, reserved
+        self._left = room
         self._file = ScratchFile(directory) if directory else None
         self._end = 0
 
@@ -50,7 +50,7 @@ class Boundaries:
 
     def clear(self) -> None:
         """Start again: nothing of what was kept is needed any more."""
-        self._left, self._end = self._room, 0
+        self._left, self._end = self.room, 0
         if self._file:
             self._file.clear()
 

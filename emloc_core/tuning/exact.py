@@ -112,7 +112,8 @@ class ExactTrain(Train):
         need = {**self._need(), "lora": lora_need(trained)}
         boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
         besides = overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
-        room = 0 if self.memory is None else self.memory - sum(need.values()) - besides
+        held = {**need, "boundaries": min(need["boundaries"], boundaries.room)}
+        room = 0 if self.memory is None else self.memory - sum(held.values()) - besides
         config.per_device_train_batch_size *= config.world_size  # each gets all, and takes its share
         with refusing(SETTINGS):
             trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **given)

@@ -237,7 +237,7 @@ def test_the_same_again_does_nothing_and_limits_change_no_result(
         polish(adapter, tiny_model, rows_file, polished, learning_rate=0.1)
 
 
-def test_the_lora_and_the_process_count_in_the_memory(tiny_model, rows_file, tmp_path, monkeypatch):
+def test_the_lora_the_process_and_boundaries_in_memory_count(tiny_model, rows_file, tmp_path, monkeypatch):
     rooms, parameters = [], []
 
     def followed(skeleton, units, device, room, pinned):
@@ -245,13 +245,16 @@ def test_the_lora_and_the_process_count_in_the_memory(tiny_model, rows_file, tmp
         return FrozenWeights(skeleton, units, device, room, pinned)
 
     monkeypatch.setattr("emloc_core.exact.steps.FrozenWeights", followed)
-    for rank in (4, 8):
+    for rank, park in ((4, "memory"), (8, "memory"), (8, "disk")):
         settings = train_settings(steps=1, lora_rank=rank)
-        limits = ExactSettings(memory="1GiB")
-        adapter = exact_job(tiny_model, rows_file, tmp_path / f"{rank}", settings, limits=limits).run()
+        job = exact_job(
+            tiny_model, rows_file, tmp_path / f"{rank}-{park}", settings, limits=ExactSettings(memory="1GiB", park=park)
+        )
+        adapter = job.run()
         parameters.append(sum(tensor.numel() for tensor in load_file(adapter / "adapter_model.safetensors").values()))
     assert rooms[0] - rooms[1] == 16 * (parameters[1] - parameters[0]) > 0  # values, gradients, two moments
     assert rooms[0] + 16 * parameters[0] < (1 << 30) - overhead("cpu", tuning=True)
+    assert rooms[2] - rooms[1] == job._need()["boundaries"] > 0
 
 
 def run_until(step, park, adapter, base, rows, output):
