@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -26,6 +25,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import Head, counted, known, shifted_labels
 from emloc_core.exact.parallel import Processes
+from emloc_core.model.device import free_memory
 from emloc_core.model.lockstep import Lockstep, units
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
@@ -68,7 +68,7 @@ class ExactSteps:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = units(skeleton.model, skeleton.block_lists)
         head_units = self.head_units(found)
-        pinned = _PINNED_SHARE * (psutil.virtual_memory().available / self.processes.here - self.boundaries.reserved)
+        pinned = _PINNED_SHARE * (free_memory("cpu") / self.processes.here - self.boundaries.reserved)
         self.weights = FrozenWeights(skeleton, found, self.device, room, pinned)
         self._keep(skeleton, skeleton.outside(found))
         inner = [unit for unit in found if unit not in head_units]

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard
@@ -31,7 +30,7 @@ from emloc_core.exact.parallel import Processes
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_gpus
-from emloc_core.model.device import free_of
+from emloc_core.model.device import free_memory, free_of
 from emloc_core.model.inside import Positions
 from emloc_core.model.overhead import overhead
 from emloc_core.requests import PolishRequest, TrainRequest
@@ -150,7 +149,7 @@ class ExactTrain(Train):
             EmlocError: there is no room for them.
         """
         staging, on_disk = Path(str(config.output_dir)).parent, self.limits.park == "disk"
-        free = shutil.disk_usage(staging).free if on_disk else psutil.virtual_memory().available
+        free = shutil.disk_usage(staging).free if on_disk else free_memory("cpu")
         free //= Processes().here
         if config.device.type == "cuda":
             on_gpu = free_of(config.device)

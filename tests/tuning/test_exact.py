@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
-import psutil
 import pytest
 import torch
 from emloc_internvl import INTERNVL
@@ -382,8 +381,7 @@ def test_rows_without_answers_and_rows_that_fill_memory_are_refused(
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": row["prompt"]} for row in example_rows()])
     with pytest.raises(EmlocError, match=r"empty\.jsonl, row 1: has the columns \['prompt'\]"):
         polish(ordinary, tiny_model, empty, tmp_path / "a")
-    available = psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr("emloc_core.model.device.within_group", lambda _, total: (1000, total))  # in a container
     with pytest.raises(EmlocError, match=r"keeps .* at block boundaries, and 1 kB of memory is free.*--park disk"):
         polish(ordinary, tiny_model, rows_file, tmp_path / "a")
     polish(ordinary, tiny_model, rows_file, tmp_path / "a", limits=ExactSettings(park="disk"), steps=1)
