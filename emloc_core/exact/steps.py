@@ -70,9 +70,8 @@ class ExactSteps:
         head_units = self.head_units(found)
         pinned = _PINNED_SHARE * (free_memory("cpu") / self.processes.here - self.boundaries.reserved)
         self.weights = FrozenWeights(skeleton, found, self.device, room, pinned)
-        self._keep(skeleton, skeleton.outside(found))
         inner = [unit for unit in found if unit not in head_units]
-        parking = Parking.on(self.device, model.buffers())
+        parking = Parking.on(self.device, [*model.buffers(), *self._kept(skeleton, skeleton.outside(found))])
         self._lockstep = Lockstep(model, inner, skeleton.block_lists, parking)
         for unit in inner:
             self._wrap(unit, checkpointed=True)
@@ -175,13 +174,14 @@ class ExactSteps:
             self.weights.at(unit)
         yield
 
-    def _keep(self, skeleton: Skeleton, names: list[str]) -> None:
-        """Load parameters that lie in no unit (a class embedding, say) for good."""
+    def _kept(self, skeleton: Skeleton, names: list[str]) -> Iterator[nn.Parameter]:
+        """Load parameters that lie in no unit (a class embedding, say) for good, and yield them."""
         with skeleton.parameters(names) as found:
             for name, tensor in found.items():
                 owner, _, attribute = name.rpartition(".")
                 parameter = nn.Parameter(tensor.detach().to(self.device), requires_grad=False)
                 setattr(self.model.get_submodule(owner), attribute, parameter)
+                yield parameter
 
     def _wrap(self, unit: str, *, checkpointed: bool) -> None:
         """Have a unit's forward compute with the weights that are lent for it."""

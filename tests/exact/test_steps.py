@@ -17,6 +17,8 @@ from emloc_core.exact.head import PIECES, Head
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.model.blocks import block_paths
+from emloc_core.model.lockstep import units
+from emloc_core.model.parking import Parking
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.trl import lora_config
@@ -172,6 +174,19 @@ def test_boundaries_may_wait_in_the_memory_of_the_cpu_or_in_a_file(case, tmp_pat
             steps.loss(batches)
             require_equal(lora, expected)
     assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_rows_that_wait_may_leave_the_device_without_parameters_that_all_share(case, monkeypatch):
+    model, batches, expected, _ = case
+    monkeypatch.setattr(Parking, "on", lambda _, shared: Parking(0, shared))
+    monkeypatch.setattr("emloc_core.exact.steps.units", lambda *given: [u for u in units(*given) if u != "model.norm"])
+    lora, steps = exact(model, get_peft_model_state_dict(expected))
+    backbone = steps.model.model
+    backbone.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "shared": backbone.norm.weight}), with_kwargs=True
+    )
+    steps.loss(batches)
+    require_equal(lora, expected)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
