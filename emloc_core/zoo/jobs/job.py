@@ -155,8 +155,8 @@ def _task_fingerprint(task: str, cache_dir: Path) -> str:
 
 def slug(text: str) -> str:
     """Return a name for a directory: the last part of a path or id, with what is no letter or digit replaced."""
-    last = [part for part in re.split(r"[/\\]", text.partition("@")[0]) if part.strip(".")][-1:]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "".join(last)).lstrip("._-")[:90] or "model"
+    last = "".join([part for part in re.split(r"[/\\]", text) if part.strip(".")][-1:])
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last.partition("@")[0]).lstrip("._-")[:90] or "model"
 
 
 def unique(jobs: Sequence[ZooJob]) -> list[ZooJob]:

@@ -281,6 +281,7 @@ def test_a_download_is_counted_unless_it_is_there(tmp_path, monkeypatch):
 
 def test_names_are_directories_anywhere():
     assert slug("org/Model 1.5B@main") == "Model-1.5B"
+    assert slug("/models@v2/first") == "first"
     assert slug("/models/../..") == "models"
     assert slug("///") == "model"
     assert slug("x" * 300) == "x" * 90
