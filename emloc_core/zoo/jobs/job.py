@@ -111,6 +111,13 @@ class ZooJob(Settings):
             return self.model_copy(update={"eval": evaluation})
         return None
 
+    def moved_to(self, other: "ZooJob") -> "ZooJob":
+        """Return the job, made smaller perhaps, with the files of another one of the same fingerprint."""
+        places = {name: getattr(other, name) for name in ("model", "layout", "data", "calibration", "test", "offline")}
+        if self.eval and other.eval:
+            places["eval"] = self.eval.model_copy(update={"tasks": other.eval.tasks})
+        return self.model_copy(update=places)
+
 
 def _model_fingerprint(model: str, cache_dir: Path) -> str:
     from emloc_core.files.checkpoint import Checkpoint

@@ -86,7 +86,7 @@ class Store:
 
     def _add(self, job: ZooJob, fingerprint: str) -> bool:
         """Add a job, and say whether there was another one of that name."""
-        row = self._one("SELECT state, fingerprint FROM jobs WHERE name = ?", job.name)
+        row = self._one("SELECT state, fingerprint, smaller FROM jobs WHERE name = ?", job.name)
         if row and row[0] == "done":
             if row[1] == fingerprint:
                 return False
@@ -102,13 +102,14 @@ class Store:
                 (job.name, position, job.model_dump_json(), fingerprint, state, other),
             )
             return False
-        self._database.execute(
-            "UPDATE jobs SET job = ?, fingerprint = ?, state = ?, duplicate_of = ? WHERE name = ?",
-            (job.model_dump_json(), fingerprint, state, other, job.name),
-        )
         changed = bool(row[1] != fingerprint)
+        smaller = None if changed or not row[2] else ZooJob.model_validate_json(row[2]).moved_to(job).model_dump_json()
+        self._database.execute(
+            "UPDATE jobs SET job = ?, fingerprint = ?, state = ?, duplicate_of = ?, smaller = ? WHERE name = ?",
+            (job.model_dump_json(), fingerprint, state, other, smaller, job.name),
+        )
         if changed:
-            self._database.execute("UPDATE jobs SET smaller = NULL, needs = NULL WHERE name = ?", (job.name,))
+            self._database.execute("UPDATE jobs SET needs = NULL WHERE name = ?", (job.name,))
         return changed
 
     def _settle_duplicates(self) -> None:
@@ -277,6 +278,8 @@ def _create(path: Path) -> None:
         # A write-ahead log: readers see the last whole state, and never wait for the writer nor it for them.
         database.execute("PRAGMA journal_mode = WAL")
         database.executescript(_SCHEMA)
+    for log in ("-wal", "-shm"):  # of a file that somebody has removed: its changes are none of the new one's
+        path.with_name(path.name + log).unlink(missing_ok=True)
     os.replace(new, path)
 
 

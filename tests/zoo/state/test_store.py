@@ -129,6 +129,29 @@ def test_a_failed_job_waits_again_and_forgets_what_was_of_another_model(store):
     assert (record.needs, record.smaller, len(record.attempts)) == (None, None, 1)
 
 
+def test_a_job_that_was_made_smaller_is_found_where_it_is_now(store):
+    job = ZooJob(name="a", model="/old/a", data="/old/rows", train={"batch_size": 4}, eval={"tasks": ["/old/task"]})
+    store.add([job], ["1"])
+    store.start("a", 1, "log")
+    smaller = job.smaller("emulator").smaller("evaluation")
+    store.finish("a", 1, 1.0, FAILED, smaller=smaller)
+    moved = ZooJob(**{**job.model_dump(), "model": "/new/a", "data": "/new/rows", "eval": {"tasks": ["/new/task"]}})
+    store.add([moved], ["1"])
+    (record,) = store.records()
+    assert record.smaller == moved.smaller("emulator").smaller("evaluation")
+
+
+def test_a_store_that_was_removed_does_not_come_back(tmp_path):
+    """A driver that was killed leaves a log, whose changes SQLite would make in a new file too."""
+    with closing(Store(tmp_path, create=True)) as store:
+        store.add([waiting("a")], ["1"])
+        log = (tmp_path / "zoo.db-wal").read_bytes()
+    (tmp_path / "zoo.db").unlink()
+    (tmp_path / "zoo.db-wal").write_bytes(log)
+    with closing(Store(tmp_path, create=True)) as store:
+        assert store.records() == []
+
+
 def test_what_a_job_has_made_goes_when_it_becomes_another_one_and_only_then(store):
     outputs = store.directory / "jobs/a/emulator"
     outputs.mkdir(parents=True)
