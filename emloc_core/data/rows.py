@@ -19,6 +19,8 @@ from emloc_core.settings import Loss
 
 #: Files of an emulator with rows that must never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
+#: File of a run of ``emloc tune`` with rows that are answered before and after, and the file that is beside it.
+HELD_OUT, ASKED = "held_out.jsonl", "tune.json"
 #: File of an output with the rows that were left out.
 SKIPPED = "skipped_rows.jsonl"
 
@@ -59,7 +61,7 @@ def load_rows(
         split: split of a saved or hub dataset; files have none.
         loss: which answers of a conversation count.
         columns: names that the data have for columns, by the usual names: ``{"prompt": "question"}``. Rows without
-            such a column are read as they are.
+            such a column, and those that an output keeps, are read as they are.
         skipped: takes the rows that cannot be used; None: the first of them is an error.
 
     Raises:
@@ -72,8 +74,10 @@ def load_rows(
     if isinstance(source, str | Path):
         name = str(source)
         read, directory = reader_of(name)
-        # An emulator may come from someone else: it may only refer to its own images.
-        rows = parse_rows(read(split), name, columns, skipped, directory, confined=_is_kept(Path(source)))
+        # An output may come from someone else: it may only refer to its own images.
+        kept = _is_kept(Path(source))
+        own = NO_RENAMING if kept else columns
+        rows = parse_rows(read(split), name, own, skipped, directory, confined=kept)
     elif (mixture := weights(source)) is not None:
         name, parts = "", ((each, load_rows(each, split, loss, columns, skipped)) for each in mixture)
         rows = (replace(row, source=each) for each, of in parts for row in weighted(of, mixture[each]))
@@ -127,23 +131,20 @@ def without(
 
     Args:
         split: of saved or hub datasets.
-        columns: see :func:`load_rows`; what an emulator keeps has the usual ones.
+        columns: see :func:`load_rows`.
 
     Raises:
         EmlocError: a file cannot be read.
     """
     some = [path for path in files if not path.is_file() or path.stat().st_size]
-
-    def of(path: Path) -> Mapping[str, str]:
-        return NO_RENAMING if _is_kept(path) else columns
-
-    keys = {row.key for path in some for row in load_rows(str(path), split, columns=of(path))}
+    keys = {row.key for path in some for row in load_rows(str(path), split, columns=columns)}
     return [row for row in rows if row.key not in keys]
 
 
 def _is_kept(path: Path) -> bool:
-    """Return whether a file holds rows that an emulator keeps."""
-    return path.name in (CALIBRATION, SELECTION) and (path.parent / MANIFEST).is_file()
+    """Return whether a file holds rows that an emulator or a run keeps."""
+    beside = {CALIBRATION: MANIFEST, SELECTION: MANIFEST, HELD_OUT: ASKED}.get(path.name)
+    return beside is not None and (path.parent / beside).is_file()
 
 
 def digest(rows: Iterable[Row]) -> str:

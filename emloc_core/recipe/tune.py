@@ -15,7 +15,18 @@ from pydantic import Field, field_validator
 from emloc_core.data.images import IMAGES
 from emloc_core.data.mixture import weights
 from emloc_core.data.row import Row
-from emloc_core.data.rows import NO_RENAMING, SKIPPED, Skipped, digest, load_rows, told, write_rows, write_skipped
+from emloc_core.data.rows import (
+    ASKED,
+    HELD_OUT,
+    NO_RENAMING,
+    SKIPPED,
+    Skipped,
+    digest,
+    load_rows,
+    told,
+    write_rows,
+    write_skipped,
+)
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError, validated
 from emloc_core.files.card import CARD
@@ -27,7 +38,7 @@ from emloc_core.recipe.run import require_tuning, run_recipe
 from emloc_core.requests import COLUMNS, SKIP, EvalRows, Rows
 from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
 
-RECIPE, ASKED, HELD_OUT, PAGE = "recipe.toml", "tune.json", "held_out.jsonl", "report.html"
+RECIPE, PAGE = "recipe.toml", "report.html"
 #: Rows that were in memory.
 ROWS, EVALUATED = "rows.jsonl", "evaluated.jsonl"
 #: What is written of them, before what was asked for is.

@@ -6,7 +6,7 @@ from trl import extract_prompt
 
 from emloc_core.data.messages import IMAGE
 from emloc_core.data.row import parse_row
-from emloc_core.data.rows import CALIBRATION, load_rows, without, write_rows
+from emloc_core.data.rows import ASKED, CALIBRATION, HELD_OUT, load_rows, without, write_rows
 from emloc_core.errors import EmlocError
 
 ALPACA = {"instruction": "Which way?", "input": "", "output": "Left.", "text": "### Instruction: ..."}
@@ -104,6 +104,13 @@ def test_rows_that_an_emulator_keeps_have_the_usual_columns(tiny_emulator, tmp_p
     assert without(rows, [tiny_emulator / CALIBRATION], columns=names) == []
     test = write_jsonl(tmp_path / "test.jsonl", own[:1])
     assert without(rows, [test], columns=names) == rows[1:]
+
+
+def test_rows_that_a_run_keeps_have_the_usual_columns(tmp_path):
+    rows = load_rows([{"prompt": PLAIN}], columns=(names := {"messages": "prompt"}))
+    write_rows(tmp_path / HELD_OUT, rows)
+    (tmp_path / ASKED).touch()
+    assert load_rows(tmp_path / HELD_OUT, columns=names) == rows
 
 
 @pytest.mark.parametrize(
