@@ -312,6 +312,7 @@ _ROLES = {
     "tokenized_rows": "what the tokenizer makes of the rows",
     "base": "the base",
     "linears": "what the family's plugin declares",
+    "native": "what the layout's plugin makes of it",
     "model": "the model",
     "adapter": "the adapter",
     "emulator": "the emulator",

@@ -4,6 +4,8 @@ Everything is checked from the headers before writing. Renamed tensors are copie
 split one at a time in memory.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -70,10 +72,12 @@ class Import(Job):
     def output(self) -> Output:
         """The checkpoint's directory. The source's files are hashed on first access."""
         source, files = self.source, Inputs(self._path.resolve().parent)
+        made = json.dumps([self.config, self._files, {key: [*place.shapes] for key, place in self._places.items()}])
         request = {
             "source": source.fingerprint(files),
             "files": files.hash(source.side_files()),
             "layout": self.layout.name,
+            "native": hashlib.sha256(made.encode()).hexdigest(),  # a plugin may change while the source does not
         }
         named = {"source": source.name}
         return Output(self._path, "checkpoint", request, inputs=named, files=files, family=self.family)

@@ -11,10 +11,12 @@ import sys
 import textwrap
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from emloc_internvl.chat_layout import INTERNVL_CHAT
 from PIL import Image
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
@@ -115,6 +117,7 @@ def test_nothing_is_lost_and_no_code_travels(models):
     manifest = json.loads((native / "emloc.json").read_text())
     assert manifest["request"] == {
         "layout": "internvl_chat",
+        "native": manifest["request"]["native"],
         "source": Checkpoint(source).fingerprint(Inputs()),
         "files": hash_files(Checkpoint(source).side_files()),
     }
@@ -228,11 +231,16 @@ def test_at_most_one_fused_tensor_is_read_at_a_time(models, tmp_path, monkeypatc
     assert sorted(read) == sorted(key for key in weights(source) if "qkv." in key)
 
 
-def test_an_output_of_something_else_is_not_overwritten(source, tmp_path):
+def test_an_output_of_something_else_is_not_overwritten(source, tmp_path, monkeypatch):
     out = import_job(source, tmp_path / "out").run()
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert import_job(source, out).run() == out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    other = replace(INTERNVL_CHAT, config=lambda *given: {**INTERNVL_CHAT.config(*given), "use_cache": False})
+    with monkeypatch.context() as changed:
+        changed.setattr(plugin_manager(), "layout_for", lambda _: other)
+        with pytest.raises(EmlocError, match="made from something else: what the layout's plugin makes of it differs"):
+            import_job(source, out).run()
     edit(source, "tokenizer_config.json", model_max_length=5)
     with pytest.raises(EmlocError, match="made from something else: files"):
         import_job(source, out).run()
