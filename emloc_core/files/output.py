@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from emloc_core.files.manifest import MANIFEST, parents, read_manifest
 from emloc_core.files.meter import Meter
 from emloc_core.files.workspace import Workspace, remove_at_once
 from emloc_core.observed.record import DECLARATIONS
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.plugins.manager import GROUP, plugin_manager
 
 if TYPE_CHECKING:
     from emloc_core.family import Family
@@ -42,14 +42,14 @@ _NO_ROOM = 256 << 10  # bytes; with less free, a failure is attributed to the fu
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that affect an output."""
+    """Return the versions of Python, of the packages that affect an output, and of all packages with plugins."""
     versions = {"python": platform.python_version()}
     for package in ("emloc", "torch", "transformers", "peft", "trl", "safetensors", "bitsandbytes", "diffusers"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return versions
+    return versions | {entry.dist.name: entry.dist.version for entry in entry_points(group=GROUP) if entry.dist}
 
 
 def made_at(path: Path) -> dict[str, Any] | None:

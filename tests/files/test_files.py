@@ -24,7 +24,7 @@ from emloc_core.files.documents import read_object, read_toml, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import read_manifest
-from emloc_core.files.output import Output
+from emloc_core.files.output import Output, versions
 from emloc_core.files.pretrained import load_config, load_model
 from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, write_shard
 
@@ -268,6 +268,20 @@ def test_a_crash_keeps_the_work_and_a_user_error_removes_it(tmp_path):
         with pytest.raises(EmlocError, match="memory"):
             out_of_memory(after_work=after_work)
         assert work.parent.parent.exists() == after_work
+
+
+def test_a_run_is_resumed_with_the_plugins_that_began_it(tmp_path, monkeypatch):
+    output = Output(tmp_path / "out", "emulator", {})
+    with pytest.raises(ValueError, match="null"), output.build() as staging:
+        os.makedirs(staging / "half" / "\0")
+    information = tmp_path / "stranger-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[emloc]\nstranger = no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("emloc_core.files.output.versions", versions.__wrapped__)
+    with pytest.raises(EmlocError, match=r'stranger was null and is now "1\.0"'):
+        Output(tmp_path / "out", "emulator", {}).build().__enter__()
 
 
 def test_an_output_that_another_process_finished_meanwhile_is_left_alone(tmp_path):
