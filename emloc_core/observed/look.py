@@ -24,6 +24,8 @@ _LOGGER = logging.getLogger("emloc.families")
 _CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "standins", "family.py")
 #: Codes of refusals that may be of the model; others, as for a missing package, are of this machine, or of this hour.
 _LASTING = ("unsupported", "plugin")
+#: What a model's code raises by itself. A RuntimeError may also come of a lack of memory, or of threads.
+_OF_CODE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, NotImplementedError)
 _REFUSAL = "refusal"
 
 
@@ -46,7 +48,7 @@ def declaration(content: Mapping[str, Any]) -> Family:
     try:
         draft = observed(content)
     except EmlocError as error:
-        if error.code in _LASTING and _is_ours(error):
+        if error.code in _LASTING and _lasts(error):
             kept.add({_REFUSAL: {"message": error.args[0], "fix": error.fix, "code": error.code}})
         raise
     record = recorded(draft, content)
@@ -110,11 +112,12 @@ def _require_checks(draft: "Draft") -> None:
                 raise _needs_a_plugin(tiny, reason) from cause
 
 
-def _is_ours(error: BaseException | None) -> bool:
-    """Say whether a refusal comes from no other exception than ours: a full disk, say, may be behind any other."""
-    while isinstance(error, EmlocError) and not error.resumable:
-        error = error.__cause__ or error.__context__
-    return error is None
+def _lasts(error: BaseException | None) -> bool:
+    """Say whether a refusal is of the model, with all exceptions behind it: a full disk, say, may raise any other."""
+    if isinstance(error, ExceptionGroup):
+        return all(map(_lasts, error.exceptions))
+    own = isinstance(error, _OF_CODE) or (isinstance(error, EmlocError) and not error.resumable)
+    return error is None or (own and _lasts(error.__cause__ or error.__context__))
 
 
 def _cannot(content: Mapping[str, Any], reason: str) -> str:

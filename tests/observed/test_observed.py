@@ -180,6 +180,24 @@ def test_a_refusal_is_not_kept_where_another_exception_is_behind_it(place, fault
     assert plugin_manager().family_for(content("granite"))
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "scaffold.scaffold.random_model",
+        "scaffold.scaffold.Observation",
+        "scaffold.scaffold.block_lists",
+        "conformance.tiny.decompose",
+    ],
+)
+def test_a_refusal_is_kept_where_the_model_s_own_code_fails(place, tmp_path, monkeypatch, never_again):
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+    monkeypatch.setattr(f"emloc_core.{place}", Mock(side_effect=TypeError("no such argument")))
+    for _ in range(2):
+        with pytest.raises(EmlocError, match="no such argument"):
+            plugin_manager().family_for(content("granite"))
+        never_again()
+
+
 def test_a_record_is_the_same_for_what_is_made_from_the_model():
     base = content("granite")
     emulator = {
