@@ -141,8 +141,8 @@ class TinyModel(Subject):
         """The emulator, from the samples with images too."""
         return self.emulator_of(self.kind)
 
-    def emulator_of(self, kind: str) -> Path:
-        """Make an emulator of any kind."""
+    def emulator_of(self, kind: str, **settings: Any) -> Path:
+        """Make an emulator of any kind, with other settings than usual."""
         ratios = format_named(kind).ratios
         size = {"ratio": min(RATIO, ratios.largest)} if ratios else {}
         request = CompressRequest(
@@ -150,7 +150,7 @@ class TinyModel(Subject):
             data=trial_of(self.family).rows(self.samples),
             output=self.directory / f"emulator-{kind}",
             device="cpu",
-            settings=CompressSettings(kind=kind, samples=1, selection=0, **size),
+            settings=CompressSettings(kind=kind, samples=1, selection=0, **size, **settings),
         )
         return _Compress(request, self.samples).run()
 

@@ -36,7 +36,7 @@ RELATIVE, ABSOLUTE = 1e-5, 1e-6
 def packed(subject: TinyModel) -> str | None:
     """An emulator of packed weights answers as it does with these weights unpacked."""
     try:
-        directory = subject.emulator_of(PACKED)
+        directory = subject.emulator_of(PACKED, allocator="uniform", calibration="base")  # the quickest
     except EmlocError as error:
         return f"There is no emulator of the kind {PACKED}: {error.args[0]}"
     model = subject.load(directory)
