@@ -51,9 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what is imported, which stays: that took an eighth of the time."""
+    """Let the garbage collector pass over what is imported, which stays, and come seldom: that took a sixth."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def pytest_unconfigure() -> None:
