@@ -1,6 +1,8 @@
 """Plans of transformers that make pictures, from their configs alone."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from support.pipelines import flux_pipeline, picture_rows
 
 import emloc_core as emloc
 from emloc_core.files.checkpoint import find_config
-from emloc_core.memory.known import known
+from emloc_core.memory import known
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import Workload, make_workload
+from emloc_core.settings import TrainSettings
 
 #: All classes, of which one is enough for `make test`.
 CASES = [
@@ -34,41 +39,42 @@ def needs(planned):
 @pytest.mark.parametrize("family", CASES)
 def test_every_stage_is_planned_and_tuning_grows_with_the_picture(family, tmp_path):
     file = write(tmp_path, family.tiny_configs[0])
-    small, large = (emloc.plan(file, length=length, memory="1GB", **USUAL) for length in (9, 36))
-    weights, tuned = small.describe()["weight_bytes"], needs(small)["LoRA on the emulator"].terms
+    planned = emloc.plan(file, length=9, memory="1GB", **USUAL)
+    weights, tuned = planned.describe()["weight_bytes"], needs(planned)["LoRA on the emulator"].terms
     assert tuned["weights"] == weights["emulator"] < weights["base"]
-    assert tuned["optimiser"] == 2 * tuned["adapter"] == 8 * small.model.adapter_parameters()
-    assert needs(large)["LoRA on the emulator"].terms["activations"] > tuned["activations"]
-    assert "logits" not in needs(small)["exact steps"].terms
-    assert {"encode the rows", "compress", "correct", "exact steps", "merge"} <= needs(small).keys()
+    assert tuned["optimiser"] == 2 * tuned["adapter"] == 8 * planned.model.adapter_parameters()
+    larger = planned.model.with_workload(replace(planned.model.workload, length=36))
+    assert larger.tuning(planned.plan).terms["activations"] > tuned["activations"]
+    assert "logits" not in needs(planned)["exact steps"].terms
+    assert {"encode the rows", "compress", "correct", "exact steps", "merge"} <= needs(planned).keys()
 
 
 @pytest.mark.parametrize("family", CASES)
 def test_a_linear_is_given_what_passes_through_it(family, tmp_path):
-    file = write(tmp_path, family.tiny_configs[0])
-    step = FlowStep(emloc.plan(file, length=16, memory="1GB", **USUAL).model)
-    found = {path.rpartition(".")[2] + "/" + path: step.positions(path) for path, module in
-             known(find_config(file)).outline.named_modules() if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    model = MemoryModel(Path(write(tmp_path, family.tiny_configs[0])), Workload(1, 16))
+    step = FlowStep(model)
+    found = {path: step.positions(path) for path, module in model.model.named_modules()
+             if isinstance(module, torch.nn.Linear)}  # fmt: skip
     assert set(found.values()) <= {1, 16, step.row.tokens - 16, step.row.tokens, 32, step.row.tokens + 16}
     assert max(found.values()) >= step.row.tokens - 16 > 16
     if family is FLUX:
-        by_end = {name.partition("/")[2]: count for name, count in found.items()}
-        assert by_end["transformer_blocks.0.norm1.linear"] == 1
-        assert by_end["transformer_blocks.0.attn.to_q"] == 16
-        assert by_end["transformer_blocks.0.attn.add_q_proj"] == 512
-        assert by_end["single_transformer_blocks.0.proj_mlp"] == 528
+        assert found["transformer_blocks.0.norm1.linear"] == 1
+        assert found["transformer_blocks.0.attn.to_q"] == 16
+        assert found["transformer_blocks.0.attn.add_q_proj"] == 512
+        assert found["single_transformer_blocks.0.proj_mlp"] == 528
 
 
 @pytest.mark.thorough
 def test_a_few_blocks_are_traced_for_all(tmp_path, monkeypatch):
-    file = write(tmp_path, {**FLUX.tiny_configs[0], "num_layers": 6, "num_single_layers": 7})
-    few = emloc.plan(file, length=16, memory="1GB", **USUAL)
+    def totals():
+        known._known.cache_clear()
+        model = MemoryModel(file, Workload(1, 16))
+        return [need.total for need in (model.tuning(), model.tuning(model.plan(0.5)), model.inference())]
+
+    file = Path(write(tmp_path, {**FLUX.tiny_configs[0], "num_layers": 5, "num_single_layers": 4}))
+    few = totals()
     monkeypatch.setattr("emloc_core.memory.depth._OUTER", 100)
-    monkeypatch.setenv("EMLOC_CACHE", "")
-    whole = emloc.plan(write(tmp_path / "again", json.loads((tmp_path / "config.json").read_text())
-                             | {"model_type": "FluxTransformer2DModel"}), length=16, memory="1GB", **USUAL)  # fmt: skip
-    for stage in ("LoRA on the base", "LoRA on the emulator", "inference on the base"):
-        assert needs(few)[stage].total == needs(whole)[stage].total
+    assert totals() == few
 
 
 def test_a_plan_of_rows_counts_the_patches_of_the_largest_picture(tmp_path):
@@ -77,9 +83,10 @@ def test_a_plan_of_rows_counts_the_patches_of_the_largest_picture(tmp_path):
     Image.new("RGB", (40, 24)).save(large)
     planned = emloc.plan(str(pipeline), data=[*rows, {"prompt": "a cat", "image": str(large)}], memory="1GB", **USUAL)
     assert planned.describe()["workload"]["length"] == 40 * 24 // 4**2  # a latent is two pixels wide, and a patch two
-    shorter = emloc.plan(str(pipeline), data=[{"prompt": "a", "image": str(large)}], length=8, memory="1GB", **USUAL)
-    assert shorter.describe()["workload"]["length"] == 6  # scaled down to eight patches, and cut to 3 x 2
     assert planned.describe()["dtype"] == "float32"  # as the files have it
+    rows = [{"prompt": "a", "image": str(large)}]
+    shorter = make_workload(find_config(str(pipeline)), TrainSettings(), "cuda", data=rows, length=8)
+    assert shorter.length == 6  # scaled down to eight patches, and cut to 3 x 2
 
 
 def test_the_encoders_are_those_of_the_pipeline_or_as_published(tmp_path):
