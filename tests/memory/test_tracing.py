@@ -183,9 +183,9 @@ def test_few_blocks_extended_equal_all_blocks(
     """The towers of images take most of the time, so what is tuned alternates for them: the emulator or the base."""
     deep: dict[str, Any] = {**settings, "num_hidden_layers": 5}
     if settings.get("mlp_only_layers"):  # dense ones come before those with experts
-        deep["num_hidden_layers"] = 8
+        deep["num_hidden_layers"] = 7
     if types := settings.get("layer_types"):  # which repeat after three blocks
-        deep |= {"num_hidden_layers": 11, "layer_types": (types * 4)[:11]}
+        deep |= {"num_hidden_layers": 8, "layer_types": (types * 3)[:8]}
     if family.modality == "image-text":
         depth = "num_hidden_layers" if family is INTERNVL else "depth"
         text, vision = settings["text_config"], {**settings["vision_config"], depth: 5}
