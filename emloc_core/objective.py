@@ -207,10 +207,16 @@ class Objective(Protocol):
     def step(self, memory: "MemoryModel") -> "Step":
         """Return a step of the workload of a plan."""
 
-    def answers(self, base: str, adapter: "Path", rows: "Sequence[Row]", max_new_tokens: int) -> "list[dict[str, str]]":
+    def answers(
+        self, base: str, adapter: "Path", rows: "Sequence[Row]", *, max_new_tokens: int, guidance: float | None
+    ) -> "list[dict[str, str]]":
         """Return ``prompt`` and ``expected`` of every row, and what the base answers ``before`` tuning and ``after``.
 
         Each is text, or a picture as a URL that holds it (``data:image/png;base64,``).
+
+        Args:
+            max_new_tokens: of text.
+            guidance: of pictures; None: as the pipeline has it.
         """
 
     def trial(self) -> "Trial":

@@ -218,7 +218,9 @@ class TokenObjective:
 
         return TokenStep(memory)
 
-    def answers(self, base: str, adapter: Path, rows: "Sequence[Row]", max_new_tokens: int) -> list[dict[str, str]]:
+    def answers(
+        self, base: str, adapter: Path, rows: "Sequence[Row]", *, max_new_tokens: int, guidance: float | None
+    ) -> list[dict[str, str]]:
         """Return what the model says, greedily."""
         from emloc_core.evaluation.answers import answers
 

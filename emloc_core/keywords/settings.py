@@ -130,6 +130,7 @@ class AnswersKwargs(TypedDict, total=False):
 
     rows: str
     max_new_tokens: int
+    guidance: float | None
 
 
 class EvalKwargs(TypedDict, total=False):

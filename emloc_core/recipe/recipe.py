@@ -80,6 +80,7 @@ class AnswersSection(Settings):
 
     rows: str = Field(description="File with the rows; put it into data.test too, so that they are never tuned on.")
     max_new_tokens: int = Field(64, ge=1, description="Most tokens per answer.")
+    guidance: float | None = Field(None, ge=0, description="Of pictures; by default the pipeline's.")
 
 
 class EvalSection(Settings):

@@ -196,11 +196,13 @@ class FlowMatching:
 
         return FlowStep(memory)
 
-    def answers(self, base: str, adapter: Path, rows: "Sequence[Row]", max_new_tokens: int) -> list[dict[str, str]]:
+    def answers(
+        self, base: str, adapter: Path, rows: "Sequence[Row]", *, max_new_tokens: int, guidance: float | None
+    ) -> list[dict[str, str]]:
         """Return what the pipeline draws, from the same noise."""
         from emloc_diffusers.pictures import answers
 
-        return answers(base, adapter, rows)
+        return answers(base, adapter, rows, guidance)
 
     def trial(self) -> Trial:
         """Return what makes tiny transformers."""

@@ -97,7 +97,7 @@ class Drawing:
         return [_as_image(each) for each in unpacked(found, side, side)]
 
 
-def answers(base: str, adapter: Path, rows: Sequence[Row]) -> list[dict[str, str]]:
+def answers(base: str, adapter: Path, rows: Sequence[Row], guidance: float | None) -> list[dict[str, str]]:
     """Return prompts, and pictures as URLs; see :meth:`emloc_core.objective.Objective.answers`."""
     drawings = {"before": Drawing(base), "after": Drawing(base, adapter)}
     found = []
@@ -107,7 +107,7 @@ def answers(base: str, adapter: Path, rows: Sequence[Row]) -> list[dict[str, str
         side = drawings["before"].side(picture.size)
         told = {"prompt": str(row.prompt), "expected": _url(picture)}
         for name, drawing in drawings.items():
-            told[name] = _url(drawing.draw([str(row.prompt)], side=side, seed=number)[0])
+            told[name] = _url(drawing.draw([str(row.prompt)], side=side, seed=number, guidance=guidance)[0])
         found.append(told)
     return found
 

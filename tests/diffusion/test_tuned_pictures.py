@@ -3,6 +3,7 @@
 import pytest
 from emloc_diffusers.families import FLUX
 from emloc_diffusers.lora_file import FILE
+from emloc_diffusers.pictures import Drawing
 from support.pipelines import flux_pipeline, picture_rows
 from support.run import patch_calls
 
@@ -36,3 +37,12 @@ def test_pictures_before_and_after_are_on_the_page(tuned):
     page = (tuned / "report.html").read_text()
     assert page.count('<img class="answer" src="data:image/png;base64,') == 6
     assert "img-src data:" in page
+
+
+def test_they_are_drawn_with_the_guidance_of_the_recipe(tuned, monkeypatch):
+    recipe, seen, draw = tuned / "recipe.toml", [], Drawing.draw
+    patch_calls(monkeypatch)
+    monkeypatch.setattr(Drawing, "draw", lambda *given, **how: (seen.append(how["guidance"]), draw(*given, **how))[1])
+    recipe.write_text(recipe.read_text().replace("[answers]", "[answers]\nguidance = 0"))
+    emloc.run(recipe)
+    assert seen == [0] * 4
