@@ -23,6 +23,7 @@ from emloc_core.model.opened import open_model
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings, TrainSettings
 from emloc_core.standins.format import kind_of
+from emloc_core.standins.vocabulary import vocabulary_layers
 from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trl import lora_config
 
@@ -130,9 +131,15 @@ class GivenLora:
         """Return the modules that have a LoRA, as the adapter names them.
 
         Raises:
-            EmlocError: the adapter does not fit it.
+            EmlocError: the adapter does not fit it, or has a LoRA on the output layer.
         """
         require_shapes(self._opened, model)
+        if on := [path for path in vocabulary_layers(model) if path in self._opened.loras]:
+            raise EmlocError(
+                f"{self.adapter} has a LoRA on {on[0]}, which exact steps do not train.",
+                "Use it as it is, or train one without.",
+                code="unsupported",
+            )
         targets = self._opened.config["target_modules"]
         return sorted(targets) if isinstance(targets, list) else [targets]
 

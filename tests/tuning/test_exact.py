@@ -387,6 +387,12 @@ def test_rows_without_answers_and_rows_that_fill_memory_are_refused(
     polish(ordinary, tiny_model, rows_file, tmp_path / "a", limits=ExactSettings(park="disk"), steps=1)
 
 
+def test_a_lora_on_the_output_layer_is_refused(tiny_model, rows_file, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(EmlocError, match="has a LoRA on lm_head, which exact steps do not train"):
+        polish(adapter, tiny_model, rows_file, tmp_path / "a")
+
+
 def test_without_memory_it_is_told_what_exact_steps_can_do(ordinary, tiny_model, rows_file, tmp_path, monkeypatch):
     monkeypatch.setattr(ExactSteps, "loss", mock.Mock(side_effect=MemoryError))
     with pytest.raises(
