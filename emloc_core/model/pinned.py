@@ -93,6 +93,11 @@ class PinnedMemory:
             before.copied.synchronize()
         return Pinned(places, before.memory)
 
+    def leave(self, name: str) -> None:
+        """Forget a unit that is not asked for again: another one may stay in its room."""
+        if found := self._staying.pop(name, None):
+            self._room += _taken(found.places.nbytes)
+
     def clear(self) -> None:
         """Forget all units."""
         self._staying.clear()

@@ -126,6 +126,7 @@ class FrozenWeights:
         if loaded.nbytes <= self.room:
             self.room -= loaded.nbytes
             self._staying[unit] = loaded
+            self._pinned.leave(unit)
         return loaded
 
     def _load(self, unit: str, left: "torch.cuda.Event | None") -> _Loaded | Pinned:

@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from collections import Counter
 from functools import cache
 from unittest import mock
 
@@ -19,6 +20,7 @@ from emloc_core.exact.steps import ExactSteps
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.lockstep import units
 from emloc_core.model.parking import Parking
+from emloc_core.model.pinned import PinnedMemory
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.trl import lora_config
@@ -218,10 +220,12 @@ def test_what_fits_the_room_is_read_once(case):
     model, batches, expected, _ = case
     block = sum(p.numel() * p.itemsize for p in model.meta.get_submodule("model.layers.0").parameters())
     lora, steps = exact(model, get_peft_model_state_dict(expected), room=10**9)
-    for _ in range(2):
-        lora.zero_grad()
-        steps.loss(batches)
-        require_equal(lora, expected)
+    with mock.patch.object(PinnedMemory, "leave") as leave:
+        for _ in range(2):
+            lora.zero_grad()
+            steps.loss(batches)
+            require_equal(lora, expected)
+    assert steps.weights.reads == Counter(call.args[0] for call in leave.call_args_list)
     assert set(steps.weights.reads.values()) == {1}
     embedding = model.meta.get_input_embeddings().weight
     lora, steps = exact(model, get_peft_model_state_dict(expected), room=embedding.numel() * 4 + block)

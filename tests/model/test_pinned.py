@@ -54,3 +54,14 @@ def test_units_without_room_pass_through_one_buffer(unpinned):
     for name in "abcabc":
         assert memory.unit(name, lambda name=name: files[name]).memory.view(torch.float32)[0] == "abc".index(name)
     assert len(unpinned) == 2  # of the one that stays, and of all others
+
+
+def test_the_room_of_a_unit_that_leaves_is_another_ones():
+    files = {name: {"weight": torch.full((64, 64), float(value))} for value, name in enumerate("ab")}
+    memory, reads = PinnedMemory(files["a"]["weight"].nbytes), []
+    memory.unit("a", lambda: files["a"])
+    memory.leave("a")
+    memory.leave("a")
+    for _ in range(2):
+        memory.unit("b", lambda: reads.append("b") or files["b"])
+    assert reads == ["b"]
