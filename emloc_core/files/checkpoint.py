@@ -244,7 +244,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         directory = snapshot_download(
             name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_ROWS], ignore_patterns=OTHER_LAYOUTS
         )
-        return Checkpoint(_of_several(Path(directory)), name)
+    return Checkpoint(_of_several(Path(directory)), name)
 
 
 def _of_several(directory: Path) -> Path:
@@ -273,12 +273,17 @@ def require_name(model: str) -> None:
 def _from_hub(model: str) -> Iterator[tuple[str, str | None]]:
     """Yield the name and the revision of a model of the hub, and turn the hub's errors into an :class:`EmlocError`."""
     require_name(model)
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name, _, revision = model.partition("@")
     try:
-        yield name, revision or None
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        try:
+            yield name, revision or None
+        except (HfHubHTTPError, HFValidationError, OSError):
+            raise
+        except Exception as error:  # of its HTTP library, or of what downloads for it: the connection was lost
+            raise ConnectionError(first_line(error)) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)
         raise EmlocError(
             f"There is no directory {model}, and the hub has no such model or cannot be reached ({reason})",

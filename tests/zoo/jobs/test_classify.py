@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.zoo.jobs.faults import classify, ended, exit_code, memory_kills
 from emloc_core.zoo.jobs.outcome import CAUSES
 
@@ -64,6 +66,18 @@ def handled():
 )
 def test_an_exception_tells_its_cause(error, cause):
     assert classify(error) == cause
+
+
+class ReadTimeoutError(Exception):
+    """As that of the hub's HTTP library, which is of no class of Python's own."""
+
+
+@pytest.mark.parametrize("error", [ReadTimeoutError("slow"), RuntimeError("Task error: CAS Client Error")])
+def test_a_connection_that_is_lost_during_a_download_is_tried_again(monkeypatch, error):
+    """As the hub's HTTP library says it, and as hf_xet does."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
+    raised = real(lambda: open_checkpoint("people/model"))
+    assert (classify(raised), str(error) in str(raised)) == ("input/output", True)
 
 
 def test_what_is_not_here_offline_will_not_be_here_later():
