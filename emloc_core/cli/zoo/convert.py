@@ -111,9 +111,16 @@ def _convert(
 ) -> None:
     from emloc_core.zoo.convert import convert
 
-    with progress("Planning") as advance, _told() as tell:
+    tried: set[str] = set()
+    with progress("Planning") as advance, _told() as show:
+
+        def tell(name: str, state: str, message: str) -> None:
+            tried.add(name)
+            show(name, state, message)
+
         records = convert(jobs, zoo, make_engine, limits, tell, advance)
-    failed = [record for record in records if record.state == "failed"]
+    # What failed before and is not asked for any more is no failure of this command.
+    failed = [record for record in records if record.state == "failed" and record.job.name in tried]
     if as_json:
         print_json({"zoo": str(zoo), "jobs": [record.to_dict() for record in records]})
     else:
