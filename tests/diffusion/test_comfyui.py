@@ -44,10 +44,12 @@ def test_diffusers_reads_the_same_lora_from_these_names(family):
     named = renamed(family.auto_class, loras, lambda path: linears[path].out_features)
     found = getattr(diffusers, LOADERS[family.name]).lora_state_dict(named)
     found = found[0] if isinstance(found, tuple) else found
-    products = {key.removeprefix("transformer.").removesuffix(".lora_A.weight"):
-                found[key.replace("lora_A", "lora_B")] @ a for key, a in found.items() if "lora_A" in key}  # fmt: skip
-    assert products.keys() == loras.keys()
-    assert all(torch.allclose(products[path], lora.b @ lora.a, atol=1e-5) for path, lora in loras.items())
+    factors = {key.removeprefix("transformer.").removesuffix(".lora_A.weight"):
+               (found[key.replace("lora_A", "lora_B")], a) for key, a in found.items() if "lora_A" in key}  # fmt: skip
+    assert factors.keys() == loras.keys()
+    for path, lora in loras.items():  # the products themselves are large
+        (b, a), x = factors[path], torch.randn(linears[path].in_features, 2)
+        assert torch.allclose(b @ (a @ x), lora.b @ (lora.a @ x), rtol=1e-4, atol=1e-3), path
 
 
 def test_what_has_no_lora_in_a_joined_matrix_gets_none():

@@ -14,7 +14,8 @@ from emloc_core.files.documents import read_json
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     place = tmp_path_factory.mktemp("tune")
-    pipeline = flux_pipeline(place / "pipeline", {**FLUX.tiny_configs[0], "in_channels": 4}, vae=False)
+    shallow = {**FLUX.tiny_configs[0], "in_channels": 4, "num_layers": 1, "num_single_layers": 1}
+    pipeline = flux_pipeline(place / "pipeline", shallow, vae=False)
     for row in picture_rows(place / "rows", 8):
         path = place / "rows" / row["image"].rpartition("/")[2].replace(".png", ".txt")
         path.write_text(row["prompt"])

@@ -274,12 +274,9 @@ def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(row
     "way", ["default", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("propagated", "global"))]
 )
 def test_every_way_to_make_an_emulator_takes_images(base, rows_file, tmp_path, way):
-    if way == "propagated":
-        made = compress(base, rows_file, tmp_path / "made", calibration="propagated")
-    elif way == "global":
-        made = compress(base, rows_file, tmp_path / "made", allocator="global")
-    else:
-        made = compress(base, rows_file, tmp_path / "made", calibration=None, allocator=None)
+    other = {"propagated": {"calibration": "propagated"}, "global": {"allocator": "global"}}
+    chosen = other.get(way, {"calibration": None, "allocator": None})
+    made = compress(base, rows_file, tmp_path / "made", samples=8, **chosen)
     entries = read_manifest(made)["result"]["linears"]
     assert all(entry["rank"] for entry in entries)
     kept = load_rows(str(made / "selection.jsonl"))
@@ -314,7 +311,7 @@ def test_a_plan_counts_the_images_of_the_rows(base, rows_file):
     assert workload.length == max(len(sample.input_ids) for sample in samples)
     expected = {"internvl": (3, None), "qwen2_5_vl": (1, (8, 16))}  # two tiles and the whole, or one picture
     assert (workload.images, workload.image_size) == expected[base.name]
-    assert MemoryModel(base / "config.json", workload).tuning().total > 0
+    assert MemoryModel(base / "config.json", workload).inference().total > 0
     cut = make_workload(base / "config.json", TrainSettings(), data=str(rows_file), length=workload.length - 1)
     assert cut.length == workload.length - 1
     said = make_workload(base / "config.json", TrainSettings(), data=str(rows_file), images=1)

@@ -54,7 +54,7 @@ def prepare(script: str) -> None:
         picture_rows(Path("pictures"), text_rows=False)
     elif script == "no_plugin.sh":
         Path("model").unlink()
-        save_tiny_model(LLAMA.tiny_configs[0] | {"model_type": "granite"}, Path("model"))
+        save_tiny_model(LLAMA.tiny_configs[0] | {"model_type": "granite", "num_hidden_layers": 1}, Path("model"))
     elif script == "zoo.sh":
         for name, width in (("one", 32), ("two", 48), ("three", 64)):
             save_tiny_model(
