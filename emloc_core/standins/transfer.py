@@ -69,15 +69,19 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
     """
     dense = vocabulary_layers(model)  # what may be trained itself
     packed = {*packed, *(path for path, module in dense.items() if isinstance(module, PackedLayer))}
-    saved = config.get("modules_to_save") or []
     tokens = config.get("trainable_token_indices") or {}
-    named = [*saved, *(tokens if isinstance(tokens, Mapping) else ())]
-    paths = sorted({path for path, _ in model.named_modules() for name in named if f".{path}".endswith(f".{name}")})
-    if tokens and not isinstance(tokens, Mapping):  # those of the embeddings
-        paths += packed
+
+    def named(ends: Iterable[str]) -> set[str]:
+        return {path for path, _ in model.named_modules() for end in ends if f".{path}".endswith(f".{end}")}
+
+    whole = named(config.get("modules_to_save") or [])
+    rows = named(tokens if isinstance(tokens, Mapping) else [*dense][:1])  # by themselves, those of the embeddings
+    paths = sorted(whole | rows)
     if packed and any(path in dense for path in paths):
         return [f"{' and '.join(sorted(packed))} cannot be trained where packed; an emulator made with --keep head can"]
     wrong = [path for path in paths if path not in dense]
+    if not wrong and {id(dense[path].weight) for path in whole} & {id(dense[path].weight) for path in rows}:
+        return ["one matrix, as tied layers have, is trained by modules_to_save or trainable_token_indices, not both"]
     may = f"only {' and '.join(dense)} can be trained themselves" if dense else "no module can be trained itself"
     return [f"{path} is another one on the emulator than on the base; {may}" for path in wrong[:1]]
 

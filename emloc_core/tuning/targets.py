@@ -67,15 +67,14 @@ def _require_linears(opened: OpenModel, settings: TrainSettings, targets: list[s
             kind = type(model.get_submodule(other[0])).__name__
             raise EmlocError(f"The target {target!r} matches {other[0]}, a {kind}, not a Linear.", remedy)
     theirs = "Leave out the targets that match them."
+    config = lora_config(settings.model_copy(update={"lora_experts": False}), targets, opened.objective.task)
+    require(module_problems(config.to_dict(), model, packed_layers(opened.checkpoint.config)))
     try:  # for some model types PEFT maps targets to others, such as fused experts
         with warnings.catch_warnings(action="ignore"):
-            plain = settings.model_copy(update={"lora_experts": False})
-            config = lora_config(plain, targets, opened.objective.task)
             lora = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error
     _require_matches(lora, settings)
-    require(module_problems(config.to_dict(), model, packed_layers(opened.checkpoint.config)))
     for path, module in lora.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
             where = path.removeprefix("base_model.model.").removesuffix(".base_layer")

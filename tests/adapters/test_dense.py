@@ -1,6 +1,7 @@
 """Embeddings and output layers that are trained themselves are carried over and merged."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.jobs import compress_job, correct_job, exact_job, merge_job, polish_job, train_job
 from support.models import save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
 from emloc_core.errors import EmlocError
@@ -121,6 +122,17 @@ def test_training_trains_saves_and_resumes_them(models, rows_file, tmp_path):
 def test_what_matches_nothing_is_refused_before_training(models, rows_file, tmp_path, settings, message):
     with pytest.raises(EmlocError, match=message):
         train_job(models[1], rows_file, tmp_path / "a", TrainSettings(target_modules="q_proj", **settings))
+
+
+def test_one_matrix_is_not_trained_in_two_ways(models, rows_file, tmp_path):
+    base, emulator = models
+    tied = AutoConfig.from_pretrained(base).tie_word_embeddings
+    for name, refused in (("embed_tokens", True), ("lm_head", tied)):
+        settings = {"modules_to_save": [name], "trainable_token_indices": [5]}
+        with pytest.raises(EmlocError, match="one matrix, as tied") if refused else nullcontext():
+            train_job(emulator, rows_file, tmp_path / "a", TrainSettings(target_modules="q_proj", **settings))
+        with pytest.raises(EmlocError, match="one matrix, as tied") if refused else nullcontext():
+            adapter_on(emulator, tmp_path / name, **settings)
 
 
 def _with(**tensors):
