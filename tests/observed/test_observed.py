@@ -321,6 +321,7 @@ def test_a_model_that_takes_no_row_without_an_image_is_observed_with_one():
 
 
 @thorough
+@pytest.mark.usefixtures("unchecked")
 def test_a_linear_of_which_nothing_reads_some_outputs_stays_dense():
     family = plugin_manager().family_for(content("deepseek_v4"))
     assert family.keep_dense["model.layers.*.self_attn.compressor.kv_proj"] == UNREAD
