@@ -1,5 +1,6 @@
 """Checks that adapter, emulator and base belong together."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from emloc_core.adapters.dense import require_dense
 from emloc_core.adapters.emulator import Emulator
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import manifest_value, read_manifest
 from emloc_core.standins.experts import matrices
@@ -72,8 +73,9 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
                     "Run `emloc correct` first, or use it uncorrected with --allow-uncorrected.",
                     code="mismatch",
                 )
-        if model and is_rounded_form(Checkpoint(model), base):
-            return fingerprint
+        with suppress(EmlocError):  # neither in a directory, nor in the cache of the hub
+            if is_rounded_form(open_checkpoint(adapter.model_name, cached=True), base):
+                return fingerprint
         named = adapter.config.get("base_model_name_or_path") or "a model that it does not name"
         if not model and made_for and made_for != fingerprint and named != base.name:
             raise EmlocError(

@@ -228,10 +228,13 @@ def read_config_json(path: Path) -> dict[str, Any]:
     return {**config, "model_type": model_type}
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, *, cached: bool = False) -> Checkpoint:
     """Open a local model directory, or the snapshot of a hub id (fetched unless it is cached).
 
     ``organisation/name@revision`` is the model at that commit, tag or branch.
+
+    Args:
+        cached: fetch nothing.
 
     Raises:
         EmlocError: there is no such directory, and no such model could be fetched.
@@ -242,8 +245,9 @@ def open_checkpoint(model: str) -> Checkpoint:
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(
-            name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_ROWS], ignore_patterns=OTHER_LAYOUTS
-        )
+            name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_ROWS], ignore_patterns=OTHER_LAYOUTS,
+            local_files_only=cached,
+        )  # fmt: skip
     return Checkpoint(_of_several(Path(directory)), name)
 
 

@@ -1,5 +1,7 @@
 """A LoRA on a base in four bits, as bitsandbytes packs it: trained there, merged into the original."""
 
+import shutil
+
 import pytest
 import torch
 from emloc_llama import LLAMA
@@ -52,6 +54,20 @@ def test_it_is_merged_into_the_original_that_is_named(adapter, original, tmp_pat
     for path, lora in adapter.loras.items():
         change = lora.scale * lora.b.float() @ lora.a.float()
         torch.testing.assert_close(after[f"{path}.weight"] - before[f"{path}.weight"], change, atol=1e-6, rtol=1e-4)
+
+
+def test_the_model_that_it_was_trained_on_may_be_in_the_cache_of_the_hub(
+    adapter, packed, original, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place, copy = tmp_path / "hub" / "models--some--packed", shutil.copytree(adapter.directory, tmp_path / "adapter")
+    write_json(copy / "adapter_config.json", adapter.config | {"base_model_name_or_path": "some/packed"})
+    with pytest.raises(EmlocError, match="was trained on some/packed, which is not here"):
+        merge_job(copy, original, tmp_path / "merged").run()
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("c" * 40)
+    shutil.copytree(packed, place / "snapshots" / ("c" * 40))
+    assert merge_job(copy, original, tmp_path / "merged").run()
 
 
 def test_another_model_is_not_its_original(adapter, original, tmp_path):
