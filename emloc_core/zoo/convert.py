@@ -47,8 +47,9 @@ def convert(
         raise EmlocError(f"{directory} cannot be made ({error.strerror}).", "Choose another place with -o.") from error
     with driving(directory) as lock, closing(Store(directory, create=True)) as store:
         store.take_over()
+        stamps = {job.name: job.stamps() for job in jobs}  # before they are hashed
         _add(store, jobs, directory, advance)
-        Driver(store, make_engine(lock), limits, tell).run()
+        Driver(store, make_engine(lock), limits, tell, stamps).run()
         return store.records()
 
 

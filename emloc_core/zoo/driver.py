@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.workspace import Workspace
 from emloc_core.units import human_bytes, human_seconds
-from emloc_core.zoo.engines.engine import Engine, NoRoomError
+from emloc_core.zoo.engines.engine import Engine, RefusedError
 from emloc_core.zoo.jobs.faults import classify, describe
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
@@ -53,12 +53,19 @@ class Driver:
     Args:
         store: the jobs; the caller holds the zoo's lock.
         tell: called with a job's name, its new state (``running``, ``done``, ``waiting``, ``failed``) and a message.
+        stamps: of the files of jobs when they were planned, by name: one that reads another file is not that job.
     """
 
     def __init__(
-        self, store: Store, engine: Engine, limits: Limits | None = None, tell: Event = lambda *_: None
+        self,
+        store: Store,
+        engine: Engine,
+        limits: Limits | None = None,
+        tell: Event = lambda *_: None,
+        stamps: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     ) -> None:
         self.store, self.engine, self.limits, self.tell = store, engine, limits or Limits(), tell
+        self._stamps = stamps or {}
         records = store.records()
         self._waiting = {each.job.name: _progress(each) for each in records if each.state == "waiting"}
         self._running: dict[str, tuple[_Progress, Any, float]] = {}
@@ -103,7 +110,8 @@ class Driver:
             try:
                 if self.engine.slots(task) < 1 or not self._has_room(task):  # the cheap question first: many wait
                     continue
-            except NoRoomError as error:
+                self._require_planned(progress.job)
+            except RefusedError as error:
                 self._begin(name, progress, task)
                 self._end(name, progress, Outcome(error.cause, str(error)), 0.0, final=True)
                 started = True
@@ -167,18 +175,30 @@ class Driver:
             self._waiting[name] = progress
         self.tell(name, "waiting" if retry.again else "failed", f"{outcome.cause}: {outcome.message}")
 
+    def _require_planned(self, job: ZooJob) -> None:
+        """Refuse a job whose files have changed while it waited: it would be recorded as one of what they were."""
+        if job.name not in self._stamps:
+            return
+        then, now = self._stamps[job.name], job.stamps()
+        if changed := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+            raise RefusedError(
+                "bad input",
+                f"{changed[0]} was changed after {job.name} was planned.",
+                "Restore it and run the same command again, or convert it into another zoo.",
+            )
+
     def _has_room(self, task: Task) -> bool:
         """Say whether the disk holds what the task writes beside what others are still writing.
 
         Raises:
-            NoRoomError: it does not, and nothing is running that could give room.
+            RefusedError: it does not, and nothing is running that could give room.
         """
         need = _disk(task.needs)
         promised = sum(_disk(progress.needs) for progress, _, _ in self._running.values())
         if self.limits.disk is not None and self._written + promised + need > self.limits.disk:
             if promised:
                 return False
-            raise NoRoomError(
+            raise RefusedError(
                 "disk",
                 f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(self._written)} of the "
                 f"{human_bytes(self.limits.disk)} that the zoo may take are taken.",
@@ -190,7 +210,7 @@ class Driver:
         if free - promised < need + RESERVE:
             if promised:
                 return False
-            raise NoRoomError(
+            raise RefusedError(
                 "disk",
                 f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(free)} are free, of which "
                 f"{human_bytes(RESERVE)} are left alone.",

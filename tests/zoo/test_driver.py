@@ -212,6 +212,28 @@ def test_what_is_done_takes_what_its_files_take(tmp_path):
     }  # fmt: skip
 
 
+def test_a_job_whose_files_have_changed_while_it_waited_is_planned_again(tmp_path, monkeypatch):
+    """It was recorded as the job that was planned, whose rows it had never seen."""
+    rows, seen = tmp_path / "rows.jsonl", []
+    rows.write_text("{}")
+    jobs = [waiting(name).model_copy(update={"test": [str(rows)]}) for name in ("a", "b")]
+
+    def convert_all():
+        prints = [f"{job.name} {rows.read_text()}" for job in jobs]
+        monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(each, Demand(memory=0)) for each in prints])
+        return convert(jobs, tmp_path / "zoo", lambda lock: WaitingEngine(1, None, [lock]), tell=lambda *_: edit())
+
+    def edit():
+        if not seen:
+            seen.append(rows.write_text("{} "))
+
+    a, b = convert_all()
+    assert (causes(a), causes(b)) == ([None], ["bad input"])
+    assert b.attempts[0].message.startswith(f"{rows} was changed after b was planned. Restore it")
+    del jobs[0]
+    assert {record.job.name: causes(record) for record in convert_all()} == {"a": [None], "b": ["bad input", None]}
+
+
 def test_what_is_written_already_needs_no_room_again(tmp_path, monkeypatch):
     monkeypatch.setattr("emloc_core.zoo.driver.free_bytes", lambda _: RESERVE + 50)
     (tmp_path / "jobs/begun/.emulator.partial").mkdir(parents=True)

@@ -14,7 +14,7 @@ from typing import Any
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.units import human_bytes
 from emloc_core.zoo.engines.connect import connect
-from emloc_core.zoo.engines.engine import NoRoomError
+from emloc_core.zoo.engines.engine import RefusedError
 from emloc_core.zoo.engines.node import Order, output_names, perform
 from emloc_core.zoo.engines.storage import Storage, input_name, share
 from emloc_core.zoo.jobs.faults import classify, describe
@@ -83,7 +83,7 @@ class RayEngine:
         In all of its nodes together: what is in pieces may make a task wait in Ray's queue.
 
         Raises:
-            NoRoomError: no node has what the task asks for.
+            RefusedError: no node has what the task asks for.
         """
         nodes = self._nodes()
         asked = self._ask(task, nodes)
@@ -91,7 +91,7 @@ class RayEngine:
         if not fitting or (self.memory is not None and asked[_MEMORY] > self.memory):
             wanted = ", ".join(_describe(name, amount) for name, amount in asked.items() if amount)
             without = {**asked, _MEMORY: 0}
-            raise NoRoomError(
+            raise RefusedError(
                 "out of memory" if any(_times(node, without) for node in nodes) else "bad input",
                 f"{task.job.name} needs {wanted}, which no node of the cluster has.",
                 "Add such a node, or make the job smaller: fewer threads, fewer samples, shorter rows.",

@@ -24,8 +24,8 @@ from emloc_core.zoo.jobs.task import JOB, Task
 WORKER = (sys.executable, "-m", "emloc_core.zoo.engines.worker")
 
 
-class NoRoomError(EmlocError):
-    """A task will never fit; ``cause`` is that of its failure."""
+class RefusedError(EmlocError):
+    """A task is not to be started, now or later; ``cause`` is that of its failure."""
 
     def __init__(self, cause: Cause, message: str, fix: str) -> None:
         super().__init__(message, fix)
@@ -39,7 +39,7 @@ class Engine(Protocol):
         """Return how many more tasks like this one can be started now; 0 for wait.
 
         Raises:
-            NoRoomError: it will never fit, and why.
+            RefusedError: it will never fit, and why.
         """
 
     def start(self, task: Task, directory: Path) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emloc_core.processes.group import within_group
 from emloc_core.units import human_bytes
-from emloc_core.zoo.engines.engine import WORKER, NoRoomError, Worker
+from emloc_core.zoo.engines.engine import WORKER, RefusedError, Worker
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import Task
 
@@ -45,11 +45,11 @@ class LocalEngine:
         """Return how many more tasks like this one can be started now.
 
         Raises:
-            NoRoomError: the task needs more memory than all workers may use.
+            RefusedError: the task needs more memory than all workers may use.
         """
         need = task.needs.memory
         if need is not None and need > self.memory:
-            raise NoRoomError(
+            raise RefusedError(
                 "out of memory",
                 f"{task.job.name} needs {human_bytes(need)} of memory by the plan, and there are "
                 f"{human_bytes(self.memory)}.",

@@ -4,7 +4,9 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -90,6 +92,19 @@ class ZooJob(Settings):
         if self.eval:
             content["eval"]["tasks"] = [_task_fingerprint(task, cache_dir) for task in self.eval.tasks]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Return size and time of the files of model, rows and tasks, which tell that one changes; nothing is read."""
+        tasks = self.eval.tasks if self.eval else []
+        named = [Path(name) for name in (self.model, self.data, self.calibration, *self.test, *tasks) if name]
+        found = {}
+        for path in (path for path in named if path.is_absolute()):  # an id of the hub is no path here
+            for file in (path, *path.glob("*")):
+                with suppress(OSError):
+                    status = file.stat()
+                    if S_ISREG(status.st_mode):
+                        found[str(file)] = (status.st_size, status.st_mtime_ns)
+        return found
 
     def smaller(self, stage: str) -> "ZooJob | None":
         """Return the job with less memory for ``stage`` (an output's name), or None where it cannot be made smaller.

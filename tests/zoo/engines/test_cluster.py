@@ -26,7 +26,7 @@ from emloc_core.settings import CompressSettings
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engines.cluster import RayEngine, RayHandle
 from emloc_core.zoo.engines.connect import confine
-from emloc_core.zoo.engines.engine import NoRoomError
+from emloc_core.zoo.engines.engine import RefusedError
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.node import Order, output_names, perform
 from emloc_core.zoo.engines.storage import Storage, input_name, share
@@ -356,7 +356,7 @@ def test_what_others_use_is_not_there(engine, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("wanted", "cause"), [({"threads": 8}, "bad input"), ({"memory": 9 << 30}, "out of memory")])
 def test_refuses_what_no_node_has(engine, wanted, cause):
-    with pytest.raises(NoRoomError, match="no node of the cluster") as refused:
+    with pytest.raises(RefusedError, match="no node of the cluster") as refused:
         engine((True, {"CPU": 4.0, "memory": 8.0 * 2**30})).slots(task(**wanted))
     assert refused.value.cause == cause
 
