@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core import __version__
+from emloc_core.errors import EmlocError
 from emloc_core.zoo.engines.engine import Worker
 from emloc_core.zoo.engines.storage import Storage, fetch_input, input_name
 from emloc_core.zoo.jobs.job import BYTES, ZooJob
@@ -94,8 +95,8 @@ def _by_storage(order: Order, job: ZooJob) -> Outcome:
     storage = Storage(order.storage)
     # Another attempt at the same job on this node resumes what is there.
     key = hashlib.sha256(f"{order.storage}\0{order.job}".encode()).hexdigest()[:24]
-    place = Path(tempfile.gettempdir()) / f"emloc-zoo-{os.getuid()}" / key
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    place = _own_directory() / key
+    place.mkdir(exist_ok=True)
     with _alone(place) as lock:
         if lock is None:
             return _BUSY
@@ -124,6 +125,19 @@ def _by_storage(order: Order, job: ZooJob) -> Outcome:
         if outcome.cause is None:
             shutil.rmtree(place)
         return outcome
+
+
+def _own_directory() -> Path:
+    """Return a directory for temporary files that no other user can write to.
+
+    Raises:
+        EmlocError: somebody else has made it.
+    """
+    place = Path(tempfile.gettempdir()) / f"emloc-zoo-{os.getuid()}"
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if place.lstat().st_uid != os.getuid():
+        raise EmlocError(f"{place} is another user's.", "Set TMPDIR on that node to a directory of your own.")
+    return place
 
 
 def output_names(job: ZooJob, inputs: Mapping[str, str]) -> dict[str, str]:

@@ -388,6 +388,19 @@ def test_storage_that_cannot_be_asked_ends_an_attempt_and_not_the_driver(engine,
     assert "no route" in outcome.message
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_temporary_directory_of_another_user_is_not_used(jobs, tmp_path, monkeypatch):
+    order = Order(jobs[0].model_dump_json(), "", "log", str(tmp_path / "remote"), {})
+    assert perform(order)["cause"] is None
+    (place,) = (tmp_path / "temporary").iterdir()
+    assert place.stat().st_mode & 0o777 == 0o700
+    me = os.getuid()
+    place.rename(place.with_name(f"emloc-zoo-{me + 1}"))
+    monkeypatch.setattr("os.getuid", lambda: me + 1)
+    with pytest.raises(EmlocError, match="is another user's"):
+        perform(order)
+
+
 def test_an_id_of_the_hub_is_no_path_here(engine, tmp_path, monkeypatch):
     (tmp_path / "organisation/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
