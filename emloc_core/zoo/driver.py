@@ -136,6 +136,9 @@ class Driver:
         """Record what has ended, and end what has run too long; say whether there was any."""
         found = False
         for name, (progress, handle, started) in list(self._running.items()):
+            if not self.engine.is_under_way(handle):
+                self._running[name] = progress, handle, time.monotonic()
+                continue
             seconds = time.monotonic() - started
             outcome = self.engine.poll(handle)
             if outcome is None and self.limits.time is not None and seconds > self.limits.time:

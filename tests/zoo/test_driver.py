@@ -140,6 +140,15 @@ def test_the_time_limit_ends_a_worker_and_gives_it_one_more_try(tmp_path):
     assert all(map(is_gone, seen))
 
 
+def test_the_time_limit_does_not_count_what_is_copied_first(tmp_path):
+    class SlowToBegin(WaitingEngine):
+        def is_under_way(self, handle):
+            return handle.worker.process.poll() is not None
+
+    records = wait(tmp_path, [waiting("a")], engine=SlowToBegin, time=1e-9, retries=0)
+    assert causes(records["a"]) == [None]
+
+
 def test_input_and_output_are_tried_again_later_and_then_fail(tmp_path):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "a").write_text("a file in the way")

@@ -123,9 +123,13 @@ class RayEngine:
         self._promise(asked)
         return handle
 
+    def is_under_way(self, handle: RayHandle) -> bool:
+        """Say whether its inputs are in the storage, one task's after another's, and Ray has it."""
+        return handle.submitted.done()
+
     def poll(self, handle: RayHandle) -> Outcome | None:
         """Return how a task ended, or None while it waits or runs."""
-        if not handle.submitted.done():
+        if not self.is_under_way(handle):
             return None
         try:
             reference = handle.submitted.result()

@@ -45,6 +45,9 @@ class Engine(Protocol):
     def start(self, task: Task, directory: Path) -> Any:
         """Start a worker, with outputs, job file, and log in the zoo's ``directory``; return its handle."""
 
+    def is_under_way(self, handle: Any) -> bool:
+        """Say whether it has what it reads; until then it is not at work, and its time does not count."""
+
     def poll(self, handle: Any) -> Outcome | None:
         """Return how it ended, or None while it runs."""
 

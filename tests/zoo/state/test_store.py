@@ -268,6 +268,9 @@ def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
             self.free = 0
             return len(seen) + 3
 
+        def is_under_way(self, _looks):
+            return True
+
         def poll(self, looks):
             if len(seen) < looks and reader.is_alive():
                 return None
