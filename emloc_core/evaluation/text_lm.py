@@ -4,6 +4,7 @@ Some chat templates write more before an answer than they ask for one with, such
 models write it themselves. So answers are scored after it, and it is no part of what is generated.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -50,10 +51,26 @@ class TextLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes, without what the chat template writes before any answer."""
+        """Return what the model writes, without what the chat template writes before any answer.
+
+        A stop sequence that occurs in that would end every answer at once, so it ends them afterwards.
+        """
+        leads = [as_written(self._lead(request.args[0]), self.tokenizer) for request in requests]
+        afterwards: list[list[str]] = []
+        for request, start in zip(requests, leads, strict=True):
+            prompt, settings, *images = request.args
+            given = settings.get("until") or []
+            stops = [given] if isinstance(given, str) else given
+            afterwards.append([stop for stop in stops if stop in start])
+            request.arguments = (prompt, {**settings, "until": [each for each in stops if each not in start]}, *images)
         written = super().generate_until(requests, disable_tqdm)
-        leads = (as_written(self._lead(request.args[0]), self.tokenizer) for request in requests)
-        return [text.removeprefix(start) for text, start in zip(written, leads, strict=True)]
+        found = zip(written, leads, afterwards, strict=True)
+        return [_before(stops, text.removeprefix(start)) for text, start, stops in found]
 
     def _lead(self, prompt: str, *answer: str) -> str:
         return self._leads[prompt](*answer) if prompt in self._leads else ""
+
+
+def _before(stops: Sequence[str], text: str) -> str:
+    """Return the text before the first of the stop sequences."""
+    return re.split("|".join(map(re.escape, stops)), text, maxsplit=1)[0] if stops else text

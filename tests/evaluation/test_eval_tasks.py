@@ -167,6 +167,21 @@ def test_what_a_template_writes_before_an_answer_is_not_part_of_it(thinking, ask
     assert [sample["written"] for sample in samples] == answers
 
 
+def test_stop_sequences_are_looked_for_in_the_answer_alone(thinking, asked, tmp_path, monkeypatch):
+    seen = []
+
+    def written(_, requests, *__):
+        seen.extend(request.args[1]["until"] for request in requests)
+        return ["thought. a cat. or two; three"] * len(requests)
+
+    monkeypatch.setattr(HFLM, "generate_until", written)
+    task = write_task("generation", asked, tmp_path / "write.yaml")
+    task.write_text(task.read_text().replace("until: []", 'until: [".", ";"]'))
+    _, samples = metrics_of(thinking, task)
+    assert {sample["written"] for sample in samples} == {"a cat"}
+    assert seen == [[";"]] * len(samples)
+
+
 def test_a_chat_without_a_template_is_refused(tiny_model, tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
     spec = find_task(str(write_task("generation", data, tmp_path / "write.yaml")), Inputs())
