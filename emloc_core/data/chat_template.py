@@ -120,11 +120,29 @@ def answer_render(processing: Any, tools: Any = None) -> AnswerRender:
     return render
 
 
+def question(messages: Sequence[Message], render: AnswerRender, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return messages, rendered with the prompt for an answer, as far as conversations with one have it in tuning.
+
+    Some templates ask for an answer by the start of thoughts, and leave that out before an answer without any.
+    """
+    asked = render([*map(dict, messages)], True)
+    try:
+        said = render([*map(dict, messages)], False)
+        answered = render([*map(dict, messages), {"role": "assistant", "content": "?"}], False)
+    except (TemplateError, ValueError, TypeError):
+        return asked
+    encoded = tokenizer([asked, answered], add_special_tokens=False)
+    both: Any = encoded["input_ids"]
+    last = encoded.token_to_chars(0, max(0, common_prefix(*both) - 1)) if tokenizer.is_fast else None
+    common = asked[: last.end] if last else ""
+    return common if common.startswith(said) else asked  # some templates render the messages themselves otherwise
+
+
 def lead(asked: str, messages: Sequence[Message], render: AnswerRender, answer: str = "?") -> str:
     """Return what the template writes between the prompt for an answer and the answer: an empty block of thoughts, say.
 
     Args:
-        asked: the messages, rendered with that prompt.
+        asked: the messages, rendered with that prompt; see :func:`question`.
         answer: which is to follow; any, where it is not known yet.
 
     Returns:

@@ -1,7 +1,8 @@
 """lm-eval's model for text, whose answers begin where they do in tuning.
 
 Some chat templates write more before an answer than they ask for one with, such as an empty block of thoughts. Tuned
-models write it themselves. So answers are scored after it, and it is no part of what is generated.
+models write it themselves. So answers are scored after it, and it is no part of what is generated. Others ask for an
+answer by what they write before none, such as the start of thoughts, which is left out.
 """
 
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from emloc_core.data.chat_template import AnswerRender, as_written, lead
+from emloc_core.data.chat_template import AnswerRender, as_written, lead, question
 
 
 class TextLM(HFLM):
@@ -27,7 +28,7 @@ class TextLM(HFLM):
 
     def ask(self, messages: Sequence[dict[str, Any]], render: AnswerRender) -> str:
         """Return rendered messages that ask for an answer, and remember how one would follow them."""
-        asked = render([*map(dict, messages)], True)  # lm-eval changes messages of images in place
+        asked = question(messages, render, self.tokenizer)
         self._leads[asked] = partial(lead, asked, messages, render)
         return asked
 

@@ -1,6 +1,7 @@
 """Samples hold exactly the tokens that TRL would train on, and rows that cannot be used are named."""
 
 import copy
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers import normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from emloc_core.data.chat_template import encode_conversation, encode_conversations, lead
+from emloc_core.data.chat_template import answer_render, encode_conversation, encode_conversations, lead, question
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
 from emloc_core.data.rows import load_rows
@@ -265,6 +266,23 @@ def test_what_real_templates_write_before_an_answer(name, found, tokenizer):
         assert lead(asked, TURNS[:1], render, answer) == found
     if name.startswith("qwen3"):  # which tells thoughts in an answer from the rest of it
         assert lead(asked, TURNS[:1], render, "<think>\nwell\n</think>\n\ncat") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "ends", "found"),
+    [("deepseekv3", "<\uff5cAssistant\uff5c>", ""), ("nemotron_3_nano", "<think>", "</think>"),
+     ("qwen3", "assistant\n", "<think>\n\n</think>\n\n"), ("llama3_2", "<|end_header_id|>\n\n", "")],
+)  # fmt: skip
+def test_a_question_ends_where_a_tuned_answer_begins(name, ends, found, tokenizer):
+    template = (files("trl") / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    tokenizer = with_template(tokenizer, template)
+    tokenizer.add_tokens([*set(re.findall(r"</?\w+>|<\W\w+\W>", template)), "\n"])
+    asked = question(TURNS[:1], answer_render(tokenizer), tokenizer)
+    assert asked.endswith(ends)
+    assert lead(asked, TURNS[:1], answer_render(tokenizer)) == found
+    (counts,) = counted(tokenizer, {"messages": TURNS[:2]}, "last")
+    assert counts.startswith(found)
+    assert counts.removeprefix(found).lstrip().startswith("a red cat.")
 
 
 def test_a_greeting_is_no_answer(tokenizer):

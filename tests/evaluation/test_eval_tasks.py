@@ -10,7 +10,7 @@ import lm_eval.tasks
 import pytest
 from lm_eval.models.huggingface import HFLM
 from support.evaluation import completions, direct_nll, metrics_of
-from support.models import THINKING_TEMPLATE
+from support.models import CHAT_TEMPLATE, THINKING_TEMPLATE
 from support.rows import example_rows, tokenized_row, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,14 +125,18 @@ def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, t
     assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
+def with_template(template, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "thinking")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    return model
+
+
 @pytest.fixture
 def thinking(tiny_model, tmp_path):
     """A model whose template writes more before an answer than it asks for one with."""
-    model = shutil.copytree(tiny_model, tmp_path / "thinking")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = THINKING_TEMPLATE
-    tokenizer.save_pretrained(model)
-    return model
+    return with_template(THINKING_TEMPLATE, tiny_model, tmp_path)
 
 
 @pytest.fixture(params=["one turn", "several turns"])
@@ -144,15 +148,24 @@ def asked(request, tmp_path):
     return write_jsonl(tmp_path / "chats.jsonl", rows)
 
 
-def test_an_answer_is_scored_where_tuning_has_it(thinking, asked, tmp_path):
+#: It asks for an answer by the start of a thought, and has none before an answer, as DeepSeek-V3's.
+ASKING_TEMPLATE = CHAT_TEMPLATE.replace("<assistant>", "<assistant><system>")
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "end"),
+    [(THINKING_TEMPLATE, "<system>thought.", "thought."), (ASKING_TEMPLATE, "", "<assistant>")],
+)
+def test_an_answer_is_scored_where_tuning_has_it(template, before, end, tiny_model, asked, tmp_path):
+    thinking = with_template(template, tiny_model, tmp_path)
     found, _ = metrics_of(thinking, write_task("completion_nll", asked, tmp_path / "answers.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(thinking)
-    thought, pairs = len(tokenizer.encode("<system>thought.")), []
+    thought, pairs = len(tokenizer.encode(before)), []
     for row in load_rows(asked):
         sample = tokenized_row(row, tokenizer)
         start = sample.completion_mask.index(1) + thought
         pairs.append((sample.input_ids[:start], sample.input_ids[start:-1]))
-    assert tokenizer.decode(pairs[0][0]).endswith("thought.")
+    assert tokenizer.decode(pairs[0][0]).endswith(end)
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(thinking), pairs)
     assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
 
