@@ -96,22 +96,22 @@ def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
 
 def test_what_is_shown_and_what_is_made_are_one_decision(shallow_model: Path) -> None:
     """The table is of the way, and every way is one of the same rows."""
-    options = ("--length", 64, "--batch-size", 8, "--memory")
+    options = ("--length", 64, "--batch-size", 2, "--memory")
     *_, exact = plan(shallow_model, *options, "4GiB")["ways"]
     tight = plan(shallow_model, *options, exact["bytes"], "--headroom", 0)
     assert tight["best"] == "exact steps"
     assert [stage["stage"] for stage in tight["stages"]][-2:] == ["exact steps", "merge"]
-    assert {way["micro_batch"] * way["accumulation"] for way in tight["ways"]} == {8}
+    assert {way["micro_batch"] * way["accumulation"] for way in tight["ways"]} == {2}
     shown = run("plan", shallow_model, *options, exact["bytes"], "--headroom", 0)
     assert shown.exception is None, shown.exception
     assert "No emulator" not in shown.stdout
-    assert "--exact --batch-size 1 --accumulation 8 --max-length 64" in shown.stdout
+    assert "--exact --batch-size 1 --accumulation 2 --max-length 64" in shown.stdout
     for name in ("LoRA on the base", "emulator"):
         needed = next(way["bytes"] for way in tight["ways"] if way["name"].startswith(name))
         found = plan(shallow_model, *options, needed, "--headroom", 0)
         (stage,) = (each for each in found["stages"] if each["stage"].startswith(f"LoRA on the {name.split()[-1]}"))
         assert stage["bytes"] <= needed
-        assert found["workload"]["batch_size"] * found["workload"]["accumulation"] == 8
+        assert found["workload"]["batch_size"] * found["workload"]["accumulation"] == 2
 
 
 def test_headroom_is_named_and_stays_free(shallow_model: Path) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from emloc_internvl import INTERNVL
+from emloc_llama import LLAMA
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import get_peft_model
 from support.jobs import compress_job, train_job
-from support.planned import CASES, HEADLINE, PICTURED, TINY, label, workload, write_config
+from support.planned import CASES, HEADLINE, PICTURED, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.allocation import Spectrum, global_budget
@@ -180,7 +181,7 @@ def test_another_kind_makes_other_parts_smaller(tmp_path: Path) -> None:
 
 def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known_before.cache_clear()
-    base = MemoryModel(write_config(tmp_path, TINY[0][0]), workload(batch=1))
+    base = MemoryModel(write_config(tmp_path, LLAMA, num_hidden_layers=1), workload(batch=1))
     traced = []
     real = MemoryModel._trace_tuning
     monkeypatch.setattr(MemoryModel, "_trace_tuning", lambda self, plan: traced.append(plan) or real(self, plan))
