@@ -79,7 +79,7 @@ class Head:
         """Return what the model's own forward makes of hidden states, (1, n, d): logits, (1, n, vocabulary)."""
         given = type(outputs)(last_hidden_state=hidden)
         with forwards([(module, lambda *_args, **_kwargs: given) for module in self._models]):
-            logits: torch.Tensor = type(self.model).forward(self.model, use_cache=False).logits
+            logits: torch.Tensor = type(self.model).forward(self.model, inputs_embeds=hidden, use_cache=False).logits
         return logits
 
 

@@ -267,6 +267,20 @@ def test_the_loss_over_the_vocabulary_comes_in_pieces(case, monkeypatch):
         assert torch.allclose(gradients(lora)[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
+def test_a_head_may_ask_how_many_positions_there_are(case, monkeypatch):
+    model, batches, expected, loss = case
+    lora, steps = exact(model, get_peft_model_state_dict(expected))
+    own = type(steps.model).forward
+
+    def asking(self, input_ids=None, inputs_embeds=None, **given):
+        assert (inputs_embeds if input_ids is None else input_ids).shape[1] > 0
+        return own(self, input_ids=input_ids, inputs_embeds=inputs_embeds, **given)
+
+    monkeypatch.setattr(type(steps.model), "forward", asking)
+    assert torch.allclose(steps.loss(batches), loss, rtol=1e-6)
+    require_equal(lora, expected)
+
+
 def test_global_randomness_advances_by_one_draw(case):
     model, batches, expected, _ = case
     _, steps = exact(model, get_peft_model_state_dict(expected), dropout=0.5)
