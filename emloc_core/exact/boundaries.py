@@ -23,6 +23,7 @@ class _Away:
 
     kept: "torch.Tensor | int"
     shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -60,12 +61,12 @@ class Boundaries:
             self._file.close()
 
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Away":
-        if tensor.nbytes < _SMALL:
+        if tensor.nbytes < _SMALL or 0 in tensor.stride():  # one that is expanded takes less than that
             return tensor
         if tensor.nbytes <= self._left:
             self._left -= tensor.nbytes
             return tensor
-        return _Away(self._put(tensor), tensor.shape, tensor.dtype, tensor.device)
+        return _Away(self._put(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     def _put(self, tensor: torch.Tensor) -> "torch.Tensor | int":
         if self._file is None:
@@ -84,4 +85,6 @@ class Boundaries:
             assert self._file
             kept = torch.empty(packed.shape, dtype=packed.dtype)
             self._file.read(kept, packed.kept)
-        return kept.to(packed.device, non_blocking=True)
+        # As it lay in memory: products of other layouts take other steps, which the recomputation would not find again.
+        found = torch.empty_strided(packed.shape, packed.stride, dtype=packed.dtype, device=packed.device)
+        return found.copy_(kept, non_blocking=True)

@@ -211,6 +211,20 @@ def test_boundaries_that_blocks_are_given_by_name_wait_too(dropout, tiny, monkey
     assert away[0] == away[1] != []
 
 
+def test_boundaries_come_back_as_they_lay_in_memory(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.exact.boundaries._SMALL", 0)
+    model, batches, whole, _ = case
+    found = []
+    for boundaries in (None, Boundaries(room=0), Boundaries(room=0, directory=tmp_path)):
+        lora, steps = exact(model, get_peft_model_state_dict(whole), boundaries=boundaries)
+        for layer in steps.model.model.layers:
+            layer.register_forward_pre_hook(lambda _, args: (args[0].mT.contiguous().mT, *args[1:]))
+        steps.loss(batches)
+        found.append(lora)
+    for lora in found[1:]:
+        require_equal(lora, found[0])
+
+
 def by_name(block, args, kwargs):  # noqa: ARG001 - what a hook is given
     """Give a block its hidden states as diffusers does."""
     return (), {"hidden_states": args[0], **kwargs}
