@@ -177,6 +177,13 @@ def run_with_needs(zoo, needs, *, workers=4, memory=1000, tell=lambda *_: None, 
     return {record.job.name: record for record in store.records()}
 
 
+def test_jobs_leave_the_machine_a_headroom(monkeypatch):
+    """A plan that took all of it would run out of memory, and its job be tried smaller."""
+    monkeypatch.setattr("emloc_core.zoo.engines.local.within_group", lambda *_: (0, 10**10))
+    assert WaitingEngine(1).memory == 95 * 10**8
+    assert WaitingEngine(1, 10**10).memory == 10**10
+
+
 def test_as_many_run_side_by_side_as_memory_holds(tmp_path):
     needs = {
         name: Demand(memory=memory) for name, memory in {"a": 400, "b": 500, "c": 600, "d": 100, "e": None}.items()

@@ -43,7 +43,8 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
               "s3://bucket/zoo, unless the zoo is on a shared disk.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Maximum jobs at a time.  [default: number of processors]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per job.")
-@click.option("--memory", metavar="SIZE", help="Memory for all running jobs together.  [default: the machine's]")
+@click.option("--memory", metavar="SIZE",
+              help="Memory for all running jobs together.  [default: the machine's, less a headroom]")  # fmt: skip
 @click.option("--disk", metavar="SIZE", help="Disk space for all outputs together.  [default: what is free]")
 @click.option("--time-limit", metavar="TIME", help="Time limit per attempt at a job: 90, 30min, 2h.")
 @click.option("--retries", type=click.IntRange(0), default=2, show_default=True,

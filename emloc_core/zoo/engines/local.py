@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emloc_core.memory.budget import Budget
 from emloc_core.processes.group import within_group
 from emloc_core.units import human_bytes
 from emloc_core.zoo.engines.engine import WORKER, RefusedError, Worker
@@ -29,7 +30,7 @@ class LocalEngine:
     job has one of its own.
 
     Args:
-        memory: bytes for all of them together; by default those of the machine.
+        memory: bytes for all of them together; by default :func:`machine_memory`.
         inherited: file descriptors that workers hold as long as they live.
     """
 
@@ -102,9 +103,9 @@ class LocalEngine:
 
 
 def machine_memory() -> int:
-    """Return the machine's memory in bytes, or that of this control group where it is limited to less."""
+    """Return the machine's memory in bytes, or that of this control group where it is less, without a headroom."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return within_group(total, total)[1]
+    return Budget.parse(str(within_group(total, total)[1])).usable
 
 
 def visible_gpus() -> list[str]:
