@@ -27,6 +27,8 @@ from emloc_core.zoo.state.lock import try_lock
 
 _LOCK = ".worker.lock"
 _PATIENCE = 20.0  # seconds in which the worker of an attempt that was lost must have ended
+#: Causes after which the same job is not tried again as it is, so that what it has here would only take room.
+_OVER = {None, "bad input", "disk", "out of memory"}
 _LOOK, _MIRROR = 0.05, 2.0  # seconds between looks at the worker, and between copies of its log
 
 
@@ -122,7 +124,7 @@ def _by_storage(order: Order, job: ZooJob) -> Outcome:
             worker.end()
             with suppress(OSError):  # no log is worth an attempt
                 storage.write(order.log, log.read_bytes())
-        if outcome.cause is None:
+        if outcome.cause in _OVER:
             shutil.rmtree(place)
         return outcome
 

@@ -31,7 +31,7 @@ from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.node import Order, output_names, perform
 from emloc_core.zoo.engines.storage import Storage, input_name, share
 from emloc_core.zoo.jobs.job import ZooJob
-from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.outcome import CAUSES, Outcome
 from emloc_core.zoo.jobs.task import Demand, Task, write_job
 from emloc_core.zoo.state.store import Store
 
@@ -209,12 +209,13 @@ def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
 
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
-    """A worker that makes its emulator at once and ends at the third look; a list of the jobs that it is given."""
-    given = []
+    """A worker that makes its emulator at once and ends at the third look, by ``cause``, with the ``jobs`` so far."""
 
     class Made:
+        cause, jobs = None, []
+
         def __init__(self, job, place, log, _):
-            given.append(job)
+            self.jobs.append(job)
             self.looks = 0
             log.write_text("made\n")
             (place / "emulator").mkdir()
@@ -222,7 +223,7 @@ def worker(monkeypatch, tmp_path):
 
         def outcome(self):
             self.looks += 1
-            return Outcome(None) if self.looks == 3 else None
+            return Outcome(self.cause) if self.looks == 3 else None
 
         def end(self):
             pass
@@ -230,7 +231,7 @@ def worker(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(emloc_core.zoo.engines.node, "Worker", Made)
     monkeypatch.setattr(emloc_core.zoo.engines.node, "_MIRROR", 0)
-    return given
+    return Made
 
 
 def test_storage_that_fails_for_a_while_ends_no_worker(jobs, worker, tmp_path, monkeypatch):
@@ -240,8 +241,17 @@ def test_storage_that_fails_for_a_while_ends_no_worker(jobs, worker, tmp_path, m
     monkeypatch.setattr(Storage, "write", fail)
     monkeypatch.setattr(Storage, "publish", lambda *given: publish(*given) if fail.called else fail())
     assert perform(order)["cause"] is None
-    assert len(worker) == 1
+    assert len(worker.jobs) == 1
     assert storage.has(output_names(jobs[0], {})["emulator"])
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_node_keeps_what_another_attempt_resumes_and_no_more(jobs, worker, tmp_path, monkeypatch, cause):
+    monkeypatch.setattr(worker, "cause", cause)
+    order = Order(jobs[0].model_dump_json(), "", "log", str(tmp_path / "remote"), {})
+    assert perform(order)["cause"] == cause
+    kept = list((tmp_path / "temporary").glob("*/*"))
+    assert bool(kept) == (cause not in ("bad input", "disk", "out of memory"))
 
 
 def test_another_file_in_that_place_is_not_the_drivers(jobs, worker, tmp_path):
@@ -254,7 +264,7 @@ def test_another_file_in_that_place_is_not_the_drivers(jobs, worker, tmp_path):
     storage.files.rm(storage._path("jobs"), recursive=True)
     rows.write_text("{}\n")
     assert perform(order)["cause"] is None
-    there, fetched = (Path(job.data) for job in worker)
+    there, fetched = (Path(job.data) for job in worker.jobs)
     assert (there, fetched.name) == (rows, rows.name)
     assert fetched.is_relative_to(tmp_path / "temporary")
 
