@@ -10,7 +10,7 @@ Frozen parameters stay on the meta device: whatever would compute with one that 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class ExactSteps:
         inner = [unit for unit in found if unit not in head_units]
         parking = Parking.on(self.device, [*model.buffers(), *self._kept(skeleton, skeleton.outside(found))])
         self._lockstep = Lockstep(model, inner, skeleton.block_lists, parking)
+        self._names: dict[str, dict[str, str]] = {}  # of a unit's weights: in the base, and with a LoRA
         for unit in inner:
             self._wrap(unit, checkpointed=True)
         for unit in head_units:
@@ -170,9 +171,14 @@ class ExactSteps:
 
     @contextmanager
     def _at(self, unit: str) -> Iterator[None]:
-        if unit != _HEAD:
-            self.weights.at(unit)
-        yield
+        """Load a unit, and let it hold its weights: a model's code may read one when the unit has run."""
+        with ExitStack() as stack:
+            for name, tensor in self.weights.at(unit).items() if unit != _HEAD else ():
+                owner, _, attribute = self._names[unit][name].rpartition(".")
+                module = self.model.get_submodule(f"{unit}.{owner}".removesuffix("."))
+                stack.callback(setattr, module, attribute, getattr(module, attribute))
+                setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+            yield
 
     def _kept(self, skeleton: Skeleton, names: list[str]) -> Iterator[nn.Parameter]:
         """Load parameters that lie in no unit (a class embedding, say) for good, and yield them."""
@@ -187,14 +193,14 @@ class ExactSteps:
         """Have a unit's forward compute with the weights that are lent for it."""
         module = self.model.get_submodule(unit)
         body = _Body(module, module.forward)
-        names = {
-            name.replace(WRAPPER, ""): f"unit.{name}"
+        names = self._names[unit] = {
+            name.replace(WRAPPER, ""): name
             for name, parameter in module.named_parameters()
             if not parameter.requires_grad
         }
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            lent = {names[name]: tensor for name, tensor in self.weights.at(unit).items()}
+            lent = {f"unit.{names[name]}": tensor for name, tensor in self.weights.at(unit).items()}
             before = _written(module)
             result = functional_call(body, lent, args, kwargs, tie_weights=False)
             if _written(module) != before:

@@ -281,6 +281,18 @@ def test_the_loss_over_the_vocabulary_comes_in_pieces(case, monkeypatch):
         assert torch.allclose(gradients(lora)[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
+def test_a_weight_may_be_read_when_its_unit_has_run(case):
+    model, batches, expected, _ = case
+    lora, steps = exact(model, get_peft_model_state_dict(expected))
+    backbone = steps.model.model
+    backbone.layers[0].register_forward_pre_hook(
+        lambda _, args: (args[0] + 0 * backbone.embed_tokens.weight[0], *args[1:])
+    )
+    steps.loss(batches)
+    require_equal(lora, expected)
+    assert all(parameter.is_meta for parameter in steps.model.parameters() if not parameter.requires_grad)
+
+
 def test_a_head_may_ask_how_many_positions_there_are(case, monkeypatch):
     model, batches, expected, loss = case
     lora, steps = exact(model, get_peft_model_state_dict(expected))
