@@ -236,6 +236,15 @@ def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(place, tm
     assert not zoo.exists()
 
 
+def test_as_many_work_as_there_are_processors_to_use(tmp_path, tiny_model, rows_file, monkeypatch):
+    made = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 2, 4, 6, 8})
+    monkeypatch.setattr("emloc_core.zoo.convert.convert", lambda *given: made.append(given[2](0)) or [])
+    for threads in (1, 2):
+        run_here("convert", tiny_model, "-o", tmp_path, "--data", rows_file, "--threads", threads)
+    assert [engine.workers for engine in made] == [5, 2]
+
+
 def test_a_job_without_rows_is_bad_input(tmp_path):
     outcome = run(ZooJob(name="a", model="org/a"), tmp_path)
     assert (outcome.cause, outcome.message) == (

@@ -1,6 +1,5 @@
 """``emloc zoo convert``."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -100,9 +99,9 @@ def command(
             from emloc_core.zoo.engines.cluster import RayEngine
 
             return RayEngine(workers, budget, address, storage)
-        from emloc_core.zoo.engines.local import LocalEngine
+        from emloc_core.zoo.engines.local import LocalEngine, processors
 
-        return LocalEngine(workers or max(1, (os.cpu_count() or 1) // defaults.threads), budget, [lock])
+        return LocalEngine(workers or max(1, processors() // defaults.threads), budget, [lock])
 
     _convert(jobs, zoo, make_engine, limits, as_json)
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,11 @@ def machine_memory() -> int:
     """Return the machine's memory in bytes, or that of this control group where it is less, without a headroom."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Budget.parse(str(within_group(total, total)[1])).usable
+
+
+def processors() -> int:
+    """Return how many processors this process may use: a batch system gives a job some of the machine's."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
