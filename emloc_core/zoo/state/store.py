@@ -25,6 +25,7 @@ from emloc_core.zoo.state.record import Attempt, JobRecord, State
 DATABASE = "zoo.db"
 _PATIENCE = 60.0  # seconds to wait for room on a full disk
 _DISK_FAULTS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
+_MAKE_ROOM = "Its disk is full or read-only: free some space, or make it writable."
 _SCHEMA = """
 CREATE TABLE jobs (
     name TEXT PRIMARY KEY, position INTEGER NOT NULL, job TEXT NOT NULL, fingerprint TEXT NOT NULL,
@@ -60,11 +61,8 @@ class Store:
                 _create(path)
             self._database = _open(path, create=create)
         except (OSError, sqlite3.Error) as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if isinstance(error, OSError) or code in _DISK_FAULTS:
-                remedy = "Its disk is full or read-only: free some space, or make it writable."
-            else:
-                remedy = "Restore it, or choose another zoo."
+            of_disk = isinstance(error, OSError) or _is_of_disk(error)
+            remedy = _MAKE_ROOM if of_disk else "Restore it, or choose another zoo."
             raise EmlocError(f"{path} cannot be opened ({error}).", remedy) from error
 
     def add(self, jobs: Sequence[ZooJob], fingerprints: Sequence[str]) -> None:
@@ -250,22 +248,22 @@ class Store:
                     for statement, values in statements:
                         self._database.execute(statement, values)
                 return
-            except sqlite3.OperationalError as error:
-                if "full" not in str(error):
-                    raise
+            except DiskFullError:
                 if time.monotonic() > deadline:
-                    raise DiskFullError(f"{self.directory} has no room for {DATABASE}.", "Free some space.") from error
+                    raise
                 time.sleep(0.1)
 
     @contextmanager
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
-        self._database.execute(f"BEGIN {kind}")
         try:
+            self._database.execute(f"BEGIN {kind}")
             yield
             self._database.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
+            if _is_of_disk(error):
+                raise DiskFullError(f"{self.directory / DATABASE} cannot be used ({error}).", _MAKE_ROOM) from error
             raise
 
 
@@ -311,6 +309,10 @@ def _connect(path: Path) -> sqlite3.Connection:
     # A commit may be lost with the machine's power, never with a process; the file is whole either way.
     database.execute("PRAGMA synchronous = NORMAL")
     return database
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK_FAULTS
 
 
 def _running(records: list[JobRecord]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from support.processes import wait, waiting
 
 from emloc_core.cli import cli
-from emloc_core.errors import EmlocError
+from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.zoo.convert import preview
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
@@ -210,7 +210,7 @@ def test_what_is_no_zoo(tmp_path):
 _READ = """
 import resource, sys
 from pathlib import Path
-from emloc_core.errors import EmlocError
+from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.zoo.state.store import Store
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing can be written, as on a full disk
 try:
@@ -232,6 +232,21 @@ def test_a_zoo_is_read_where_nothing_can_be_written(tmp_path):
     assert read() == "['a']\n"
     (tmp_path / "zoo.db-wal").write_bytes(log)  # the last changes of a driver that was killed are in it alone
     assert "cannot be opened (disk I/O error). Its disk is full or read-only" in read()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda store: store.start("a", 1, "x" * 100_000), lambda store: store.add([waiting("b")], ["x" * 100_000])],
+    ids=["after a while", "at once"],
+)
+def test_a_disk_that_fills_up_is_said_in_a_sentence(store, monkeypatch, change):
+    """After a while, where workers that meet it may give room back; before there are any, at once."""
+    monkeypatch.setattr("emloc_core.zoo.state.store._PATIENCE", 0.2)
+    store.add([waiting("a")], ["1"])
+    store._database.execute("PRAGMA max_page_count = 1")  # as many as there are
+    with pytest.raises(DiskFullError, match=r"zoo\.db cannot be used \(database or disk is full\)\. Its disk is full"):
+        change(store)
+    assert states(store) == {"a": "waiting"}
 
 
 def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
