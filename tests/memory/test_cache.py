@@ -195,9 +195,8 @@ def test_an_outline_is_that_of_the_model(family: Family, settings: dict, tmp_pat
 @pytest.mark.parametrize("entry", load_entries()[::6], ids=lambda entry: entry.id)
 def test_the_outline_of_an_entry_is_that_of_its_model(entry: Any) -> None:
     with entry.config_file() as file:
-        model = known.known(file).model
-        known._known.cache_clear()
-        outline = known.known(file).outline  # is made of the model, kept, and read
+        fresh = known.known(file)
+        outline, model = fresh.outline, fresh.model  # the outline is made of the model, and kept
         known._known.cache_clear()
         read = known.known(file).outline
     same(outline, model)
