@@ -103,6 +103,12 @@ def test_every_stage_runs_and_later_ones_use_the_declaration_that_was_stored(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.model_type == model_type
 
 
+def test_a_model_that_reads_answers_in_both_directions_by_their_token_types_is_refused():
+    """PaliGemma 2: a text without token types is read in one."""
+    with pytest.raises(EmlocError, match="The logits of a token depend on later ones"):
+        plugin_manager().family_for(content("paligemma", text_config={"model_type": "gemma2"}))
+
+
 def test_strictness_refuses_what_would_be_observed_and_what_was(emloc, rows_file, tmp_path, monkeypatch):
     model = model_of("granite", tmp_path / "model")
     compress = ("compress", model, "--data", rows_file, "-o", tmp_path / "emulator", "--kind", "nf4", "--selection", 4)
