@@ -102,7 +102,7 @@ def test_rows_of_one_number_in_several_sources_are_learned_each(pixels, tmp_path
 
 def test_a_row_is_as_long_as_its_patches_and_its_sequence_of_tokens():
     prompt = {"tokens": torch.zeros(5, 24), "pooled": torch.zeros(768)}
-    row = Encoded(1, torch.zeros(4, 8, 8), prompt, 1.0, "")
+    row = Encoded("Row 1", torch.zeros(4, 8, 8), prompt, 1.0, "")
     assert sizes(Pictures([row], Times("uniform"), "FluxTransformer2DModel")) == [RowSize(16 + 5, 16 + 5)]
 
 
