@@ -61,10 +61,9 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
 
 def _parts(nbytes: int) -> dict[int | str, int] | None:
     """Return how many bytes of a model to place on which device; None: all of it on one."""
-    import psutil
     import torch
 
-    from emloc_core.model.device import free_of
+    from emloc_core.model.device import free_memory, free_of
 
     if not torch.cuda.is_available():
         return None
@@ -72,7 +71,7 @@ def _parts(nbytes: int) -> dict[int | str, int] | None:
     if nbytes <= _WHOLE * free[0]:
         return None
     parts: dict[int | str, int] = {gpu: int(_PART * room) for gpu, room in enumerate(free)}
-    parts["cpu"] = psutil.virtual_memory().available
+    parts["cpu"] = free_memory("cpu")
     if nbytes > sum(parts.values()):
         raise EmlocError(
             f"The model has {human_bytes(nbytes)}, and GPU and CPU have room for {human_bytes(sum(parts.values()))}.",

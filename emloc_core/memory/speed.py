@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from emloc_core.errors import is_out_of_memory
+from emloc_core.model.device import free_memory
 
 _SECONDS = 0.1  # of each measurement
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices, large enough for full speed
@@ -89,7 +89,7 @@ def _transfer() -> float:
 
 
 def _reading(shards: Sequence[Path]) -> float:
-    stays = sum(shard.stat().st_size for shard in shards) < psutil.virtual_memory().available
+    stays = sum(shard.stat().st_size for shard in shards) < free_memory("cpu")
     buffer = memoryview(bytearray(_CHUNK))
     with max(shards, key=lambda shard: shard.stat().st_size).open("rb", buffering=0) as file:
         size = min(os.fstat(file.fileno()).st_size, _MOST)

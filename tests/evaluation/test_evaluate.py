@@ -368,7 +368,7 @@ def test_how_much_of_a_model_goes_where(nbytes, found, monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (100, 200))
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: 1.0)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=70))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=70, total=100))
     if found is EmlocError:
         with pytest.raises(EmlocError, match="have room for"):
             loading._parts(nbytes)
