@@ -106,8 +106,8 @@ class TinyModel(Subject):
 
     @cached_property
     def whole(self) -> Any:
-        """The base in memory, its Conv1D as Linears."""
-        return as_linears(self.load(self.base.directory))
+        """The base in memory, its Conv1D as Linears; frozen as in streams, as torch computes some Linears by that."""
+        return as_linears(self.load(self.base.directory)).requires_grad_(False)
 
     @cached_property
     def skeleton(self) -> Skeleton:

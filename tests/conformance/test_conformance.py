@@ -264,6 +264,13 @@ def test_a_model_that_keeps_state_is_found(tmp_path, monkeypatch):
     assert fails(result, "streamed, are not those of a whole forward")
 
 
+def test_a_linear_that_torch_computes_otherwise_where_it_is_frozen_is_no_state(tmp_path, monkeypatch):
+    # As some with a bias are, of inputs that are not contiguous.
+    forward = lambda self, x: mlp(self, x) * (1 + 1e-6 * self.up_proj.weight.requires_grad)  # noqa: E731
+    monkeypatch.setattr(llama.LlamaMLP, "forward", forward)
+    assert CHECKS["statistics"].on(subject_of(ONE, tmp_path)).passed
+
+
 def test_weights_that_are_streamed_wrongly_are_found(tmp_path):
     subject = subject_of(ONE, tmp_path)
     assert CHECKS["taps"].on(subject).passed
