@@ -9,7 +9,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import ProcessorMixin, TextStreamer, set_seed
 
-from emloc_core.data.chat_template import answer_render, as_written, lead
+from emloc_core.data.chat_template import answer_render, as_written, lead, question
 from emloc_core.data.images import Picture
 from emloc_core.data.limits import Limits
 from emloc_core.data.messages import IMAGE, Message
@@ -114,7 +114,7 @@ class Conversation:
         """Return what the model reads, and what the chat template writes before an answer."""
         render = answer_render(self.processing, tools)
         try:
-            text = render(messages, True)
+            text = question(messages, render, self._tokenizer)
             start = as_written(lead(text, messages, render), self._tokenizer)
             # The template writes the special tokens itself.
             if not self.reads_images:

@@ -2,7 +2,7 @@
 
 Some chat templates write more before an answer than they ask for one with, such as an empty block of thoughts. Tuned
 models write it themselves. So answers are scored after it, and it is no part of what is generated. Others ask for an
-answer by what they write before none, such as the start of thoughts, which is left out.
+answer with more than they write before one, such as the start of thoughts: models are asked without it.
 """
 
 import re

@@ -10,7 +10,7 @@ import pytest
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN_VL
 from support.adapters import make_adapter
-from support.models import THINKING_TEMPLATE
+from support.models import CHAT_TEMPLATE, THINKING_TEMPLATE
 from support.vision_models import internvl_processor, picture, qwen_processor, save_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
@@ -59,6 +59,15 @@ def test_what_the_template_writes_before_an_answer_is_not_said(tiny_model, tmp_p
         conversation.processing.chat_template = THINKING_TEMPLATE.replace("thought. ", start)
         conversation.reset()
         assert conversation.say("animal: cat") == first
+
+
+def test_a_question_ends_where_a_tuned_answer_begins(tiny_model):
+    """Not with the start of thoughts, by which some templates ask and which they leave out before an answer."""
+    conversation = emloc_core.chat(tiny_model, **GREEDY)
+    expected = conversation.say("animal: cat")
+    conversation.processing.chat_template = CHAT_TEMPLATE.replace("<assistant>", "<assistant><system>")
+    conversation.reset()
+    assert conversation.say("animal: cat") == expected
 
 
 def test_a_tokenizer_may_tell_types_of_tokens(tiny_model):
