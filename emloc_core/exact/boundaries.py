@@ -61,7 +61,7 @@ class Boundaries:
             self._file.close()
 
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Away":
-        if tensor.nbytes < _SMALL or 0 in tensor.stride():  # one that is expanded takes less than that
+        if tensor.nbytes < _SMALL or 0 in tensor.stride():  # an expanded one is smaller, and cannot be written to
             return tensor
         if tensor.nbytes <= self._left:
             self._left -= tensor.nbytes

@@ -314,11 +314,11 @@ def find_config(model: str) -> Path:
                 f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.", code="missing"
             )
         return path / "config.json"
+    folders = ["", *(each.folder for each in plugin_manager().objectives() if each.folder)]
     with _from_hub(model) as (name, revision):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        folders = ["", *(each.folder for each in plugin_manager().objectives() if each.folder)]
         missing: EntryNotFoundError | None = None
         for part in (str(Path(folder, "config.json")) for folder in folders):
             unreachable = isinstance(missing, LocalEntryNotFoundError)  # found out by waiting, so it is not asked again
