@@ -6,7 +6,8 @@ loaded. Then comes one backward of the summed loss. Autograd runs, of the nodes 
 the last block of all micro-batches is recomputed before the block before it is, and the weights are read once more, in
 reverse.
 
-Frozen parameters stay on the meta device: whatever would compute with one that is not loaded fails.
+Frozen parameters are on the meta device, but for those of the unit that is visited: whatever would compute with one
+that is not loaded fails.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

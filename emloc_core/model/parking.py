@@ -30,7 +30,7 @@ class Parking:
 
     Args:
         limit: bytes that may stay on the device.
-        shared: the model's own buffers, which always stay.
+        shared: tensors of the model's own, such as buffers, which always stay.
         directory: where a file is made for the hidden states of samples that wait inside a block; None: there is none,
             and what is beyond the limit goes to CPU memory.
     """

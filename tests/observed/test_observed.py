@@ -240,11 +240,10 @@ def test_a_record_that_a_stranger_changed_is_not_used(tmp_path):
     family = plugin_manager().family_for(config)
     record = to_record(family, config, "seen")
     assert from_record(record).towers == family.towers
-    changes = (
-        *(("auto_class", "Trainer"), ("auto_class", "pipeline"), ("modality", "video")),
-        *(("towers", [{"name": "language"}]), ("keep_dense", ["lm_head"])),
-    )
-    for name, value in changes:
+    for name, value in [
+        ("auto_class", "Trainer"), ("auto_class", "pipeline"), ("modality", "video"),
+        ("towers", [{"name": "language"}]), ("keep_dense", ["lm_head"]),
+    ]:  # fmt: skip
         changed = {**record, "family": {**record["family"], name: value}}
         (tmp_path / "emloc.json").write_text(json.dumps({"kind": "emulator", DECLARATIONS: [changed, 5, {}]}))
         KNOWN.clear()

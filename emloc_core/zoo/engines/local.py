@@ -104,7 +104,7 @@ class LocalEngine:
 
 
 def machine_memory() -> int:
-    """Return the machine's memory in bytes, or that of this control group where it is less, without a headroom."""
+    """Return the machine's memory in bytes, or that of this control group where that is less; less a headroom."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Budget.parse(str(within_group(total, total)[1])).usable
 
