@@ -6,6 +6,7 @@ the hidden state after the block. The norm that follows scales every token to th
 relative to the token's own length: otherwise the few tokens with massive activations would dominate.
 """
 
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -81,4 +82,10 @@ def hidden_states(output: Any) -> torch.Tensor:
 
 def copied(arguments: Arguments) -> Arguments:
     """Copy the arguments of a call of a block: the model may modify or free the originals."""
-    return tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else each, arguments)
+    return tree_map(_copied, arguments)
+
+
+def _copied(each: Any) -> Any:
+    if isinstance(each, UserDict):  # in which transformers hands keys and values on to later blocks
+        return type(each)(tree_map(_copied, each.data))
+    return each.clone() if isinstance(each, torch.Tensor) else each

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import KVSharingDict
 
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
@@ -61,9 +62,14 @@ def test_a_linear_that_is_hardly_used_hardly_disturbs():
 
 def test_copies_stay_as_they_were():
     x, mask = torch.ones(2, 16), {"causal": (torch.zeros(2, 1), None)}
-    args, kwargs = copied(((x,), {"mask": mask, "use_cache": False}))
+    shared = KVSharingDict({"full": (torch.ones(2),)})
+    args, kwargs = copied(((x,), {"mask": mask, "use_cache": False, "shared": shared}))
     x.zero_()
     mask["causal"][0].fill_(1)
+    shared["full"][0].zero_()
+    shared["sliding"] = ()
+    assert list(kwargs["shared"]) == ["full"]
+    assert torch.equal(kwargs["shared"]["full"][0], torch.ones(2))
     assert torch.equal(args[0], torch.ones(2, 16))
     assert torch.equal(kwargs["mask"]["causal"][0], torch.zeros(2, 1))
     assert kwargs["use_cache"] is False
