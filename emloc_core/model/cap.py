@@ -42,7 +42,7 @@ def keep_to_cap(environment: Mapping[str, str] = os.environ) -> None:
 def cap_gpus(nbytes: int) -> None:
     """Have torch allocate no more of any GPU than so many bytes, those of the driver's context counted.
 
-    Of processes that were launched together, each caps the GPU that is its own: it would make a context on any other.
+    Of processes that were launched together, each caps only its own GPU: to cap another would make a context there.
 
     Raises:
         EmlocError: the context alone takes as much.
@@ -57,7 +57,7 @@ def cap_gpus(nbytes: int) -> None:
     launched = os.environ.get("LOCAL_RANK")
     for gpu in range(torch.cuda.device_count()) if launched is None else [int(launched)]:
         total = torch.cuda.get_device_properties(gpu).total_memory
-        with torch.cuda.device(gpu):  # torch would leave it the current one
+        with torch.cuda.device(gpu):  # which torch would make the current one for good
             torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), gpu)
 
 
