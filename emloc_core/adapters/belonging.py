@@ -1,6 +1,5 @@
 """Checks that adapter, emulator and base belong together."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,8 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
                     "Run `emloc correct` first, or use it uncorrected with --allow-uncorrected.",
                     code="mismatch",
                 )
-        with suppress(EmlocError):  # neither in a directory, nor in the cache of the hub
-            if is_rounded_form(open_checkpoint(adapter.model_name, cached=True), base):
-                return fingerprint
+        if is_on_rounded(adapter, base):
+            return fingerprint
         named = adapter.config.get("base_model_name_or_path") or "a model that it does not name"
         if not model and made_for and made_for != fingerprint and named != base.name:
             raise EmlocError(
@@ -99,12 +97,16 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
     return fingerprint
 
 
-def is_rounded_form(model: Checkpoint, base: Checkpoint) -> bool:
-    """Return whether a quantised checkpoint, such as one of bitsandbytes, is of this base and no emulator of it.
+def is_on_rounded(adapter: Adapter, base: Checkpoint) -> bool:
+    """Return whether an adapter was trained on a quantised form of its base, as in QLoRA: it is for the base as well.
 
-    Its vectors (norms, biases) are not quantised, so they are the base's but for their dtype. A LoRA that was trained
-    on it is for the base as well, as in QLoRA.
+    That is a checkpoint such as those of bitsandbytes, and no emulator: its vectors (norms, biases) are not quantised,
+    so they are the base's but for their dtype.
     """
+    try:
+        model = open_checkpoint(adapter.model_name, cached=True)
+    except EmlocError:  # neither in a directory, nor in the cache of the hub
+        return False
     if not model.config.get("quantization_config") or base.config.get("quantization_config") or kind_of(model.config):
         return False
     vectors = [key for key, tensor in base.tensors.items() if len(tensor.shape) == 1 and tensor.is_floating_point]

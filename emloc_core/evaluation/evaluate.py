@@ -88,6 +88,7 @@ def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
             or an adapter was made for another model.
     """
     from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.belonging import is_on_rounded
 
     for system in systems:
         if system.adapter is None or system.name not in ORDER:
@@ -106,22 +107,15 @@ def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
         request = manifest.get("request", {})
         on_base = corrected or "emulator" not in request  # which a copy of what was trained on the base has not
         known = request.get("model") or (request.get("base") if on_base else None)
-        if known != system.model.fingerprint(files) and not _is_on_four_bits(system):
+        if known == system.model.fingerprint(files):
+            continue
+        if system.name not in _ON_THE_BASE or not is_on_rounded(Adapter(system.adapter), system.model):
             raise EmlocError(
                 f"The adapter {system.adapter} was made for another model than {system.model.directory} "
                 f"({system.name}).",
                 "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them anyway.",
                 code="mismatch",
             )
-
-
-def _is_on_four_bits(system: _Opened) -> bool:
-    """Return whether the adapter was trained on the system's base in four bits, as in QLoRA."""
-    from emloc_core.adapters.adapter import Adapter
-    from emloc_core.adapters.belonging import is_rounded_form
-
-    model = Adapter(system.adapter).trained_on if system.adapter and system.name in _ON_THE_BASE else None
-    return model is not None and is_rounded_form(Checkpoint(model), system.model)
 
 
 class Evaluate(Job):

@@ -267,11 +267,18 @@ def test_an_adapter_in_the_place_of_another_is_refused(
             compare(**refused)
 
 
-def test_an_adapter_of_the_base_in_four_bits_is_on_the_base(tiny_model, write_manifest, tasks, tmp_path):
-    packed = save_in_four_bits(tiny_model, tmp_path / "packed")
-    tuned = write_manifest("adapter", "model", packed)
+@pytest.mark.parametrize("in_the_hubs_cache", [False, True])
+def test_an_adapter_of_the_base_in_four_bits_is_on_the_base(
+    in_the_hubs_cache, tiny_model, write_manifest, tasks, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--some--packed"
+    packed = save_in_four_bits(tiny_model, place / "snapshots" / ("c" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("c" * 40)
+    tuned, named = write_manifest("adapter", "model", packed), "some/packed" if in_the_hubs_cache else str(packed)
     write_json(tuned / "adapter_config.json",
-               read_json(tuned / "adapter_config.json") | {"base_model_name_or_path": str(packed)})  # fmt: skip
+               read_json(tuned / "adapter_config.json") | {"base_model_name_or_path": named})  # fmt: skip
     systems = canonical_systems(base=str(tiny_model), full_lora=tuned)
     compared = Evaluate(make_request("eval", systems=systems, tasks=tasks, output=tmp_path / "out"))
     assert compared.describe()
