@@ -99,7 +99,7 @@ class ZooJob(Settings):
         named = [Path(name) for name in (self.model, self.data, self.calibration, *self.test, *tasks) if name]
         found = {}
         for path in (path for path in named if path.is_absolute()):  # an id of the hub is no path here
-            for file in (path, *path.glob("*")):
+            for file in (path, *path.glob("[!.]*")):
                 with suppress(OSError):
                     status = file.stat()
                     if S_ISREG(status.st_mode):

@@ -340,6 +340,11 @@ def test_a_fingerprint_is_of_what_a_directory_holds(tmp_path):
         found += [job.fingerprint(tmp_path) for job in jobs]
         assert [job.fingerprint(tmp_path) for job in jobs] == found[-2:]
     assert len(set(found)) == 4
+    stamps = jobs[0].stamps()
+    (folder / ".DS_Store").touch()  # as file managers make it
+    assert jobs[0].stamps() == stamps
+    (folder / "b.txt").touch()
+    assert jobs[0].stamps() != stamps
 
 
 def test_a_fingerprint_is_of_what_tasks_ask(tmp_path):
