@@ -72,18 +72,18 @@ def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:
     for row in rows:
         if labels and row.rejected is None and row.label is None:
             raise EmlocError(
-                f"Row {row.number} does not say whether its answer is wanted.",
+                f"{row.name} does not say whether its answer is wanted.",
                 "KTO needs rows of `prompt`, `completion` and `label` (true or false), or of `chosen` and `rejected`.",
             )
         if not labels and row.rejected is None:
             raise EmlocError(
-                f"Row {row.number} has no rejected answer.",
+                f"{row.name} has no rejected answer.",
                 f"{objective.upper()} needs rows of `prompt`, `chosen` and `rejected`; train on answers alone with the "
                 "objective sft.",
             )
         if row.images or row.tools:
             raise EmlocError(
-                f"Row {row.number} has {'images' if row.images else 'tools'}, which preferences do not take here.",
+                f"{row.name} has {'images' if row.images else 'tools'}, which preferences do not take here.",
                 "Leave the row out, or use your own script.",
                 code="unsupported",
             )

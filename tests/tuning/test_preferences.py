@@ -173,8 +173,9 @@ def test_labels_teach_the_base_too(made, tiny_model, tmp_path):
         emloc_core.correct(adapter, tmp_path / "unwanted", selection_data=unwanted)
     one = emloc_core.train(made[0], preferences()[:100], tmp_path / "pairs", **{**settings, "steps": 1})
     assert one.result["rows"] == 100 - 12 - 6
-    with pytest.raises(EmlocError, match="Row 1 does not say whether its answer is wanted"):
-        emloc_core.train(made[0], [{"prompt": "a", "completion": "b"}], tmp_path / "none", **settings)
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(EmlocError, match=r"Row 1 of .*bare\.jsonl does not say whether its answer is wanted"):
+        emloc_core.train(made[0], [str(unwanted), str(bare)], tmp_path / "none", **settings)
 
 
 def test_odds_teach_the_base_too(made, tiny_model, tmp_path):
