@@ -67,8 +67,8 @@ def test_draws_differ_by_purpose_and_not_by_call(made, base):
     one, again, other = (drawn(base, made, purpose) for purpose in ("selection", "selection", "calibration"))
     assert all(torch.equal(a.inputs("cpu")["noise"], b.inputs("cpu")["noise"]) for a, b in zip(one, again, strict=True))
     assert not {sample.seed for sample in one} & {sample.seed for sample in other}
-    assert {sample.row for sample in one} == set(range(1, 7))
-    sigmas = [sample.sigma for sample in other if sample.row == 1]
+    assert {sample.row for sample in one} == {f"Row {number}" for number in range(1, 7)}
+    sigmas = [sample.sigma for sample in other if sample.row == "Row 1"]
     assert len(sigmas) == 16
     assert [int(16 * sigma) for sigma in sigmas] == list(range(16))  # over the whole range
 
