@@ -250,7 +250,7 @@ def written(zoo: Path, name: str, needs: Demand | None) -> int:
 
 
 def left(zoo: Path, name: str, needs: Demand | None) -> int:
-    """Return how many bytes a job that is not at work has still to write, by the plan."""
+    """Return how many bytes a job that is not running still has to write, by the plan."""
     return max(0, _disk(needs) - _size(zoo / JOBS / name))
 
 
