@@ -131,9 +131,11 @@ def question(messages: Sequence[Message], render: AnswerRender, tokenizer: PreTr
         answered = render([*map(dict, messages), {"role": "assistant", "content": "?"}], False)
     except (TemplateError, ValueError, TypeError):
         return asked
+    if not tokenizer.is_fast:  # which knows no places of tokens in a text
+        return asked
     encoded = tokenizer([asked, answered], add_special_tokens=False)
     both: Any = encoded["input_ids"]
-    last = encoded.token_to_chars(0, max(0, common_prefix(*both) - 1)) if tokenizer.is_fast else None
+    last = encoded.token_to_chars(0, max(0, common_prefix(*both) - 1))
     common = asked[: last.end] if last else ""
     return common if common.startswith(said) else asked  # some templates render the messages themselves otherwise
 
