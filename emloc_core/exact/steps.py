@@ -25,12 +25,12 @@ from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import Head, counted, known, shifted_labels
-from emloc_core.exact.parallel import Processes
 from emloc_core.model.device import free_memory
 from emloc_core.model.lockstep import Lockstep, units
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.weights import FrozenWeights
+from emloc_core.processes.parallel import Processes
 
 _HEAD = "the head"
 #: Share of the CPU's free memory that copies of units may fill, pinned for the GPU.

@@ -1,1 +1,1 @@
-"""Processes: their environment, their lifetime, and functions that are called in one of their own."""
+"""Processes: environment, lifetime, functions called in one of their own, and several that train."""

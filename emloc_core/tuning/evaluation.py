@@ -15,8 +15,8 @@ from emloc_core.adapters.held_out import summed_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.compat.peft import parameter_wrappers
 from emloc_core.data.row import Row
-from emloc_core.exact.parallel import Processes
 from emloc_core.model.opened import OpenModel
+from emloc_core.processes.parallel import Processes
 from emloc_core.settings import StepSettings
 from emloc_core.standins.expert_loras import of_wrapper
 

@@ -26,13 +26,13 @@ from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.memory import lora_need, step_need
-from emloc_core.exact.parallel import Processes
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_gpus
 from emloc_core.model.device import free_memory, free_of
 from emloc_core.model.inside import Positions
 from emloc_core.model.overhead import overhead
+from emloc_core.processes.parallel import Processes
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
 from emloc_core.tuning.start import GivenLora, NewLora, loras_alone

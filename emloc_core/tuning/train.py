@@ -25,7 +25,6 @@ from emloc_core.adapters.moments import copy_moments, write_moments
 from emloc_core.data.rows import SKIPPED, digest, told, write_skipped
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
-from emloc_core.exact.parallel import Processes
 from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
@@ -34,6 +33,7 @@ from emloc_core.files.manifest import CONTENT, made_from, manifest_value, read_m
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_told
 from emloc_core.model.opened import OpenModel, open_model
+from emloc_core.processes.parallel import Processes
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete

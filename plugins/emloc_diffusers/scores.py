@@ -34,7 +34,8 @@ class Losses:
     def __init__(self, model: str, rows: Sequence[Row], side: int) -> None:
         self.model: OpenModel = open_model(model)
         self.model.objective.require_rows(rows, self.model.family)
-        self.samples = self.model.samples(rows, patches(self.model, side), "evaluation")
+        patches = max(1, side // patch_side(self.model)) ** 2  # of a square
+        self.samples = self.model.samples(rows, patches, "evaluation")
 
     def of(self, adapter: Path | None) -> float:
         """Return the mean loss of a picture.
@@ -45,11 +46,6 @@ class Losses:
         loras = Adapter(adapter).loras if adapter else {}
         total = summed_loss(self.model.skeleton, self.samples, loras)
         return float(total[0] / total[1])
-
-
-def patches(model: OpenModel, side: int) -> int:
-    """Return how many patches a square picture has, of a side in pixels."""
-    return max(1, side // patch_side(model)) ** 2
 
 
 class Judge:

@@ -1,7 +1,8 @@
-"""Exact steps in several processes: data-parallel, each with a device of its own.
+"""Processes that train together, each with a device of its own: what one refuses, ends all.
 
-All of them have the same LoRA and the same rows of a step. Each takes every so many micro-batches of it, for which it
-reads the weights itself, and the gradients of all are summed; so the step is that of one process, to rounding.
+In exact steps all of them have the same LoRA and the same rows of a step. Each takes every so many micro-batches of it,
+for which it reads the weights itself, and the gradients of all are summed; so the step is that of one process, to
+rounding.
 """
 
 import os
