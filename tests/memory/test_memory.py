@@ -110,10 +110,10 @@ def test_needs_grow_with_ratio_batch_and_length(shallow_model: Path) -> None:
         changed = model.with_workload(replace(model.workload, **changes))
         return changed.tuning(changed.plan(0.5)).total
 
-    ratios = [model.tuning(model.plan(ratio)).total for ratio in (0.1, 0.5, 0.9)]
+    ratios = [model.tuning(model.plan(ratio)).total for ratio in (0.1, 0.3, 0.5, 0.9)]
     assert sorted(set(ratios)) == ratios
-    assert ratios[1] < tuning(batch_size=8)
-    assert ratios[1] < tuning(length=64)
+    assert ratios[2] < tuning(batch_size=8) < tuning(batch_size=16)
+    assert ratios[2] < tuning(length=64) < tuning(length=128)
     assert model.inference().total < model.with_workload(replace(model.workload, length=128)).inference().total
 
 
