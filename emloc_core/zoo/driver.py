@@ -76,7 +76,7 @@ class Driver:
         """Work until no job waits or runs. However it ends, no worker is left.
 
         Raises:
-            KeyboardInterrupt: it was told to stop (SIGINT, SIGTERM); what ran waits for the next driver.
+            KeyboardInterrupt: it was told to stop, and the signal is raised again; what ran waits for the next driver.
         """
         with _told_to_stop() as stop:
             self._run(stop)
@@ -235,6 +235,8 @@ def _told_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if stop:  # whoever is interrupted tells by which signal
+            signal.raise_signal(stop[0])
 
 
 def free_bytes(directory: Path) -> int:
