@@ -134,7 +134,7 @@ class Driver:
 
     def _collect(self) -> bool:
         """Record what has ended, and end what has run too long; say whether there was any."""
-        found = False
+        found, beside = False, len(self._running) > 1
         for name, (progress, handle, started) in list(self._running.items()):
             if not self.engine.is_under_way(handle):
                 self._running[name] = progress, handle, time.monotonic()
@@ -146,26 +146,37 @@ class Driver:
                 outcome = Outcome("time limit", f"Stopped after {human_seconds(self.limits.time)}, the limit.")
             if outcome is not None:
                 del self._running[name]
-                self._end(name, progress, outcome, seconds)
+                self._end(name, progress, outcome, seconds, beside=beside)
                 found = True
         return found
 
-    def _end(self, name: str, progress: _Progress, outcome: Outcome, seconds: float, *, final: bool = False) -> None:
-        """Record how an attempt ended, and queue the job again where another attempt may fix it."""
+    def _end(
+        self,
+        name: str,
+        progress: _Progress,
+        outcome: Outcome,
+        seconds: float,
+        *,
+        beside: bool = False,
+        final: bool = False,
+    ) -> None:
+        """Record how an attempt ended, ``beside`` others perhaps, and queue the job again where that may fix it."""
         if outcome.cause is None:
             self._written += written(self.store.directory, name, progress.needs)
             self.store.finish(name, progress.attempts, seconds, outcome)
             self.tell(name, "done", outcome.message)
             return
-        retry = Retry(False) if final else after(outcome, progress.job, progress.failures, self.limits)
+        shared = beside and progress.needs.memory is not None
+        retry = Retry(False) if final else after(outcome, progress.job, progress.failures, self.limits, shared=shared)
         outcome = replace(outcome, message=f"{outcome.message} {retry.note}".strip())
         task = Task(progress.job, progress.attempts, progress.needs)
         if retry.smaller:
             # The smaller job cannot resume what the larger one left.
             with suppress(OSError):
                 Workspace(task.directory(self.store.directory) / outcome.stage).discard()
-            # The plan was wrong, or other jobs took too much: this time it runs alone.
-            progress.job, progress.needs = retry.smaller, replace(progress.needs, memory=None)
+            progress.job = retry.smaller
+        if outcome.cause == "out of memory":  # the plan was wrong, or other jobs took too much: now it runs alone
+            progress.needs = replace(progress.needs, memory=None)
         log = self.store.directory / task.log
         if not log.exists():  # no worker was started
             with suppress(OSError):

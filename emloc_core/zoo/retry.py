@@ -40,17 +40,21 @@ class Retry:
     smaller: ZooJob | None = None
 
 
-def after(outcome: Outcome, job: ZooJob, failures: int, limits: Limits) -> Retry:
+def after(outcome: Outcome, job: ZooJob, failures: int, limits: Limits, *, shared: bool = False) -> Retry:
     """Return what to do after a failure.
 
-    Out of memory: again, smaller, if that is possible. Input and output: again after a while. A lost worker: again at
-    once. The time limit: once more, since a job resumes where it stopped. Bad input, a full disk, a crash: not again.
+    Out of memory: again, alone where others may have taken it, else smaller if that is possible. Input and output:
+    again after a while. A lost worker: again at once. The time limit: once more, since a job resumes where it stopped.
+    Bad input, a full disk, a crash: not again.
 
     Args:
         failures: attempts that failed before, interruptions aside.
+        shared: other jobs ran when it ended, by the plan in the same memory.
     """
     if failures >= limits.retries:
         return Retry(False)
+    if outcome.cause == "out of memory" and shared:
+        return Retry(True, "Again alone: other jobs ran beside it.")
     if outcome.cause == "out of memory":
         smaller = job.smaller(outcome.stage)
         note = f"Again smaller: {describe_change(job, smaller)}." if smaller else "It cannot be made smaller."

@@ -311,7 +311,7 @@ def convert_hostile(models, rows, zoo, limits):
     """Convert models where the limits are those of :class:`Hostile`; runs in a process of its own."""
     Hostile.limits.update(limits)
     jobs = resolve([str(models)], Defaults(data=str(rows), compress=SMALL))
-    drive(zoo, jobs, engine=Hostile, retries=1)
+    drive(zoo, jobs, engine=Hostile, retries=1, workers=1)
     print(len(Hostile.killed))
 
 

@@ -12,6 +12,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import hash_files
 from emloc_core.zoo.convert import Preview, convert, preview, require_room
 from emloc_core.zoo.driver import RESERVE, Driver
+from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import Demand, Task
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.store import Store
@@ -198,6 +199,26 @@ def test_as_many_run_side_by_side_as_memory_holds(tmp_path):
     assert set(states(records).values()) == {"done"}
     assert frozenset("abd") in together
     assert all(sum(needs[name].memory or 1000 for name in group) <= 1000 for group in together)
+
+
+def test_memory_that_others_may_have_taken_makes_no_job_smaller(tmp_path):
+    class Hungry(WaitingEngine):
+        def poll(self, handle):
+            outcome = super().poll(handle)
+            failed = outcome and handle.task.job.name == "a" and handle.task.attempt < 3
+            return Outcome("out of memory", stage="emulator") if failed else outcome
+
+    running, beside = set(), []
+
+    def tell(name, state, _):
+        (running.add if state == "running" else running.discard)(name)
+        beside.append(len(running) > 1)
+
+    records = wait(tmp_path, [waiting("b", 1), waiting("a")], engine=Hungry, tell=tell)
+    assert [attempt.message for attempt in records["a"].attempts] == [
+        "Again alone: other jobs ran beside it.", "Again smaller: compress.samples default -> 32.", "",
+    ]  # fmt: skip
+    assert beside == [False, True, *[False] * 6]
 
 
 def test_what_never_fits_fails_and_the_others_finish(tmp_path):
