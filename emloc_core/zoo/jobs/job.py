@@ -102,7 +102,7 @@ class ZooJob(Settings):
             for file in (path, *path.glob("[!.]*")):
                 with suppress(OSError):
                     status = file.stat()
-                    if S_ISREG(status.st_mode):
+                    if S_ISREG(status.st_mode) and _decides(file):
                         found[str(file)] = (status.st_size, status.st_mtime_ns)
         return found
 
@@ -134,6 +134,11 @@ class ZooJob(Settings):
         return self.model_copy(update=places)
 
 
+def _decides(file: Path) -> bool:
+    """Say whether a file of a model may decide what is made of it: texts about it do not."""
+    return file.suffix != ".md" and "LICENSE" not in file.name
+
+
 def _model_fingerprint(model: str, cache_dir: Path) -> str:
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.inputs import Inputs
@@ -141,7 +146,7 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
     try:
         checkpoint = Checkpoint(model)
         # The tokenizer decides what the rows become.
-        side = [path for path in checkpoint.side_files() if path.suffix != ".md" and "LICENSE" not in path.name]
+        side = list(filter(_decides, checkpoint.side_files()))
         inputs = Inputs(cache_dir)
         return f"{checkpoint.fingerprint(inputs)} {inputs.hash(side)}"
     except (EmlocError, OSError) as error:

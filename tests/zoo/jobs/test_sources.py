@@ -343,6 +343,8 @@ def test_a_fingerprint_is_of_what_a_directory_holds(tmp_path):
     stamps = jobs[0].stamps()
     (folder / ".DS_Store").touch()  # as file managers make it
     assert jobs[0].stamps() == stamps
+    (folder / "README.md").touch()  # of a model: planning does not count it
+    assert jobs[0].stamps() == stamps
     (folder / "b.txt").touch()
     assert jobs[0].stamps() != stamps
 
