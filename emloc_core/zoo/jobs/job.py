@@ -187,14 +187,23 @@ def slug(text: str) -> str:
 
 
 def unique(jobs: Sequence[ZooJob]) -> list[ZooJob]:
-    """Return the jobs with names of their own: the second of a name gets ``-2``, and so on, in order."""
+    """Return the jobs with names of their own: those of several models get a hash of theirs, in any order the same.
+
+    The second of a name and a model gets ``-2``, and so on, in order.
+    """
+    models: dict[str, set[str]] = {}  # some file systems do not tell cases apart
+    for job in jobs:
+        models.setdefault(job.name.lower(), set()).add(job.model)
     taken: set[str] = set()
     found = []
     for job in jobs:
         name, number = job.name, 1
-        while name.lower() in taken:  # some file systems do not tell cases apart
+        if len(models[name.lower()]) > 1:
+            name += f"-{hashlib.sha256(job.model.encode()).hexdigest()[:6]}"
+        first = name
+        while name.lower() in taken:
             number += 1
-            name = f"{job.name}-{number}"
+            name = f"{first}-{number}"
         taken.add(name.lower())
         found.append(job.model_copy(update={"name": name}))
     return found

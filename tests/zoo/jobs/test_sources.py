@@ -1,6 +1,7 @@
 """Sources that a user names become jobs, and nothing leaves its directory."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -287,6 +288,16 @@ def test_names_are_directories_anywhere():
     assert slug("x" * 300) == "x" * 90
     jobs = [ZooJob(name=name, model="a/b") for name in ("A", "a", "a-2")]
     assert [job.name for job in unique(jobs)] == ["A", "a-2", "a-2-2"]
+
+
+def test_a_name_does_not_depend_on_what_is_named_before(models):
+    """The same command with its sources in another order found the finished job of another model."""
+    shutil.copytree(models / "whole", models.parent / "others/whole")
+    places = [str(models / "whole"), str(models.parent / "others")]
+    found = [{job.model: job.name for job in resolve(each, Defaults())} for each in (places, places[::-1])]
+    assert found[0] == found[1]
+    assert all(re.fullmatch("whole-[0-9a-f]{6}", name) for name in found[0].values())
+    assert len(set(found[0].values())) == 2
 
 
 def test_a_fingerprint_is_of_all_that_decides_the_outputs(tmp_path):
