@@ -170,6 +170,8 @@ class Train(Job):
                 output.result[CONTENT] = content_hash(output.staging)
                 steps = steps_described(self.settings, request, output.result)
                 output.made = self.start.described(self.targets, steps)
+            with Processes().together():
+                building.close()  # every process finds it published
         return self.path
 
     def _name(self) -> str:
