@@ -13,6 +13,7 @@ from emloc_core.files.manifest import MANIFEST, read_manifest
 from emloc_core.files.own import require_own_files
 
 _ADAPTER = "adapter_config.json"
+_WRITTEN = (".json", ".jsonl", ".safetensors")  # what readers of an output take for a part of it
 
 
 def check_repository(repository: str) -> None:
@@ -35,7 +36,8 @@ def push(
 ) -> str:
     """Upload an output, and return the address of the commit: see :func:`emloc_core.push`.
 
-    Paths of this machine in its manifest and its adapter's config become their last parts.
+    Paths of this machine in its manifest and its adapter's config become their last parts. Weights, configs and rows of
+    an output that is there already, and not of this one, are removed.
     """
     directory = Path(directory)
     check_repository(repository)
@@ -52,17 +54,21 @@ def push(
             "Give --with-rows (in Python with_rows=True) if they may be; an adapter and a merged model hold none.",
             code="refused",
         )
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     changed = {name: text.encode() for name, text in _without_paths(directory, manifest, base)}
-    operations = [
-        CommitOperationAdd(name, changed.get(name, path))
+    files = {
+        name: changed.get(name, path)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and not (name := path.relative_to(directory).as_posix()).startswith(".")
-    ]
+    }
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
+        there = api.list_repo_files(repository)
+        operations: list[Any] = [CommitOperationAdd(*each) for each in files.items()]
+        old = [name for name in there if MANIFEST in there and name not in files and name.endswith(_WRITTEN)]
+        operations += map(CommitOperationDelete, old)
         commit = api.create_commit(repository, operations, commit_message=f"Upload {manifest['kind']} made by EMLoC")
     except Exception as error:  # of the hub, or whatever the HTTP library of this version of huggingface_hub raises
         raise EmlocError(

@@ -90,6 +90,20 @@ def test_a_base_has_its_id_though_a_directory_has_that_name_too(hub, tiny_model,
     assert json.loads(hub.files["people/merged"]["emloc.json"])["inputs"]["base"] == BASE
 
 
+def test_of_an_earlier_upload_no_part_is_left(hub, tmp_path):
+    """An adapter instead of a merged model left its shards, which transformers loads."""
+    for name, files in {"merged": ["a.safetensors", "deep/b.json"], "adapter": ["adapter.safetensors"]}.items():
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "emloc.json").write_text(json.dumps({"kind": name}))
+        for file in files:
+            (tmp_path / name / file).write_text(name)
+    hub.files["people/it"] = {".gitattributes": b"", "LICENSE": b"", "before.json": b""}
+    emloc_core.push(tmp_path / "merged", "people/it")
+    assert len(hub.files["people/it"]) == 6
+    emloc_core.push(tmp_path / "adapter", "people/it")
+    assert hub.files["people/it"].keys() == {".gitattributes", "LICENSE", "emloc.json", "adapter.safetensors"}
+
+
 def test_an_evaluation_is_published_with_its_rows(hub, tmp_path):
     """Its result has the scores of a system that is called ``base``, where an emulator's names its base."""
     manifest = {"kind": "evaluation", "inputs": {}, "request": {}, "result": {"base": {"nll": 1.5}}}

@@ -77,6 +77,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         hub.files[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "deletedFile":
+                        del hub.files[found[1]][line["value"]["path"]]
                 address = f"{hub.address}/{found[1]}/commit/{COMMIT}"
                 self._json({"success": True, "commitOid": COMMIT, "commitUrl": address})
             else:
