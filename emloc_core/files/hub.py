@@ -14,6 +14,7 @@ from emloc_core.files.own import require_own_files
 
 _ADAPTER = "adapter_config.json"
 _WRITTEN = (".json", ".jsonl", ".safetensors")  # what readers of an output take for a part of it
+_PATIENCE = 600.0  # seconds without a byte, after which an upload is given up; the library waits forever
 
 
 def check_repository(repository: str) -> None:
@@ -54,7 +55,7 @@ def push(
             "Give --with-rows (in Python with_rows=True) if they may be; an adapter and a merged model hold none.",
             code="refused",
         )
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 
     changed = {name: text.encode() for name, text in _without_paths(directory, manifest, base)}
     files = {
@@ -62,7 +63,8 @@ def push(
         for path in sorted(directory.rglob("*"))
         if path.is_file() and not (name := path.relative_to(directory).as_posix()).startswith(".")
     }
-    api = HfApi()
+    api, session = HfApi(), get_session()
+    before, session.timeout = session.timeout, _PATIENCE
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         there = api.list_repo_files(repository)
@@ -78,6 +80,8 @@ def push(
             code="unavailable",
             resumable=True,
         ) from error
+    finally:
+        session.timeout = before
     return str(commit.commit_url)
 
 

@@ -104,6 +104,14 @@ def test_of_an_earlier_upload_no_part_is_left(hub, tmp_path):
     assert hub.files["people/it"].keys() == {".gitattributes", "LICENSE", "emloc.json", "adapter.safetensors"}
 
 
+def test_a_hub_that_does_not_answer_is_given_up(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.files.hub._PATIENCE", 0.1)
+    (tmp_path / "emloc.json").write_text(json.dumps({"kind": "adapter"}))
+    hub.hangs = 2.0
+    with pytest.raises(EmlocError, match=r"cannot be pushed to people/it \(.*timed out"):
+        emloc_core.push(tmp_path, "people/it")
+
+
 def test_an_evaluation_is_published_with_its_rows(hub, tmp_path):
     """Its result has the scores of a system that is called ``base``, where an emulator's names its base."""
     manifest = {"kind": "evaluation", "inputs": {}, "request": {}, "result": {"base": {"nll": 1.5}}}

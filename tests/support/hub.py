@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ class Hub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.refuses = False
+        self.hangs = 0.0  # seconds
 
     def add(self, repository: str, directory: Path) -> None:
         """Publish the files of a directory."""
@@ -59,6 +61,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             path, body = self.path.partition("?")[0], self._body()
+            time.sleep(hub.hangs)
             if hub.refuses:
                 self._json({"error": "You are not logged in."}, 401)
             elif path == "/api/repos/create":
