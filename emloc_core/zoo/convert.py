@@ -22,6 +22,9 @@ from emloc_core.zoo.state.record import JobRecord
 from emloc_core.zoo.state.store import DATABASE, Store
 from emloc_core.zoo.state.timing import estimate
 
+#: What happens to a job that is not done and not what it was.
+CHANGED = "its files or settings are others now: what it had made is removed"
+
 
 def convert(
     jobs: Sequence[ZooJob],
@@ -48,7 +51,8 @@ def convert(
     with driving(directory) as lock, closing(Store(directory, create=True)) as store:
         store.take_over()
         stamps = {job.name: job.stamps() for job in jobs}  # before they are hashed
-        _add(store, jobs, directory, advance)
+        for name in _add(store, jobs, directory, advance):
+            tell(name, "changed", CHANGED)
         Driver(store, make_engine(lock), limits, tell, stamps).run()
         return store.records()
 
@@ -61,12 +65,14 @@ class Preview:
         state: ``to do``, ``done``, or ``the same as NAME``.
         needs: by the plan.
         seconds: by what finished jobs of this zoo took; None where none tells.
+        note: what it does besides.
     """
 
     job: ZooJob
     state: str
     needs: Demand
     seconds: float | None
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -86,7 +92,7 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
             with closing(Store(directory)) as there:
                 there.copy_to(store)
         before = store.records()
-        _add(store, jobs, directory if directory.is_dir() else Path(temporary), advance)
+        changed = _add(store, jobs, directory if directory.is_dir() else Path(temporary), advance)
         records = {record.job.name: record for record in store.records()}
     found = []
     left_over = [name for name, record in records.items() if record.state in ("waiting", "interrupted")]
@@ -96,7 +102,7 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
         state = "done" if record.state == "done" else "to do"
         state = f"the same as {record.duplicate_of}" if record.duplicate_of else state
         seconds = estimate(record.job, needs, before) if state == "to do" else None
-        found.append(Preview(record.job, state, needs, seconds))
+        found.append(Preview(record.job, state, needs, seconds, CHANGED if name in changed else ""))
     return found
 
 
@@ -130,8 +136,11 @@ def _taken(zoo: Path, to_do: Collection[str]) -> int:
     return sum(written(zoo, each.job.name, each.needs) for each in done)
 
 
-def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progress) -> None:
-    """Plan jobs and add them to a store; those whose outputs are gone from ``directory`` wait again."""
+def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progress) -> list[str]:
+    """Plan jobs and add them to a store; those whose outputs are gone from ``directory`` wait again.
+
+    Return the names of those that were others.
+    """
     records = store.records()
     known = _known(records)
     planned = plan(jobs, directory, known, advance)
@@ -139,8 +148,9 @@ def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progres
     asked = {*fingerprints, *(job.name for job in jobs)}
     relevant = [each for each in records if asked & {each.job.name, each.fingerprint}]
     store.reopen([each.job.name for each in relevant if _is_gone(each, directory)])
-    store.add(jobs, fingerprints)
+    changed = store.add(jobs, fingerprints)
     store.plan({job.name: needs or known[seen] for job, (seen, needs) in zip(jobs, planned, strict=True)})
+    return changed
 
 
 def _require_place(directory: Path) -> None:

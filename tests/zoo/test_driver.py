@@ -312,6 +312,23 @@ def test_a_dry_run_with_nothing_to_write_needs_no_room(tmp_path):
     assert require_room([done], tmp_path, Limits())[0] == 0
 
 
+def test_it_is_said_before_what_a_changed_job_has_made_is_removed(tmp_path, monkeypatch):
+    def plan_as(fingerprint):
+        monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(fingerprint, Demand(memory=0))])
+
+    told, made = [], tmp_path / "jobs/a/emulator"
+    with closing(Store(tmp_path, create=True)) as store:
+        store.add([waiting("a")], ["1"])
+    made.mkdir(parents=True)
+    plan_as("1")
+    assert [each.note for each in preview([waiting("a")], tmp_path)] == [""]
+    plan_as("2")
+    assert ["what it had made is removed" in each.note for each in preview([waiting("a")], tmp_path)] == [True]
+    assert made.is_dir()
+    convert([waiting("a")], tmp_path, lambda lock: WaitingEngine(1, None, [lock]), tell=lambda *it: told.append(it))
+    assert [state for _, state, _ in told] == ["changed", "running", "done"]
+
+
 def test_what_is_done_and_gone_is_done_again(tmp_path, monkeypatch):
     job, emulator = waiting("a"), tmp_path / "jobs/a/emulator"
     monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("a", Demand(memory=0, disk=0))])

@@ -172,7 +172,7 @@ def _describe(jobs: "list[ZooJob]", zoo: Path, limits: "Limits", memory: int | N
     if as_json:
         content = [
             {"name": each.name, "state": each.state, "needs": asdict(each.needs), "seconds": each.seconds,
-             "refused": refused.get(each.name, "")}
+             "refused": refused.get(each.name, ""), "note": each.note}
             for each in previews
         ]  # fmt: skip
         print_json({"jobs": content, "seconds": total})
@@ -186,7 +186,7 @@ def _describe(jobs: "list[ZooJob]", zoo: Path, limits: "Limits", memory: int | N
                                    ("memory", needs.memory))
             ]  # fmt: skip
             sizes.append(f"time {'unknown' if each.seconds is None else human_seconds(each.seconds)}")
-            reasons = "; ".join(filter(None, (needs.reason, refused.get(each.name))))
+            reasons = "; ".join(filter(None, (needs.reason, refused.get(each.name), each.note)))
             reason = f" ({reasons})" if reasons else ""
             click.echo(f"{number:>3}. {each.name:<{width}}  {each.state:<6}  {', '.join(sizes)}{reason}")
         click.echo(f"time for all, one after another: {'unknown' if total is None else human_seconds(total)}")

@@ -65,22 +65,26 @@ class Store:
             remedy = _MAKE_ROOM if of_disk else "Restore it, or choose another zoo."
             raise EmlocError(f"{path} cannot be opened ({error}).", remedy) from error
 
-    def add(self, jobs: Sequence[ZooJob], fingerprints: Sequence[str]) -> None:
+    def add(self, jobs: Sequence[ZooJob], fingerprints: Sequence[str]) -> list[str]:
         """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
 
         A job that is not done and whose model, data or settings have changed is replaced, and what it made is removed;
         a failed one waits again. A duplicate of a job that has changed waits in its place.
 
+        Returns:
+            The names of those that were replaced.
+
         Raises:
             EmlocError: a job of that name is done, and was something else; nothing is added then.
         """
         with self._transaction():
-            changed = [job for job, fingerprint in zip(jobs, fingerprints, strict=True) if self._add(job, fingerprint)]
+            changed = [job.name for job, seen in zip(jobs, fingerprints, strict=True) if self._add(job, seen)]
             self._settle_duplicates()
             # Before it is recorded: after a kill between the two, the job as it was has to begin again, no more.
-            for job in changed:
-                if (made := self.directory / JOBS / job.name).is_dir():
+            for name in changed:
+                if (made := self.directory / JOBS / name).is_dir():
                     remove_at_once(made)
+        return changed
 
     def _add(self, job: ZooJob, fingerprint: str) -> bool:
         """Add a job, and say whether there was another one of that name."""
