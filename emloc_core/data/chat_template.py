@@ -140,6 +140,16 @@ def question(messages: Sequence[Message], render: AnswerRender, tokenizer: PreTr
     return common if common.startswith(said) else asked  # some templates render the messages themselves otherwise
 
 
+def untuned_start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the prompt for an answer begins it with, and tuning does not show: ``<think>``, say, or nothing."""
+    messages: list[Message] = [{"role": "user", "content": "?"}]
+    render = answer_render(tokenizer)
+    try:
+        return render(messages, True).removeprefix(question(messages, render, tokenizer))
+    except (TemplateError, ValueError, TypeError):  # there is no template, or it takes no such question
+        return ""
+
+
 def lead(asked: str, messages: Sequence[Message], render: AnswerRender, answer: str = "?") -> str:
     """Return what the template writes between the prompt for an answer and the answer: an empty block of thoughts, say.
 

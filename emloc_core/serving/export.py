@@ -1,5 +1,6 @@
 """Writes an adapter in the form that servers agree on, and an adapter or a model as GGUF."""
 
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from safetensors.torch import save_file
 
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
+from emloc_core.data.chat_template import untuned_start
+from emloc_core.data.tokenize import load_tokenizer
 from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
@@ -18,6 +21,12 @@ from emloc_core.model.opened import open_original
 from emloc_core.requests import ExportRequest
 from emloc_core.serving.gguf_files import require_gguf, write_lora, write_model
 from emloc_core.serving.plain import plain, plain_config, warnings
+
+#: Said of a template that begins answers as no tuned one begins.
+_STARTS = (
+    "The model's chat template begins every answer with {!r}, which tuning does not show: serve it with a template "
+    "that does not, as `emloc chat` and `eval` ask."
+)
 
 
 class Export(Job):
@@ -90,15 +99,21 @@ class Export(Job):
         """Return what would be written."""
         found: dict[str, Any] = {"output": str(self.request.output), **self.settings.model_dump()}
         if self.adapter is not None:
-            found |= {"linears": len(self.loras), "warnings": list(warnings(self.loras, self.model.family))}
+            found |= {"linears": len(self.loras), "warnings": self._warnings()}
         return {**found, "finished": self.output.is_finished()}
+
+    def _warnings(self) -> list[str]:
+        start = ""
+        with suppress(EmlocError):  # it has no tokenizer
+            start = untuned_start(load_tokenizer(self.base.directory))
+        return [*warnings(self.loras, self.model.family), *([_STARTS.format(start)] if start else [])]
 
     def make(self, staging: Path, progress: Progress) -> None:
         """Write the export; ``progress`` is called with a tensor's name. An adapter for servers is one file."""
         result: dict[str, Any] = {}
         if self.adapter is not None:
             result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
-            result["warnings"] = list(warnings(self.loras, self.model.family))
+            result["warnings"] = self._warnings()
         if self.settings.comfyui:
             save_file(self.named, staging / "lora.safetensors", {"format": "pt"})
             progress("adapter", 1, 1)

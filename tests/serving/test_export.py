@@ -83,6 +83,18 @@ def test_ranks_above_a_servers_default_are_warned_of(tiny_model, tmp_path, emloc
     assert "warning: Its rank is 24, above vLLM's default of 16: start it with --max-lora-rank 32." in out
 
 
+def test_a_template_that_begins_answers_otherwise_than_tuning_is_warned_of(tiny_model, tmp_path, emloc):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<assistant>{% endif", "<assistant><system>thought.{% endif")
+    tokenizer.save_pretrained(model)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    _, out, _ = emloc("export", adapter, "-o", tmp_path / "exported")
+    assert "warning: The model's chat template begins every answer with '<system>thought.', which tuning" in out
+    _, out, _ = emloc("export", make_adapter(tiny_model, tmp_path / "other"), "-o", tmp_path / "plain")
+    assert "warning:" not in out
+
+
 def test_loras_on_a_tower_of_images_are_warned_of(tmp_path):
     from emloc_internvl import INTERNVL
     from support.vision_models import internvl_processor, save_model
