@@ -17,7 +17,7 @@ class MemoryPlan:
     """The plan for a model.
 
     Attributes:
-        name: the user's name for the model.
+        name: the model, as the other commands take it.
         way: the way decided on; where none fits, the one that needs least.
         needs: memory of each stage of that way, in order.
         plan: the emulator's ranks; None without an emulator.

@@ -8,7 +8,7 @@ from emloc_core.memory.budget import Budget
 from emloc_core.model.image_shape import parse_size
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.processes.environment import without_collections
-from emloc_core.registry.registry import config_of
+from emloc_core.registry.registry import argument_of, config_of
 from emloc_core.settings import AUTO, FACTORS, CompressSettings, TrainSettings
 from emloc_core.stages.precheck import check_names, check_rows
 
@@ -66,4 +66,4 @@ def plan_model(
             speed = gpu.speed if gpu else measured(workload.device, file.parent) if measure else None
             emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
             decision = decide(file, workload, budget, emulator, speed)
-            return make_plan(model, decision, card=gpu.name if gpu else None, advise=ratio is None)
+            return make_plan(argument_of(model), decision, card=gpu.name if gpu else None, advise=ratio is None)

@@ -124,6 +124,13 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
             yield file
 
 
+def argument_of(model: str) -> str:
+    """Return the MODEL argument of the other commands for what :func:`config_of` takes."""
+    if entry := entry_of(model):
+        return entry.model
+    return str(Path(model).parent) if Path(model).is_file() else model
+
+
 def entry_of(model: str) -> Entry | None:
     """Return the entry with this id, name without its organisation, or file; None for other models. Case is ignored."""
     path = Path(model)

@@ -70,7 +70,7 @@ def test_tuning_stays_within_the_memory(emloc, shallow_model: Path, rows: Path) 
     workload = make_workload(config, TRAIN, length=16, data=str(rows))
     needed = next(way.bytes for way in decide(config, workload, Budget(2**40)).ways if way.kind is None)
     memory = int(needed / 0.95) + 1
-    (train,) = printed(emloc, shallow_model, rows, memory)
+    (train,) = printed(emloc, config, rows, memory)
     done = subprocess.run([sys.executable, "-m", "emloc_core", *train[1:]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert peak_memory(read_json(Path("adapter") / "timing.json")) <= memory
