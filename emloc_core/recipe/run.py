@@ -31,6 +31,7 @@ from emloc_core.recipe.stages import (
     stages_of,
     tried,
 )
+from emloc_core.stages.precheck import check_names, check_rows
 from emloc_core.stages.progress import ProgressEvent
 
 #: Functions that run, describe and check a stage in its own process.
@@ -67,7 +68,7 @@ def run_recipe(
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
     recipe = load_recipe(path, overrides)
-    require_tasks(recipe)
+    require_named(recipe)
     require_tuning(recipe)
     capped = gpu_cap(memory or recipe.model.memory)
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
@@ -133,13 +134,16 @@ def _perform(
     log.unlink(missing_ok=True)
 
 
-def require_tasks(recipe: Recipe) -> None:
-    """Refuse a recipe whose task files are not there: the evaluation comes last, hours later."""
+def require_named(recipe: Recipe) -> None:
+    """Refuse a recipe that names files or a correction that are not there: the last stages come hours later."""
     from emloc_core.evaluation.tasks import require_task_file
 
     for task in recipe.eval.tasks if recipe.eval else ():
         if Path(task).is_absolute():  # others are lm-eval's own
             require_task_file(Path(task))
+    check_names(recipe.correct)
+    for rows in (recipe.data.train, recipe.answers and recipe.answers.rows):
+        check_rows(rows)
 
 
 def require_tuning(recipe: Recipe) -> None:

@@ -114,7 +114,7 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
 )
 @pytest.mark.usefixtures("calls_here")
 def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, told, dry_run, emloc, shallow_model):
-    path = write(base=shallow_model)
+    path = write(base=shallow_model, train="org/rows")
     code, _, err = emloc("run", path, *dry_run, "--set", "eval.tasks=['hellaswag']", "--set", override)
     assert code == 1
     assert told in err
@@ -122,14 +122,22 @@ def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, t
 
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
-def test_a_task_file_that_is_missing_is_named_before_the_first_stage(write, dry_run, emloc, monkeypatch):
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("eval.tasks=['./mine.yaml']", "mine.yaml. Did you mean 'mime.yaml'?"),
+        ("answers.rows='none.jsonl'", "There is no file"),
+        ("data={train='none.jsonl',calibration='mime.yaml'}", "There is no file"),
+        ("correct.correction='nope'", "There is no 'nope' among the corrections"),
+    ],
+)
+def test_what_is_missing_is_named_before_the_first_stage(write, override, told, dry_run, emloc, monkeypatch):
     monkeypatch.setattr("emloc_core.recipe.run.call", None)  # no stage is begun or described
     path = write()
     (path.parent / "mime.yaml").touch()
-    code, _, err = emloc("run", path, *dry_run, "--set", "eval.tasks=['./mine.yaml']")
+    code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1, err
-    assert "There is no task file" in err
-    assert "Did you mean 'mime.yaml'?" in err
+    assert told in err
 
 
 def test_comparing_clamps_needs_selection_rows(write):
