@@ -106,11 +106,14 @@ class Export(Job):
         start = ""
         with suppress(EmlocError):  # it has no tokenizer
             start = untuned_start(load_tokenizer(self.base.directory))
-        return [*warnings(self.loras, self.model.family), *([_STARTS.format(start)] if start else [])]
+        # Of vLLM and its like: what the other formats cannot hold is refused.
+        of_servers = [] if self.settings.gguf or self.settings.comfyui else warnings(self.loras, self.model.family)
+        return [*of_servers, *([_STARTS.format(start)] if start else [])]
 
     def make(self, staging: Path, progress: Progress) -> None:
         """Write the export; ``progress`` is called with a tensor's name. An adapter for servers is one file."""
         result: dict[str, Any] = {}
+        dtype = "f32" if self.adapter and self.settings.dtype == "q8_0" else self.settings.dtype
         if self.adapter is not None:
             result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
             result["warnings"] = self._warnings()
@@ -127,10 +130,10 @@ class Export(Job):
             progress("adapter", 1, 1)
         elif self.adapter is not None:
             file = staging / "adapter.gguf"
-            result["tensors"] = write_lora(self.loras, self.model, file, self.settings.dtype, progress)
+            result["tensors"] = write_lora(self.loras, self.model, file, dtype, progress)
         else:
             file = staging / "model.gguf"
-            result["tensors"] = write_model(self.model, file, self.settings.dtype, progress)
+            result["tensors"] = write_model(self.model, file, dtype, progress)
         self.output.result = result
-        how = f"GGUF, matrices in {self.settings.dtype}" if self.settings.gguf else f"one rank, {result['rank']}"
+        how = f"GGUF, matrices in {dtype}" if self.settings.gguf else f"one rank, {result['rank']}"
         self.output.made = f"Export: {how}{'' if self.settings.gguf else ', and a scale of 1'}."

@@ -75,7 +75,7 @@ def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: 
 
     Args:
         loras: by module path, as :func:`emloc_core.serving.plain.plain` returns them.
-        dtype: of the matrices.
+        dtype: of the matrices: ``f32``, ``f16`` or ``bf16``.
         progress: called for every tensor that is written.
 
     Raises:
@@ -94,7 +94,7 @@ def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: 
         b = _paired(lora.b, path, layout, config)
         tensors += [(f"{name}.lora_a", tuple(lora.a.shape), lambda a=lora.a: a)]  # type: ignore[misc]
         tensors += [(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)]  # type: ignore[misc]
-    _write(writer, tensors, "f32" if dtype == "q8_0" else dtype, progress)
+    _write(writer, tensors, dtype, progress)
     return len(tensors)
 
 

@@ -102,6 +102,7 @@ def test_an_adapter_is_exported(tmp_path):
     pipeline, rows = flux_pipeline(tmp_path / "pipeline"), picture_rows(tmp_path / "rows", 4)
     adapter = emloc.train(str(pipeline), rows, str(tmp_path / "adapter"), steps=2, batch_size=2, lora_rank=2)
     exported = emloc.export(adapter, tmp_path / "exported", comfyui=True)
+    assert exported.result["warnings"] == []
     written, ours = load_file(exported.path / "lora.safetensors"), load_file(adapter.path / FILE)
     name, path = "lora_unet_single_blocks_1_linear1", "transformer.single_transformer_blocks.1"
     product = written[f"{name}.lora_up.weight"] @ written[f"{name}.lora_down.weight"]

@@ -81,6 +81,9 @@ def test_ranks_above_a_servers_default_are_warned_of(tiny_model, tmp_path, emloc
     adapter = make_adapter(tiny_model, tmp_path / "adapter", r=24)
     _, out, _ = emloc("export", adapter, "-o", tmp_path / "exported")
     assert "warning: Its rank is 24, above vLLM's default of 16: start it with --max-lora-rank 32." in out
+    _, out, _ = emloc("export", adapter, "-o", tmp_path / "lora", "--gguf", "--dtype", "q8_0")
+    assert "warning" not in out  # llama.cpp takes any
+    assert "matrices in f32" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_a_template_that_begins_answers_otherwise_than_tuning_is_warned_of(tiny_model, tmp_path, emloc):
