@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emloc_core.data.mixture import weights
 from emloc_core.files.documents import read_config, read_object
 from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import learned_preferences, read_manifest
@@ -65,8 +66,10 @@ def following(request: Request, result: Result) -> list[str]:
 
 
 def rows(data: Any) -> list[str]:
-    """Return the option for rows: those of one source by name, or else a file to put there."""
-    return ["--data", data if isinstance(data, str) else "train.jsonl"]
+    """Return the options for rows: those of their sources by name, or else of a file to put there."""
+    named = {data: 1.0} if isinstance(data, str) else weights(data) or {"train.jsonl": 1.0}
+    sources = [name if weight == 1 else f"{name}:{weight:g}" for name, weight in named.items()]
+    return [word for source in sources for word in ("--data", source)]
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:

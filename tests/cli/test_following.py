@@ -57,6 +57,11 @@ def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_mo
             {"model": "m", "data": "x.jsonl", "skip_bad_rows": True},
             "emloc train out --data x.jsonl --skip-bad-rows -o adapter",
         ),
+        (
+            "compress",
+            {"model": "m", "data": {"x.jsonl": 1.0, "y z.jsonl": 2.0}},
+            "emloc train out --data x.jsonl --data 'y z.jsonl:2' -o adapter",
+        ),
         ("train", {"model": "org/model", "data": "rows.jsonl"}, "emloc chat out"),
         ("polish", {"adapter": "x", "data": "rows.jsonl"}, "emloc chat out"),
         ("eval", {"systems": ({"name": "a", "model": "m", "adapter": "b"},), "tasks": ("t",)}, "emloc chat m b"),
