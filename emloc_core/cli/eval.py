@@ -6,6 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import stage_options
+from emloc_core.cli.following import join
 from emloc_core.cli.stage import run
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.new_task import KINDS
@@ -67,7 +68,8 @@ def _write_task(kind: str, data: Path | None, output: Path) -> None:
 
     if data is None:
         raise EmlocError("--new-task needs rows.", "Add --data FILE.")
-    click.echo(f"{write_task(kind, data, output)}  (read it, then: emloc eval {output} --base MODEL -o DIRECTORY)")
+    following = join("eval", output, "--base", "MODEL", "-o", "DIRECTORY")
+    click.echo(f"{write_task(kind, data, output)}  (read it, then: {following})")
 
 
 def _system(text: str) -> System:

@@ -69,7 +69,7 @@ def _publish(content: Mapping[str, str], directory: Path) -> None:
 
 
 def _check(name: str, model_types: Sequence[str]) -> None:
-    if not (name.isidentifier() and name.isascii()):
+    if not (name.isidentifier() and name.isascii()) or name.endswith("_"):
         raise EmlocError(
             f"{name!r} cannot be part of a Python package's name.",
             "Use letters, digits and underscores, such as my_model, and --model-type for the model type.",

@@ -324,9 +324,11 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tiny_model, adapter, tas
 
 
 def test_the_command_writes_a_task_file(rows_file, tmp_path):
-    argv = ["--new-task", "completion_nll", "--data", str(rows_file), "-o", str(tmp_path / "loss.yaml")]
-    CliRunner().invoke(command, argv, catch_exceptions=False)
-    assert find_task(str(tmp_path / "loss.yaml"), Inputs()).name == "loss"
+    task = tmp_path / "a loss.yaml"
+    argv = ["--new-task", "completion_nll", "--data", str(rows_file), "-o", str(task)]
+    told = CliRunner().invoke(command, argv, catch_exceptions=False).output
+    assert f"emloc eval '{task}' --base MODEL" in told
+    assert find_task(str(task), Inputs()).name == "a_loss"
     with pytest.raises(EmlocError, match="already exists"):
         CliRunner().invoke(command, argv, catch_exceptions=False)
     for more in ("a.yaml", "--dry-run", "--json", "--base=model", "--system=a=b"):

@@ -576,6 +576,10 @@ def test_the_command_prints_a_module_or_writes_it(save, tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["olmo2.py"]
 
 
+def test_no_package_is_advised_for_what_is_declared_already(save):
+    assert "families new" not in run(save("llama")).stderr
+
+
 def test_the_command_speaks_json(save):
     done = run(save("starcoder2"), "--json", "--check")
     assert done.exception is None, done.exception
@@ -585,6 +589,7 @@ def test_the_command_speaks_json(save):
     assert content["notes"] == []
     assert content["checked"] is True
     assert "passes every check" in done.stderr
+    assert "emloc families new starcoder2 --from" in done.stderr
     compile(content["source"], "draft", "exec")
 
 

@@ -56,6 +56,7 @@ def test_the_next_steps_are_told(tmp_path, monkeypatch):
         "emloc families check my_model",
         "pytest emloc-my-model",
     ]
+    assert "  pip install --editable 'my plugin'" in new("my_model", "-o", "my plugin").splitlines()
     assert "model_type`: `my_model`" in (tmp_path / "emloc-my-model" / "README.md").read_text()
 
 
@@ -78,6 +79,7 @@ def test_a_declaration_can_come_from_a_model(tmp_path):
     [
         ("my-model", [], "'my-model' cannot be part of a Python package's name"),
         ("modèle", [], "cannot be part"),
+        ("mine_", [], "cannot be part"),
         ("llama", ["starcoder2"], "A plugin or family 'llama' is already installed"),
         ("demo", ["starcoder2"], "A plugin or family 'demo' is already installed"),
         ("core", ["starcoder2"], "There is already a package emloc_core"),

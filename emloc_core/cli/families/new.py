@@ -1,5 +1,6 @@
 """``emloc families new``."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,8 @@ def command(name: str, model_types: tuple[str, ...], model: str | None, output: 
     directory = output or Path(f"emloc-{name}".replace("_", "-"))
     draft = _draft(model) if model else None
     written = write_plugin(name, directory, model_types, draft)
-    steps = [f"pip install --editable {directory}", f"emloc families check {name}", f"pytest {directory}"]
+    commands = ["pip", "install", "--editable", directory], ["emloc", "families", "check", name], ["pytest", directory]
+    steps = [shlex.join(map(str, command)) for command in commands]
     notes = draft.notes if draft else []
     if as_json:
         print_json({"name": name, "output": str(directory), "files": written, "notes": notes, "next": steps})

@@ -5,6 +5,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
+from emloc_core.cli.following import join
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_text
 
@@ -25,6 +26,7 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
         raise EmlocError(f"{output} already exists.", "Choose another file, or remove this one.", code="exists")
 
     from emloc_core.files.checkpoint import find_config
+    from emloc_core.plugins.manager import plugin_manager
 
     config_file = find_config(model)
 
@@ -47,5 +49,6 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
         click.echo(f"{output}: {draft.summary}")
     if check and not faults:
         click.echo("The draft passes every check of the conformance kit.", err=True)
-    name = draft.family.name
-    click.echo(f"Next: `emloc families new {name} --from {model}` writes a package that declares this.", err=True)
+    if not any(each.model_types & draft.family.model_types for each in plugin_manager().families()):
+        following = join("families", "new", draft.family.name, "--from", model)
+        click.echo(f"Next: `{following}` writes a package that declares this.", err=True)
