@@ -198,6 +198,7 @@ class Streamed(LoraSteps):
         collate: Any = self.data_collator
         self._collate, self.data_collator = collate, _as_they_are
         self.accelerator.device_placement = False  # of the model, and of whole batches
+        self.accelerator.dataloader_config.dispatch_batches = False  # every process reads all rows itself
         # The steps themselves divide the batch and sum the gradients, so that the model is not wrapped for it.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 

@@ -71,7 +71,11 @@ def polished(tiny_model, rows_file, tmp_path_factory) -> Path:
     return polish(adapter, tiny_model, rows_file, adapter.with_name("polished"))
 
 
-@pytest.mark.parametrize("sizes", [{}, {"batch_size": 2, "accumulation": 4}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"extra": {"accelerator_config": {"dispatch_batches": True}}}, {"batch_size": 2, "accumulation": 4}],
+    ids=["dispatched", "small"],
+)
 def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny_model, rows_file, tmp_path):
     exact = exact_job(tiny_model, rows_file, tmp_path / "a", train_settings(**sizes)).run()
     assert losses(exact) == pytest.approx(losses(ordinary), rel=1e-5)
