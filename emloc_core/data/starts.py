@@ -95,6 +95,11 @@ def _last_words(prompt: str, encoded: BatchEncoding, row: int) -> tuple[int, int
 def _tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Return the tokens of each text by itself."""
     distinct = list(texts)
+    fast: Any = tokenizer
+    if fast.is_fast and distinct:  # without the places of tokens, which take a quarter of the time
+        fast("")  # resets what the backend cuts and pads
+        found = fast.backend_tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+        return {text: each.ids for text, each in zip(distinct, found, strict=True)}
     ids: Any = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
     return dict(zip(distinct, ids, strict=True))
 

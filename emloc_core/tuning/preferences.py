@@ -4,6 +4,7 @@ They are tokenized here, in batches and once; TRL would do it row by row. A test
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy
 import pyarrow
@@ -40,10 +41,11 @@ def preference_dataset(
     Raises:
         EmlocError: a row cannot be tokenized or is longer than the model's limit, or no row is left.
     """
-    answers = [answer for row in rows for answer in row.answers()]
-    samples = tokenized(answers, processing, max_length, Limits.of(config))
-    watched = iter(tqdm(samples, desc="Reading rows", unit=" rows", total=len(answers), delay=1))
-    of_rows = [[(answer.label, next(watched)) for answer in row.answers()] for row in rows]
+    answers = [row.answers() for row in rows]
+    flat = list(chain.from_iterable(answers))
+    samples = tokenized(flat, processing, max_length, Limits.of(config))
+    watched = iter(tqdm(samples, desc="Reading rows", unit=" rows", total=len(flat), delay=1))
+    of_rows = [[(answer.label, next(watched)) for answer in of_row] for of_row in answers]
     kept = [of_row for of_row in of_rows if all(any(sample.completion_mask) for _, sample in of_row)]
     if not kept:
         raise EmlocError(

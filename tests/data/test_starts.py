@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -114,3 +115,13 @@ def test_only_ends_are_tokenized_where_words_are_told_apart(tokenizers, monkeypa
     gpt2, *others = longest
     assert gpt2 <= starts._END
     assert len(prompt) in others  # where a space would be put first, or tokens hold two words
+
+
+def test_a_tokenizer_that_is_saved_cutting_cuts_nothing():
+    tokenizer, texts = (
+        tiny_tokenizer(),
+        (["<user>the red cat<assistant>"], ["<user>the red cat<assistant>runs and runs"]),
+    )
+    whole = tokenized_with_starts(*texts, tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert tokenized_with_starts(*texts, tokenizer) == whole
