@@ -1,7 +1,9 @@
 """The page of a run while it lasts, on this machine alone: what is done, and the stage, loss, memory and time left."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,15 +49,23 @@ class _Page(BaseHTTPRequestHandler):
         self._page = page
         super().__init__(*args)  # type: ignore[arg-type]
 
+    def handle(self) -> None:
+        """Answer, unless the browser has gone away."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def do_GET(self) -> None:
         """Answer."""
-        host = (self.headers.get("Host") or "").rpartition(":")[0]
+        host = (self.headers.get("Host") or "").partition(":")[0]
         if host not in (HOST, "localhost"):
             self._send(HTTPStatus.FORBIDDEN, "This page is for this machine.")
         elif self.path.partition("?")[0] != "/":
             self._send(HTTPStatus.NOT_FOUND, "There is only one page here: /.")
         else:
-            self._send(HTTPStatus.OK, self._page())
+            try:
+                self._send(HTTPStatus.OK, self._page())
+            except EmlocError as error:
+                self._send(HTTPStatus.INTERNAL_SERVER_ERROR, escape(str(error)))
 
     def _send(self, status: HTTPStatus, text: str) -> None:
         content = text.encode()

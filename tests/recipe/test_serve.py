@@ -2,6 +2,8 @@
 
 import http.client
 import os
+import socket
+import struct
 import threading
 
 import pytest
@@ -18,7 +20,7 @@ EVENT = ProgressEvent("train", "adapter", 12, 40, HOSTILE, 1.25, 95.0, 2 * 10**9
 
 @pytest.fixture
 def ask(tmp_path):
-    """Ask the server of an empty run; return status and text."""
+    """Ask the server of an empty run; return status, text, and the port."""
     with server(tmp_path) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
@@ -27,7 +29,7 @@ def ask(tmp_path):
             connection = http.client.HTTPConnection(HOST, serving.server_port, timeout=60)
             connection.request(method, path, headers={"Host": host} if host else {})
             answer = connection.getresponse()
-            return answer.status, answer.read().decode()
+            return answer.status, answer.read().decode(), serving.server_port
 
         yield get
         serving.shutdown()
@@ -53,8 +55,20 @@ def test_only_this_machine_sees_one_page(ask):
     assert ask("/progress.json")[0] == 404
     assert ask("/../../etc/passwd")[0] == 404
     assert ask(host="attacker.example:80")[0] == 403
-    assert ask(host="localhost:80")[0] == 200
+    assert ask(host="localhost:80")[0] == ask(host="localhost")[0] == 200
     assert ask(method="POST")[0] == 501
+
+
+def test_what_cannot_be_shown_is_said_on_the_page_alone(ask, tmp_path, capfd):
+    port = ask()[2]
+    gone = socket.create_connection((HOST, port))
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends it by a reset
+    gone.close()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "emloc.json").write_text("<")
+    status, text, _ = ask()
+    assert (status, "emloc.json is not valid JSON" in text) == (500, True)
+    assert capfd.readouterr().err == ""
 
 
 def test_it_listens_on_loopback_and_says_what_it_cannot_do(tmp_path):
