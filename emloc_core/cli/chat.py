@@ -3,6 +3,8 @@
 import signal
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +80,7 @@ def _talk(conversation: "Conversation", images: list[Path]) -> None:
         if name == "/reset":
             conversation.reset()
         elif name == "/image":
-            images.append(Path(rest.strip()).expanduser())
+            images.append(Path(expanduser(rest.strip())))  # which leaves an unknown ~name as it is
         elif line.strip():
             try:
                 conversation.say(line, images, lambda piece: click.echo(_shown(piece), nl=False))
@@ -95,7 +97,9 @@ def _talk(conversation: "Conversation", images: list[Path]) -> None:
 def _lines() -> Iterator[str]:
     """Yield what the user writes until the input ends."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
     while True:
         try:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from emloc_internvl import INTERNVL
@@ -84,6 +85,15 @@ def test_the_command_writes_the_answers_to_the_lines_of_stdin(emloc, tiny_model,
     code, out, _ = emloc("chat", tiny_model, "--temperature", "0", "--max-new-tokens", "8")
     assert code == 0
     assert [line.strip() for line in out.splitlines()] == expected
+
+
+def test_lines_may_come_from_another_system(emloc, tiny_model, monkeypatch):
+    said = []
+    monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", lambda *given: said.append(given[1:3]))
+    lines = b"caf\xe9\r\n/image ~no one/x.png\r\nb\r\n/exit\r\nc\r\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8", newline="\n"))
+    assert emloc("chat", tiny_model)[0] == 0
+    assert said == [("caf\ufffd", []), ("b", [Path("~no one/x.png")])]
 
 
 def test_an_adapter_names_its_model(tiny_model, tmp_path):
