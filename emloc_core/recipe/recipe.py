@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -284,7 +285,7 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
     def place(text: str, names: re.Pattern[str]) -> str:
         if "\0" in text:
             raise EmlocError(f"The recipe names {text!r}, which cannot be a file's name.", "Correct it.")
-        path = root / Path(text).expanduser()
+        path = root / expanduser(text)  # which leaves an unknown ~name as it is
         is_path = text.startswith((".", "~")) or Path(text).suffix in FILES or path.exists()
         return text if names.fullmatch(text) and not is_path else str(path)
 
@@ -302,7 +303,7 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
         "calibration": recipe.data.calibration and place(recipe.data.calibration, DATA_ID),
     }
     changes: dict[str, Any] = {
-        "output": str(root / Path(recipe.output).expanduser()),
+        "output": str(root / expanduser(recipe.output)),
         "model": recipe.model.model_copy(update={"base": place(recipe.model.base, MODEL_ID)}),
         "data": recipe.data.model_copy(update=data),
     }

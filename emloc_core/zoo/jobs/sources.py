@@ -6,6 +6,7 @@ Nothing that an entry brings is executed, and a path in an entry or in a file of
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
     defaults = replace(defaults, data=_rows(defaults.data))
     jobs: list[ZooJob] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = Path(expanduser(source))  # which leaves an unknown ~name as it is
         if path.is_dir():
             jobs += [_plain(model, defaults) for model in _models(path)]
         elif path.suffix == ".toml":
