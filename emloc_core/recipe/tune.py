@@ -147,7 +147,7 @@ class Tune(Settings):
                 split=self.split,
                 columns=self.columns,
                 skip_bad_rows=self.skip_bad_rows,
-                eval=self.evaluation.data and _place(self.evaluation.data),
+                eval=self._evaluated(),
                 eval_split=self.evaluation.split,
                 eval_base=self.evaluation.on_base,
             ),
@@ -185,9 +185,13 @@ class Tune(Settings):
             return {_place(name): weight for name, weight in several.items()}
         return _place(self.data)
 
+    def _evaluated(self) -> str | None:
+        return self.evaluation.data and _place(self.evaluation.data)
+
     def _asked(self) -> dict[str, Any]:
         """Return what was asked for, in JSON values."""
         own = self.model_dump(mode="json", exclude={"model", "data", "output", "settings"})
+        own["evaluation"]["data"] = self._evaluated()
         given = self.settings.model_dump(mode="json", exclude_unset=True)
         return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
 
@@ -240,8 +244,9 @@ def by_name(
 
 
 def _place(name: str) -> str:
-    """Return a path that is there as an absolute one, and anything else as it is."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    """Return a path that is there as an absolute one, the same from every directory, and anything else as it is."""
+    path = Path(name)
+    return str(path.parent.resolve() / path.name) if path.exists() else name
 
 
 def write_overview(run: Path, final: str) -> None:

@@ -137,6 +137,17 @@ def test_a_run_that_was_killed_before_it_had_begun_begins_again(shallow_model, r
     assert emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **asked).final.path.name == "adapter"
 
 
+def test_the_next_call_may_come_from_another_directory(shallow_model, rows_file, tmp_path, monkeypatch):
+    def tune(model, rows):
+        return Tune(model=model, data=rows, evaluation={"data": rows}, output=tmp_path / "out", memory="4GiB")
+
+    monkeypatch.setattr("emloc_core.recipe.tune.run_recipe", None)
+    with pytest.raises(TypeError):
+        tune(str(shallow_model), str(rows_file)).run()
+    monkeypatch.chdir(tmp_path)
+    assert tune(os.path.relpath(shallow_model), os.path.relpath(rows_file)).started()
+
+
 def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch):
     monkeypatch.setattr("emloc_core.recipe.decided.call", None)  # at once: nothing is planned
     (tmp_path / "mine").mkdir()
