@@ -179,7 +179,7 @@ def explain(error: "ValidationError", model: type["BaseModel"]) -> str:
         if text not in texts:
             texts.append(text)
     told = "; ".join(texts)
-    return told if told.endswith("?") else f"{told}."
+    return told if told.endswith(("?", ".")) else f"{told}."
 
 
 def _section(model: type["BaseModel"], steps: list[str]) -> type["BaseModel"]:

@@ -28,5 +28,5 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
         with planning():
             show_plan(decided(load_recipe(recipe, overrides)), as_json)
         return
-    results = run_recipe(recipe, overrides, **reporting())
-    show(results, Path(load_recipe(recipe, overrides).output), as_json)
+    output = Path(load_recipe(recipe, overrides).output)  # not afterwards: the file may have been edited by then
+    show(run_recipe(recipe, overrides, **reporting()), output, as_json)

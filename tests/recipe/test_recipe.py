@@ -76,6 +76,7 @@ def test_absolute_paths_and_paths_at_home(write, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     found = texts(load_recipe(write(base="/models/a", train="~/rows")))
     assert found == {**NAMES, "base": "/models/a", "train": str(tmp_path / "home" / "rows")}
+    assert texts(load_recipe(write(base="~no one/a")))["base"] == str(tmp_path / "recipes" / "~no one" / "a")
 
 
 def test_the_output_is_beside_the_recipe(write, tmp_path):
@@ -138,6 +139,14 @@ def test_what_is_missing_is_named_before_the_first_stage(write, override, told, 
     code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1, err
     assert told in err
+
+
+def test_a_recipe_may_be_edited_while_it_runs(write, emloc, monkeypatch):
+    path, shown = write(), []
+    monkeypatch.setattr("emloc_core.recipe.run.run_recipe", lambda *_, **__: path.unlink())
+    monkeypatch.setattr("emloc_core.cli.run.show", lambda _, directory, __: shown.append(directory))
+    assert emloc("run", path)[0] == 0
+    assert shown == [path.parent / "emloc-run"]
 
 
 def test_comparing_clamps_needs_selection_rows(write):
