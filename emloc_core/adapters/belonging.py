@@ -57,7 +57,8 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
         allow_uncorrected: take an adapter that was trained on an emulator of it, or may have been.
 
     Raises:
-        EmlocError: manifests name another base; the adapter is not corrected; or it is unknown whether it is.
+        EmlocError: manifests, or the config, name another base; the adapter is not corrected; or it is unknown whether
+            it is.
     """
     fingerprint, request = base.fingerprint(files), adapter.manifest.get("request", {})
     made_for = request.get("base") or request.get("model")
@@ -81,6 +82,12 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
                 "If that is an emulator of it, put it back, or correct the adapter with `emloc correct --emulator`.",
                 code="missing",
             )
+        if model and not made_for and not allow_uncorrected and _is_another(model, fingerprint, files):
+            raise EmlocError(
+                f"{adapter.directory} was trained on {model}, and {base.directory} is another model.",
+                "Give that one, or --allow-uncorrected if this is the same in another form.",
+                code="mismatch",
+            )
         if not model and not made_for and named != base.name and not allow_uncorrected:
             raise EmlocError(
                 f"{adapter.directory} was trained on {named}, which is not here, so it is unknown whether that is an "
@@ -95,6 +102,14 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
             code="mismatch",
         )
     return fingerprint
+
+
+def _is_another(model: Path, fingerprint: str, files: Inputs) -> bool:
+    """Return whether a model is known to have another fingerprint; one that cannot be read has none."""
+    try:
+        return Checkpoint(model).fingerprint(files) != fingerprint
+    except EmlocError:
+        return False
 
 
 def is_on_rounded(adapter: Adapter, base: Checkpoint) -> bool:

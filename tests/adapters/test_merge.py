@@ -173,6 +173,18 @@ def test_an_adapter_of_a_model_that_is_not_here_is_refused_unless_asked_for(tiny
     assert merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True).is_dir()
 
 
+def test_an_adapter_of_another_model_that_is_here_is_refused_unless_asked_for(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    assert merge(adapter, other, tmp_path / "of-a-copy").is_dir()
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match=f"was trained on {tiny_model}, and {other} is another model"):
+        merge(adapter, other, tmp_path / "merged")
+    assert merge(adapter, other, tmp_path / "merged", allow_uncorrected=True).is_dir()
+
+
 def test_an_emulator_that_has_gone_is_not_mistaken_for_another_base(tiny_model, tiny_emulator, tmp_path):
     emulator = shutil.copytree(tiny_emulator, tmp_path / "emulator")
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[20:40])
