@@ -623,7 +623,7 @@ def _with_lora(settings: Mapping[str, Any], config: "LoraConfig") -> dict[str, A
 
     found = lora_settings(config)
     if both := sorted(found.keys() & settings.keys()):
-        raise EmlocError(f"peft_config says {', '.join(both)} too.", "Give it once.")
+        raise EmlocError(f"peft_config also sets {', '.join(both)}.", "Give it once.")
     return {**settings, **found}
 
 

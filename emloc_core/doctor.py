@@ -95,7 +95,7 @@ def _packages(tried: dict[str, Any]) -> Iterator[Check]:
         tested, private = TESTED.get(name, (None, ""))
         error = tried.get(_module(name))
         if installed is None:
-            missing = f"not installed (for it: pip install 'emloc[{extra}]')"
+            missing = f"not installed (to install it: pip install 'emloc[{extra}]')"
             yield Check(
                 "packages", name, "note" if extra else "error", missing if extra else f"missing; needed: >= {least}"
             )
@@ -120,7 +120,7 @@ def _numbers(text: str) -> list[int]:
 def _gpu(gpus: Any) -> Iterator[Check]:
     driver = _driver()
     if isinstance(gpus, str):  # torch does not even import, which is said already
-        yield Check("gpu", "torch", "error", f"cannot ask for GPUs: {gpus}")
+        yield Check("gpu", "torch", "error", f"cannot query the GPUs: {gpus}")
         return
     for each in gpus.get("devices", []):
         size = f"{_size(each['free'])} of {_size(each['total'])} free"
@@ -163,7 +163,7 @@ def _room() -> Iterator[Check]:
         else:
             yield Check("room", name, "ok", text)
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        yield Check("room", "hub", "note", "offline, by HF_HUB_OFFLINE: only models that are in the cache")
+        yield Check("room", "hub", "note", "offline (HF_HUB_OFFLINE is set): only cached models can be used")
 
 
 def _memory() -> tuple[int, int] | None:
@@ -204,7 +204,7 @@ def probe(names: Iterable[str]) -> dict[str, Any]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
             output, how = done.stdout, f"the process ended with code {done.returncode}"
         except subprocess.TimeoutExpired as error:
-            output, how = (error.stdout or b"").decode(), f"it takes more than {_PATIENCE} seconds"
+            output, how = (error.stdout or b"").decode(), f"it took more than {_PATIENCE} seconds"
         for line in output.splitlines():
             if line.startswith('{"probed":'):
                 told = json.loads(line)

@@ -32,9 +32,9 @@ from emloc_core.units import parse_bytes
 Rows = Any
 
 
-COLUMNS = "Names that the rows have for columns, such as prompt=question,completion=answer."
+COLUMNS = "Names of the columns in your rows, such as prompt=question,completion=answer."
 
-SKIP = "Leave out rows that cannot be read, instead of stopping; skipped_rows.jsonl in the output says which and why."
+SKIP = "Skip rows that cannot be read instead of stopping; skipped_rows.jsonl in the output lists them, with reasons."
 
 
 class Request(Settings):
@@ -66,7 +66,7 @@ class RowsRequest(Request):
 
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field(
-        (), description="Files with rows to leave out, such as test rows; or data sets, of the same split."
+        (), description="Files, or data sets of the same split, whose rows are left out, such as test rows."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
@@ -78,9 +78,11 @@ class CompressRequest(RowsRequest):
 
     stage = "compress"
     model: str = Field(description="Base model: directory or hub id.")
-    memory: str | None = Field(None, description="Choose the best kind and the largest ratio that fit, such as 24GiB.")
-    headroom: str | None = Field(None, description="What stays free of `memory`, such as 2GiB, 8% or 0.")
-    tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` is of.")
+    memory: str | None = Field(
+        None, description="Memory to tune in, such as 24GiB: chooses the best kind and the largest ratio that fit."
+    )
+    headroom: str | None = Field(None, description="How much of `memory` to keep free, such as 2GiB, 8% or 0.")
+    tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` applies to.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
     settings: CompressSettings = CompressSettings()
@@ -100,12 +102,14 @@ class CompressRequest(RowsRequest):
 class EvalRows(Settings):
     """Rows to evaluate while tuning; by default none."""
 
-    data: Rows = Field(None, description="Rows; by default those of another split, or a share, of the data.")
+    data: Rows = Field(
+        None, description="Rows to evaluate; by default another split, or a held-out share, of the data."
+    )
     split: SplitOrShare | None = Field(
-        None, description="Their split; or a share of the data to hold out, such as 0.05."
+        None, description="Split of these rows, or the share of the data to hold out, such as 0.05."
     )
     on_base: bool = Field(
-        False, description="Evaluate the base with the LoRA too, streamed, and keep what is best there."
+        False, description="Also evaluate the base with the LoRA, streamed, and keep the checkpoint that is best there."
     )
     base: str | None = Field(None, description="Directory or hub id; by default the model that the emulator names.")
 
@@ -167,7 +171,9 @@ class MergeRequest(Request):
     stage = "merge"
     adapter: Path = Field(description="Directory of the adapter.")
     base: str | None = Field(None, description="Directory or hub id; by default the model that the adapter names.")
-    allow_uncorrected: bool = Field(False, description="Merge an adapter that was trained on an emulator uncorrected.")
+    allow_uncorrected: bool = Field(
+        False, description="Merge an adapter that was trained on an emulator without correcting it."
+    )
 
 
 class ExportRequest(Request):
@@ -176,7 +182,9 @@ class ExportRequest(Request):
     stage = "export"
     source: str = Field(description="Directory of an adapter, or directory or hub id of a model.")
     base: str | None = Field(None, description="Model that the adapter is for; by default the one that it names.")
-    allow_uncorrected: bool = Field(False, description="Export an adapter that was trained on an emulator uncorrected.")
+    allow_uncorrected: bool = Field(
+        False, description="Export an adapter that was trained on an emulator without correcting it."
+    )
     settings: ExportSettings = ExportSettings()
 
     @model_validator(mode="after")

@@ -19,8 +19,8 @@ PAPER, PAPER_CLAMP = {"kind": FACTORS, "calibration": "base", "allocator": "unif
 Allocator = Literal["uniform", "global"]
 #: Which answers of a conversation count in the loss.
 Loss = Literal["last", "all"]
-_LOSS: Any = Field("last", description="Answers of a conversation that count in the loss: the 'last' one, or 'all' "
-                   "turns of the assistant.")  # fmt: skip
+_LOSS: Any = Field("last", description=
+    "Which answers of a conversation count towards the loss: the 'last' one, or 'all' assistant turns.")  # fmt: skip
 
 
 #: A split of a dataset by name, or a share of it: a number, or a number as text.
@@ -97,14 +97,14 @@ class CompressSettings(Settings):
     )
     allocator: Allocator | None = Field(
         None,
-        description="How ranks are shared out: 'uniform', the same ratio everywhere; 'global', more rank where an "
-        "error disturbs a block more.",
+        description="How ranks are distributed: 'uniform', the same ratio everywhere; 'global', higher ranks where "
+        "errors disturb a block more.",
     )
     kind: str = Field(
         AUTO,
         description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
-        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (in two), '2.7-bit' or 'low-rank'. 'auto': the best "
-        "for the memory that tuning may take, where it is given; otherwise 'nf4', or 'low-rank' with a ratio.",
+        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (in two), '2.7-bit' or 'low-rank'. 'auto': the "
+        "best kind for the tuning memory, if that is given; otherwise 'nf4', or 'low-rank' with a ratio.",
     )
     paper: bool = Field(
         False, description="As in the paper, for reference: low-rank, uniform ranks, the base's activations, clamp 3."
@@ -112,17 +112,19 @@ class CompressSettings(Settings):
     samples: int | None = Field(
         None,
         ge=1,
-        description="Number of calibration rows; by default 64, for some kinds up to 256; of few rows at most a third.",
+        description=(
+            "Number of calibration rows; by default 64 (up to 256 for some kinds), but at most a third of the rows."
+        ),
     )
-    selection: int = Field(32, ge=0, description="Number of rows held out for correct to choose on; by default 32, of "
-                           "few rows at most a sixth.")  # fmt: skip
+    selection: int = Field(32, ge=0, description=
+        "Number of rows held out for correct; by default 32, but at most a sixth of the rows.")  # fmt: skip
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     loss: Loss = _LOSS
     seed: int = Field(0, description="Seed for drawing rows.")
     calibration: Literal["none", "base", "propagated"] | None = Field(
         None,
-        description="Activations to fit to: 'propagated', the emulator's so far; 'base', the base's, quicker; 'none', "
-        "for nf4 alone, in seconds.",
+        description="Activations to fit to: 'propagated', those of the emulator so far; 'base', those of the base, "
+        "which is faster; 'none', for nf4 only, which takes seconds.",
     )
     refine: int | None = Field(
         None,
@@ -132,8 +134,8 @@ class CompressSettings(Settings):
 
     keep: Literal["head"] | None = Field(
         None,
-        description="'head': leave the output layer and the token embeddings as they are in the base; by default they "
-        "are packed where the Linears are.",
+        description="'head' keeps the output layer and the token embeddings as they are in the base; by default they "
+        "are packed if the Linears are.",
     )
 
     @model_validator(mode="before")
@@ -239,18 +241,21 @@ class TrainSettings(StepSettings):
     )
     lora_experts: bool = Field(
         False,
-        description="Put a LoRA on every expert too, of the rank divided by the number of experts that a token is sent "
-        "to. It takes memory for all experts.",
+        description="Also put a LoRA on every expert, with the rank divided by the number of experts per token. This "
+        "takes memory for all experts.",
     )
     rank_pattern: Ranks | None = Field(
-        None, description="Other ranks by the end of a module's path, such as q_proj=16,layers.0.mlp.down_proj=4."
+        None,
+        description=(
+            "Different ranks for some modules, by the end of their paths, such as q_proj=16,layers.0.mlp.down_proj=4."
+        ),
     )
     layers_to_transform: Numbers | None = Field(
         None, description="Layers whose modules get a LoRA, such as 0-7,15; by default all."
     )
     modules_to_save: list[str] | None = Field(
-        None, description="Token embeddings or output layer to train as a whole, by the end of their paths, such as "
-        "embed_tokens,lm_head."
+        None, description="Token embeddings or output layer to train in full, by the end of their paths, such as "
+            "embed_tokens,lm_head."
     )  # fmt: skip
     trainable_token_indices: Numbers | None = Field(
         None, description="Tokens whose embeddings are trained, such as 32000-32003; with tied embeddings, also those "
@@ -280,13 +285,13 @@ class TrainSettings(StepSettings):
             return value
         names = [name.strip() for each in given for name in each.split(",") if name.strip()]
         if ALL_LINEAR in names and len(set(names)) > 1:
-            raise ValueError(f"{ALL_LINEAR} stands alone")
+            raise ValueError(f"{ALL_LINEAR} cannot be combined with other targets")
         return names
 
     @model_validator(mode="after")
     def _plain_on_experts(self) -> "TrainSettings":
         if self.lora_experts and (self.lora_dropout or self.layers_to_transform):
-            raise ValueError("a LoRA on experts knows neither lora_dropout nor layers_to_transform")
+            raise ValueError("a LoRA on experts supports neither lora_dropout nor layers_to_transform")
         return self
 
     @model_validator(mode="after")
@@ -315,7 +320,7 @@ class ExactSettings(Settings):
 
     memory: str | None = Field(
         None,
-        description="Memory that the device may use, such as 24GiB: weights that fit beside a step stay there; by "
+        description="Memory to use on the device, such as 24GiB: weights that fit beside a step stay there; by "
         "default every block is read twice per step.",
     )
     park: Literal["memory", "disk"] = Field(
@@ -340,7 +345,9 @@ class ExportSettings(Settings):
     """What a server gets."""
 
     gguf: bool = Field(False, description="Write GGUF, for llama.cpp and tools built on it.")
-    comfyui: bool = Field(False, description="Write an adapter by the names that ComfyUI and kohya's scripts read.")
+    comfyui: bool = Field(
+        False, description="Write an adapter with the tensor names that ComfyUI and kohya's scripts read."
+    )
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = Field(
-        "f16", description="With gguf: type of the matrices; vectors are always f32, and so are LoRAs in place of q8_0."
+        "f16", description="With gguf: type of the matrices. Vectors are always f32; LoRAs are f32 instead of q8_0."
     )

@@ -87,7 +87,9 @@ class TokenObjective:
         """Refuse: the tools that have other names read GGUF."""
         from emloc_core.errors import EmlocError
 
-        raise EmlocError("ComfyUI draws, and the model writes.", "Leave out --comfyui.", code="unsupported")
+        raise EmlocError(
+            "ComfyUI draws pictures, but the model writes text.", "Leave out --comfyui.", code="unsupported"
+        )
 
     def usage(self, kind: str, class_name: str, base: str) -> str | None:
         """Return None: cards know transformers."""

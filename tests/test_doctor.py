@@ -57,7 +57,7 @@ def test_a_package_of_an_extra_may_be_missing(monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda _: None)
     monkeypatch.setattr(doctor, "probe", lambda _: {"gpus": {}, "plugins": []})
     found = [check for check in doctor.examine() if check.group == "packages"][1:]
-    assert found == [Check("packages", "gguf", "note", "not installed (for it: pip install 'emloc[gguf]')")]
+    assert found == [Check("packages", "gguf", "note", "not installed (to install it: pip install 'emloc[gguf]')")]
 
 
 DEVICE = {"name": "A", "free": 70e9, "total": 80e9}

@@ -77,5 +77,5 @@ def test_all_linear_is_every_linear_but_the_output_layer(emloc, tiny_model, rows
     assert f"LoRA on {everything}\n" in emloc(*argv, "all-linear")[1]
     told = emloc(*argv, "v_proj,q_proj", "--lr", 3e-4, "--steps", 7)[1]
     assert "7 steps at a learning rate of 0.0003; LoRA on q_proj, v_proj\n" in told
-    with pytest.raises(EmlocError, match="all-linear stands alone"):
+    with pytest.raises(EmlocError, match="all-linear cannot be combined"):
         make_request("train", {"target_modules": "all-linear,q_proj"}, model="m", data="d", output="o")
