@@ -58,9 +58,9 @@ def _plugin_commands() -> dict[str, click.Command]:
 def cli(context: click.Context, *, strict_families: bool) -> None:
     """Fine-tune a large model in the memory that inference needs.
 
-    tune does all of it in the memory that there is. Stage by stage: plan says what fits. compress makes an emulator, a
+    tune does it all in the memory available. Stage by stage: plan shows what fits; compress makes an emulator, a
     smaller stand-in for the model; train tunes a LoRA on it; correct carries the LoRA over to the model; polish
-    (optional) trains it a few exact steps there; merge adds it to the weights; eval compares them all. run does
+    (optional) trains it there for a few exact steps; merge adds it to the weights; eval compares them all. run does
     everything from one recipe.
     """
     from emloc_core.plugins.manager import STRICT

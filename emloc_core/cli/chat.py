@@ -15,7 +15,7 @@ from emloc_core.errors import EmlocError, printable
 if TYPE_CHECKING:
     from emloc_core.evaluation.conversation import Conversation
 
-_HELP = "/image PATH shows an image with the next message, /reset starts again, /exit or Ctrl-D ends."
+_HELP = "/image PATH adds an image to the next message, /reset starts over, /exit or Ctrl-D quits."
 
 
 @click.command("chat")
@@ -36,9 +36,9 @@ _HELP = "/image PATH shows an image with the next message, /reset starts again, 
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
-    help="0 always takes the likeliest token.  [default: the model's own generation config]",
+    help="Sampling temperature; 0 always picks the most likely token.  [default: the model's own generation config]",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of each answer.  [default: another each time]")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of each answer.  [default: a new one each time]")
 def command(
     model: str,
     adapter: Path | None,
@@ -48,10 +48,10 @@ def command(
     temperature: float | None,
     seed: int | None,
 ) -> None:  # fmt: skip
-    """Talk to MODEL, with ADAPTER if one is given; answers appear as they are written.
+    """Talk to MODEL, with ADAPTER if one is given; answers appear as they are generated.
 
     MODEL is a model, an emulator, or an adapter, which names its model. Ctrl-C stops an answer. Without a terminal,
-    every line of stdin is a message, and stdout has the answers alone.
+    every line of stdin is a message, and stdout has only the answers.
     """
     from emloc_core.stages.precheck import check_place
 

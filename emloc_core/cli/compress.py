@@ -24,7 +24,7 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
               "plan does.")  # fmt: skip
 @headroom
 @click.option("--tuned-on", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-              help="With --memory: the device that it is of.")  # fmt: skip
+              help="With --memory: the device it applies to.")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), of="--memory", hidden=True)
 @options(CompressSettings)
 @device
@@ -33,7 +33,7 @@ def command(memory: str | None, dry_run: bool, as_json: bool, **options: Any) ->
     """Make an emulator of MODEL, a directory or hub id: a smaller copy to train on.
 
     The model is streamed block by block, and the same command resumes an interrupted run. With --memory, the options
-    of emloc train that change what it needs are taken too, such as --batch-size and --lora-rank.
+    of emloc train that affect memory can be given too, such as --batch-size and --lora-rank.
     """
     settings, content = given(CompressSettings, options)
     tuning, content = given(TrainSettings, content)

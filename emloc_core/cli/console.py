@@ -33,7 +33,7 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return verbosity_options(dry_run(as_json(function)))
 
 
-push = click.option("--push", metavar="REPO", help="Then upload the output to this private repository on the hub.")
+push = click.option("--push", metavar="REPO", help="Upload the finished output to this private repository on the hub.")
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before
     for line in lines:
         click.echo(line)
     seconds, peak = timing.get("seconds", 0), peak_memory(timing) or 0
-    when = "finished before, in " if made_before else ""
+    when = "finished earlier, in " if made_before else ""
     click.echo(f"{result}  ({when}{human_seconds(seconds)}, peak memory {human_bytes(peak)})")
 
 

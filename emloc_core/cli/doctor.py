@@ -17,7 +17,7 @@ def command(as_json: bool) -> None:
     """Check this installation: packages, GPU and driver, memory, disk, caches, plugins.
 
     Versions are compared with what EMLoC needs and with what it was tested with. The exit code is 1 if something is
-    wrong. Should even this command not start, `python -m emloc_core.doctor` does the same.
+    wrong. If even this command does not start, `python -m emloc_core.doctor` does the same.
     """
     with working("Importing everything"):
         checks = examine()

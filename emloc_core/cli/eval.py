@@ -37,8 +37,10 @@ _SYSTEMS = ("base", "emulator", "adapter", "corrected", "polished", "merged", "f
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling and few-shot examples."
 )
-@click.option("--new-task", type=click.Choice(KINDS), help="Write a task file for --data to -o, and evaluate nothing.")
-@click.option("--data", type=_DIRECTORY, help="With --new-task: held-out rows, which nothing was tuned on.")
+@click.option(
+    "--new-task", type=click.Choice(KINDS), help="Write a task file for --data to -o, without evaluating anything."
+)
+@click.option("--data", type=_DIRECTORY, help="With --new-task: held-out rows, never used for tuning.")
 @stage_options
 def command(
     new_task: str | None, data: Path | None, others: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
@@ -51,11 +53,11 @@ def command(
     """
     if new_task is not None:
         if dry_run or as_json or others or any(options[name] for name in ("tasks", *_SYSTEMS)):
-            raise EmlocError("--new-task writes a file, and evaluates nothing.", "Give --data and -o alone with it.")
+            raise EmlocError("--new-task only writes a task file.", "Give only --data and -o with it.")
         _write_task(new_task, data, options["output"])
         return
     if data is not None:
-        raise EmlocError("--data is for --new-task alone: a task file names its own rows.", "Leave out --data.")
+        raise EmlocError("--data goes only with --new-task: a task file names its own rows.", "Leave out --data.")
     from emloc_core.evaluation.evaluate import canonical_systems
 
     canonical = canonical_systems(**{name: options.pop(name) for name in _SYSTEMS})

@@ -24,8 +24,8 @@ from emloc_core.settings import ExportSettings
 def command(push: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Write SOURCE, an adapter or a merged model, in the form that servers expect.
 
-    An adapter gets one rank, no patterns, and its scale in the weights, which vLLM, SGLang and PEFT read alike. --gguf
-    writes an adapter or a model for llama.cpp.
+    An adapter gets a single rank, no patterns, and its scale folded into the weights, so that vLLM, SGLang and PEFT
+    read it alike. --gguf writes an adapter or a model for llama.cpp.
     """
     settings, content = given(ExportSettings, options)
     run(make_request("export", settings, **content), dry_run=dry_run, to_json=as_json, push=push)

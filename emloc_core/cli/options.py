@@ -28,8 +28,8 @@ TRAIN_FLAGS = {
 }
 
 _ROWS = (
-    "Rows of your task: a JSONL, JSON, CSV or Parquet file, a saved dataset, or one of the hub. Repeatable; with "
-    "weight 2 rows are taken twice, with 0.5 half of them."
+    "Rows of your task: a JSONL, JSON, CSV or Parquet file, a saved dataset, or a hub dataset. Repeatable; weight 2 "
+    "takes every row twice, 0.5 takes half of the rows."
 )
 
 device = click.option(
@@ -104,8 +104,9 @@ def evaluation(*, of_emulator: bool) -> Callable[..., Any]:
     ]  # fmt: skip
     if of_emulator:
         found += [
-            click.option("--eval-base", "eval_on_base", is_flag=True, help="Evaluate the base with the LoRA too, read "
-                         "block by block, and keep the checkpoint that is best there."),
+            click.option("--eval-base", "eval_on_base", is_flag=True, help=
+                "Also evaluate the base with the LoRA, read block by block, and keep the checkpoint that is best "
+                "there."),
             click.option("--base", "eval_base", metavar="MODEL", help="With --eval-base: the base.  [default: the "
                          "model that the emulator names]"),
         ]  # fmt: skip
@@ -228,7 +229,7 @@ def pairs(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not key or not equals:
-            raise EmlocError(f"--set {text}: not KEY=VALUE.", "Write, for example, --set warmup_steps=10.")
+            raise EmlocError(f"--set {text} is not KEY=VALUE.", "Write, for example, --set warmup_steps=10.")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -12,7 +12,7 @@ from emloc_core.cli.console import as_json, print_json
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Make a new repository public; by default it is private.")
 @click.option("--with-rows", is_flag=True, help="Publish the rows of your data that an emulator or evaluation holds.")
-@click.option("--base", help="Hub id of the base, where DIRECTORY names a path of this machine.")
+@click.option("--base", help="Hub id of the base, if DIRECTORY names it by a local path.")
 @as_json
 def command(directory: Path, repository: str, public: bool, with_rows: bool, base: str | None, as_json: bool) -> None:
     """Upload DIRECTORY, a finished output, to REPOSITORY (organisation/name) on the Hugging Face hub.

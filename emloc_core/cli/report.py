@@ -12,7 +12,7 @@ from emloc_core.cli.console import as_json, print_json
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="Where to write the page.  [default: report.html in RUN]")  # fmt: skip
-@click.option("--serve", is_flag=True, help="Show the page in a browser while RUN lasts, on this machine alone.")
+@click.option("--serve", is_flag=True, help="Serve the page, to this machine only, while the run lasts.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N",
               help="With --serve: the port.  [default: a free one]")  # fmt: skip
 @as_json
@@ -21,7 +21,7 @@ def command(run: Path, output: Path | None, serve: bool, port: int, as_json: boo
 
     It shows what was done, memory planned and measured, the losses of tuning, the error of every layer, the corrections
     that were compared, and the scores. The page is self-contained: it loads nothing else,
-    so you can send it as it is. With --serve it is shown as it is now, with the stage that runs, and refreshes itself.
+    so you can send it as it is. With --serve, it shows the current state, with the running stage, and refreshes itself.
     """
     if serve:
         _serve(run, port)
@@ -39,6 +39,6 @@ def _serve(run: Path, port: int) -> None:
     from emloc_core.recipe.serve import server
 
     with server(run, port) as serving:
-        click.echo(f"http://{serving.server_address[0]!s}:{serving.server_port}/  (Ctrl-C ends it)")
+        click.echo(f"http://{serving.server_address[0]!s}:{serving.server_port}/  (Ctrl-C stops it)")
         with suppress(KeyboardInterrupt):
             serving.serve_forever()

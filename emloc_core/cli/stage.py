@@ -38,7 +38,7 @@ _DOING = {
     "eval": "Evaluating",
 }
 _CALIBRATIONS = {
-    "propagated": "on the activations of the emulator as far as it is made",
+    "propagated": "on the activations of the emulator so far",
     "base": "on the activations of the base",
     "none": "not needed",
 }
@@ -124,7 +124,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
         yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears become:"
         yield from (f"  {line}" for line in content["summary"])
         if content["ranks_by_spectra"]:
-            yield "  (shared out evenly; calibration will share out the same size by need)"
+            yield "  (distributed evenly; calibration will redistribute the same size by need)"
         yield (
             f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
             f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
@@ -155,9 +155,9 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
 def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
     yield f"longest row: {content['longest_tokens']:,} tokens ({content['longest_row']})"
     if cut := content["cut_rows"]:
-        yield f"cut by the maximum length: {cut} rows, {content['dropped_rows']} of them dropped: no answer is left"
+        yield f"cut to the maximum length: {cut} rows, {content['dropped_rows']} of them dropped, with no answer left"
     if copies := content["duplicate_rows"]:
-        yield f"duplicates: {copies} {'row occurs' if copies == 1 else 'rows occur'} before, with the same content"
+        yield f"duplicates: {copies} {'row repeats' if copies == 1 else 'rows repeat'} the content of an earlier one"
 
 
 def summary(request: Request, result: Result) -> list[str]:
@@ -173,7 +173,7 @@ def summary(request: Request, result: Result) -> list[str]:
             f"{mean}{made['trainable_parameters']:,} trainable parameters"
         ]
         if (best := made.get("best_step")) is not None:
-            kept = f"the best checkpoint, of step {best}" if best else "the adapter as it was: no step made it better"
+            kept = f"the best checkpoint, of step {best}" if best else "the adapter as it was: no step improved it"
             on_base = f", {made['eval_base_loss']:.4f} on the base" if "eval_base_loss" in made else ""
             lines.append(f"kept {kept}; loss {made['eval_loss']:.4f} on {made['eval_rows']} held-out rows{on_base}")
         if made["dropped_rows"]:

@@ -28,8 +28,8 @@ from emloc_core.settings import FREE, TrainSettings
 @click.argument("model")
 @data(required=True)
 @output("Directory for all outputs.")
-@click.option("--memory", metavar="SIZE", default=FREE, help="Memory to tune in, such as 24GiB.  [default: what is "
-              "free of the GPU, or of the machine's memory without one]")  # fmt: skip
+@click.option("--memory", metavar="SIZE", default=FREE, help=
+    "Memory to tune in, such as 24GiB.  [default: the GPU's free memory, or the machine's without one]")  # fmt: skip
 @headroom
 @click.option("--merge", is_flag=True, help="Write the merged model too.")
 @split
@@ -40,10 +40,10 @@ from emloc_core.settings import FREE, TrainSettings
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
 @stage_options
 def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
-    """Tune MODEL, a directory or hub id, on your rows in the memory that there is.
+    """Tune MODEL, a directory or hub id, on your rows in the memory available.
 
     It plans, says what it will do and why, and does it: an ordinary LoRA if that fits, otherwise the best emulator, a
-    LoRA on that, the correction, and exact steps where they pay. OUTPUT gets all of it, with a report page and the
+    LoRA on that, the correction, and exact steps where they pay off. OUTPUT gets all of it, with a report page and the
     answers to five held-out rows before and after; and recipe.toml, which you can edit and run with emloc run. Run the
     same command again to resume.
     """
@@ -55,7 +55,7 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     asked = Tune(output=output, settings=settings, evaluation=rows, **others)
     recipe = asked.started()
     if recipe:
-        click.echo(f"{output / 'recipe.toml'} is there: resuming it.", err=True)
+        click.echo(f"{output / 'recipe.toml'} exists: resuming that run.", err=True)
     if dry_run:
         with planning():
             recipe, lines = (recipe, []) if recipe else asked.plan()

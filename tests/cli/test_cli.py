@@ -131,7 +131,7 @@ def test_dry_run_makes_nothing_and_speaks_json(emloc, tiny_model, rows_file, tmp
     assert {path.name for path in tmp_path.iterdir()} <= {".emloc-hashes.json"}
     assert (plan["calibration_rows"], plan["selection_rows"], plan["tuning_rows"]) == (8, 4, 108)
     assert plan["emulator_bytes"] < plan["base_bytes"]
-    assert "calibration: on the activations of the emulator as far as it is made" in emloc(*argv, "--dry-run")[1]
+    assert "calibration: on the activations of the emulator so far" in emloc(*argv, "--dry-run")[1]
     emloc(*argv)
     shards = (tmp_path / "out").glob("*.safetensors")
     written = json.loads((tmp_path / "out" / "emloc.json").read_text())["result"]["bytes"]["emulator"]

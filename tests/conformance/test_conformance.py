@@ -447,7 +447,7 @@ def test_the_command_lists_what_fails_and_exits_with_1(emloc):
     assert "FAILED linears: model.layers.0.mlp.down_proj is a Linear that is neither" in out
     assert "or to keep_dense with the reason" in out
     blocked = [check.name for check in checks.EACH[2:]]  # all that need it, in one line
-    assert f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.\n" in out
+    assert f"  Not run because checks that they depend on failed: {', '.join(blocked)}.\n" in out
     assert out.count("Not run") == out.count("FAILED") == 1
     assert "15 of 19 checks failed" in err
 

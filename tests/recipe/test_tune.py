@@ -93,7 +93,7 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")}
     code, told, err = emloc(*asked, "--merge")
     assert code == 0, err
-    assert "recipe.toml is there: resuming it" in err
+    assert "recipe.toml exists: resuming that run" in err
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")} == before
     code, _, err = emloc(*asked)
     assert code != 0

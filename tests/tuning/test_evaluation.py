@@ -151,7 +151,7 @@ def test_an_adapter_that_no_exact_step_makes_better_is_kept(emloc, trained, tiny
     assert "EarlyStopping" not in err
     result = read_manifest(tmp_path / "a")["result"]
     assert (result["steps"], result["best_step"]) == (4, 0)  # it lost patience
-    assert f"kept the adapter as it was: no step made it better; loss {result['eval_loss']:.4f}" in out
+    assert f"kept the adapter as it was: no step improved it; loss {result['eval_loss']:.4f}" in out
     before, after = (load_file(path / "adapter_model.safetensors") for path in (trained, tmp_path / "a"))
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert (tmp_path / "a" / MOMENTS).read_bytes() == (trained / MOMENTS).read_bytes()

@@ -233,7 +233,7 @@ def test_a_dry_run_tells_of_long_rows_and_copies(tiny_model, tmp_path, emloc):
     assert [said[name] for name in measured] == [max(lengths), f"Row {1 + lengths.index(max(lengths))}", 2, 1, 2]
     options = ("train", tiny_model, "--data", path, "-o", tmp_path / "a", "--max-length", 16, "--dry-run")
     _, out, _ = emloc(*options)
-    assert "cut by the maximum length: 2 rows, 1 of them dropped" in out
+    assert "cut to the maximum length: 2 rows, 1 of them dropped" in out
     assert "duplicates: 2 rows" in out
     assert read_manifest(job.run())["result"]["dropped_rows"] == 1
 

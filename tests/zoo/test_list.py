@@ -152,7 +152,7 @@ def test_a_model_that_cannot_be_planned_stops_no_other(own):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [([], "no rows to calibrate on"), (["--memory", "100MB"], "it needs more than the 100 MB of memory")],
+    [([], "no rows to calibrate on"), (["--memory", "100MB"], "it needs more than 100 MB of memory")],
 )
 def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options, said):
     argv = ["zoo", "convert", *[str(tiny_model)] * 2, "-o", str(tmp_path / "zoo"), *options, "--dry-run"]

@@ -10,7 +10,7 @@ from emloc_core.cli.families import check, new, scaffold
 @as_json
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
-    """List the model families and the plugins that provide them; broken plugins with their error."""
+    """List the model families and the plugins that provide them, and the errors of broken plugins."""
     if context.invoked_subcommand is not None:
         return
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
     """Check the declarations of families on tiny models.
 
-    Paths, input groups, taps, streamed statistics, emulator, LoRA, correction, merge, memory plan and tied weights,
-    with a tiny model for every entry of the family's tiny_configs. Each failure says what is wrong and how to fix it;
-    the exit code is then 1.
+    It checks paths, input groups, taps, streamed statistics, emulator, LoRA, correction, merge, memory plan and tied
+    weights, with a tiny model for every entry of the family's tiny_configs. Each failure says what is wrong and how to
+    fix it; the exit code is then 1.
     """
     if bool(names) == every:
         raise click.UsageError("Give the NAME of a family, or --all.")
@@ -53,7 +53,7 @@ def _families(names: tuple[str, ...]) -> "list[Family]":
             known = list(installed)
             raise EmlocError(
                 f"No installed plugin declares a family {name!r}: {', '.join(known)}.{did_you_mean(name, known)}",
-                "`emloc families` lists all plugins, broken ones with their error.",
+                "`emloc families` lists all plugins, and the errors of broken ones.",
             )
     return [installed[name] for name in names or installed]
 
@@ -69,4 +69,4 @@ def _show(results: "list[CheckResult]") -> None:
             elif result.passed and result.message:
                 click.echo(f"  {result.check}: {result.message}")
         if blocked := [result.check for result in checks if result.blocked]:
-            click.echo(f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.")
+            click.echo(f"  Not run because checks that they depend on failed: {', '.join(blocked)}.")

@@ -207,7 +207,7 @@ def _refused(job: "ZooJob", needs: "Demand", memory: int | None) -> str:
     if job.data is None:
         return "no rows to calibrate on"
     if memory is not None and needs.memory is not None and needs.memory > memory:
-        return f"it needs more than the {human_bytes(memory)} of memory"
+        return f"it needs more than {human_bytes(memory)} of memory"
     return ""
 
 

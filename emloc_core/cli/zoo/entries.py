@@ -10,7 +10,7 @@ from emloc_core.cli.console import print_table
 
 more_entries = click.option(
     "--registry", type=click.Path(path_type=Path), multiple=True, metavar="PATH",
-    help="An entry of your own, or a directory of entries, besides the registry's; repeatable.",
+    help="An entry of your own, or a directory of entries, in addition to the registry; repeatable.",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--kind", default=AUTO, help="Kind of emulator, as for emloc compress.  [default: the one that is best "
               "for the memory]")  # fmt: skip
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
-              help="Which memory to plan: a GPU's, or the process's.")  # fmt: skip
+              help="Which memory to plan for: a GPU's, or the process's.")  # fmt: skip
 @more_entries
 @as_json
 def command(

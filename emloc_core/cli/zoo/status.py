@@ -12,7 +12,7 @@ from emloc_core.cli.zoo.records import line, totals
 @click.argument("zoo", type=click.Path(path_type=Path))
 @as_json
 def command(zoo: Path, as_json: bool) -> None:
-    """Show the state of each job in ZOO, also while jobs run."""
+    """Show the state of each job in ZOO, even while jobs run."""
     from emloc_core.zoo.state.store import Store
 
     records = Store(zoo).records()
