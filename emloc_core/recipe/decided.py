@@ -49,7 +49,7 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
     (plan,) = call(f"{__name__}:decision", asked)
     if recipe.merge and plan["in_four_bits"]:
         raise EmlocError(
-            f"{recipe.model.base} is in four bits, and a LoRA is merged into the original.",
+            f"{recipe.model.base} is in four bits, but a LoRA can only be merged into the original.",
             "Leave the merge out, and give the original to `emloc merge --base` afterwards.",
             code="unsupported",
         )
@@ -65,14 +65,14 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
         changes["polish"] = one_row_at_a_time(PolishSettings(batch_size=recipe.train.batch_size,
                                                              accumulation=recipe.train.accumulation))  # fmt: skip
     elif recipe.polish and plan["way"] != "emulator":
-        tell("Exact steps would only repeat what is tuned on the model itself: [polish] is left out.")
+        tell("Exact steps would only repeat the tuning on the model itself: [polish] is left out.")
         changes["polish"] = None
     elif recipe.polish and "batch_size" not in recipe.polish.model_fields_set:
         changes["polish"] = one_row_at_a_time(recipe.polish)
     if other := plan["alternative"]:
         tell(
-            f"Evidence is divided between {plan['emulator']['kind']} and {other['kind']}: both are tried. To make "
-            f"one, set compress.kind = {plan['emulator']['kind']!r}."
+            f"The evidence is divided between {plan['emulator']['kind']} and {other['kind']}, so both are tried. To "
+            f"make only one, set compress.kind = {plan['emulator']['kind']!r}."
         )
         given = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
         changes["alternatives"] = {other["kind"]: CompressSettings(**other, **given)}

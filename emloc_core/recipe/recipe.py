@@ -61,7 +61,7 @@ class DataSection(Settings):
         "dataset; a list of several, or a table of them with their weights."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
-    columns: Columns = Field({}, description="Names that the rows have for columns, by TRL's names.")
+    columns: Columns = Field({}, description="Names of the columns in your rows, by TRL's names.")
     skip_bad_rows: bool = Field(False, description=SKIP)
     calibration: str | None = Field(
         None, description="File with other rows for calibration and selection; by default they come from ``train``."
@@ -70,9 +70,11 @@ class DataSection(Settings):
         None, description="Rows to evaluate while tuning; they are never tuned on, and the best checkpoint is kept."
     )
     eval_split: SplitOrShare | None = Field(
-        None, description="Their split; or, without ``eval``, a share of the rows to hold out, such as 0.05."
+        None, description="Split of these rows or, without ``eval``, the share of the rows to hold out, such as 0.05."
     )
-    eval_base: bool = Field(False, description="Evaluate the base too, streamed, and keep what is best there.")
+    eval_base: bool = Field(
+        False, description="Also evaluate the base, streamed, and keep the checkpoint that is best there."
+    )
     test: list[str] = Field([], description="Files with rows that are never tuned on.")
 
 
@@ -80,8 +82,8 @@ class AnswersSection(Settings):
     """Rows that the model answers before tuning and after it."""
 
     rows: str = Field(description="File with the rows; put it into data.test too, so that they are never tuned on.")
-    max_new_tokens: int = Field(64, ge=1, description="Most tokens per answer.")
-    guidance: float | None = Field(None, ge=0, description="Of pictures; by default the pipeline's.")
+    max_new_tokens: int = Field(64, ge=1, description="Maximum tokens per answer.")
+    guidance: float | None = Field(None, ge=0, description="Guidance scale for pictures; by default the pipeline's.")
 
 
 class EvalSection(Settings):
@@ -95,7 +97,7 @@ class EvalSection(Settings):
     )
     limit: int | None = Field(None, ge=1, description="Use only this many rows of each task.")
     batch_size: int = Field(8, ge=1, description="Rows per batch.")
-    full_lora: bool = Field(False, description="Tune the base itself too, as the upper bound, if it fits.")
+    full_lora: bool = Field(False, description="Also tune the base itself, as the upper bound, if it fits.")
 
 
 class Recipe(Settings):
@@ -112,8 +114,8 @@ class Recipe(Settings):
     compress: CompressSettings = CompressSettings()
     alternatives: dict[str, CompressSettings] = Field(
         {},
-        description="Another emulator to try, with the keys of ``compress`` but ``selection``, ``max_length`` and "
-        "``loss``. The LoRA is kept that gives the base the lowest loss on the selection rows.",
+        description="Another emulator to try, with the keys of ``compress`` except ``selection``, ``max_length`` and "
+        "``loss``. The LoRA that gives the base the lowest loss on the selection rows is kept.",
     )
     train: TrainSettings = TrainSettings()
     correct: CorrectSettings = CorrectSettings()
@@ -145,10 +147,10 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _way_has_its_settings(self) -> "Recipe":
         if not self.makes_emulator and self.polish is not None:
-            raise ValueError(f"polish follows an emulator's LoRA, and way is {self.way!r}; leave it out")
+            raise ValueError(f"polish follows an emulator's LoRA, but way is {self.way!r}; leave it out")
         if (self.way == "exact" or self.polish is not None) and not self.train.can_be_exact:
             raise ValueError(
-                "exact steps (polish) know the likelihood of answers, and LoRAs alone: leave them out, or "
+                "exact steps (polish) support only the likelihood of answers, and only LoRAs: leave them out, or "
                 "train.objective and the modules that are trained themselves"
             )
         return self
@@ -159,13 +161,13 @@ class Recipe(Settings):
         if evaluates and self.train.learns_preferences:
             raise ValueError("data.eval: preferences are not evaluated while tuning; leave out the rows to evaluate")
         needs = {
-            "train.patience waits for": self.train.patience,
-            "polish.patience waits for": self.polish and self.polish.patience,
+            "train.patience needs": self.train.patience,
+            "polish.patience needs": self.polish and self.polish.patience,
             "data.eval_base needs": self.data.eval_base,
         }
         for told, given in needs.items():
             if given and not evaluates:
-                raise ValueError(f"{told} rows to evaluate, and there are none; give data.eval")
+                raise ValueError(f"{told} rows to evaluate, but there are none; give data.eval")
         return self
 
     @model_validator(mode="after")
@@ -176,8 +178,8 @@ class Recipe(Settings):
             raise ValueError("alternatives are compared by correct.clamp = 'auto'; leave out the other clamp")
         if self.train.learns_preferences:
             raise ValueError(
-                "alternatives are compared by the likelihood of answers, which says little of preferences; make a "
-                "recipe of each"
+                "alternatives are compared by the likelihood of answers, which says little about preferences; write "
+                "a recipe for each"
             )
         for name, settings in self.alternatives.items():
             if not NAME.fullmatch(name) or name == FIRST:
@@ -188,7 +190,7 @@ class Recipe(Settings):
                 if key in settings.model_fields_set:
                     raise ValueError(f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}")
             if settings.model_dump(exclude=set(SHARED)) == self.compress.model_dump(exclude=set(SHARED)):
-                raise ValueError(f"alternatives.{name} is the emulator of {FIRST} once more; change or leave it out")
+                raise ValueError(f"alternatives.{name} is the same emulator as {FIRST}; change it or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -205,7 +207,7 @@ class Recipe(Settings):
         if self.correct.clamp == "auto" and not self.compress.selection:
             or_else = "" if self.alternatives else ", or set correct.clamp to a number or 'none'"
             raise ValueError(
-                "correct.clamp = 'auto' compares on held-out rows, and compress.selection = 0 holds out none; hold "
+                "correct.clamp = 'auto' compares on held-out rows, but compress.selection = 0 holds out none; hold "
                 f"some out{or_else}"
             )
         return self

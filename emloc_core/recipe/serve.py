@@ -31,7 +31,7 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
         EmlocError: there is no such directory, or the port is taken.
     """
     if not run.is_dir():
-        raise EmlocError(f"{run} is no directory.", "Give the output directory of `emloc run`.", code="missing")
+        raise EmlocError(f"{run} is not a directory.", "Give the output directory of `emloc run`.", code="missing")
     try:
         return ThreadingHTTPServer((HOST, port), partial(_Page, partial(live_page, run)))
     except OSError as error:

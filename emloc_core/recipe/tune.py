@@ -130,13 +130,11 @@ class Tune(Settings):
         rows = self._rows(skipped)  # what is wrong with a row is said at once, too
         if len({row.key for row in rows}) == 1:
             raise EmlocError(
-                "There is one distinct row to tune on, and one is held out, to be answered before and after.",
+                "There is only one distinct row, and one is held out to be answered before and after tuning.",
                 "Give more rows, or use `emloc train`.",
             )
         if not _wanted(rows):
-            raise EmlocError(
-                "No row has an answer that is wanted: every `label` is false.", "Give rows whose label is true, too."
-            )
+            raise EmlocError("No row has a wanted answer: every `label` is false.", "Add rows whose label is true.")
         lines = told(skipped)
         emulator = {"compress": CompressSettings(paper=True)} if self.paper else {}
         content = {

@@ -64,8 +64,8 @@ def test_the_second_best_is_tried_where_evidence_is_divided(write, capsys):
     assert recipe.alternatives == {"2.7-bit": CompressSettings(kind="2.7-bit", samples=8)}
     assert (recipe.way, recipe.model.memory, recipe.compress.kind) == ("emulator", None, "1.6-bit+repair")
     assert capsys.readouterr().err.endswith(
-        "Evidence is divided between 1.6-bit+repair and 2.7-bit: both are tried. To make one, set compress.kind = "
-        "'1.6-bit+repair'.\n"
+        "The evidence is divided between 1.6-bit+repair and 2.7-bit, so both are tried. To make only one, set "
+        "compress.kind = '1.6-bit+repair'.\n"
     )
     assert Recipe(**recipe.model_dump(exclude_unset=True)) == decided(recipe) == recipe
     assert decided(write(overrides=["compress.kind='auto'"])).alternatives == recipe.alternatives

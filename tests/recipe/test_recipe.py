@@ -94,9 +94,9 @@ def test_what_cannot_be_read_is_one_error(write, tmp_path):
     ("override", "told"),
     [
         (["train.objective='dpo'", "data.eval='e.jsonl'"], "data.eval: preferences are not evaluated while tuning"),
-        (["train.patience=2"], "train.patience waits for rows to evaluate, and there are none"),
-        (["polish.steps=1", "polish.patience=2"], "polish.patience waits for rows to evaluate, and there are none"),
-        (["data.eval_base=true"], "data.eval_base needs rows to evaluate, and there are none"),
+        (["train.patience=2"], "train.patience needs rows to evaluate, but there are none"),
+        (["polish.steps=1", "polish.patience=2"], "polish.patience needs rows to evaluate, but there are none"),
+        (["data.eval_base=true"], "data.eval_base needs rows to evaluate, but there are none"),
     ],
 )
 def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, override, told):
@@ -154,7 +154,7 @@ def test_comparing_clamps_needs_selection_rows(write):
     with pytest.raises(EmlocError) as refused:
         load_recipe(path)
     assert str(refused.value) == (
-        f"{path}: correct.clamp = 'auto' compares on held-out rows, and compress.selection = 0 holds out none; "
+        f"{path}: correct.clamp = 'auto' compares on held-out rows, but compress.selection = 0 holds out none; "
         "hold some out, or set correct.clamp to a number or 'none'. Correct these settings."
     )
     assert load_recipe(path, ["correct.clamp=3"]).correct.clamp == 3

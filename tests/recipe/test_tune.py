@@ -69,7 +69,7 @@ def test_one_row_is_too_few_and_that_is_said_at_once(emloc, shallow_model, rows_
     one.write_text(rows_file.read_text().splitlines()[0] + "\n")
     code, _, err = emloc("tune", shallow_model, "--data", one, "-o", tmp_path / "tuned", "--memory", "4GiB", *FLAGS)
     assert code == 1
-    assert "There is one distinct row to tune on" in err
+    assert "There is only one distinct row" in err
     assert not (tmp_path / "tuned").exists()
 
 
@@ -159,7 +159,7 @@ def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch)
         "was not written by `emloc tune`": (shallow_model, "--data", rows_file, "-o", tmp_path / "mine"),
         "Write the unit: 24GiB": (*good, "--memory", 24),
         "give steps or epochs": (*good, "--steps", 1, "--epochs", 1),
-        "train.patience waits for rows": (*good, "--memory", "4GiB", "--patience", 2),
+        "train.patience needs rows": (*good, "--memory", "4GiB", "--patience", 2),
         "no module 'nope'": (*good, "--memory", "4GiB", "--target-modules", "nope"),
     }.items():
         code, _, err = emloc("tune", *arguments)
@@ -207,7 +207,7 @@ def test_unwanted_answers_alone_are_refused_by_the_plan(emloc, shallow_model, tm
         "tune", shallow_model, "--data", data, "-o", tmp_path / "out", "--objective", "kto", "--dry-run"
     )
     assert code == 1
-    assert "No row has an answer that is wanted" in err
+    assert "No row has a wanted answer" in err
 
 
 def test_another_base_to_evaluate_is_refused(shallow_model, rows_file, tmp_path):
