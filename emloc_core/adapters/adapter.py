@@ -46,13 +46,13 @@ def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not _is_positive(alpha):
         yield f"its lora_alpha is {alpha!r}, but the LoRA's scale depends on it"
     if not (_is_positive(rank) and isinstance(rank, int)):
-        yield f"its r is {rank!r}, which is not a rank"
+        yield f"its r is {rank!r}, which is not a valid rank"
     if not isinstance(config.get("use_rslora", False), bool):
         yield f"its use_rslora is {config['use_rslora']!r}, neither true nor false"
     for name, kinds in (("alpha_pattern", (int, float)), ("rank_pattern", (int,))):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict):
-            yield f"its {name} is not an object of numbers by module"
+            yield f"its {name} is not an object that maps modules to numbers"
             continue
         for module, value in pattern.items():
             if not (_is_positive(value) and isinstance(value, kinds)):
@@ -151,7 +151,9 @@ class Adapter:
                 parts.setdefault(path, {})[rest[0]] = tensor
         if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
             raise EmlocError(
-                f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.", code="damaged"
+                f"The LoRA in {self.directory} on {incomplete[0]} lacks one of its two matrices.",
+                "Train again.",
+                code="damaged",
             )
         _ = self.replaced  # refuses what is neither
         stacks = by_stack(parts, self.config.get("target_parameters") or [])
@@ -237,7 +239,7 @@ class Adapter:
         scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
         if not 0 < scale <= torch.finfo(torch.float32).max:
             raise EmlocError(
-                f"The LoRA in {self.directory} on {path} has the scale {scale:g}, which fp32 does not hold.",
+                f"The LoRA in {self.directory} on {path} has the scale {scale:g}, which fp32 cannot represent.",
                 "Correct its lora_alpha.",
             )
         return of_experts(a, b, scale, rank) if stacked else Lora(a, b, scale)

@@ -39,8 +39,8 @@ class AsTrained(Job):
     def warnings(self) -> list[str]:
         """What the user has to know: that nothing is corrected."""
         return [
-            f"{self.adapter.directory} was trained on {self.adapter.model_name}, which is no emulator: the LoRA stays "
-            "as it is"
+            f"{self.adapter.directory} was trained on {self.adapter.model_name}, which is not an emulator: the LoRA "
+            "stays as it is"
         ]
 
     @cached_property
@@ -77,5 +77,5 @@ class AsTrained(Job):
         self.output.result = {
             "clamp": 0, "scale": 1.0, "linears": len(self.adapter.loras), CONTENT: content_hash(staging)
         }  # fmt: skip
-        self.output.made = "Left as it was trained: not on an emulator."
+        self.output.made = "Left as it was: not trained on an emulator."
         progress("copied", 1, 1)

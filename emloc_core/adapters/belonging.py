@@ -78,7 +78,7 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
         named = adapter.config.get("base_model_name_or_path") or "a model that it does not name"
         if not model and made_for and made_for != fingerprint and named != base.name:
             raise EmlocError(
-                f"{adapter.directory} was trained on {named}, which is not here, and not on {base.directory}.",
+                f"{adapter.directory} was trained on {named}, which was not found, and not on {base.directory}.",
                 "If that is an emulator of it, put it back, or correct the adapter with `emloc correct --emulator`.",
                 code="missing",
             )
@@ -90,14 +90,14 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
             )
         if not model and not made_for and named != base.name and not allow_uncorrected:
             raise EmlocError(
-                f"{adapter.directory} was trained on {named}, which is not here, so it is unknown whether that is an "
-                "emulator.",
+                f"{adapter.directory} was trained on {named}, which was not found, so it is unknown whether that is "
+                "an emulator.",
                 "If it was trained on the base itself, give --allow-uncorrected.",
                 code="missing",
             )
     if made_for and made_for != fingerprint:
         raise EmlocError(
-            f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
+            f"{adapter.directory} was made for a base other than {base.directory}: the fingerprints differ.",
             "Give the base that the adapter was made for, unchanged.",
             code="mismatch",
         )
@@ -143,13 +143,13 @@ def require_match(
     trained_on = adapter.manifest.get("request", {}).get("model")
     if trained_on is not None and trained_on != emulator_fingerprint:
         raise EmlocError(
-            f"{adapter.directory} was trained on another emulator than {emulator.directory}: the fingerprints differ.",
+            f"{adapter.directory} was trained on an emulator other than {emulator.directory}: the fingerprints differ.",
             "Give the emulator that it was trained on, unchanged, with --emulator.",
             code="mismatch",
         )
     if emulator.said("request.base", str) != base_fingerprint:
         raise EmlocError(
-            f"The emulator {emulator.directory} was made from another base than {base.directory}: the fingerprints "
+            f"The emulator {emulator.directory} was made from a base other than {base.directory}: the fingerprints "
             "differ.",
             "Give the base that the emulator was made from, unchanged.",
             code="mismatch",

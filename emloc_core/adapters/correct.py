@@ -117,8 +117,8 @@ class Correct(Job):
         wanted = [row for row in load_rows(str(path), loss=loss) if row.label is not False]
         if not wanted:
             raise EmlocError(
-                f"--clamp auto compares on answers that are wanted, and {path} holds none.",
-                "Give a file of some with --selection-data, or a fixed --clamp.",
+                f"--clamp auto compares on wanted answers, but {path} holds none.",
+                "Give a file with some as --selection-data, or a fixed --clamp.",
             )
         return wanted
 
@@ -194,15 +194,15 @@ class Correct(Job):
             corrected: Any = self.correct(weight, emulated, lora.to(weight.device), clamps)
         if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
             raise EmlocError(
-                f"The correction {self.settings.correction!r} did not give one LoRA per clamp, in the shapes of the "
-                f"given one, on {path}.",
+                f"The correction {self.settings.correction!r} did not return one LoRA per clamp, each in the shapes "
+                f"of its input, on {path}.",
                 "Choose another --correction, or update the plugin.",
                 code="plugin",
             )
         for candidate in corrected:
             if not bool(torch.isfinite(candidate.a).all() and torch.isfinite(candidate.b).all()):
                 raise EmlocError(
-                    f"The correction {self.settings.correction!r} gave a LoRA with NaN or Inf, on {path}.",
+                    f"The correction {self.settings.correction!r} returned a LoRA with NaN or Inf, on {path}.",
                     "Check base and emulator.",
                     code="not-finite",
                 )
@@ -268,7 +268,7 @@ def prepare(request: CorrectRequest) -> Correct | AsTrained:
         return Correct(request, adapter)  # which says that it is not there
     if not adapter.manifest and request.base != name:
         raise EmlocError(
-            f"{adapter.directory} was trained on {name}, which is not here, so it is unknown whether that is an "
+            f"{adapter.directory} was trained on {name}, which was not found, so it is unknown whether that is an "
             "emulator.",
             f"Give the emulator with --emulator. If {name} is the base itself, there is nothing to correct: use "
             f"`emloc merge`, or copy the adapter with --base {name}.",

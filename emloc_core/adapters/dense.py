@@ -63,7 +63,7 @@ def replacements(tensors: Mapping[str, torch.Tensor], tokens: Any) -> dict[str, 
         indices = _indices(path, tokens) if rows else None
         if tensor.ndim != 2 or path == key or (rows and len(indices or ()) != len(tensor)):
             raise EmlocError(
-                f"The adapter holds {key}, which is neither part of a LoRA on a Linear nor what its config says.",
+                f"The adapter holds {key}, which is neither part of a LoRA on a Linear nor declared in its config.",
                 "Train an ordinary LoRA on Linears only.",
                 code="unsupported",
             )
@@ -83,7 +83,7 @@ def require_dense(replaced: Mapping[str, Replacement], model: nn.Module) -> None
     for path, new in replaced.items():
         if path not in dense:
             raise EmlocError(
-                f"The adapter replaces {path}, which is not what it was in training.",
+                f"The adapter replaces {path}, which was a different module in training.",
                 f"Train a LoRA on it; only {' and '.join(dense)} can be trained themselves.",
                 code="unsupported",
             )

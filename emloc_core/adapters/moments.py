@@ -26,7 +26,7 @@ FILE = "second_moments.adam"
 _COUNTED = 10
 #: In the file's header: the learning rate of the tuning.
 _RATE = "learning_rate"
-_REMEDY = f"Remove {FILE} to begin without, at a lower learning rate, or train again."
+_REMEDY = f"Remove {FILE} to start without it, at a lower learning rate, or train again."
 
 
 def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None, learning_rate: float) -> None:
@@ -91,7 +91,9 @@ def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None
     parameters = _parameters(optimizer)
     shapes = {names[parameter]: parameter.shape for parameter, _ in parameters}
     if wrong := [key for key, tensor in tensors.items() if shapes.get(key) != tensor.shape]:
-        raise EmlocError(f"{path} is of another LoRA than that beside it: {wrong[0]}.", _REMEDY, code="mismatch")
+        raise EmlocError(
+            f"{path} belongs to a different LoRA than the one beside it: {wrong[0]}.", _REMEDY, code="mismatch"
+        )
     state = {
         index: {
             "step": torch.tensor(float(_COUNTED)),

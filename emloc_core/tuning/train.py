@@ -202,7 +202,7 @@ class Train(Job):
         base, emulator = self.base.checkpoint.fingerprint(files), self.model.checkpoint.directory
         if manifest_value(read_manifest(emulator) or {}, emulator, "request.base", str) != base:
             raise EmlocError(
-                f"The emulator {emulator} was made from another base than {self.base.checkpoint.directory}.",
+                f"The emulator {emulator} was made from a base other than {self.base.checkpoint.directory}.",
                 "Give the base that it was made from with --base.",
                 code="mismatch",
             )

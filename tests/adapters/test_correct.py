@@ -159,7 +159,7 @@ def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path
     job = correct_job(adapter, tiny_model, tmp_path / "out", CorrectSettings(clamp=1.0))
     job.correct = lambda *_: answer
     with pytest.raises(
-        EmlocError, match=r"correction 'emloc' did not give one LoRA per clamp.* on model\.layers\.0\.mlp\."
+        EmlocError, match=r"correction 'emloc' did not return one LoRA per clamp.* on model\.layers\.0\.mlp\."
     ):
         job.run()
     assert not (tmp_path / "out").exists()
@@ -220,7 +220,7 @@ def test_another_base_is_refused(tiny_model, adapter, tmp_path):
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] += 1e-3
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EmlocError, match="another base"):
+    with pytest.raises(EmlocError, match="a base other than"):
         correct(adapter, other, tmp_path / "out")
 
 
@@ -232,7 +232,7 @@ def test_another_emulator_is_refused(tiny_model, adapter, tmp_path):
         "result": {"sha256": content_hash(trained)},
     }
     (trained / "emloc.json").write_text(json.dumps(manifest))
-    with pytest.raises(EmlocError, match="another emulator"):
+    with pytest.raises(EmlocError, match="an emulator other than"):
         correct(trained, tiny_model, tmp_path / "out")
 
 

@@ -201,7 +201,7 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
     weights = load_file(other / "model.safetensors")
     torch.nn.init.ones_(weights["model.norm.weight"])
     (other / "config.json").write_text((other / "config.json").read_text().replace("{", '{"extra_field": 1,', 1))
-    with pytest.raises(EmlocError, match="was made from another base than"):
+    with pytest.raises(EmlocError, match="was made from a base other than"):
         train(tiny_emulator, rows_file, tmp_path / "a", EvalRows(data=str(held_out), on_base=True, base=str(other)))
     with pytest.raises(EmlocError, match="No row is left to evaluate"):
         divide(load_rows(held_out), request(EvalRows(data=str(held_out))), TrainSettings(), [held_out])

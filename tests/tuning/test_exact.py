@@ -340,7 +340,7 @@ def other_base(tiny_model, tmp_path):
 
 
 def test_what_does_not_belong_together_is_refused(ordinary, tiny_model, tiny_emulator, rows_file, tmp_path):
-    with pytest.raises(EmlocError, match=r"was made for another base than .*: the fingerprints differ"):
+    with pytest.raises(EmlocError, match=r"was made for a base other than .*: the fingerprints differ"):
         polish(ordinary, other_base(tiny_model, tmp_path), rows_file, tmp_path / "a")
     config = json.loads((tiny_model / "config.json").read_text())
     narrow = save_tiny_model({**config, "intermediate_size": 24}, tmp_path / "narrow")
