@@ -23,7 +23,7 @@ from emloc_core.zoo.state.store import DATABASE, Store
 from emloc_core.zoo.state.timing import estimate
 
 #: What happens to a job that is not done and not what it was.
-CHANGED = "its files or settings are others now: what it had made is removed"
+CHANGED = "its files or settings have changed, so its earlier output is removed"
 
 
 def convert(
@@ -121,7 +121,7 @@ def require_room(previews: Sequence[Preview], directory: Path, limits: Limits) -
     room = max(0, min(rooms)) if rooms else None
     if room is not None and needed > room:
         raise EmlocError(
-            f"The jobs write {human_bytes(needed)}, and {directory} can take {human_bytes(room)}.",
+            f"The jobs would write {human_bytes(needed)}, but {directory} has room for only {human_bytes(room)}.",
             "Free some space, choose another disk, or convert fewer models at a time.",
         )
     return needed, room

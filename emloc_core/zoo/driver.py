@@ -143,7 +143,7 @@ class Driver:
             outcome = self.engine.poll(handle)
             if outcome is None and self.limits.time is not None and seconds > self.limits.time:
                 self.engine.stop(handle)
-                outcome = Outcome("time limit", f"Stopped after {human_seconds(self.limits.time)}, the limit.")
+                outcome = Outcome("time limit", f"Stopped at the time limit of {human_seconds(self.limits.time)}.")
             if outcome is not None:
                 del self._running[name]
                 self._end(name, progress, outcome, seconds, beside=beside)
@@ -214,9 +214,9 @@ class Driver:
                 return False
             raise RefusedError(
                 "disk",
-                f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(self._written)} of the "
-                f"{human_bytes(self.limits.disk)} that the zoo may take are taken.",
-                "Give --disk more.",
+                f"{task.job.name} would write {human_bytes(need)}, but {human_bytes(self._written)} of the "
+                f"{human_bytes(self.limits.disk)} allowed for the zoo are already taken.",
+                "Raise --disk.",
             )
         if self.limits.elsewhere:
             return True
@@ -226,8 +226,8 @@ class Driver:
                 return False
             raise RefusedError(
                 "disk",
-                f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(free)} are free, of which "
-                f"{human_bytes(RESERVE)} are left alone.",
+                f"{task.job.name} would write {human_bytes(need)}, but only {human_bytes(free)} are free, of which "
+                f"{human_bytes(RESERVE)} are kept in reserve.",
                 "Free some space and run the same command again.",
             )
         return True

@@ -54,13 +54,13 @@ def after(outcome: Outcome, job: ZooJob, failures: int, limits: Limits, *, share
     if failures >= limits.retries:
         return Retry(False)
     if outcome.cause == "out of memory" and shared:
-        return Retry(True, "Again alone: other jobs ran beside it.")
+        return Retry(True, "Retrying it alone: other jobs ran at the same time.")
     if outcome.cause == "out of memory":
         smaller = job.smaller(outcome.stage)
-        note = f"Again smaller: {describe_change(job, smaller)}." if smaller else "It cannot be made smaller."
+        note = f"Retrying it smaller: {describe_change(job, smaller)}." if smaller else "It cannot be made smaller."
         return Retry(smaller is not None, note, smaller=smaller)
     if outcome.cause == "input/output":
         delay = limits.backoff * 2**failures
-        return Retry(True, f"Again after {delay:g} s.", delay)
+        return Retry(True, f"Retrying after {delay:g} s.", delay)
     again = outcome.cause == "lost worker" or (outcome.cause == "time limit" and failures == 0)
-    return Retry(again, "Again, from where it stopped." if again else "")
+    return Retry(again, "Retrying from where it stopped." if again else "")

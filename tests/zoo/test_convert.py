@@ -232,7 +232,7 @@ def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(place, tm
     assert "  1. first  to do   base 144 kB, emulator 95.9 kB, disk 33.7 MB, memory " in done.stdout
     assert "the same as first" in done.stdout
     assert "time unknown" in done.stdout
-    assert f"The jobs write 33.7 MB, and {zoo} can take 1 MB." in str(done.exception)
+    assert f"The jobs would write 33.7 MB, but {zoo} has room for only 1 MB." in str(done.exception)
     assert not zoo.exists()
 
 
@@ -331,11 +331,11 @@ def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone):
     assert {name: [attempt.cause for attempt in record.attempts] for name, record in records.items()} == {
         "hungry": ["out of memory", "out of memory"], "full": ["disk"], "well": ["lost worker", None],
     }  # fmt: skip
-    assert records["hungry"].attempts[0].message.endswith("Again smaller: compress.samples 12 -> 6.")
+    assert records["hungry"].attempts[0].message.endswith("Retrying it smaller: compress.samples 12 -> 6.")
     assert "The disk is full" in records["full"].attempts[0].message
     assert list((tmp_path / "zoo/jobs/full").glob(".*.partial")) == []
     killed = records["well"].attempts[0].message
-    assert killed.startswith("The process of the stage 'emulator' was ended by SIGKILL.")
+    assert killed.startswith("The process of the stage 'emulator' was killed by SIGKILL.")
     assert records["well"].result["linears"]
 
 

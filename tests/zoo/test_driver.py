@@ -111,7 +111,7 @@ def test_a_killed_worker_is_lost_and_tried_again(tmp_path, number):
     assert causes(records["a"]) == ["lost worker", None]
     # SIGTERM makes a worker kill its group; before it can, as it starts, SIGTERM itself ends it.
     ended = {signal.SIGKILL.name, signal.Signals(number).name}
-    told = {f"The worker was ended by {name}. Again, from where it stopped." for name in ended}
+    told = {f"The worker was killed by {name}. Retrying from where it stopped." for name in ended}
     assert records["a"].attempts[0].message in told
     assert causes(records["other"]) == [None]
 
@@ -216,7 +216,9 @@ def test_memory_that_others_may_have_taken_makes_no_job_smaller(tmp_path):
 
     records = wait(tmp_path, [waiting("b", 1), waiting("a")], engine=Hungry, tell=tell)
     assert [attempt.message for attempt in records["a"].attempts] == [
-        "Again alone: other jobs ran beside it.", "Again smaller: compress.samples default -> 32.", "",
+        "Retrying it alone: other jobs ran at the same time.",
+        "Retrying it smaller: compress.samples default -> 32.",
+        "",
     ]  # fmt: skip
     assert beside == [False, True, *[False] * 6]
 
@@ -230,7 +232,7 @@ def test_what_never_fits_fails_and_the_others_finish(tmp_path):
     assert {name: causes(record) for name, record in records.items()} == {
         "memory": ["out of memory"], "disk": ["disk"], "limit": ["disk"], "fits": [None], "too": ["disk"],
     }  # fmt: skip
-    assert "1 kB of memory by the plan, and there are 1 kB" in records["memory"].attempts[0].message
+    assert "1 kB of memory by the plan, but there is only 1 kB" in records["memory"].attempts[0].message
     assert "60 B of the 100 B" in records["too"].attempts[0].message
     for attempt in (records["memory"].attempts[0], records["limit"].attempts[0]):
         assert (tmp_path / attempt.log).read_text() == f"emloc: error: {attempt.message}\n"
@@ -301,7 +303,7 @@ def test_a_dry_run_counts_what_is_done_and_what_is_left_over(tmp_path, monkeypat
     assert [(each.name, each.state) for each in previews] == [("asked", "to do"), ("begun", "to do")]
     needed, room = require_room(previews, tmp_path, Limits(disk=1_110_000))
     assert needed == 650_000 < room < 660_000
-    with pytest.raises(EmlocError, match="The jobs write 650 kB"):
+    with pytest.raises(EmlocError, match="The jobs would write 650 kB"):
         require_room(previews, tmp_path, Limits(disk=1_090_000))
 
 
@@ -323,7 +325,7 @@ def test_it_is_said_before_what_a_changed_job_has_made_is_removed(tmp_path, monk
     plan_as("1")
     assert [each.note for each in preview([waiting("a")], tmp_path)] == [""]
     plan_as("2")
-    assert ["what it had made is removed" in each.note for each in preview([waiting("a")], tmp_path)] == [True]
+    assert ["its earlier output is removed" in each.note for each in preview([waiting("a")], tmp_path)] == [True]
     assert made.is_dir()
     convert([waiting("a")], tmp_path, lambda lock: WaitingEngine(1, None, [lock]), tell=lambda *it: told.append(it))
     assert [state for _, state, _ in told] == ["changed", "running", "done"]

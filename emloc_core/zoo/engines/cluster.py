@@ -224,7 +224,9 @@ class RayEngine:
             output = name if self._storage else f"{JOBS}/{job.name}/{stage}"
             whole = self._storage.has(output) if self._storage else (handle.directory / output / MANIFEST).is_file()
             if not whole:
-                said = f"{outcome.host} made {output}, which is not at {self.url or handle.directory} from here."
+                said = (
+                    f"{outcome.host} made {output}, which is not visible at {self.url or handle.directory} from here."
+                )
                 return Outcome("input/output", said, stage, host=outcome.host)
         return outcome
 

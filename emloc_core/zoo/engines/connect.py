@@ -67,6 +67,6 @@ def _start(ray: Any, options: dict[str, Any]) -> None:
     if not ipaddress.ip_address(node).is_loopback:  # it had been imported before it was confined
         ray.shutdown()
         raise EmlocError(
-            f"Ray would listen on {node}, where other machines reach it.",
+            f"Ray would listen on {node}, where other machines can reach it.",
             "Do not import ray before emloc starts it, or start a cluster yourself and give its --address.",
         )

@@ -53,9 +53,9 @@ class LocalEngine:
         if need is not None and need > self.memory:
             raise RefusedError(
                 "out of memory",
-                f"{task.job.name} needs {human_bytes(need)} of memory by the plan, and there are "
+                f"{task.job.name} needs {human_bytes(need)} of memory by the plan, but there is only "
                 f"{human_bytes(self.memory)}.",
-                "Give --memory where there is more, or make the job smaller: fewer samples, shorter rows.",
+                "Raise --memory if there is more, or make the job smaller: fewer samples, shorter rows.",
             )
         free = self.workers - len(self._running)
         if self._gpus:
@@ -89,7 +89,7 @@ class LocalEngine:
         self.stop(handle)  # and what it left running
         code = handle.worker.process.returncode
         if code < 0 and outcome.cause is None:  # killed between its last word and its end: the outputs are whole
-            outcome = replace(outcome, message=f"The worker was ended by signal {-code} when it was done.")
+            outcome = replace(outcome, message=f"The worker was killed by signal {-code} after it had finished.")
         return replace(outcome, host=socket.gethostname())
 
     def stop(self, handle: LocalHandle) -> None:

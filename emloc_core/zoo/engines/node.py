@@ -138,7 +138,7 @@ def _own_directory() -> Path:
     place = Path(tempfile.gettempdir()) / f"emloc-zoo-{os.getuid()}"
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     if place.lstat().st_uid != os.getuid():
-        raise EmlocError(f"{place} is another user's.", "Set TMPDIR on that node to a directory of your own.")
+        raise EmlocError(f"{place} belongs to another user.", "Set TMPDIR on that node to a directory of your own.")
     return place
 
 
@@ -179,7 +179,7 @@ def _is_here(path: Path, name: str) -> bool:
     return path.exists() and input_name(path) == name
 
 
-_BUSY = Outcome("input/output", "The worker of an earlier attempt is still there.")
+_BUSY = Outcome("input/output", "The worker of an earlier attempt is still running.")
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class Storage:
             OSError: it is not there, or cannot be read.
         """
         if not self.has(name, marker):
-            raise FileNotFoundError(f"{self.url} has no whole {name}.")
+            raise FileNotFoundError(f"{self.url} has no complete {name}.")
         incoming = target.with_name(f".{target.name}.incoming")
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir(parents=True)

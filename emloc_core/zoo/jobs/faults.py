@@ -68,7 +68,7 @@ def ended(code: int, kills_before: int, what: str) -> Outcome:
     if code >= 0:
         index = code - _FIRST_CODE
         if 0 <= index < len(CAUSES):
-            said = f"{what} could only say so by its exit code ({code}); its log may say more."
+            said = f"{what} reported this only by its exit code ({code}); its log may say more."
             remedy = " The disk is full: free some space." if CAUSES[index] == "disk" else ""
             return Outcome(CAUSES[index], said + remedy)
         return Outcome("crash", f"{what} ended with exit code {code}; its log says more.")
@@ -76,7 +76,7 @@ def ended(code: int, kills_before: int, what: str) -> Outcome:
     if code == -signal.SIGKILL and memory_kills() > kills_before:
         return Outcome("out of memory", f"{what} was killed by the kernel, which had run out of memory.")
     lost = -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    return Outcome("lost worker" if lost else "crash", f"{what} was ended by {name}.")
+    return Outcome("lost worker" if lost else "crash", f"{what} was killed by {name}.")
 
 
 def exit_code(cause: Cause | None) -> int:

@@ -72,7 +72,7 @@ class ZooJob(Settings):
         if not self.layout:
             return found
         native = directory / _NATIVE
-        purpose = "rewrite the model as transformers' own classes have it"
+        purpose = "rewrite the model in the layout of transformers' own classes"
         return [Stage(purpose, ImportRequest(source=self.model, output=native)), *found]
 
     def fingerprint(self, cache_dir: Path) -> str:

@@ -54,7 +54,7 @@ def plan(
         lost = jobs[min(len(found), len(jobs) - 1)]
         raise EmlocError(
             f"Planning ended at {lost.name} ({lost.model}) with exit code {error.exit_code}.",
-            "What it printed says more; leave that model out, or free some memory.",
+            "Its output says more; leave that model out, or free some memory.",
         ) from None
     return found
 

@@ -51,7 +51,7 @@ class JobSection(Settings):
         asked = [name for name in ("train", "correct", "polish", "merge", "eval") if name in self.model_fields_set]
         asked = [name for name in asked if getattr(self, name)]
         if asked and (self.data is None or self.train is False):
-            raise ValueError(f"{', '.join(asked)}: only a job with data of its own, and no train = false, is trained")
+            raise ValueError(f"{', '.join(asked)}: only a job with its own data, and without train = false, is trained")
         return self
 
 
@@ -102,7 +102,7 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
         elif path.suffix == ".toml":
             jobs += _read_jobs(path, defaults)
         elif path.exists() or source.startswith((".", "/", "~")) or source.endswith("/"):
-            what = "is no directory of models and no TOML file of jobs" if path.exists() else "is not there"
+            what = "is neither a directory of models nor a TOML file of jobs" if path.exists() else "does not exist"
             raise EmlocError(
                 f"{source} {what}.",
                 "Give a model directory, a directory of those, a file of jobs, or ids of the registry.",

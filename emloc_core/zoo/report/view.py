@@ -20,9 +20,9 @@ STATES = {
     "failed": "failed; see cause and log",
     "interrupted": "was running when its driver ended; the same command resumes it",
     "running": "running now",
-    "waiting": "not begun, or to be tried again",
+    "waiting": "not started, or to be retried",
     "done": "done",
-    "duplicate": "the same as another job, and not done twice",
+    "duplicate": "the same as another job, so not repeated",
 }
 
 

@@ -35,7 +35,7 @@ def driving(directory: Path) -> Iterator[int]:
             if (owner is not None and psutil.pid_exists(owner)) or time.monotonic() > deadline:
                 raise EmlocError(
                     f"{directory} is being converted already (process {owner or 'unknown'}).",
-                    "Wait for it, or stop it; `emloc zoo status` shows how far it is.",
+                    "Wait for it, or stop it; `emloc zoo status` shows its progress.",
                 )
             time.sleep(0.02)
         os.ftruncate(descriptor, 0)

@@ -407,7 +407,7 @@ def test_a_temporary_directory_of_another_user_is_not_used(jobs, tmp_path, monke
     me = os.getuid()
     place.rename(place.with_name(f"emloc-zoo-{me + 1}"))
     monkeypatch.setattr("os.getuid", lambda: me + 1)
-    with pytest.raises(EmlocError, match="is another user's"):
+    with pytest.raises(EmlocError, match="belongs to another user"):
         perform(order)
 
 

@@ -18,7 +18,7 @@ from emloc_core.zoo.jobs.sources import Defaults, resolve
 def test_a_job_that_is_not_trained_asks_for_no_training(tmp_path, settings, named):
     file = tmp_path / "jobs.toml"
     file.write_text(f"[[job]]\nmodel = 'a/b'\n{settings}\n")
-    with pytest.raises(EmlocError, match=f"job.0: {named}: only a job with data of its own"):
+    with pytest.raises(EmlocError, match=f"job.0: {named}: only a job with its own data"):
         resolve([str(file)], Defaults(data="org/rows"))
 
 

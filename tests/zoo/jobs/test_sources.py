@@ -124,8 +124,8 @@ def test_a_wrong_file_of_jobs_is_one_error(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("./nowhere", "is not there"),
-        ("nowhere/", "is not there"),
+        ("./nowhere", "does not exist"),
+        ("nowhere/", "does not exist"),
         ("nowhere.toml", "There is no file of jobs at"),
         ("Qwen/Qwen2.5-7BB", "Did you mean 'Qwen/Qwen2.5-7B'"),
         ("no-such-*", "No entry of the registry matches"),
