@@ -71,7 +71,9 @@ class Conversation:
                 or there is no room for it. The message is then forgotten.
         """
         if images and not self.reads_images:
-            raise EmlocError("The model reads no images.", "Ask without, or use an image-text model.", code="mismatch")
+            raise EmlocError(
+                "The model reads no images.", "Leave out the images, or use an image-text model.", code="mismatch"
+            )
         pictures = [Picture.of(fspath(image), Path()) for image in images]
         content = [*(dict(IMAGE) for _ in pictures), {"type": "text", "text": text}] if pictures else text
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -132,7 +134,7 @@ class Conversation:
         room = self._most if longest is None else min(self._most, longest - length)
         if room < 1:
             raise EmlocError(
-                f"The conversation has {length} tokens, and the model takes {longest}.", "Start a new one."
+                f"The conversation has {length} tokens, but the model takes at most {longest}.", "Start a new one."
             )
         if self._seed is not None:
             set_seed(self._seed)

@@ -111,7 +111,7 @@ def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
             continue
         if system.name not in _ON_THE_BASE or not is_on_rounded(Adapter(system.adapter), system.model):
             raise EmlocError(
-                f"The adapter {system.adapter} was made for another model than {system.model.directory} "
+                f"The adapter {system.adapter} was made for a model other than {system.model.directory} "
                 f"({system.name}).",
                 "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them anyway.",
                 code="mismatch",
@@ -256,7 +256,7 @@ def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
         if shown and family.modality == "text":
             raise EmlocError(
                 f"The task {shown} shows images, and {system.model.directory} ({system.name}) is of the family "
-                f"{family.name}, which reads text only.",
+                f"{family.name}, which only reads text.",
                 "Give a model for images and text, or another task.",
                 code="mismatch",
             )

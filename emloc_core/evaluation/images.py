@@ -124,8 +124,8 @@ def find_pictures(task: Any, directory: Path) -> None:
         if places != len(sources):
             start = prompt if len(prompt) <= 60 else prompt[:60] + " ..."
             raise EmlocError(
-                f"A prompt of the task {task.task_name} has {places} times {PLACEHOLDER}, and its row {len(sources)}"
-                f" image(s): {start!r}.",
+                f"A prompt of the task {task.task_name} has {places} times {PLACEHOLDER}, but its row has "
+                f"{len(sources)} image(s): {start!r}.",
                 f"Let doc_to_text write {PLACEHOLDER} once per image, where the model should see it.",
             )
         return Pictures([Picture.of(source, directory) for source in sources])

@@ -42,7 +42,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
     if images is None:
         images = family.modality != "text" and any(model.glob("*processor_config.json"))
     if images and family.modality == "text":
-        raise EmlocError(f"A task shows images, and models of the family {family.name} read text only.",
+        raise EmlocError(f"A task shows images, but models of the family {family.name} only read text.",
                          code="mismatch")  # fmt: skip
     processing = load_processor(model) if images else load_tokenizer(model)
     parts = _parts(checkpoint.nbytes)
@@ -74,13 +74,14 @@ def _parts(nbytes: int) -> dict[int | str, int] | None:
     parts["cpu"] = free_memory("cpu")
     if nbytes > sum(parts.values()):
         raise EmlocError(
-            f"The model has {human_bytes(nbytes)}, and GPU and CPU have room for {human_bytes(sum(parts.values()))}.",
+            f"The model takes {human_bytes(nbytes)}, but GPU and CPU have room for only "
+            f"{human_bytes(sum(parts.values()))}.",
             "Free memory, or use a machine with more.",
             code="memory",
         )
     click.echo(
-        f"emloc: the model has {human_bytes(nbytes)}, and the GPU {human_bytes(free[0])} free: layers that do not fit "
-        "are copied from CPU memory whenever they are used, which is slow",
+        f"emloc: the model takes {human_bytes(nbytes)}, but the GPU has only {human_bytes(free[0])} free: layers "
+        "that do not fit are copied from CPU memory whenever they are used, which is slow",
         err=True,
     )
     return parts

@@ -84,7 +84,7 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
         length = encoded["input_ids"].shape[1]
         if left_truncate_len is not None and length > left_truncate_len:
             raise EmlocError(
-                f"A prompt with its images has {length} tokens, and there is room for {left_truncate_len}.",
+                f"A prompt with its images has {length} tokens, but there is room for only {left_truncate_len}.",
                 "Use smaller or fewer images, or leave the row out; for a task of generation, lower max_gen_toks.",
             )
         return encoded.to(self.device, self.model.dtype)

@@ -74,7 +74,7 @@ def _write(kind: str, rows: list[Row], data: Path, output: Path) -> Path:
     needed, has = ("text", text) if kind == "rolling_perplexity" else ("prompt and completion", answer)
     if not has:
         raise EmlocError(
-            f"{data} holds rows of {rows[0].form}, and a task of the kind {kind} needs {needed}.",
+            f"{data} holds rows of {rows[0].form}, but a task of the kind {kind} needs {needed}.",
             "Choose another kind, or give other rows.",
         )
     if template == "choice":
@@ -149,7 +149,8 @@ def _check_images(kind: str, rows: list[Row], data: Path) -> None:
     if has_images != (kind in IMAGE_KINDS):
         kinds = [known for known in KINDS if (known in IMAGE_KINDS) == has_images]
         raise EmlocError(
-            f"{data} holds rows {'with' if has_images else 'without'} images, and {kind} is no kind of task for them.",
+            f"{data} holds rows {'with' if has_images else 'without'} images, and {kind} is not a kind of task for "
+            "them.",
             f"Choose one of: {', '.join(kinds)}.",
         )
 

@@ -62,14 +62,14 @@ def run_tasks(
         lm = _lm(model, processing, images, batch_size)
         if with_template and not (processing if images else lm.tokenizer).chat_template:
             raise EmlocError(
-                f"The task {members[0].task_name} needs a chat template, and the model has none.",
+                f"The task {members[0].task_name} needs a chat template, but the model has none.",
                 "Use --no-chat, or rows of prompt and completion as strings.",
                 code="missing",
             )
         for task in filter(asks_conversations, members):
             if not with_template:
                 raise EmlocError(
-                    f"The task {task.task_name} asks conversations of several turns.",
+                    f"The task {task.task_name} has conversations of several turns.",
                     "Leave out --no-chat: they need the chat template.",
                 )
             ask_conversations(task, lm)
@@ -238,5 +238,5 @@ def ask_conversations(task: Any, lm: Any) -> None:
         return lm.ask(question, answer_render(lm.tokenizer, row.tools))
 
     if task.config.num_fewshot:
-        raise EmlocError(f"The task {task.task_name} asks conversations of several turns.", "Leave out num_fewshot.")
+        raise EmlocError(f"The task {task.task_name} has conversations of several turns.", "Leave out num_fewshot.")
     ask(task, context)

@@ -141,7 +141,7 @@ def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
 def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
     """Read a task file without importing anything; return all files read, and the merged content."""
     if path in seen:
-        raise EmlocError(f"{path} includes itself.", "Break the circle of includes.")
+        raise EmlocError(f"{path} includes itself.", "Remove the circular include.")
     try:
         content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except FileNotFoundError:

@@ -338,9 +338,11 @@ def test_a_missing_picture_is_found_before_anything_runs(internvl, rows_with_pic
 
 def test_a_model_of_text_is_shown_no_images(tiny_model, rows_with_pictures, tmp_path):
     task = str(write_task("image_nll", rows_with_pictures, tmp_path / "task.yaml"))
-    with pytest.raises(EmlocError, match=r"shows images, and .* \(base\) is of the family llama, which reads text"):
+    with pytest.raises(
+        EmlocError, match=r"shows images, and .* \(base\) is of the family llama, which only reads text"
+    ):
         evaluate([system("base", tiny_model)], [task], tmp_path / "out")
-    with pytest.raises(EmlocError, match="family llama read text only"):
+    with pytest.raises(EmlocError, match="family llama only read text"):
         load_system(tiny_model, None, images=True)
 
 
@@ -377,7 +379,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_one_error(internvl):
 
 
 def test_a_prompt_that_does_not_fit_is_refused(lm):
-    with pytest.raises(EmlocError, match=r"has \d+ tokens, and there is room for 3\."):
+    with pytest.raises(EmlocError, match=r"has \d+ tokens, but there is room for only 3\."):
         lm.tok_batch_multimodal_encode([f"ab {lm.image_token}."], [[Image.new("RGB", (8, 8))]], left_truncate_len=3)
 
 
@@ -390,7 +392,9 @@ def test_a_choice_among_too_many_answers_names_other_kinds_for_images(rows_with_
 
 @pytest.mark.parametrize("kind", ["completion_nll", "choice"])
 def test_rows_with_images_are_of_other_kinds(kind, rows_with_pictures, rows_file, tmp_path):
-    with pytest.raises(EmlocError, match=f"with images, and {kind} is no kind .* image_choice, image_nll, image_quest"):
+    with pytest.raises(
+        EmlocError, match=f"with images, and {kind} is not a kind .* image_choice, image_nll, image_quest"
+    ):
         write_task(kind, rows_with_pictures, tmp_path / "task.yaml")
-    with pytest.raises(EmlocError, match=r"without images, and image_nll is no kind .* choice, completion_nll, gen"):
+    with pytest.raises(EmlocError, match=r"without images, and image_nll is not a kind .* choice, completion_nll, gen"):
         write_task("image_nll", rows_file, tmp_path / "task.yaml")

@@ -84,7 +84,7 @@ def test_conversations_of_several_turns_are_asked_for_their_last_answer(tiny_mod
         pairs.append((context, tokenizer.encode(text + row[-1]["content"])[len(context) :]))
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
     assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(EmlocError, match=r"asks conversations of several turns\. Leave out --no-chat"):
+    with pytest.raises(EmlocError, match=r"has conversations of several turns\. Leave out --no-chat"):
         metrics_of(tiny_model, task, chat=False)
 
 

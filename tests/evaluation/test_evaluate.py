@@ -257,11 +257,11 @@ def test_an_adapter_in_the_place_of_another_is_refused(
         ({"corrected": tuned}, f"--corrected {tuned} is not corrected"),
         ({"corrected": adapter}, f"--corrected {adapter} is not corrected"),
         ({"adapter": corrected}, f"--adapter {corrected} is corrected"),
-        ({"adapter": full}, f"{full} was made for another model than {tiny_emulator}"),
-        ({"full_lora": tuned}, f"{tuned} was made for another model than {tiny_model}"),
-        ({"polished": tuned}, f"{tuned} was made for another model than {tiny_model}"),
-        ({"full_lora": corrected}, f"{corrected} was made for another model than {tiny_model}"),
-        ({"full_lora": served}, f"{served} was made for another model than {tiny_model}"),
+        ({"adapter": full}, f"{full} was made for a model other than {tiny_emulator}"),
+        ({"full_lora": tuned}, f"{tuned} was made for a model other than {tiny_model}"),
+        ({"polished": tuned}, f"{tuned} was made for a model other than {tiny_model}"),
+        ({"full_lora": corrected}, f"{corrected} was made for a model other than {tiny_model}"),
+        ({"full_lora": served}, f"{served} was made for a model other than {tiny_model}"),
     ):
         with pytest.raises(EmlocError, match=message):
             compare(**refused)
@@ -283,7 +283,7 @@ def test_an_adapter_of_the_base_in_four_bits_is_on_the_base(
     compared = Evaluate(make_request("eval", systems=systems, tasks=tasks, output=tmp_path / "out"))
     assert compared.describe()
     write_json(packed / "config.json", read_json(packed / "config.json") | {MARK: "nf4"})  # an emulator of it
-    with pytest.raises(EmlocError, match=f"{tuned} was made for another model than {tiny_model}"):
+    with pytest.raises(EmlocError, match=f"{tuned} was made for a model other than {tiny_model}"):
         compared.describe()
 
 
@@ -302,7 +302,7 @@ def test_an_adapter_of_another_model_is_refused(
     strange = write_manifest(kind, key, foreign)
     models = ["--base", str(tiny_model), "--emulator", str(tiny_emulator)]
     argv = [*tasks, *models, option, str(strange), "-o", str(tmp_path / "out"), *dry]
-    with pytest.raises(EmlocError, match=f"{strange} was made for another model"):
+    with pytest.raises(EmlocError, match=f"{strange} was made for a model other"):
         CliRunner().invoke(command, argv, catch_exceptions=False)
     assert not (tmp_path / "out").exists()
     free = [*tasks, "--system", f"any={tiny_model}+{strange}", "-o", str(tmp_path / "out"), "--dry-run"]
