@@ -195,7 +195,7 @@ def _all_answers(row: Row, messages: list[Message], ids: list[int], render: _Ren
             end = ids.index(end_token, start) + 1 if closed else None
         if end is None:
             raise EmlocError(
-                f"{row.name}: the model's chat template renders message {index + 1} differently with what "
+                f"{row.name}: the model's chat template renders message {index + 1} differently depending on what "
                 "follows, so its part of the loss cannot be found.",
                 "Mark answers by {% generation %} in the template, use --loss last, or leave the row out.",
                 code="unsupported",
@@ -220,7 +220,7 @@ def _require_tools_shown(row: Row, messages: list[Message], ids: list[int], rend
     elif calls != messages and render(calls) == ids:
         missing = "tool calls"
     elif answers != messages and render(answers) == ids:
-        missing = "what tools answer"
+        missing = "the answers of tools"
     if missing:
         raise EmlocError(
             f"{row.name}: the model's chat template leaves out {missing}.",

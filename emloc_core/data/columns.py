@@ -65,7 +65,9 @@ def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
     lacking = columns.keys() - found.keys()
     if lacking == columns.keys() or lacking - _OPTIONAL:
         missing = ", ".join(own for name, own in columns.items() if name in lacking)
-        raise EmlocError(f"{where}: has no column {missing}, but {', '.join(map(str, content))}.", "Correct --columns.")
+        raise EmlocError(
+            f"{where}: has no column {missing}; it has {', '.join(map(str, content))}.", "Correct --columns."
+        )
     return found
 
 
@@ -122,7 +124,7 @@ def _with_prompt(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _alpaca(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     history = content.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise EmlocError(f"{where}: `history` is no list of questions with their answers.", "Correct it.")
+        raise EmlocError(f"{where}: `history` is not a list of question-answer pairs.", "Correct it.")
     instruction, given = content["instruction"], content.get("input")
     asked = f"{instruction}\n{given}" if given else instruction
     messages = [{"role": "system", "content": content["system"]}] if content.get("system") else []

@@ -46,10 +46,10 @@ def place_images(prompt: list[Message], completion: list[Message], images: int, 
         EmlocError: the image parts do not match the number of images, are in the completion, or are marked in a text.
     """
     if any(isinstance(message["content"], list) for message in completion):
-        raise EmlocError(f"{where}: there is an image in the answer.", "Images can be asked about, not answered with.")
+        raise EmlocError(f"{where}: the answer contains an image.", "Put images into the question.")
     if images and any(_MARK in part.get("text", "") for part in _user_parts(prompt)):
         raise EmlocError(
-            f"{where}: a user's text contains {_MARK}, which would be read as text, besides the image.",
+            f"{where}: a user's text contains {_MARK}, which would be read as text in addition to the image.",
             'Replace it with a part {"type": "image"}, or remove it.',
         )
     parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
@@ -166,7 +166,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
         raise EmlocError(f"{where} has a tool call without the name of a function.", _CALL)
     arguments = _decoded(function.get("arguments", {}), f"{where}: the arguments of {function['name']}")
     if not isinstance(arguments, dict):
-        raise EmlocError(f"{where}: the arguments of {function['name']} are no object.", _CALL)
+        raise EmlocError(f"{where}: the arguments of {function['name']} are not an object.", _CALL)
     named = {"id": str(call["id"])} if "id" in call else {}
     return {**named, "type": "function", "function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
 

@@ -172,7 +172,7 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
     if has >= {"prompt", answer}:
         prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", answer))
         if isinstance(prompt, str) != isinstance(completion, str):
-            raise EmlocError(f"{where}: one of prompt and completion is a string, the other messages.", FORMS)
+            raise EmlocError(f"{where}: one of prompt and completion is a string, the other a list of messages.", FORMS)
         rejected = _rejected(content, completion, where)
         label = content.get("label")  # or something else than what KTO means by it
         row = Row(
@@ -221,7 +221,7 @@ def _rejected(content: dict[str, Any], chosen: Content, where: str) -> Content |
         return None
     rejected = parse_content(content["rejected"], f"{where}: `rejected`")
     if isinstance(rejected, str) != isinstance(chosen, str):
-        raise EmlocError(f"{where}: one of chosen and rejected is a string, the other messages.", FORMS)
+        raise EmlocError(f"{where}: one of chosen and rejected is a string, the other a list of messages.", FORMS)
     return rejected
 
 

@@ -82,7 +82,7 @@ def _read_folder(path: Path) -> Iterator[Numbered]:
     for number, file in enumerate(_pictures(path), start=1):
         caption = file.with_suffix(".txt")
         if not caption.is_file():
-            raise EmlocError(f"{file} has no {caption.name} beside it.", "Write one, or move it away.")
+            raise EmlocError(f"{file} has no {caption.name} beside it.", "Write one, or move the picture elsewhere.")
         try:
             text = caption.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:

@@ -154,7 +154,7 @@ def require_readable(rows: Iterable[Row], family: Family) -> None:
         )
     if drawn := next((row for row in rows if row.form == "picture"), None):
         raise EmlocError(
-            f"{drawn.name} is a picture and its prompt, but models of the family {family.name} read pictures alone.",
+            f"{drawn.name} is a picture and its prompt, but models of the family {family.name} only read pictures.",
             "Give a model that makes pictures, or rows with an answer: messages, or prompt and completion.",
             code="mismatch",
         )
@@ -239,7 +239,7 @@ def tokenized(
         encoded = encode_conversations if some[0].form == "conversation" else _plain
         for row, (ids, mask) in zip(some, encoded(some, processing), strict=True):
             if not any(mask):
-                raise EmlocError(f"{row.name}: the tokenizer leaves nothing to learn.", "Leave the row out.")
+                raise EmlocError(f"{row.name}: the tokenizer leaves no tokens to learn.", "Leave the row out.")
             yield _within(limits, row, Sample(ids[:max_length], mask[:max_length], row.name))
 
 
@@ -280,7 +280,7 @@ def _with_images(row: Row, processor: "ProcessorMixin", max_length: int | None, 
 
     if row.loss == "all":
         raise EmlocError(
-            f"{row.name}: the loss on all answers is not known for rows with images.",
+            f"{row.name}: the loss on all answers is not supported for rows with images.",
             "Use --loss last.",
             code="unsupported",
         )

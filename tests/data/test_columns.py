@@ -70,7 +70,7 @@ def test_marks_of_images_become_parts(tmp_path):
         ({"conversations": ["hello"]}, "a turn that is not an object"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "a turn from 'narrator'"),
         ({"conversations": SHAREGPT["conversations"][:1]}, "does not end with an assistant turn"),
-        ({**ALPACA, "history": ["a"]}, "`history` is no list of questions"),
+        ({**ALPACA, "history": ["a"]}, "`history` is not a list of question-answer pairs"),
         ({"instruction": "a"}, r"has the columns \['instruction'\]"),
     ],
 )
@@ -86,12 +86,12 @@ def test_columns_may_have_other_names():
     assert [(row.prompt, row.completion) for row in found] == [("a?", "b."), ("c?", "d.")]
     dialog = [{"dialog": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}]}]
     assert load_rows(dialog, columns={"messages": "dialog"})[0].completion == [dialog[0]["dialog"][1]]
-    with pytest.raises(EmlocError, match=r"row 1: has no column question, answer, but q, a\."):
+    with pytest.raises(EmlocError, match=r"row 1: has no column question, answer; it has q, a\."):
         load_rows([{"q": "a?", "a": "b."}], columns=names)
-    with pytest.raises(EmlocError, match=r"row 1: has no column answer, but question, a\."):
+    with pytest.raises(EmlocError, match=r"row 1: has no column answer; it has question, a\."):
         load_rows([{"question": "a?", "a": "b."}], columns=names)
     assert load_rows(rows, columns={**names, "tools": "functions"}) == found
-    with pytest.raises(EmlocError, match=r"row 1: has no column dialog, but dialogue, text\."):
+    with pytest.raises(EmlocError, match=r"row 1: has no column dialog; it has dialogue, text\."):
         load_rows([{"dialogue": PLAIN, "text": "a"}], columns={"messages": "dialog"})
     with pytest.raises(EmlocError, match=r"no column 'question'\. Did you mean prompt=question\?"):
         load_rows(rows, columns={"question": "prompt"})

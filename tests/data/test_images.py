@@ -99,7 +99,10 @@ def test_an_image_is_upright_and_in_rgb():
             },
             "a user's text contains <image>",
         ),
-        ({"messages": ask("a", [{"type": "image"}])["messages"], "images": ["good.png"]}, "an image in the answer"),
+        (
+            {"messages": ask("a", [{"type": "image"}])["messages"], "images": ["good.png"]},
+            "the answer contains an image",
+        ),
         ({"messages": ask([{"type": "image", "image": "good.png"}], "a")["messages"]}, r"\['image', 'type'\]"),
         ({"messages": ask([{"type": "video"}], "a")["messages"]}, "of type 'video'"),
         ({"messages": ask(["a"], "a")["messages"]}, "a part that is not an object"),

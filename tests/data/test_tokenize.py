@@ -136,7 +136,7 @@ def test_a_completion_that_truncation_cuts_away_is_an_error(tokenizer):
 def test_a_row_that_the_tokenizer_makes_nothing_of_is_an_error(tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="", unk_token=None)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("cat", "")
-    with pytest.raises(EmlocError, match="Row 1: the tokenizer leaves nothing"):
+    with pytest.raises(EmlocError, match="Row 1: the tokenizer leaves no tokens"):
         encode([Row(1, text="cat")], tokenizer)
 
 
@@ -330,7 +330,7 @@ def test_tools_go_through_the_models_template(tokenizer):
     [
         ("tools", TOOLS.replace("for tool in tools or []", "for tool in []")),
         ("tool calls", TOOLS.replace("message['tool_calls'] or []", "[]")),
-        ("what tools answer", TOOLS.replace("['content'] }}", "['content'] if message['role'] != 'tool' }}")),
+        ("the answers of tools", TOOLS.replace("['content'] }}", "['content'] if message['role'] != 'tool' }}")),
     ],
 )
 def test_a_template_that_leaves_out_tools_is_refused(left_out, template, tokenizer):
