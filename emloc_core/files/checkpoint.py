@@ -76,7 +76,7 @@ class Checkpoint:
         if (settings := self.config.get("quantization_config")) and not is_in_mxfp4(self.config):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
             raise EmlocError(
-                f"{self.directory} is quantised or an emulator already (method {method!r}).",
+                f"{self.directory} is already quantised or an emulator (method {method!r}).",
                 f"Give the original, unquantised model{f' with {option}' if option else ''}.",
                 code="unsupported",
             )

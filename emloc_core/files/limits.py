@@ -33,8 +33,8 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's
             raise
         raise EmlocError(
-            f"{what} takes more than {nbytes >> 20} MiB of memory, or than there is.",
-            "Free some memory. If enough is free, do not use the file: it is damaged, or meant to do harm.",
+            f"{what} takes more than {nbytes >> 20} MiB of memory, or more than is free.",
+            "Free some memory. If enough is free, do not use the file: it is damaged or malicious.",
             code="refused",
         ) from error  # the zoo tries again smaller where memory ran out
 

@@ -64,7 +64,8 @@ def load_config(path: Path) -> Any:
         _refuse_own_code(error, path, "config")
         raise EmlocError(
             f"transformers cannot read {path}: {first_line(error)}",
-            "Check the file. Code that comes with a model is never run: its architecture must be one of transformers.",
+            "Check the file. Code that comes with a model is never run: its architecture must be built into "
+            "transformers.",
             code="unsupported",
         ) from error
 
@@ -146,7 +147,9 @@ def load_processing(name: str, directory: Path) -> Any:
     processor = directory / "processor_config.json"
     if processor.is_file() and "audio_tokenizer" in read_object(processor):
         raise EmlocError(
-            f"{processor} names another model, which would be loaded.", "Use a model without one.", code="refused"
+            f"{processor} names another model, which would be loaded.",
+            "Use a model whose processor does not.",
+            code="refused",
         )
     what = name.removeprefix("Auto").lower()
     try:

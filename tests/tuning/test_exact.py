@@ -349,7 +349,7 @@ def test_what_does_not_belong_together_is_refused(ordinary, tiny_model, tiny_emu
     shallow = save_tiny_model({**config, "num_hidden_layers": 1}, tmp_path / "shallow")
     with pytest.raises(EmlocError, match=r"The base has no Linear at model\.layers\.1"):
         polish(ordinary, shallow, rows_file, tmp_path / "a")
-    with pytest.raises(EmlocError, match="is quantised or an emulator already"):
+    with pytest.raises(EmlocError, match="is already quantised or an emulator"):
         polish(ordinary, tiny_emulator, rows_file, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / ".a.partial").exists()
