@@ -25,7 +25,7 @@ from emloc_core.serving.plain import plain, plain_config, warnings
 #: Said of a template that begins answers as no tuned one begins.
 _STARTS = (
     "The model's chat template begins every answer with {!r}, which tuning does not show: serve it with a template "
-    "that does not, as `emloc chat` and `eval` ask."
+    "that leaves this out, as `emloc chat` and `eval` do."
 )
 
 
@@ -57,19 +57,20 @@ class Export(Job):
             self.model = open_original(request.source)
         self.base = self.model.checkpoint
         if self.settings.comfyui and (adapter is None or self.settings.gguf):
-            raise EmlocError("--comfyui is for adapters, and no GGUF.", "Give an adapter, without --gguf.")
+            raise EmlocError("--comfyui is for adapters, and does not write GGUF.", "Give an adapter, without --gguf.")
         if self.settings.gguf:
             require_gguf(self.model)
         elif adapter is None:
             raise EmlocError(
-                f"{self.base.directory} is a model, which servers take as it is.",
+                f"{self.base.directory} is a model, which servers load as it is.",
                 "Serve it as it is, or write GGUF with --gguf.",
             )
         if adapter is not None:
             require_shapes(adapter, self.model.skeleton.model)
             if adapter.replaced:
                 raise EmlocError(
-                    f"{adapter.directory} replaces {', '.join(adapter.replaced)}, which servers take in no adapter.",
+                    f"{adapter.directory} replaces {', '.join(adapter.replaced)}, which no server accepts in an "
+                    "adapter.",
                     "Merge it, and serve the merged model.",
                     code="unsupported",
                 )

@@ -27,7 +27,7 @@ _Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
 _BLOCK = 32  # numbers that q8_0 scales together
 #: What YaRN can set besides, and the values that readers take.
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
-_ONLY = "Only byte-level BPE is written, from tokenizer.json."
+_ONLY = "Only byte-level BPE can be written, from tokenizer.json."
 
 
 def require_gguf(model: OpenModel) -> Gguf:
@@ -111,7 +111,7 @@ def _add_sizes(writer: "GGUFWriter", config: Any, dtype: str) -> None:
 
     head, rope = _head_size(config), config.rope_parameters
     if getattr(config, "sliding_window", None) or config.hidden_act != "silu":
-        raise unsupported("Attention in a sliding window, or another activation than silu, cannot be written here.")
+        raise unsupported("Sliding-window attention, or an activation other than silu, cannot be written here.")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -250,7 +250,9 @@ def add_vocabulary(writer: Any, directory: Path, size: int, layout: Gguf) -> Non
     types = [int(TokenType.UNUSED)] * size
     largest = max([*model["vocab"].values(), *(added["id"] for added in content.get("added_tokens", []))])
     if largest >= size:
-        raise unsupported(f"The tokenizer in {directory} has the token {largest}, and the model {size} tokens.")
+        raise unsupported(
+            f"The tokenizer in {directory} has the token {largest}, but the model has only {size} tokens."
+        )
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, int(TokenType.NORMAL)
     for added in content.get("added_tokens", []):

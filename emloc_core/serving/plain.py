@@ -72,7 +72,7 @@ def warnings(loras: Mapping[str, Lora], family: Family) -> Iterator[str]:
     if rank > VLLM_RANK:
         enough = next((each for each in VLLM_RANKS if each >= rank), None)
         yield f"Its rank is {rank}, above vLLM's default of {VLLM_RANK}: " + (
-            f"start it with --max-lora-rank {enough}." if enough else "vLLM takes no such rank; merge it instead."
+            f"start it with --max-lora-rank {enough}." if enough else "vLLM supports no such rank; merge it instead."
         )
     if any(lora.is_stacked for lora in loras.values()):
         yield "It has LoRAs on experts, which few servers take. Merge the adapter, and serve the merged model."
@@ -82,5 +82,5 @@ def warnings(loras: Mapping[str, Lora], family: Family) -> Iterator[str]:
     if other := [path for path in loras if not any(path.startswith(f"{blocks}.") for blocks in language)]:
         yield (
             f"{len(other)} of its {len(loras)} Linears are outside the language model ({other[0]}, for one): servers "
-            "leave such LoRAs out, or refuse them. Merge the adapter, and serve the merged model."
+            "ignore or reject such LoRAs. Merge the adapter, and serve the merged model."
         )

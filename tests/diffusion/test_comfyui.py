@@ -110,5 +110,5 @@ def test_an_adapter_is_exported(tmp_path):
              for end in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]  # fmt: skip
     assert torch.allclose(product, torch.cat(parts), atol=1e-6)
     assert len(written) == 3 * (2 * 8 + 2)  # eight matrices in each of two blocks, and one in each of two
-    with pytest.raises(EmlocError, match="no GGUF"):
+    with pytest.raises(EmlocError, match="does not write GGUF"):
         emloc.export(adapter, tmp_path / "never", comfyui=True, gguf=True)

@@ -216,7 +216,7 @@ def test_what_readers_of_gguf_would_take_otherwise_is_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens([f"more {number}" for number in range(200)])
     tokenizer.save_pretrained(model)
-    with pytest.raises(EmlocError, match=r"has the token .*, and the model 128 tokens"):
+    with pytest.raises(EmlocError, match=r"has the token .*, but the model has only 128 tokens"):
         emloc_core.export(model, tmp_path / "made", gguf=True)
 
 
