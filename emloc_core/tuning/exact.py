@@ -75,14 +75,14 @@ class ExactTrain(Train):
         super().__init__(request, start)
         if self.settings.learns_preferences:
             raise EmlocError(
-                "Exact steps know the likelihood of answers alone, not preferences.",
+                "Exact steps support only the likelihood of answers, not preferences.",
                 "Train by DPO on an emulator or an ordinary model.",
                 code="unsupported",
             )
         if self.settings.trains_modules:
             raise loras_alone("modules")
         if others := [name for name in _ORDINARY if name in self.settings.extra]:
-            raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")
+            raise EmlocError(f"Exact steps do not support {', '.join(others)}.", "Leave it out.")
         self.skeleton, self.limits = self.model.skeleton, request.limits
         self.memory = parse_bytes(self.limits.memory) if self.limits.memory else None
 
@@ -160,8 +160,8 @@ class ExactTrain(Train):
         if away > free:
             other = "or a maximum length" if on_disk else "or a maximum length, or keep them on a disk (--park disk)"
             raise EmlocError(
-                f"A step of {self._rows} rows keeps {human_bytes(away)} at block boundaries, "
-                f"and {human_bytes(free)} of {'the disk' if on_disk else 'memory'} is free.",
+                f"A step of {self._rows} rows keeps {human_bytes(away)} at block boundaries, but only "
+                f"{human_bytes(free)} of {'the disk' if on_disk else 'memory'} is free.",
                 f"Lower the batch size, the accumulation {other}.",
                 resumable=True,
             )

@@ -27,7 +27,7 @@ def require_processes(started: int) -> None:
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}:
         raise EmlocError(
-            "FSDP splits weights over processes, and the adapter would be written by one of them.",
+            "FSDP shards the weights over processes, but only one of them writes the adapter.",
             "Start the processes without FSDP: each then holds an emulator, which is small.",
             code="unsupported",
         )
@@ -53,8 +53,8 @@ def require_room(nbytes: int, device: torch.device) -> None:
     """
     if device.type == "cuda" and nbytes > (free := free_of(device)):
         raise EmlocError(
-            f"The model has {human_bytes(nbytes)}, of the GPU {human_bytes(free)} are free, and `emloc train` places "
-            "no model on several GPUs.",
+            f"The model takes {human_bytes(nbytes)}, but the GPU has only {human_bytes(free)} free, and `emloc "
+            "train` does not split a model over several GPUs.",
             "Take exact steps, which read it block by block (--exact), make a smaller emulator, or load it with "
             "device_map='auto' in a script of your own.",
             code="memory",

@@ -54,13 +54,13 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
     model.objective.require_rows(evaluated, model.family)
     if not evaluated and settings.patience is not None:
         raise EmlocError(
-            "There are no rows to evaluate, so patience would never end.",
+            "There are no rows to evaluate, so patience has no effect.",
             "Give --eval-data or --eval-split, or leave it out.",
         )
     if not train:
         source = request.data if isinstance(request.data, str) else "the data"
         why = f"all {excluded} are calibration, selection or excluded rows"
-        why = f"all {len(rows)} that are left are evaluated" if rows else why
+        why = f"all {len(rows)} that are left are held out for evaluation" if rows else why
         raise EmlocError(f"No row of {source} is left to train on: {why}.", "Give more rows.")
     return TuningRows(train, evaluated, excluded, skipped)
 
@@ -83,7 +83,7 @@ def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:
             )
         if row.images or row.tools:
             raise EmlocError(
-                f"{row.name} has {'images' if row.images else 'tools'}, which preferences do not take here.",
+                f"{row.name} has {'images' if row.images else 'tools'}, which preferences do not support here.",
                 "Leave the row out, or use your own script.",
                 code="unsupported",
             )
@@ -124,9 +124,9 @@ def _share(asked: EvalRows) -> float | None:
     if asked.split is None or not _NUMBER.fullmatch(asked.split):
         return None
     if not 0 < float(asked.split) < 1:
-        raise EmlocError(f"{asked.split} is no share of the rows to hold out.", "Give one between 0 and 1.")
+        raise EmlocError(f"{asked.split} is not a share of the rows to hold out.", "Give one between 0 and 1.")
     if asked.data is not None:
         raise EmlocError(
-            f"{asked.split} is a share of the rows that are trained on, and others are named.", _OTHER_ROWS
+            f"{asked.split} is a share of the training rows, but other rows to evaluate are named.", _OTHER_ROWS
         )
     return float(asked.split)

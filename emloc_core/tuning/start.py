@@ -56,7 +56,10 @@ class NewLora:
     def warnings(self) -> tuple[str, ...]:
         """What the user has to know before: that an emulator lacks what a correction reads."""
         model = self.model.checkpoint
-        told = f"{model.directory} is an emulator without its {MANIFEST}, which a correction reads: copy it whole"
+        told = (
+            f"{model.directory} is an emulator without its {MANIFEST}, which the correction needs: copy the whole "
+            "directory"
+        )
         return (told,) if kind_of(model.config) and read_manifest(model.directory) is None else ()
 
     def targets(self, model: PreTrainedModel) -> list[str]:
@@ -68,7 +71,7 @@ class NewLora:
         if self._recomputes and not getattr(model, "supports_gradient_checkpointing", True):
             raise EmlocError(
                 f"Transformers cannot recompute the activations of a {type(model).__name__}.",
-                "Give --no-gradient-checkpointing: it takes more memory.",
+                "Give --no-gradient-checkpointing, which takes more memory.",
                 code="unsupported",
             )
         return choose_targets(self.model, self.settings)
@@ -124,7 +127,7 @@ class GivenLora:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user has to know before: that the steps undo what was learned from preferences."""
-        told = f"{self.adapter} was trained by preferences, which the likelihood of answers makes it forget"
+        told = f"{self.adapter} was trained on preferences, which training on the likelihood of answers makes it forget"
         return (told,) if learned_preferences(self.adapter) else ()
 
     def targets(self, model: PreTrainedModel) -> list[str]:
@@ -173,7 +176,7 @@ class GivenLora:
 def loras_alone(names: str) -> EmlocError:
     """Return the error for exact steps that would train other modules too."""
     return EmlocError(
-        f"Exact steps train LoRAs alone, and {names} would be trained too.",
+        f"Exact steps train only LoRAs, but {names} would be trained too.",
         "Train on an emulator or an ordinary model, and leave out exact steps.",
         code="unsupported",
     )

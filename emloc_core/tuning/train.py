@@ -87,7 +87,7 @@ class Train(Job):
             return None
         if self.settings.trains_modules:
             raise EmlocError(
-                "The base is evaluated with LoRAs alone, and embeddings or the output layer are trained too.",
+                "The base can be evaluated only with LoRAs, but embeddings or the output layer are trained too.",
                 "Leave out --eval-base.",
                 code="unsupported",
             )
@@ -329,5 +329,5 @@ def steps_described(settings: StepSettings, request: Mapping[str, Any], result: 
     if settings.learns_preferences and isinstance(settings, TrainSettings):
         told += f", by {settings.objective.upper()} with beta {settings.beta}"
     loss = result["train_loss"]
-    kept = ", which did not make it better: it was kept as it was" if result.get("best_step") == 0 else ""
+    kept = ", which did not improve it: it was kept as it was" if result.get("best_step") == 0 else ""
     return f"{told}, on {result['rows']} rows" + ("" if loss is None else f", mean loss {loss:.4f}") + kept

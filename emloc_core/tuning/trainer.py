@@ -30,7 +30,7 @@ from emloc_core.tuning.preferences import odds_ratio_loss, with_mismatched
 
 SETTINGS = "The training settings do not work"
 DIVERGED = "Lower the learning rate, or train without bf16."
-_FROM_THE_START = "Nothing was tuned yet: copy the model again, which may be damaged, or train without bf16."
+_FROM_THE_START = "Nothing has been tuned yet: the model may be damaged, so copy it again, or train without bf16."
 _PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last entry
 
 

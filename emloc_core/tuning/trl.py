@@ -207,7 +207,7 @@ def lora_settings(config: "LoraConfig") -> dict[str, Any]:
             found[field.name] = value
         elif field.name not in _NOT_OF_LORA and value != getattr(usual, field.name):
             raise EmlocError(
-                f"peft_config has {field.name} = {value!r}, which is no setting of `train`.", "Leave it out."
+                f"peft_config has {field.name} = {value!r}, which is not a setting of `train`.", "Leave it out."
             )
     targets = found["target_modules"]
     if isinstance(targets, str) and targets != ALL_LINEAR:

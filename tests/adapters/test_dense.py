@@ -104,9 +104,9 @@ def test_training_trains_saves_and_resumes_them(models, rows_file, tmp_path):
     old = AutoModelForCausalLM.from_pretrained(base).lm_head.weight
     assert (new.weight - old).abs().max() > 0.01
     merge_job(adapter, base, tmp_path / "merged", allow_uncorrected=True).run()
-    with pytest.raises(EmlocError, match="Exact steps train LoRAs alone, and lm_head"):
+    with pytest.raises(EmlocError, match="Exact steps train only LoRAs, but lm_head"):
         polish_job(adapter, base, rows_file, tmp_path / "polished", PolishSettings(steps=1))
-    with pytest.raises(EmlocError, match="Exact steps train LoRAs alone"):
+    with pytest.raises(EmlocError, match="Exact steps train only LoRAs"):
         exact_job(base, rows_file, tmp_path / "exact", settings)
 
 

@@ -155,7 +155,7 @@ def test_an_adapter_that_no_exact_step_makes_better_is_kept(emloc, trained, tiny
     before, after = (load_file(path / "adapter_model.safetensors") for path in (trained, tmp_path / "a"))
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert (tmp_path / "a" / MOMENTS).read_bytes() == (trained / MOMENTS).read_bytes()
-    assert "which did not make it better: it was kept as it was" in (tmp_path / "a" / "README.md").read_text()
+    assert "which did not improve it: it was kept as it was" in (tmp_path / "a" / "README.md").read_text()
     assert result["eval_loss"] == pytest.approx(nll(tiny_model, trained, load_rows(held_out)), rel=1e-5)
 
 
@@ -210,11 +210,11 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [
-        ({"split": "1.5"}, "1.5 is no share"),
-        ({"split": "0.0"}, "0.0 is no share"),
-        ({"data": "ROWS", "split": "0.1"}, "0.1 is a share of the rows that are trained on"),
+        ({"split": "1.5"}, "1.5 is not a share"),
+        ({"split": "0.0"}, "0.0 is not a share"),
+        ({"data": "ROWS", "split": "0.1"}, "0.1 is a share of the training rows"),
         ({"split": "dev"}, "ROWS is a file, which has no split 'dev'"),
-        ({"data": "ROWS"}, "all 5 that are left are evaluated"),
+        ({"data": "ROWS"}, "all 5 that are left are held out"),
     ],
 )
 def test_rows_to_evaluate_that_cannot_be_meant(asked, complaint, tiny_model, tmp_path):
@@ -229,7 +229,7 @@ def test_a_share_may_be_a_number():
 
 
 def test_patience_without_rows_to_evaluate_is_refused(tiny_model, rows_file, tmp_path):
-    with pytest.raises(EmlocError, match="no rows to evaluate, so patience would never end"):
+    with pytest.raises(EmlocError, match="no rows to evaluate, so patience has no effect"):
         train(tiny_model, rows_file, tmp_path / "a", EvalRows(), patience=2)
 
 

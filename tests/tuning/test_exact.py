@@ -386,7 +386,7 @@ def test_rows_without_answers_and_rows_that_fill_memory_are_refused(
     with pytest.raises(EmlocError, match=r"empty\.jsonl, row 1: has the columns \['prompt'\]"):
         polish(ordinary, tiny_model, empty, tmp_path / "a")
     monkeypatch.setattr("emloc_core.model.device.within_group", lambda _, total: (1000, total))  # in a container
-    with pytest.raises(EmlocError, match=r"keeps .* at block boundaries, and 1 kB of memory is free.*--park disk"):
+    with pytest.raises(EmlocError, match=r"keeps .* at block boundaries, but only 1 kB of memory is free.*--park disk"):
         polish(ordinary, tiny_model, rows_file, tmp_path / "a")
     polish(ordinary, tiny_model, rows_file, tmp_path / "a", limits=ExactSettings(park="disk"), steps=1)
 
@@ -408,7 +408,7 @@ def test_without_memory_it_is_told_what_exact_steps_can_do(ordinary, tiny_model,
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"extra": {"loss_type": "dft"}}, "Exact steps do not know loss_type"),
+        ({"extra": {"loss_type": "dft"}}, "Exact steps do not support loss_type"),
         ({"extra": {"max_steps": 3}}, "Give steps directly"),
         ({"learning_rate": 1e30}, r"The loss at step \d+ is nan"),
     ],

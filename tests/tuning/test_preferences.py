@@ -104,7 +104,7 @@ def test_conversations_are_trained_on_too(made):
 
 
 def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
-    with pytest.raises(EmlocError, match="likelihood of answers alone"):
+    with pytest.raises(EmlocError, match="only the likelihood of answers"):
         emloc_core.train(tiny_model, preferences(), tmp_path / "a", exact=True, **SETTINGS)
     recipe = tmp_path / "recipe.toml"
     tables = '[model]\nbase = "b"\n[data]\ntrain = "d.jsonl"\n[train]\nobjective = "dpo"\n[polish]\nsteps = 2\n'
@@ -130,7 +130,7 @@ def test_polishing_says_that_it_forgets_preferences(made, tiny_model, tmp_path, 
             "--dry-run",
         )
         code, _, err = emloc(*job)
-        assert (code, f"warning: {adapter} was trained by preferences" in err) == (0, True)
+        assert (code, f"warning: {adapter} was trained on preferences" in err) == (0, True)
 
 
 def test_fields_of_the_other_config_are_refused(made):

@@ -351,7 +351,7 @@ def test_what_launchers_ask_for_in_vain_is_refused(monkeypatch):
     launched("bash")
     require_processes(1)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(EmlocError, match="FSDP splits weights over processes"):
+    with pytest.raises(EmlocError, match="FSDP shards the weights over processes"):
         require_processes(2)
 
 
@@ -359,7 +359,9 @@ def test_a_model_that_one_gpu_has_no_room_for_is_refused(monkeypatch):
     monkeypatch.setattr("emloc_core.tuning.launcher.free_of", lambda _: 20 << 30)
     require_room(20 << 30, torch.device("cuda"))
     require_room(30 << 30, torch.device("cpu"))
-    with pytest.raises(EmlocError, match=r"has 32\.2 GB, of the GPU 21\.5 GB are free.*device_map='auto'") as caught:
+    with pytest.raises(
+        EmlocError, match=r"takes 32\.2 GB, but the GPU has only 21\.5 GB free.*device_map='auto'"
+    ) as caught:
         require_room(30 << 30, torch.device("cuda"))
     assert caught.value.code == "memory"
 
@@ -433,7 +435,7 @@ def test_a_model_without_a_loss_is_told_from_steps_that_diverge(tiny_model, rows
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EmlocError, match=r"The loss at step 1 is nan\. Nothing was tuned yet"):
+    with pytest.raises(EmlocError, match=r"The loss at step 1 is nan\. Nothing has been tuned yet"):
         finetune(tmp_path / "model", str(rows_file), tmp_path / "a", settings())
 
 
