@@ -48,7 +48,7 @@ class Budget:
 
             size = free_memory(device)
             if not size:
-                raise EmlocError("The device has no free memory.", "End what else uses it.", code="memory")
+                raise EmlocError("The device has no free memory.", "Stop whatever else uses it.", code="memory")
         else:
             size = parse_bytes(memory)
         free = min(int(SHARE * size), MOST) if headroom is None else _headroom(headroom, size)
@@ -66,7 +66,7 @@ class Budget:
         if memory is not None:
             return cls.parse(memory, headroom, device)
         if headroom is not None:
-            raise EmlocError("A headroom is part of a memory, which is not given.", "Give --memory, such as 24GiB.")
+            raise EmlocError("A headroom is part of a memory size, but none is given.", "Give --memory, such as 24GiB.")
         return None
 
     @property

@@ -88,7 +88,9 @@ class Decision:
         if fitting is None:
             needed = f"{found[0]} needs {human_bytes(found[0].bytes)}" if found else f"there is no way {key!r}"
             raise EmlocError(
-                f"{needed}, and {self.budget} are given.", "Leave the way open, or give more memory.", code="memory"
+                f"{needed}, and {self.budget} are given.",
+                "Leave `way` out, or give more memory.",
+                code="memory",
             )
         return fitting
 
@@ -177,7 +179,7 @@ def decide(
 def _no_emulator() -> EmlocError:
     """Return the error for an emulator of a base in four bits."""
     return EmlocError(
-        "The model is in four bits, and emulators are made from originals.",
+        "The model is in four bits, but emulators are made from originals.",
         "Tune a LoRA on it as it is (emloc train), or give the original.",
         code="unsupported",
     )

@@ -47,7 +47,8 @@ class TokenStep:
         tokens = workload.images * image.tokens
         if tokens >= workload.length:
             raise EmlocError(
-                f"{workload.images} images of {image.tokens} tokens each leave no text in {workload.length} tokens.",
+                f"{workload.images} images of {image.tokens} tokens each leave no room for text in {workload.length} "
+                "tokens.",
                 "Give fewer images or a greater length.",
             )
         token = self._memory.config.image_token_id

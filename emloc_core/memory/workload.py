@@ -116,7 +116,7 @@ def make_workload(
             image_size = largest
             length = max(length, counted * image_shape(config_file, config, image_size).tokens + 1)
     if length is not None and limit is not None and length > limit:
-        raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
+        raise EmlocError(f"The model takes at most {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     length = length or min(LENGTH, limit or LENGTH)
     where = choose_device().type if device == "auto" else device
     shape = {"images": counted if images is None else images, "image_size": image_size}

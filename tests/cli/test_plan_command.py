@@ -121,7 +121,7 @@ def test_headroom_is_named_and_stays_free(shallow_model: Path) -> None:
     assert "of which" in shown.stdout
     assert "best: LoRA on the base" not in shown.stdout
     assert "best: LoRA on the base" in run(*options, needed, "--headroom", 0).stdout
-    assert "memory, which is not given" in refused(*options[:-1], "--headroom", "1GiB")
+    assert "memory size, but none is given" in refused(*options[:-1], "--headroom", "1GiB")
 
 
 @pytest.mark.thorough
@@ -137,7 +137,9 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     assert found["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
     assert {kept["pattern"] for kept in found["kept_dense"]} == QWEN_VL.keep_dense.keys()
     assert "is not an image size" in refused("plan", tmp_path, *options, "--image-size", "24")
-    assert "leave no text" in refused("plan", tmp_path, *options)  # 448 x 448 pixels are more tokens than a row has
+    assert "leave no room for text" in refused(
+        "plan", tmp_path, *options
+    )  # 448 x 448 pixels are more tokens than a row has
 
 
 def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) -> None:

@@ -230,7 +230,7 @@ def test_headroom_is_a_share_with_a_limit_or_what_the_user_says() -> None:
         Budget.parse("10GB", "10GB")
     with pytest.raises(EmlocError, match="not a memory size"):
         Budget.parse("10GB", "a bit")
-    with pytest.raises(EmlocError, match="memory, which is not given"):
+    with pytest.raises(EmlocError, match="memory size, but none is given"):
         Budget.named(None, "8%")
 
 
@@ -481,7 +481,7 @@ def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -
         MemoryModel(tiny_emulator / "config.json", workload())
     with pytest.raises(EmlocError, match="images cannot be planned"):
         MemoryModel(tiny_model / "config.json", workload(images=1))
-    with pytest.raises(EmlocError, match="leave no text"):
+    with pytest.raises(EmlocError, match="leave no room for text"):
         MemoryModel(HEADLINE, workload(length=512, images=2))
 
 
