@@ -45,7 +45,7 @@ class Job:
     ],
 )
 def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(error):
-    with pytest.raises(EmlocError, match=r"Out of memory .* The same command resumes") as caught:
+    with pytest.raises(EmlocError, match=r"Out of memory .* Free memory and run the same command again") as caught:
         finish("compress", Job(error))
     assert (caught.value.code, caught.value.resumable) == ("memory", True)
     assert classify(EmlocError(str(caught.value))) == "out of memory"  # also where the cause was left in a process

@@ -103,7 +103,7 @@ class ExactSteps:
                     own[len(tokens)] = batch
                 tokens.append(self.counted(batch))
             if not any(tokens):
-                raise EmlocError("No token of a step counts in its loss.", "Give rows with completions.")
+                raise EmlocError("No token of a step counts towards its loss.", "Give rows with completions.")
             seeds = torch.randint(2**63 - 1, (len(tokens),)).tolist()
             total = self._share(list(own.values()), sum(tokens), [seeds[each] for each in own], autocast=autocast)
         self.processes.add(total, self._trained)

@@ -73,7 +73,7 @@ def _cap_process(nbytes: int) -> None:
     It counts what is asked for, touched or not; so what libraries have asked for and not touched so far is added.
     """
     if sys.platform != "linux":
-        raise EmlocError(f"{CAP} caps the memory of a CPU on Linux alone.", "Name cuda alone.", code="unsupported")
+        raise EmlocError(f"{CAP} caps CPU memory only on Linux.", "Name only cuda.", code="unsupported")
     resident, data = own_memory("VmRSS") or 0, own_memory("VmData") or 0
     if resident >= nbytes:  # Python itself would fail anywhere
         raise _too_small(nbytes, resident)

@@ -45,8 +45,8 @@ def packed_linears(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
     """
     if wrong := [name for name, value in _READABLE.items() if settings.get(name) != value]:
         raise EmlocError(
-            "Of quantised models, NF4 with double quantisation alone is planned and streamed; the model has "
-            f"{wrong[0]} {settings.get(wrong[0])!r}.",
+            "The only quantised models that can be planned and streamed are NF4 with double quantisation; this one "
+            f"has {wrong[0]} {settings.get(wrong[0])!r}.",
             "Give the original model, or an emulator of the kind nf4.",
             code="unsupported",
         )

@@ -159,7 +159,7 @@ def require_own(tensor: torch.Tensor) -> None:
     """Refuse a tensor of a sample that is parked: the running one has no business with it."""
     if tensor.numel() and not tensor.untyped_storage().nbytes():
         raise EmlocError(
-            "Two rows wait with one tensor: the model keeps what it computes for one row, and uses it for the next.",
-            "Streaming needs forwards that do not depend on each other; EMLoC is not for this model.",
+            "Two rows share a tensor: the model keeps what it computes for one row, and uses it for the next.",
+            "Streaming needs forwards that do not depend on each other; EMLoC does not support this model.",
             code="unsupported",
         )

@@ -66,8 +66,8 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
             raise
         raise EmlocError(
             f"Out of memory ({first_line(error)}).{cap_told()}",
-            "The same command resumes. Free memory first; another --device, or fewer or shorter rows, need another "
-            "--output.",
+            "Free memory and run the same command again to resume. Another --device, or fewer or shorter rows, need "
+            "another --output.",
             code="memory",
             resumable=True,
         ) from error

@@ -89,7 +89,7 @@ def test_a_tensor_of_another_row_is_refused(tmp_path):
     """Where a model keeps what it has computed for one row, its bytes are away while that row waits."""
     parking, kept = Parking(float("inf"), directory=tmp_path), torch.ones(10)
     parking.enter(0, ((kept,), {}), kept, inside=True)
-    with pytest.raises(EmlocError, match="Two rows wait with one tensor"):
+    with pytest.raises(EmlocError, match="Two rows share a tensor"):
         parking.enter(1, ((kept,), {}), kept, inside=True)
 
 

@@ -48,7 +48,7 @@ def source(published, tmp_path):
     ("content", "named"),
     [
         (sentencepiece_model(sentencepiece_pieces(), kind=1), "model type 1"),
-        (sentencepiece_model(sentencepiece_pieces())[:-9], "is no SentencePiece model"),
+        (sentencepiece_model(sentencepiece_pieces())[:-9], "is not a SentencePiece model"),
         (b"", "0 pieces"),
         (None, "neither a tokenizer.json nor a tokenizer.model"),
     ],

@@ -142,7 +142,7 @@ def test_no_emulator_is_made_of_it(more, packed, emloc):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "NF4 with double quantisation alone"),
+        ({"bnb_4bit_quant_type": "fp4"}, "are NF4 with double quantisation; this one has"),
         ({"load_in_4bit": False, "load_in_8bit": True}, "quantised, and not in four bits"),
     ],
 )
