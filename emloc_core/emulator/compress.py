@@ -136,8 +136,8 @@ class Compress(Job):
             return [*self.coverage.warnings, *told(self.skipped)]
         calibration, selection, tuning = map(len, (self.rows.calibration, self.rows.selection, self.rows.tuning))
         few = (
-            f"there are few rows: {calibration} are kept to calibrate on and {selection} to choose the correction on, "
-            f"and {tuning} are left to train on; --samples and --selection keep others"
+            f"there are few rows: {calibration} are set aside for calibration and {selection} for choosing the "
+            f"correction, which leaves {tuning} to train on; --samples and --selection change this"
         )
         return [*self.coverage.warnings, *told(self.skipped), few]
 

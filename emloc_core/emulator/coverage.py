@@ -63,7 +63,7 @@ class Coverage:
         found = []
         if self.undeclared:
             found.append(
-                f"the family {self.family!r} does not speak of {_listed(self.undeclared)}, which stay dense: add them "
+                f"the family {self.family!r} does not mention {_listed(self.undeclared)}, which stay dense: add them "
                 "to its input_groups, or to keep_dense with the reason (docs/plugins.md)"
             )
         if self.compressible < SMALL:

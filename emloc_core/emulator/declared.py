@@ -49,7 +49,7 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
     if format is None:
         return plan
     if not format.experts:
-        plan = plan.without_experts(f"the kind {format.name!r} is for Linears alone")
+        plan = plan.without_experts(f"the kind {format.name!r} only supports Linears")
     if format.packs_vocabulary and plan.ranks:
         plan = replace(plan, vocabulary=find_vocabulary(model, lambda path: kept_by(path, family)))
     return plan.tapped(format.tap)
@@ -107,7 +107,7 @@ def _require_one_group(linears: Sequence[LinearPlan]) -> None:
     if several := [path for path, count in counts.items() if count > 1]:
         more = f" ({len(several) - 1} more like it)" if len(several) > 1 else ""
         raise EmlocError(
-            f"{several[0]} stands in several input groups{more}.",
+            f"{several[0]} is in several input groups{more}.",
             "The plugin has to name every Linear once.",
             code="plugin",
         )

@@ -176,7 +176,7 @@ class ExpertFitting:
             target, gram = _statistics(weight, planned.tap, self._format.narrow, *inputs)
         except EmlocError as error:
             raise EmlocError(
-                f"{error}: of expert {expert} of {planned.owner}.",
+                f"{error} of expert {expert} of {planned.owner}.",
                 "Check the weights up to this layer; a half-precision model may overflow there.",
                 code=error.code,
             ) from None

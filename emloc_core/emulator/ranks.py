@@ -16,7 +16,7 @@ from emloc_core.standins import Format
 _ALIGNED = 8
 #: Bytes of tokens that are read at a time, for as many experts as they are sent to: all rows are read for them.
 TOKENS_AT_ONCE = 1 << 30
-NO_EXPERTS = "spectra are of Linears alone; the allocator uniform, without spectra, makes experts smaller too"
+NO_EXPERTS = "only Linears have spectra; the allocator uniform, which needs none, makes experts smaller too"
 UNREACHED = "no calibration row passes through it"
 NO_SMALLER = "factors of that rank would be no smaller than the weight"
 

@@ -52,8 +52,8 @@ class Spectra:
         for path, (factors, sensitivity) in sorted(fitted.items()):
             if not isfinite(sensitivity):
                 raise EmlocError(
-                    f"With another {path}, the outputs of {block} are NaN or Inf.",
-                    "Give --allocator uniform, which does not ask for them.",
+                    f"With {path} changed, the outputs of {block} are NaN or Inf.",
+                    "Give --allocator uniform, which does not need sensitivities.",
                     code="not-finite",
                 )
             tensors[path + _ENERGIES] = factors.spectrum.to("cpu", torch.float64)

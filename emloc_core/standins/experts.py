@@ -35,8 +35,8 @@ def stacks(experts: nn.Module) -> tuple[str, str]:
     names = _stacks(experts)
     if not is_experts(experts):
         raise EmlocError(
-            f"A {type(experts).__name__} is not laid out as experts that stand-ins are known for: "
-            f"{' and '.join(names)}, stacked, in a class that transformers marks as experts.",
+            f"A {type(experts).__name__} is not laid out as experts that EMLoC can compress: {' and '.join(names)}, "
+            "stacked, in a class that transformers marks as experts.",
             "List it in keep_dense of the family's declaration instead.",
             code="plugin",
         )

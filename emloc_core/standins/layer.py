@@ -135,7 +135,7 @@ def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.
     """
     if not x.is_floating_point():
         raise EmlocError(
-            "A packed Linear was given whole numbers: the model's code casts its inputs to the dtype of its weight.",
+            "A packed Linear was given integers: the model's code casts its inputs to the dtype of its weight.",
             "List that Linear in keep_dense of the family's declaration, or choose the kind 'low-rank'.",
             code="unsupported",
         )

@@ -78,12 +78,12 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
     rows = named(tokens if isinstance(tokens, Mapping) else [*dense][:1])  # by themselves, those of the embeddings
     paths = sorted(whole | rows)
     if packed and any(path in dense for path in paths):
-        return [f"{' and '.join(sorted(packed))} cannot be trained where packed; an emulator made with --keep head can"]
+        return [f"{' and '.join(sorted(packed))} cannot be trained while packed; make the emulator with --keep head"]
     wrong = [path for path in paths if path not in dense]
     if not wrong and {id(dense[path].weight) for path in whole} & {id(dense[path].weight) for path in rows}:
         return ["one matrix, as tied layers have, is trained by modules_to_save or trainable_token_indices, not both"]
     may = f"only {' and '.join(dense)} can be trained themselves" if dense else "no module can be trained itself"
-    return [f"{path} is another one on the emulator than on the base; {may}" for path in wrong[:1]]
+    return [f"{path} differs between the emulator and the base; {may}" for path in wrong[:1]]
 
 
 def stack_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -91,7 +91,7 @@ def stack_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     wanted = config.get("target_parameters") or []
     stacks = {f"{path}.{name}" for path, each in expert_modules(model) for name in stacks_of(each)}
     wrong = sorted(name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in stacks))
-    return [f"{name} is no stack of experts, on which alone parameters can have a LoRA" for name in wrong[:1]]
+    return [f"{name} is not a stack of experts, the only parameters that can have a LoRA" for name in wrong[:1]]
 
 
 def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:

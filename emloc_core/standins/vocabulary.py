@@ -29,7 +29,7 @@ ROWS = 8192
 #: The names of what is kept of a matrix.
 PARTS = ("codes", "scales")
 #: What helps where the base's own matrices are needed.
-KEEP = "Make the emulator with --keep head: it then has those of its base."
+KEEP = "Make the emulator with --keep head: it then has the base's own matrices."
 
 
 class Packing(ABC):
@@ -189,7 +189,7 @@ class PackedRows(HollowTensor):
         if operation is aten.embedding.default:
             return matrix.layer.rows(others[0])
         raise EmlocError(
-            f"This emulator has the matrix of its vocabulary packed, and {operation} needs it as it is in the base.",
+            f"This emulator has its vocabulary's matrix packed, but {operation} needs it as it is in the base.",
             KEEP,
             code="unsupported",
         )

@@ -116,7 +116,7 @@ def test_training_trains_saves_and_resumes_them(models, rows_file, tmp_path):
         ({"rank_pattern": {"k_proj": 4}}, "no LoRA is on 'k_proj'"),
         ({"layers_to_transform": [0, 99]}, "no layer 99"),
         ({"modules_to_save": ["head"]}, "no module 'head'"),
-        ({"modules_to_save": ["v_proj"]}, "v_proj is another one on the emulator"),
+        ({"modules_to_save": ["v_proj"]}, "v_proj differs between the emulator and the base"),
     ],
 )
 def test_what_matches_nothing_is_refused_before_training(models, rows_file, tmp_path, settings, message):

@@ -124,7 +124,9 @@ def test_of_few_rows_fewer_are_kept_unless_asked(tiny_model):
 
     sizes, warnings = job(20)
     assert sizes == [6, 3, 11]
-    assert any("6 are kept to calibrate on and 3 to choose" in each and "--selection" in each for each in warnings)
+    assert any(
+        "6 are set aside for calibration and 3 for choosing" in each and "--selection" in each for each in warnings
+    )
     assert job(20, samples=4, selection=2) == ([4, 2, 14], [])
     assert job(2)[0] == [1, 1, 0]
     with pytest.raises(EmlocError, match=r"2 distinct rows are needed.*but the data have 1\..*--samples, --selection"):

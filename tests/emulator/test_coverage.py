@@ -38,7 +38,7 @@ def test_what_nobody_declared_is_named_with_its_share(tiny_model, rows_file, tmp
     with plugin_manager().declaring(FORGETFUL):
         code, _, err = emloc("compress", tiny_model, "--data", rows_file, *SETTINGS, "-o", tmp_path / "emulator")
     assert code == 0
-    assert "warning: the family 'llama' does not speak of model.layers.*.self_attn.q_proj (" in err
+    assert "warning: the family 'llama' does not mention model.layers.*.self_attn.q_proj (" in err
     assert "and 1 more, which stay dense: add them to its input_groups" in err
     undeclared = read_manifest(tmp_path / "emulator")["result"]["coverage"]["undeclared"]
     assert {part["pattern"].rpartition(".")[2] for part in undeclared} == {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -134,7 +134,7 @@ def test_places_for_peft_take_no_memory(emulator):
     ("targets", "told"),
     [
         (["mlp.experts.down_proj"], "both stacks"),
-        (["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "input_layernorm.weight"], "is no stack of experts"),
+        (["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "input_layernorm.weight"], "is not a stack of experts"),
     ],
 )
 def test_what_could_not_be_transferred_is_refused(emulator, targets, told):

@@ -370,7 +370,7 @@ def test_experts_are_rounded_without_calibration(base, rows_file, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"allocator": "global"}, "spectra are of Linears alone"),
+        ({"allocator": "global"}, "only Linears have spectra"),
     ],
 )
 def test_experts_stay_dense_where_there_are_no_factors_for_them(base, rows_file, tmp_path, settings, reason):

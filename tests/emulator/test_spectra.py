@@ -112,7 +112,7 @@ def counted(monkeypatch):
 
 def test_a_sensitivity_that_is_nan_is_refused(tmp_path):
     factors = Factors(torch.ones(4, 2), torch.ones(2, 4), torch.ones(4))
-    with pytest.raises(EmlocError, match=r"With another block\.linear, the outputs of block are NaN or Inf"):
+    with pytest.raises(EmlocError, match=r"With block\.linear changed, the outputs of block are NaN or Inf"):
         Spectra(["block"], tmp_path / "spectra").write("block", {"block.linear": (factors, torch.nan)})
 
 

@@ -175,9 +175,9 @@ def test_it_is_trained_on_as_any_emulator_is(models, rows_file, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 9]}])
 def test_packed_layers_are_not_trained_themselves(models, rows_file, tmp_path, settings):
-    with pytest.raises(EmlocError, match="cannot be trained where packed; an emulator made with --keep head can"):
+    with pytest.raises(EmlocError, match="cannot be trained while packed; make the emulator with --keep head"):
         train_job(models[1], rows_file, tmp_path / "adapter", TrainSettings(**settings))
-    with pytest.raises(EmlocError, match="cannot be trained where packed"):
+    with pytest.raises(EmlocError, match="cannot be trained while packed"):
         get_peft_model(AutoModelForCausalLM.from_pretrained(models[1]), LoraConfig(target_modules="q_proj", **settings))
 
 
