@@ -41,7 +41,7 @@ def model_types(subject: Declaration) -> None:
             "Set auto_class to one such as AutoModelForCausalLM or AutoModelForImageTextToText.",
         )
     odd = [settings for settings in family.tiny_configs if not isinstance(settings, Mapping)]
-    require([f"a tiny config is {settings!r}, no mapping" for settings in odd], "Declare tiny_configs as dicts.")
+    require([f"a tiny config is {settings!r}, not a mapping" for settings in odd], "Declare tiny_configs as dicts.")
     configured = {str(settings.get("model_type")) for settings in family.tiny_configs}
     problems = [f"no tiny config is of the model type {name!r}" for name in sorted(family.model_types - configured)]
     problems += [

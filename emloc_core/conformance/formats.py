@@ -80,11 +80,11 @@ def stored(subject: TinyEmulator) -> None:
     for weight, _, rank, found in subject.fitted():
         shape, packed = (weight.shape[0], weight.shape[1]), subject.format.pack(found, weight.dtype)
         if list(packed) != subject.format.names():
-            problems.append(f"pack gives {list(packed)}, and names {subject.format.names()}")
+            problems.append(f"pack gives {list(packed)}, but the format names {subject.format.names()}")
         for name, (size, dtype) in subject.format.parts(shape, rank, weight.dtype).items():
             part = packed.get(name)
             if part is not None and (tuple(part.shape), part.dtype) != (tuple(size), dtype):
-                problems.append(f"{name} is {part.dtype} {tuple(part.shape)}, and declared as {dtype} {tuple(size)}")
+                problems.append(f"{name} is {part.dtype} {tuple(part.shape)}, but declared as {dtype} {tuple(size)}")
     require(problems, "Correct parts of the layer: they are what is loaded, and what memory is planned by.")
 
 
@@ -100,7 +100,7 @@ def read(subject: TinyEmulator) -> None:
             continue
         actual, said = output_error(weight, stand_in.weight(), gram.matrix), found.relative_error()
         if not abs(actual - said) <= _APART:
-            problems.append(f"the relative error of the outputs is {actual:.4f}, and said to be {said:.4f}")
+            problems.append(f"the relative error of the outputs is {actual:.4f}, but reported as {said:.4f}")
     require(problems, "Measure the error of what will be read: see emloc_core.algorithms.factorize.output_error.")
 
 
@@ -108,7 +108,7 @@ def read(subject: TinyEmulator) -> None:
 def layer(subject: TinyEmulator) -> str | None:
     """The layer computes what is read, with the gradient of its input, and is made dense by it."""
     if set(subject.format.names()) != set(subject.format.layer.parts((1, 1), 1, torch.float32)):
-        return "Its files are loaded by another layer than its own."
+        return "Its files are loaded by a layer other than its own."
     problems = []
     for weight, _, rank, found in subject.fitted():
         (m, n), packed = weight.shape, subject.format.pack(found, weight.dtype)

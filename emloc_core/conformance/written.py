@@ -45,7 +45,7 @@ def packed(subject: TinyModel) -> str | None:
     apart = [deviation(answer, logits(model, sample)) for answer, sample in zip(answers, subject.samples, strict=True)]
     allowed = tolerated(subject, apart)
     require(
-        [f"unpacked, the emulator answers otherwise, by {value:.1e} of the largest logit" for value in apart
+        [f"unpacked, the emulator answers differently, by {value:.1e} of the largest logit" for value in apart
          if not value <= allowed],
         "Some module uses the weight of a Linear, or its dtype, without calling it: list that Linear in keep_dense.",
     )  # fmt: skip
@@ -155,7 +155,7 @@ def memory(subject: TinyModel) -> str:
         actual = sum(parameter.numel() for parameter in model.parameters())
         if count != actual:
             problems.append(f"the memory plan counts {count} parameters in the {name}, which has {actual}")
-    require(problems, "Every Linear stands in one input group, once; auto_class is the class that users load.")
+    require(problems, "Put every Linear into one input group, once; auto_class is the class that users load.")
     return f"{counts['base'][0]} parameters in the base, {counts['emulator'][0]} in the emulator."
 
 
@@ -171,7 +171,7 @@ def ties(subject: TinyModel) -> str:
         for name, source in pairs.items():
             first, other = (_kept(model, each) for each in (name, source))
             if first is not other:
-                problems.append(f"{name} is tied to {source} in the base, and not in the {kind}")
+                problems.append(f"{name} is tied to {source} in the base, but not in the {kind}")
             elif first.is_floating_point() and not torch.equal(first, subject.whole.get_parameter(name)):
                 problems.append(f"{name} of the {kind} is not the base's")
     require(problems, "Keep them out of input_groups and lora_targets.")

@@ -177,7 +177,7 @@ class _Scaffold:
             with suppress(EmlocError):  # it ran on these inputs a moment ago
                 yield Observation(model, self.lists, self.probe.inputs)
                 self.tinies.append(needed(tiny))
-                self.notes.append(f"Note: with {switch} the blocks are laid out otherwise: it has a tiny config.")
+                self.notes.append(f"Note: with {switch} the blocks are laid out differently: it has a tiny config.")
 
     @property
     def misses_blocks(self) -> bool:
@@ -217,7 +217,7 @@ class _Scaffold:
     def _registered(self) -> Iterator[str]:
         for other in plugin_manager().families():
             if self.type in other.model_types:
-                yield f"Check: the family {other.name!r} declares {self.type} already; beside it this one is refused."
+                yield f"Check: the family {other.name!r} declares {self.type} already; this one is refused beside it."
 
     def _summary(self, family: Family, notes: list[str]) -> str:
         """Say what the declaration covers, of the model that was asked for; note what it lacks."""

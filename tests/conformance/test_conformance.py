@@ -79,7 +79,7 @@ DECLARATIONS = [
     ("model-types", replace(ONE, tiny_configs=[]), "no tiny config is of the model type 'llama'"),
     ("model-types", replace(ONE, model_types=frozenset({"llama", "mistral"})), "model type 'mistral'"),
     ("model-types", replace(ONE, tiny_configs=LLAMA.tiny_configs), "'mistral', which is not among model_types"),
-    ("model-types", replace(ONE, tiny_configs=["llama"]), "a tiny config is 'llama', no mapping"),
+    ("model-types", replace(ONE, tiny_configs=["llama"]), "a tiny config is 'llama', not a mapping"),
     ("names", with_groups(*GROUPS, ["mlp.gate_porj"]), "the path 'mlp.gate_porj' is in no block"),
     ("names", replace(ONE, keep_dense={"lm_haed": "large"}), "keep_dense names 'lm_haed'"),
     ("names", replace(ONE, taps={"model.layers.*.mpl": "input"}), "taps names 'model.layers.*.mpl'"),
@@ -95,7 +95,7 @@ DECLARATIONS = [
     ("linears", with_groups(["input_layernorm"]), "model.layers.0.input_layernorm is a LlamaRMSNorm, not a Linear"),
     ("linears", with_groups(*GROUPS, blocks="model.layer"), "The model has no 'model.layer'"),
     ("linears", with_groups(*GROUPS[:3]), "mlp.down_proj is a Linear that is neither in an input group nor kept"),
-    ("linears", with_groups(*GROUPS, ["mlp.up_proj"]), "model.layers.0.mlp.up_proj stands in several input groups"),
+    ("linears", with_groups(*GROUPS, ["mlp.up_proj"]), "model.layers.0.mlp.up_proj is in several input groups"),
     ("linears", replace(ONE, keep_dense={"*": "no reason"}), "names no Linear"),
     ("linears", replace(INTERNVL, keep_dense={}), "linear_1 is a Linear outside the blocks that is not kept dense"),
     ("linears", replace(ONE, keep_dense={**LLAMA.keep_dense, "*.up_proj": "no reason"}),
@@ -377,7 +377,7 @@ def test_ties_that_come_loose_are_found(tmp_path):
     config = subject.emulator / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
     result = CHECKS["ties"].on(subject)
-    assert fails(result, "lm_head.weight is tied to model.embed_tokens.weight in the base, and not in the emulator")
+    assert fails(result, "lm_head.weight is tied to model.embed_tokens.weight in the base, but not in the emulator")
 
 
 def test_tied_weights_that_changed_are_found(tmp_path):

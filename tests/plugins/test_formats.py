@@ -136,7 +136,7 @@ class Crossed(EightBits):
     ("format", "check", "said"),
     [
         (Crossed, "experts", "outputs are not those of the matrices that are read"),
-        (Coarse, "read", "and said to be 0.5000"),
+        (Coarse, "read", "but reported as 0.5000"),
         (Wide, "stored", "weight_scales is torch.float64"),
         (Other, "layer", "outputs are not those of the weight that is read"),
     ],
