@@ -52,7 +52,7 @@ def write_checkpoint(source: Path, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     if directory.exists():
-        raise EmlocError(f"{directory} exists already.", "Choose another directory, or remove this one.")
+        raise EmlocError(f"{directory} already exists.", "Choose another directory, or remove this one.")
     try:
         importlib.metadata.version("gguf")
     except importlib.metadata.PackageNotFoundError:

@@ -23,7 +23,7 @@ def happening(event: ProgressEvent) -> str:
     left = f" ({human_seconds(event.seconds_left)} left)" if event.seconds_left else ""
     match event.stage:
         case "compress":
-            return f"fitting block {current} of {total} to give the model's outputs{left}"
+            return f"fitting block {current} of {total} to reproduce the model's outputs{left}"
         case "train":
             loss = "" if event.loss is None else f", loss {event.loss:.2f}"
             return f"step {event.step} of {total} on the emulator alone{loss}{left}"

@@ -15,18 +15,19 @@ _DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.command("pictures")
 @click.argument("model")
 @click.option("--adapter", "adapters", multiple=True, type=_DIRECTORY,
-              help="Adapter for the model; repeatable: each has a row of the grid.")  # fmt: skip
-@click.option("--prompt", "prompts", multiple=True, help="Prompt; repeatable: each has a column.")
-@click.option("--data", help="Held-out rows of pictures: the loss of each system on them is told, and without --prompt "
-              "their first prompts are drawn.")  # fmt: skip
-@click.option("--judge", type=_DIRECTORY, help="Directory of a CLIP or a DINOv2: how like the pictures of --data are "
-              "those that are drawn.")  # fmt: skip
+              help="Adapter for the model; repeatable: each gets a row of the grid.")  # fmt: skip
+@click.option("--prompt", "prompts", multiple=True, help="Prompt; repeatable: each gets a column.")
+@click.option("--data", help=
+    "Held-out rows of pictures: shows the loss of each system on them and, without --prompt, draws their first "
+    "prompts.")  # fmt: skip
+@click.option("--judge", type=_DIRECTORY, help=
+    "Directory of a CLIP or DINOv2 model, to score how similar pictures are to those of --data.")  # fmt: skip
 @click.option("--side", type=click.IntRange(1), default=512, show_default=True, help="Height and width in pixels.")
 @click.option("--steps", type=click.IntRange(1), default=28, show_default=True, help="Steps of the solver.")
-@click.option("--guidance", type=click.FloatRange(0), help="Guidance; without it, as the pipeline has it.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for the noise.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("pictures.png"),
-              show_default=True, help="File of the grid.")  # fmt: skip
+              show_default=True, help="File for the grid.")  # fmt: skip
 @as_json
 def command(
     model: str,
@@ -39,16 +40,16 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Draw what a pipeline makes of prompts, alone and with adapters, always from the same noise; and score it."""
+    """Draw what a pipeline makes of prompts, alone and with adapters, from the same noise; and score the results."""
     from emloc_core.data.rows import load_rows
     from emloc_core.errors import EmlocError
     from emloc_diffusers.pictures import Drawing, grid
     from emloc_diffusers.scores import Judge, Losses
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise EmlocError(f"{output} is no picture.", "End its name in .png, .jpg or .webp.")
+        raise EmlocError(f"{output} is not a picture file.", "End its name in .png, .jpg or .webp.")
     if data is None and judge:
-        raise EmlocError("A judge compares with pictures.", "Add --data.")
+        raise EmlocError("A judge needs pictures to compare with.", "Add --data.")
     if data is None and not prompts:
         raise EmlocError("Nothing says what to draw.", "Add --prompt or --data.")
     rows = load_rows(data) if data else []

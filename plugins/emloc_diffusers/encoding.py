@@ -127,7 +127,7 @@ class Encoder:
         pixels = torch.from_numpy(array.reshape(height, width, -1)).permute(2, 0, 1) / 127.5 - 1
         if factor == 1 and len(pixels) != self.call.channels(self.config):
             raise EmlocError(
-                f"{row.name}: its picture has {len(pixels)} channels, and the transformer learns "
+                f"{row.name}: its picture has {len(pixels)} channels, but the transformer learns "
                 f"{self.call.channels(self.config)}, of a pipeline without a VAE.",
                 "Give the whole pipeline.",
             )

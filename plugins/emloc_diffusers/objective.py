@@ -98,10 +98,12 @@ class FlowMatching:
     def check(self, settings: "StepSettings") -> None:
         """Refuse what only text has."""
         if settings.learns_preferences or settings.trains_modules:
-            raise EmlocError("Pictures are learned as they are, by a LoRA.", "Leave out preferences and modules.")
+            raise EmlocError(
+                "Pictures are learned as they are, and only by a LoRA.", "Leave out preferences and modules."
+            )
         if settings.extra:
             raise EmlocError(
-                f"There is no {sorted(settings.extra)[0]} where pictures are learned.",
+                f"{sorted(settings.extra)[0]} does not apply to learning pictures.",
                 "Leave it out.",
                 code="unsupported",
             )

@@ -40,7 +40,7 @@ def pipeline_of(checkpoint: Checkpoint) -> Path:
         directory = open_checkpoint(made_from(directory, "base")).directory.absolute()
     if not (directory.parent / INDEX).is_file():
         raise EmlocError(
-            f"{directory} is part of no pipeline, so that pictures and prompts cannot be encoded.",
+            f"{directory} is not part of a pipeline, so pictures and prompts cannot be encoded.",
             f"Give the directory of the pipeline, with its {INDEX}, or the transformer in it.",
             code="missing",
         )
@@ -137,7 +137,7 @@ class Parts:
         """Return the pipeline with parts that are given, and those of these names; the others are None."""
         if self.class_name not in classes:
             raise EmlocError(
-                f"{self.directory} is a {self.class_name}; how pictures are learned is known of {', '.join(classes)}.",
+                f"{self.directory} is a {self.class_name}; pictures can only be learned with {', '.join(classes)}.",
                 "Give another pipeline.",
                 code="unsupported",
             )

@@ -64,7 +64,7 @@ class Judge:
             self._model = load_model("AutoModel", directory).eval()
         except (OSError, ValueError) as error:
             raise EmlocError(
-                f"{directory} is no model that judges pictures: {error}",
+                f"{directory} is not a model that can judge pictures: {error}",
                 "Give the directory of a CLIP or a DINOv2, in the layout of transformers.",
             ) from error
 

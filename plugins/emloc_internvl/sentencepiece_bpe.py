@@ -113,10 +113,10 @@ def _read(path: Path) -> Any:
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise EmlocError(f"{path} is no SentencePiece model ({error}).", "Copy it again.") from None
+        raise EmlocError(f"{path} is not a SentencePiece model ({error}).", "Copy it again.") from None
     if not model.pieces or model.trainer_spec.model_type != TrainerSpec.BPE:
         found = f"{len(model.pieces)} pieces, model type {model.trainer_spec.model_type}"
-        raise EmlocError(f"{path} is no SentencePiece model of the BPE kind ({found}).", "Copy it again.")
+        raise EmlocError(f"{path} is not a SentencePiece model of the BPE kind ({found}).", "Copy it again.")
     if model.normalizer_spec.precompiled_charsmap:
         raise EmlocError(
             f"{path} has a table of characters to normalise, which is not converted.",

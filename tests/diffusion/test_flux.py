@@ -149,7 +149,7 @@ def test_pictures_are_refused_by_models_of_text(made, tiny_model):
 def test_a_transformer_without_its_pipeline_is_refused(made, tmp_path):
     alone = tmp_path / "alone"
     whole(made).save_pretrained(alone)
-    with pytest.raises(EmlocError, match="part of no pipeline"):
+    with pytest.raises(EmlocError, match="not part of a pipeline"):
         emloc.compress(str(alone), made["rows"], str(tmp_path / "emulator"), samples=2, selection=2)
 
 

@@ -204,7 +204,7 @@ def test_lm_eval_is_told_apart_from_what_scores_pictures(pixels, tmp_path):
 
 
 def test_what_judges_no_pictures_is_refused(pixels):
-    with pytest.raises(EmlocError, match="no model that judges pictures"):
+    with pytest.raises(EmlocError, match="not a model that can judge pictures"):
         Judge(pixels / "text_encoder_2")
 
 

@@ -26,7 +26,7 @@ EMULATORS: dict[str, dict[str, Any]] = {
 def command(output: Path) -> None:
     """Train a small FLUX to draw handwritten digits, then teach it a slanted style by EMLoC.
 
-    Needs no network and no GPU, and takes about ten minutes on two cores. What is there already is not made again,
+    Needs no network and no GPU, and takes about ten minutes on two cores. Finished parts are kept,
     so an interrupted demo resumes where it stopped; only the base model's training starts again.
     """
     base, test, adapters, sizes = prepare(output)

@@ -15,7 +15,7 @@ from emloc_demo.preparation import copy_recipe, output_option
 def command(output: Path, prepare_only: bool) -> None:
     """Train a small InternVL to read handwritten digits, then adapt it by EMLoC to put them in order.
 
-    Needs no network and no GPU, and takes about ten minutes on two cores. What is there already is not made again,
+    Needs no network and no GPU, and takes about ten minutes on two cores. Finished parts are kept,
     so an interrupted demo resumes where it stopped; only the base model's training starts again.
     """
     compare(prepare(output), explain, prepare_only=prepare_only)

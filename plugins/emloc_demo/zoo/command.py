@@ -25,7 +25,7 @@ def command(output: Path, smollm2: bool, prepare_only: bool) -> None:
 
     One model is damaged and one is a duplicate; a mixture of experts becomes an emulator of every kind. The cluster is
     started on this machine and stopped at the end. Each zoo gets a report, and the emulators of both are compared byte
-    for byte. Needs no network and no GPU, and takes a few minutes on two cores. What is there is not made again.
+    for byte. Needs no network and no GPU, and takes a few minutes on two cores. Finished parts are kept.
     """
     from emloc_demo.zoo.models import prepare
 
