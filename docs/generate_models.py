@@ -45,7 +45,7 @@ INTRODUCTION = f"""# Models
 `make docs-models` writes this page. `emloc plan ID` plans any of these models for another workload, without a network:
 `emloc plan Qwen/Qwen2.5-7B --memory 24GB --batch-size 4`.
 
-The workload: one row of {LENGTH:,} tokens, in image-text models one image of 448 x 448 pixels among them; a LoRA of
+The workload is one row of {LENGTH:,} tokens, in image-text models including one image of 448 x 448 pixels; a LoRA of
 rank 8 where the entry's preset `default` puts it; gradient checkpointing, bf16 autocast. 5 % of a card's memory stay
 free, at most 1 GiB. Memory is in GB, 10^9 bytes. All figures are [predictions](memory.md); none was measured on a GPU.
 
@@ -55,16 +55,16 @@ free, at most 1 GiB. Memory is in GB, 10^9 bytes. All figures are [predictions](
 | LoRA | tuning a LoRA on the model itself |
 | EMLoC | tuning it on an emulator with weights in four bits, `nf4` |
 | compress | making that emulator, block by block |
-| 12 GB to 80 GB | what `plan` decides: the kind, at its ratio; `whole`: an ordinary LoRA; `exact` steps; `-`: none |
+| 12 GB to 80 GB | what `plan` decides: the kind and its ratio; `whole`: an ordinary LoRA; `exact` steps; `-`: none |
 
-Times are those of an optimiser step, **computed** from the card's published figures, as by
-`emloc plan ID --card "RTX 4090"`: it takes at least that long.
+Times are lower bounds for an optimiser step, **computed** from the card's published figures, as by
+`emloc plan ID --card "RTX 4090"`.
 """
 #: Kinds whose weights are told of mixtures of experts.
 WHOLE, KINDS = "bf16", ("nf4", "2.7-bit", "1.6-bit+repair")
 EXPERTS = """## Mixtures of experts
 
-The weights in GB, of the model in bfloat16 and of its emulators: experts, output layer and embeddings are packed too.
+The weights in GB, of the model in bfloat16 and of its emulators, whose experts and vocabulary are packed too.
 """
 HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{size} GB" for size in SMALL), *map(named, NAMED)]
 

@@ -5,8 +5,8 @@ or rows in memory. Settings are keyword arguments, named as in :mod:`emloc_core.
 :mod:`emloc_core.keywords`. Every stage returns a :class:`~emloc_core.stages.result.Result`, a path-like object. If the
 output already exists and was made from the same inputs, the stage returns it; an interrupted stage resumes.
 
-``progress`` is called with a :class:`~emloc_core.stages.progress.ProgressEvent` for every item that is done. A stage
-that is given one writes nothing to stdout and stderr. Loggers are below ``emloc``.
+``progress`` is called with a :class:`~emloc_core.stages.progress.ProgressEvent` for every item that is done. With it,
+a stage writes nothing to stdout and stderr. It logs to loggers below ``emloc``.
 """
 
 import logging
@@ -87,12 +87,12 @@ def compress(  # noqa: PLR0913 - all by keyword
         output: directory of the emulator.
         memory: memory to tune in, such as ``24GiB``; chooses the ``kind`` that is recommended for it, unless one is
             given, and the largest ``ratio`` that fits.
-        headroom: what stays free of it: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
-        tuned_on: the device that the memory is of, if it is not tuned on this machine.
+        headroom: how much of it stays free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        tuned_on: the device that ``memory`` refers to, if another machine will do the tuning.
         tuning: with ``memory``, the settings of :func:`train` that the emulator will be tuned with.
         exclude: files with rows to leave out, such as test rows.
         split: split of a saved or hub dataset.
-        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        columns: your names of columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         progress: called after every block.
@@ -133,16 +133,16 @@ def train(  # noqa: PLR0913 - all by keyword
         output: directory of the adapter.
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
-        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        columns: your names of columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
         exact: read the model, an ordinary one or an emulator, block by block, so that it need not fit in memory; see
             :func:`polish`.
         limits: with ``exact``, see :func:`polish`.
         evaluation: rows to evaluate while training, see :class:`~emloc_core.requests.EvalRows`: ``data``, ``split``,
             ``on_base``, ``base``. The best checkpoint is kept.
-        peft_config: the LoRA as PEFT describes it, in place of ``lora_rank`` and the other settings of it.
-        callbacks: of transformers' trainer, which calls them too. They are no part of what the output is made from.
-        progress: called after every optimiser step; by default the trainer shows its bar.
+        peft_config: the LoRA as a config of PEFT, instead of ``lora_rank`` and its other settings.
+        callbacks: callbacks for transformers' trainer. They do not count among the output's inputs.
+        progress: called after every optimiser step; by default the trainer shows its progress bar.
         settings: see :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...;
             and any other field of TRL's ``SFTConfig`` or ``DPOConfig``: ``weight_decay``, ``lr_scheduler_type``, ...
 
@@ -219,12 +219,12 @@ def polish(  # noqa: PLR0913 - all by keyword
         base: the model; by default the one that the adapter is for.
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
-        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        columns: your names of columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
         limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
         evaluation: rows to evaluate while training, see :func:`train`: ``data`` and ``split``.
         callbacks: of transformers' trainer, see :func:`train`.
-        progress: called after every optimiser step; by default the trainer shows its bar.
+        progress: called after every optimiser step; by default the trainer shows its progress bar.
         settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...;
             and any other field of TRL's ``SFTConfig``.
 
@@ -276,18 +276,18 @@ def export(
     progress: OnProgress | None = None,
     **settings: Unpack[ExportKwargs],
 ) -> Result[ExportResult]:
-    """Write an adapter or a model as servers take it.
+    """Write an adapter or a model in the form that servers expect.
 
     Args:
         source: a corrected, polished or merged output, or any LoRA or model.
         output: directory of the export.
-        base: of an adapter: the model that it is for; by default the one that it names.
+        base: for an adapter, its base model; by default the one that it names.
         allow_uncorrected: export an adapter that was trained on an emulator without correcting it.
-        progress: not called: nothing is written while an export is made.
+        progress: never called: an export reports no progress.
         settings: see :class:`~emloc_core.settings.ExportSettings`: ``gguf``, ``dtype``.
 
     Raises:
-        EmlocError: the adapter does not belong to the base, or this format does not express the model.
+        EmlocError: the adapter does not belong to the base, or the format cannot express the model.
     """
     content = {"source": source, "output": output, "base": base, "allow_uncorrected": allow_uncorrected}
     return _perform(make_request("export", settings, **content), progress)
@@ -347,18 +347,18 @@ def chat(
     temperature: float | None = None,
     seed: int | None = None,
 ) -> "Conversation":
-    """Load a model, with an adapter if one is given, to talk to: ``chat(merged).say("Hello")`` returns the answer.
+    """Load a model, and an adapter if given, for a conversation: ``chat(merged).say("Hello")`` returns the answer.
 
     Args:
         model: a model or an emulator, or an adapter, which names its model.
         adapter: a LoRA for the model.
         system: text of a system message.
-        max_new_tokens: most tokens per answer.
+        max_new_tokens: maximum number of tokens per answer.
         temperature: 0 always takes the likeliest token; None leaves it to the model's own generation config.
-        seed: seed of an answer's sampling; None draws another answer each time.
+        seed: seed for sampling; None gives a different answer each time.
 
     Raises:
-        EmlocError: the model, its tokenizer or the adapter cannot be loaded, or they do not fit each other.
+        EmlocError: the model, its tokenizer or the adapter cannot be loaded, or they do not match.
     """
     from emloc_core.evaluation.conversation import open_conversation
 
@@ -367,7 +367,7 @@ def chat(
 
 
 def convert_layout(source: Name, output: Name, *, progress: OnProgress | None = None) -> Result[ImportResult]:
-    """Convert a checkpoint with another layout to the one of transformers' own classes: ``emloc import``.
+    """Convert a checkpoint with another layout to that of transformers' own classes: ``emloc import``.
 
     Args:
         source: directory or hub id, in a layout that an installed plugin reads.
@@ -403,20 +403,20 @@ def plan(  # noqa: PLR0913 - all by keyword
     Args:
         model: directory, ``config.json``, registry entry, or hub id.
         memory: memory to tune in, such as ``24GiB``; by default what inference on the base needs.
-        headroom: what stays free of it: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        headroom: how much of it stays free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
         ratio: plan an emulator of this ratio, instead of the largest that fits.
         kind: plan an emulator of this kind; by default the best way to tune is planned, with an emulator or without.
         data: rows; the longest sets the number of tokens per row.
         split: split of a saved or hub dataset.
-        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        columns: your names of columns, by the usual names: ``{"prompt": "question"}``.
         length: tokens per row; with ``data``, the maximum. Default: 1024.
         images: images per row. Default: those of the rows, or 1 for an image-text model.
         image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.
         device: device whose memory is planned: ``cuda``, ``cpu``, or ``auto``, the one that this machine tunes on.
-        card: a GPU by name, such as ``RTX 4090``: its memory, unless one is given, and times by its published figures.
-        measure: measure this machine for about a second, to estimate the time of a step; has no effect without such a
-            device. Reading is measured on the model's files, if they are on this machine.
-        settings: those of :class:`~emloc_core.settings.TrainSettings` in ``emloc_core.settings.MEMORY_SETTINGS``.
+        card: GPU to plan for, such as ``RTX 4090``: its memory, unless one is given, and times from published figures.
+        measure: measure this machine for about a second, to estimate the time of a step; has no effect if it lacks
+            the planned device. Reading speed is measured on the model's files, if they are here.
+        settings: fields of :class:`~emloc_core.settings.TrainSettings` in ``emloc_core.settings.MEMORY_SETTINGS``.
 
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.
@@ -452,10 +452,10 @@ def push(
         repository: ``organisation/name``; created if there is none.
         private: whether a new repository is private.
         with_rows: publish the rows of your data that an emulator or an evaluation holds.
-        base: hub id of the base, where the output names a path of this machine.
+        base: hub id of the base, if the output names a path on this machine.
 
     Raises:
-        EmlocError: it is not a finished output, it holds rows that are not to be published, or the hub refuses it.
+        EmlocError: the directory is not a finished output, holds rows without ``with_rows``, or the hub refuses it.
     """
     from emloc_core.files.hub import push
 
@@ -467,7 +467,7 @@ def run(recipe: Name, *, progress: OnProgress | None = None, **sections: Unpack[
 
     Args:
         recipe: a TOML file.
-        progress: called after every item of every stage; by default the stages show theirs on stderr.
+        progress: called after every item of every stage; by default the stages show their progress on stderr.
         sections: values to use instead of the recipe's: ``train={"steps": 100}``, ``merge=False``. Paths are relative
             to the recipe.
 
@@ -501,25 +501,25 @@ def tune(  # noqa: PLR0913 - all by keyword
     progress: OnProgress | None = None,
     **settings: Unpack[TrainAllKwargs],
 ) -> RunResult:
-    """Tune a model on rows in the memory that there is, by the best way that fits: all stages in one call.
+    """Tune a model on rows in the available memory, in the best way that fits: all stages in one call.
 
     An ordinary LoRA is trained if that fits; otherwise the best emulator is made, a LoRA trained on it, corrected for
-    the model, and polished by exact steps where they pay. ``output`` gets all of it, a report, the answers to five
-    held-out rows before and after, and ``recipe.toml``, which :func:`run` runs as you have edited it.
+    the model, and polished by exact steps where they help. ``output`` gets all of it, a report, the answers to five
+    held-out rows before and after, and ``recipe.toml``, which you can edit and pass to :func:`run`.
 
     Args:
         model: the model.
         data: rows of the task.
         output: directory of all outputs.
-        memory: memory to tune in, such as ``24GiB``; by default what is free of the device.
-        headroom: what stays free of it: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        memory: memory to tune in, such as ``24GiB``; by default the device's free memory.
+        headroom: how much of it stays free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
         merge: write the merged model too.
         split: split of a saved or hub dataset.
-        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        columns: your names of columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
         evaluation: rows to evaluate while training, see :func:`train`: ``data``, ``split`` and ``on_base``.
         paper: make the emulator as in the paper, for reference: low-rank factors, even where an ordinary LoRA fits.
-        progress: called after every item of every stage; by default the stages show theirs on stderr.
+        progress: called after every item of every stage; by default the stages show their progress on stderr.
         settings: see :func:`train`: ``steps``, ``learning_rate``, ...
 
     Returns:

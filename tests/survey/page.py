@@ -24,15 +24,15 @@ _BOTH_WAYS = ("cpmant", "xlnet")
 _ALWAYS = ("and looking at it is not enough: ", "on a tiny model, ")
 INTRODUCTION = """# Survey of architectures
 
-Written by `make families-survey`. For every model type of transformers {version} that has a class for causal
-language models, or for images and text, a tiny model is declared by looking at another one, compressed, tuned,
-corrected and merged ({ways}). Each result is compared with a reference that streams nothing: ordinary forwards
-of the whole model, the paper's formulas, and the base patched by hand. It is *right* if all stages agree,
-*refused* if not compressed, with a reason, and *wrong* if it differs without a word. Encoders, and encoder-decoders,
-are *no decoder*.
+Written by `make families-survey`. For every model type of transformers {version} with a class for causal
+language models, or for images and text, it declares a tiny model by observing another one, and compresses, tunes,
+corrects and merges it ({ways}). Each result is compared with a reference that streams nothing: ordinary forward
+passes of the whole model, the paper's formulas, and the base patched by hand. A type is *right* if all stages agree,
+*refused* if it is not compressed, with a reason, and *wrong* if results differ without a warning. Encoders and
+encoder-decoders are *no decoder*.
 
-The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where these run no
-model. Types are run again when something changed for them: results may be older than the code.
+The configs are their classes' defaults, plus what `tests/survey/configs.toml` adds if the defaults run no model. A
+type runs again only when something changes for it, so results may be older than the code.
 """
 
 
