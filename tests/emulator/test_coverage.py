@@ -53,8 +53,8 @@ def test_plan_and_dry_run_warn_as_well(tiny_model, rows_file, tmp_path, emloc):
         _, out, _ = emloc("plan", tiny_model, "--length", 32, "--kind", "nf4", "--memory", "4GB")
         compress = ("compress", tiny_model, "--data", rows_file, *SETTINGS, "-o", tmp_path / "emulator", "--dry-run")
         _, shown, err = emloc(*compress, "--json")
-    assert "warning: the family 'llama' does not speak of" in out
-    assert "does not speak of" in err
+    assert "warning: the family 'llama' does not mention" in out
+    assert "does not mention" in err
     assert json.loads(shown)["coverage"]["undeclared"][0]["pattern"] == "model.layers.*.self_attn.q_proj"
 
 

@@ -223,7 +223,7 @@ def test_what_readers_of_gguf_would_take_otherwise_is_refused(tmp_path):
 def test_what_gguf_does_not_express_is_refused(tiny_model, tmp_path):
     for model, said in (
         (tiny_model, "byte-level BPE"),
-        (save_tiny_model(QWEN.tiny_configs[0], tmp_path / "windows"), "sliding window"),
+        (save_tiny_model(QWEN.tiny_configs[0], tmp_path / "windows"), "Sliding-window"),
     ):
         with pytest.raises(EmlocError, match=said):
             emloc_core.export(model, tmp_path / "made", gguf=True)

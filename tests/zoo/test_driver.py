@@ -155,7 +155,10 @@ def test_input_and_output_are_tried_again_later_and_then_fail(tmp_path):
     (tmp_path / "jobs" / "a").write_text("a file in the way")
     records = wait(tmp_path, [waiting("a"), waiting("b")], retries=2)
     assert causes(records["a"]) == ["input/output"] * 3
-    assert [a.message.rpartition("Again")[2] for a in records["a"].attempts[:2]] == [" after 0.01 s.", " after 0.02 s."]
+    assert [a.message.rpartition("Retrying")[2] for a in records["a"].attempts[:2]] == [
+        " after 0.01 s.",
+        " after 0.02 s.",
+    ]
     assert states(records) == {"a": "failed", "b": "done"}
 
 
