@@ -22,7 +22,7 @@ from emloc_core.data.images import pillow
 from emloc_core.data.limits import Limits
 from emloc_core.data.messages import in_parts
 from emloc_core.data.row import Row
-from emloc_core.data.starts import starts_in_texts
+from emloc_core.data.starts import common_prefix, token_ids
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files import pretrained
@@ -310,7 +310,9 @@ def _plain(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Enco
     texts: list[Any] = [row.completion if row.text is None else row.text for row in rows]
     texts = [text if text.endswith(end) else f"{text}{end}" for text in texts]
     prompts: list[Any] = [row.prompt or "" for row in rows]
-    encoded = tokenizer([f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)])
-    starts = starts_in_texts(prompts, encoded, tokenizer) if rows[0].text is None else [0] * len(rows)
-    ids: Any = encoded["input_ids"]
-    return [from_start(*each) for each in zip(ids, starts, strict=True)]
+    whole = [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
+    known = token_ids({*prompts, *whole}, tokenizer, special=True)
+    return [
+        from_start(known[each], common_prefix(known[prompt], known[each]) if prompt else 0)
+        for prompt, each in zip(prompts, whole, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Only the end of a prompt is tokenized by itself, and what it has in common with its answer is the same."""
+"""Conversations are tokenized in parts, and what a prompt has in common with its answer is the same."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,8 +7,7 @@ from support.models import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from emloc_core.data import starts
-from emloc_core.data.starts import common_prefix, starts_in_texts, tokenized_with_starts
+from emloc_core.data.starts import common_prefix, tokenized_with_starts
 
 CORPUS = [
     "the cat sat on the mat, and it's 3.14 o'clock",
@@ -73,16 +72,6 @@ def tokenizers():
     return [PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?") for tokenizer, _ in made]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(TEXTS, EDGES, TEXTS), min_size=1, max_size=4))
-def test_starts_are_what_whole_prompts_have_in_common(tokenizers, rows):
-    prompts = [prompt for prompt, _, _ in rows]
-    for tokenizer in tokenizers:
-        encoded = tokenizer([prompt + edge + answer for prompt, edge, answer in rows])
-        wanted = map(common_prefix, tokenizer(prompts)["input_ids"], encoded["input_ids"])
-        assert starts_in_texts(prompts, encoded, tokenizer) == list(wanted), tokenizer.backend_tokenizer.model
-
-
 TURNS = st.lists(st.tuples(st.sampled_from(["<end>", "<left>", "<right>", "<word>"]), TEXTS).map("".join), max_size=4)
 CONVERSATIONS = st.builds(lambda text, turns, edge: "".join([text, *turns, edge]), TEXTS, TURNS, EDGES)
 
@@ -97,24 +86,6 @@ def test_conversations_are_tokenized_in_parts_as_they_are_whole(tokenizers, rows
         starts = map(common_prefix, tokenizer(prompts, add_special_tokens=False)["input_ids"], whole)
         found = tokenized_with_starts(prompts, texts, tokenizer)
         assert found == list(zip(whole, starts, strict=True)), tokenizer.backend_tokenizer.model
-
-
-def test_only_ends_are_tokenized_where_words_are_told_apart(tokenizers, monkeypatch):
-    prompt, answer = "the cat sat on the mat, " * 9 + "and it", " sat on the cat"
-    encoded = [tokenizer([prompt + answer]) for tokenizer in tokenizers]
-    longest, call = [], PreTrainedTokenizerFast.__call__
-
-    def spy(self, texts, **options):
-        longest[-1] = max(longest[-1], *map(len, texts), 0)
-        return call(self, texts, **options)
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", spy)
-    for tokenizer, found in zip(tokenizers, encoded, strict=True):
-        longest.append(0)
-        starts_in_texts([prompt], found, tokenizer)
-    gpt2, *others = longest
-    assert gpt2 <= starts._END
-    assert len(prompt) in others  # where a space would be put first, or tokens hold two words
 
 
 def test_a_tokenizer_that_is_saved_cutting_cuts_nothing():
