@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from emloc_core.errors import EmlocError
 from emloc_core.files.own import require_regular
 
-#: safetensors' names of the dtypes that are read.
+#: torch's names of the dtypes that are read, by safetensors' names.
 DTYPES = {
-    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8",
-    "BOOL",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "C64": "complex64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _FAULT = 300  # characters of a message about a header, which may hold names of any length
 _REMEDY = "Download or copy the file again."

@@ -16,27 +16,11 @@ import click
 import torch
 
 from emloc_core.errors import EmlocError
+from emloc_core.files import header
 from emloc_core.files.header import TensorInfo, read_header
 
 #: torch's dtypes by safetensors' names.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in header.DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20  # bytes copied at a time
 _HASH = "emloc.sha256"  # key in the metadata: hash of everything else in the file
@@ -98,14 +82,14 @@ class ShardWriter:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._expected: list[tuple[str, int]] = []
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         for key, (dtype, shape) in tensors.items():
             nbytes = DTYPES[dtype].itemsize * torch.Size(shape).numel()
-            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
             self._expected.append((key, nbytes))
             offset += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = json.dumps(entries, separators=(",", ":")).encode()
         self._header = text + b" " * (-len(text) % 8)  # tensors start at a multiple of 8
         self._expected.reverse()
 
