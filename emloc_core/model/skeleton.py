@@ -8,6 +8,7 @@ does it (:class:`~emloc_core.compat.transformers.TensorLoader`).
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -25,10 +26,10 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import TensorInfo
 from emloc_core.files.quantised import MXFP4
 from emloc_core.files.shards import DTYPES
+from emloc_core.model import readahead
 from emloc_core.model.absent import Absent
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.packed_checkpoints import PACKED
-from emloc_core.model.readahead import ReadAhead
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.transposed import TransposedLinear, as_linears
 
@@ -70,7 +71,7 @@ class Skeleton:
                 setattr(module, name, absent)
         self.block_lists = [tower.blocks for tower in family.towers]
         self._replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        self._reader = ReadAhead()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._loader = checkpoint.objective.tensor_loader(self.model, conversions)
         self._sources = self._map_keys()
         transposed = (path for path, module in self.model.named_modules() if isinstance(module, TransposedLinear))
@@ -215,7 +216,7 @@ class Skeleton:
     def read_ahead(self, module: str) -> None:
         """Read the tensors of a submodule from disk in the background, so that :meth:`load` finds them cached."""
         keys = [key for name in self.names(module) for key in self.sources(name)]
-        self._reader.want([self.checkpoint.tensors[key] for key in keys])
+        self._reader.submit(readahead.read, [self.checkpoint.tensors[key] for key in keys])
 
     def free(self, module: str) -> None:
         """Put the parameters of the submodule at path ``module`` back on the meta device. Buffers stay."""

@@ -175,8 +175,8 @@ def test_an_interrupted_run_does_not_go_on_with_another_kind_of_device(tiny_mode
 def test_the_next_block_is_read_ahead(tiny_model):
     skeleton = OpenModel(Checkpoint(tiny_model), LLAMA).skeleton
     asked = []
-    want = skeleton._reader.want
-    skeleton._reader.want = lambda tensors: asked.append(want(tensors))
+    submit = skeleton._reader.submit
+    skeleton._reader.submit = lambda *read: asked.append(submit(*read))
     ids = torch.tensor([[5, 6, 7]])
     stream = Stream(skeleton)
     stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False)])
