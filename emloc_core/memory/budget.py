@@ -109,7 +109,7 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
         return Fit(None, model.tuning(plan)) if model.fits(budget, plan) else None
 
     def weights(hundredths: int) -> int:
-        return model.weight_bytes(hundredths / 100)
+        return model.emulator_bytes(model.plan(hundredths / 100))
 
     fits, too_large = round(ratios.smallest * 100), round(ratios.largest * 100) + 1
     if not model.fits(budget, model.plan(fits / 100)):

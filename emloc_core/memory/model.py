@@ -121,17 +121,12 @@ class MemoryModel:
     @property
     def nbytes(self) -> int:
         """Bytes of the base's weights; tied ones count once."""
-        found = self.parameters() * self.dtype.itemsize
+        itemsize, four_bits = self.dtype.itemsize, format_named(FOUR_BITS)
+        found = self.parameters() * itemsize
         for path in self.packed:
             weight: Any = self.model.get_submodule(path).weight
-            found += (
-                self._four_bits.nbytes(tuple(weight.shape), None, self.dtype) - weight.numel() * self.dtype.itemsize
-            )
+            found += four_bits.nbytes(tuple(weight.shape), None, self.dtype) - weight.numel() * itemsize
         return found
-
-    @cached_property
-    def _four_bits(self) -> Format:
-        return format_named(FOUR_BITS)
 
     @property
     def smallest_ratio(self) -> float | None:
@@ -172,10 +167,6 @@ class MemoryModel:
             return total
         before, after = plan.parameters(self.format)
         return total - before + after
-
-    def weight_bytes(self, ratio: float | None) -> int:
-        """Return the bytes of the emulator's weights at a ratio."""
-        return self.emulator_bytes(self.plan(ratio))
 
     def emulator_bytes(self, plan: RankPlan) -> int:
         """Return the bytes of the emulator's weights; tied ones count once."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from emloc_core.data.columns import NO_RENAMING
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
@@ -16,7 +17,6 @@ from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
 from emloc_core.standins import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 
-_USUAL: Mapping[str, str] = {}
 #: Default maximum length of TRL's ``SFTConfig``.
 LENGTH = 1024
 
@@ -84,7 +84,7 @@ def make_workload(
     image_size: tuple[int, int] | None = None,
     data: Rows | None = None,
     split: str = "train",
-    columns: Mapping[str, str] = _USUAL,
+    columns: Mapping[str, str] = NO_RENAMING,
     skip_bad_rows: bool = False,
 ) -> Workload:
     """Return the workload to plan for.

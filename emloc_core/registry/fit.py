@@ -86,7 +86,7 @@ def fit(
             "ratio": emulator.ratio,
             "micro_batch": emulator.micro_batch,
             "tuning": emulator.bytes,
-            "emulator": emulator.model.weight_bytes(emulator.ratio),
+            "emulator": emulator.model.emulator_bytes(emulator.model.plan(emulator.ratio)),
         }
     return EntryFit(
         id=entry.id,

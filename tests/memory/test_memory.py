@@ -58,7 +58,7 @@ def test_parameters_are_counted_exactly(tiny_model: Path, tiny_emulator: Path) -
     real = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert model.parameters() == sum(parameter.numel() for parameter in real.parameters())
     assert model.parameters() * 4 == Checkpoint(tiny_model).nbytes
-    assert model.weight_bytes(0.6) == Checkpoint(tiny_emulator).nbytes
+    assert model.emulator_bytes(model.plan(0.6)) == Checkpoint(tiny_emulator).nbytes
 
 
 def test_the_terms_of_tuning_are_exact(tiny_model: Path, tiny_emulator: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pyte
     assert len(traces) == 3
     imports = overhead("cpu", tuning=True)
     assert not model.fits(model.nbytes + imports - 1)  # by the weights and the imports alone, which are counted
-    assert not model.fits(model.weight_bytes(0.3) + imports - 1, model.plan(0.3))
+    assert not model.fits(model.emulator_bytes(model.plan(0.3)) + imports - 1, model.plan(0.3))
     assert len(traces) == 3
-    assert not model.fits(model.weight_bytes(0.3) + imports, model.plan(0.3))
+    assert not model.fits(model.emulator_bytes(model.plan(0.3)) + imports, model.plan(0.3))
     assert len(traces) == 4
 
 

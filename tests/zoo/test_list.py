@@ -117,7 +117,7 @@ def test_a_plan_is_that_of_the_memory_model(own, tmp_path):
     assert planned["lora"] == model.tuning().total
     assert (planned["kind"], planned["ratio"]) == ("low-rank", found.ratio)
     assert planned["tuning"] == found.need.total <= budget
-    assert planned["emulator"] == model.weight_bytes(found.ratio)
+    assert planned["emulator"] == model.emulator_bytes(model.plan(found.ratio))
     assert planned["parameters"] == model.parameters()
 
 
