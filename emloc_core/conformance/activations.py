@@ -236,7 +236,7 @@ def full_rank(subject: TinyModel) -> str:
     factors = subject.decomposed
     model = copy.deepcopy(subject.whole)
     biases = {path: model.get_submodule(path).bias for path in factors}
-    experts = [each for each in subject.plan.experts if each.reason is None]
+    experts = [each for each in subject.plan.experts if each.is_replaced]
     stacks = {each.path: _full(matrices(model.get_submodule(each.owner), each.name)) for each in experts}
     ranks = {path: found.u.shape[1] for path, found in factors.items()}
     LowRank().replace(model, {**ranks, **{path: u.shape[-1] for path, (u, _) in stacks.items()}})

@@ -92,8 +92,8 @@ def coverage(model: nn.Module, family: Family, plan: RankPlan) -> Coverage:
     for name, parameter in model.named_parameters():
         sizes[name.rpartition(".")[0]] += parameter.numel()
         total += parameter.numel()
-    experts = [each for each in plan.experts if each.reason is None]
-    compressed = {linear.path for linear in plan.candidates} | {each.group[0] for each in experts}
+    experts = [each for each in plan.experts if each.is_replaced]
+    compressed = {linear.path for linear in plan.candidates} | {each.owner for each in experts}
     compressed |= packings(plan.vocabulary).keys()
     held = sum(each.numbers for each in (*plan.candidates, *experts)) + sum(each.numbers for each in plan.vocabulary)
     rest = {path: size for path, size in sizes.items() if path not in compressed}

@@ -40,7 +40,7 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
             for path in tower.experts:
                 experts += _plan_experts(model, family, block, path)
     _require_one_group(found)
-    named = {linear.path for linear in found} | {each.group[0] for each in experts}
+    named = {linear.path for linear in found} | {each.owner for each in experts}
     plan = RankPlan(tuple(found), tuple(_kept(model, family, named)), tuple(experts))
     if not plan.candidates:
         raise EmlocError(

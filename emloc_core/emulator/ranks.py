@@ -11,9 +11,8 @@ from emloc_core.algorithms.allocation import Spectrum, global_budget, largest_ra
 from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
 from emloc_core.standins import Format
+from emloc_core.standins.experts import ALIGNED
 
-#: Ranks of experts are multiples of it: torch multiplies groups whose rows have a multiple of 16 bytes, 8 of bf16.
-_ALIGNED = 8
 #: Bytes of tokens that are read at a time, for as many experts as they are sent to: all rows are read for them.
 TOKENS_AT_ONCE = 1 << 30
 NO_EXPERTS = "only Linears have spectra; the allocator uniform, which needs none, makes experts smaller too"
@@ -145,12 +144,12 @@ class RankPlan:
     @property
     def has_experts(self) -> bool:
         """Whether a stack of experts may become smaller."""
-        return any(each.reason is None for each in self.experts)
+        return any(each.is_replaced for each in self.experts)
 
     @property
     def candidates(self) -> list[LinearPlan]:
         """The Linears without a reason to stay dense."""
-        return [linear for linear in self.linears if linear.reason is None]
+        return [linear for linear in self.linears if linear.is_replaced]
 
     def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
         """Return the plan with ranks; Linears without one, or whose factors save nothing, stay dense."""
@@ -163,9 +162,7 @@ class RankPlan:
 
     def at_caps(self) -> "RankPlan":
         """Return the plan with every rank, a uniform one, at its cap under the allocator ``global``."""
-        return self._each(
-            lambda each: replace(each, rank=each.rank and rank_cap(each.rank, (each.out_features, each.in_features)))
-        )
+        return self._each(lambda each: replace(each, rank=each.rank and rank_cap(each.rank, each.shape)))
 
     def dense(self, paths: Collection[str], reason: str) -> "RankPlan":
         """Return the plan with the Linears and stacks of experts at ``paths`` kept dense, for that reason."""
@@ -173,7 +170,7 @@ class RankPlan:
 
     def without_experts(self, reason: str) -> "RankPlan":
         """Return the plan with all experts kept dense, for that reason unless there is another one."""
-        return self.dense([each.path for each in self.experts if each.reason is None], reason)
+        return self.dense([each.path for each in self.experts if each.is_replaced], reason)
 
     def without_vocabulary(self) -> "RankPlan":
         """Return the plan with output layer and embeddings dense."""
@@ -228,11 +225,11 @@ def allocated(
     linears = plan.candidates
     if not linears:
         return plan
-    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    shapes = [linear.shape for linear in linears]
     ranks = global_budget(shapes, ratio, list(map(spectrum, linears))) if spectrum else uniform(shapes, ratio)
     chosen = dict(zip((linear.path for linear in linears), ranks, strict=True))
     # The experts of a stack share a rank in any case: they are multiplied by together.
-    chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.reason is None}
+    chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.is_replaced}
     found = plan.with_ranks(chosen)
     if not found.ranks:
         raise EmlocError("At this ratio nothing becomes smaller.", "Give a smaller --ratio, or another --kind.")
@@ -253,11 +250,11 @@ def require_ratio(ratio: float | None) -> float:
 
 
 def _expert_rank(planned: ExpertsPlan, ratio: float) -> int:
-    (rank,) = uniform([(planned.out_features, planned.in_features)], ratio)
-    return max(_ALIGNED, rank - rank % _ALIGNED)
+    (rank,) = uniform([planned.shape], ratio)
+    return max(ALIGNED, rank - rank % ALIGNED)  # or every product would have to be filled up
 
 
 def _with_rank(linear: LinearPlan, rank: int | None) -> Any:
-    if linear.reason is None and (rank is None or rank > largest_rank(*linear.shape)):
+    if linear.is_replaced and (rank is None or rank > largest_rank(*linear.shape)):
         return replace(linear, rank=None, reason=NO_SMALLER)
     return replace(linear, rank=rank)

@@ -65,7 +65,7 @@ class Spectra:
         headers = [read_header(self._shard(block))[0] for block in self._blocks]
         known = {key.removesuffix(_ENERGIES) for header in headers for key in header}
         without = [linear for linear in plan.candidates if linear.path not in known]
-        tiny = [each.path for each in without if not largest_rank(each.out_features, each.in_features)]
+        tiny = [each.path for each in without if not largest_rank(*each.shape)]
         unreached = {each.path for each in without} - set(tiny)
         return plan.dense(unreached, UNREACHED).dense(tiny, NO_SMALLER).without_experts(NO_EXPERTS)
 

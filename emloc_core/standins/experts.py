@@ -21,8 +21,9 @@ from emloc_core.standins.layer import Groups, StandInLinear, unpacked_bytes
 
 #: What transformers says of every module of fused experts that it can compute in several ways.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
-#: torch multiplies groups whose rows have a multiple of 16 bytes; LoRAs of other ranks get zeros.
-_ALIGNED = 8
+#: torch multiplies groups whose rows have a multiple of 16 bytes, 8 of bf16: ranks of experts are multiples of it, and
+#: LoRAs of other ranks get zeros.
+ALIGNED = 8
 _NONE: Mapping[str, Lora] = MappingProxyType({})
 
 
@@ -274,7 +275,7 @@ def _with_lora(found: torch.Tensor, x: torch.Tensor, lora: Lora, ends: torch.Ten
     """Add what a LoRA of all experts makes of rows that are sorted by expert: in its dtype, or in that of autocast."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lora.a.dtype
-    missing = -lora.a.shape[1] % _ALIGNED
+    missing = -lora.a.shape[1] % ALIGNED
     a, b = pad(lora.a.to(dtype), (0, 0, 0, missing)), pad(lora.b.to(dtype), (0, missing)).contiguous()
     change = grouped_product(grouped_product(x.to(dtype), a, ends), b, ends)
     return (found + lora.scale * change).to(found.dtype)
