@@ -103,10 +103,9 @@ def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
     from emloc_core.evaluation.multimodal_lm import ImageTextLM
     from emloc_core.evaluation.text_lm import TextLM
 
-    if images:
-        return ImageTextLM(model, tokenizer=processing, softmax_dtype="float32", batch_size=batch_size)
-    tokenizer = getattr(processing, "tokenizer", processing)
-    return TextLM(model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
+    kind = ImageTextLM if images else TextLM
+    tokenizer = processing if images else getattr(processing, "tokenizer", processing)
+    return kind(model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
 
 
 def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, int]:
