@@ -145,7 +145,7 @@ def test_a_model_that_cannot_be_planned_stops_no_other(own):
     done = CliRunner().invoke(cli, argv)
     assert str(done.exception) == "1 of 3 models could not be planned. Each says why."
     planned = {each["id"]: each for each in json.loads(done.stdout)["models"]}
-    assert "takes 16 tokens, not 64" in planned["zoo-test/short"]["error"]
+    assert "takes at most 16 tokens, not 64" in planned["zoo-test/short"]["error"]
     assert planned["zoo-test/short"]["inference"] is None
     assert planned["zoo-test/one"]["inference"] < planned["zoo-test/two"]["inference"]
 
