@@ -25,11 +25,12 @@ RUN = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from emloc_core.recipe import run
+from emloc_core.recipe import recipe as recipes, run
 from emloc_core.cli import main
 output = sys.argv[1]
 recipe = SimpleNamespace(output=output, eval=None, model=SimpleNamespace(memory=None))
-run.load_recipe, run.decided, run.require_tuning = lambda *_: recipe, lambda recipe: recipe, lambda _: None
+recipes.load_recipe = run.load_recipe = lambda *_: recipe
+run.decided, run.require_named, run.require_tuning = lambda recipe: recipe, lambda _: None, lambda _: None
 request = SimpleNamespace(stage="train", to_json=dict)
 found = [SimpleNamespace(name="adapter", purpose="tune", request=request, output=Path(output) / "adapter")]
 run.tried = lambda recipe: [SimpleNamespace(is_first=True)]
