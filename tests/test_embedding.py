@@ -101,7 +101,7 @@ def test_a_config_of_peft_describes_the_lora(emulator, tmp_path):
     [
         (LoraConfig(bias="all"), {}, "bias = 'all'"),
         (LoraConfig(target_modules=".*proj"), {}, "is a pattern"),
-        (LoraConfig(r=2), {"lora_rank": 4}, "lora_rank too"),
+        (LoraConfig(r=2), {"lora_rank": 4}, "also sets lora_rank"),
         (IA3Config(), {}, "IA3Config"),
     ],
 )

@@ -365,7 +365,7 @@ def test_what_is_refused(shallow_model: Path, rows_file: Path, tmp_path: Path) -
     assert "'plenty'" in refused("plan", shallow_model, "--memory", "plenty")
     assert "There is no model at" in refused("plan", tmp_path / "nothing")
     assert "has no config.json" in refused("plan", tmp_path)
-    assert "takes 256 tokens, not 257" in refused("plan", shallow_model, "--length", "257")
+    assert "takes at most 256 tokens, not 257" in refused("plan", shallow_model, "--length", "257")
     (tmp_path / "config.json").write_bytes((shallow_model / "config.json").read_bytes())
     assert "has no tokenizer" in refused("plan", tmp_path, "--data", rows_file)
     message = refused("plan", shallow_model, "--memory", "100kB", "--batch-size", 1, "--length", 64)

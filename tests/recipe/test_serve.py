@@ -76,7 +76,7 @@ def test_it_listens_on_loopback_and_says_what_it_cannot_do(tmp_path):
         assert first.server_address[0] == "127.0.0.1"
         with pytest.raises(EmlocError, match=f"port {first.server_port} cannot be used"):
             server(tmp_path, first.server_port)
-    with pytest.raises(EmlocError, match="no directory"):
+    with pytest.raises(EmlocError, match="is not a directory"):
         server(tmp_path / "nowhere")
 
 

@@ -47,7 +47,7 @@ def adapter(packed, rows_file, tmp_path_factory):
 
 
 def test_it_is_merged_into_the_original_that_is_named(adapter, original, tmp_path):
-    with pytest.raises(EmlocError, match=r"is quantised.*Give the original, unquantised model with --base"):
+    with pytest.raises(EmlocError, match=r"is already quantised.*Give the original, unquantised model with --base"):
         merge_job(adapter, adapter.base_name, tmp_path / "merged")
     merged = merge_job(adapter, original, tmp_path / "merged").run()
     before, after = (AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (original, merged))
