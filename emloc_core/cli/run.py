@@ -22,12 +22,13 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
     with without_collections():
         from emloc_core.recipe.decided import decided
         from emloc_core.recipe.recipe import load_recipe
-        from emloc_core.recipe.run import require_named, run_recipe
+        from emloc_core.recipe.run import require_named, require_tuning, run_recipe
 
     if dry_run:
         with planning():
             asked = load_recipe(recipe, overrides)
             require_named(asked)
+            require_tuning(asked)
             show_plan(decided(asked), as_json)
         return
     output = Path(load_recipe(recipe, overrides).output)  # not afterwards: the file may have been edited by then
