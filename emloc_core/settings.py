@@ -19,8 +19,9 @@ PAPER, PAPER_CLAMP = {"kind": FACTORS, "calibration": "base", "allocator": "unif
 Allocator = Literal["uniform", "global"]
 #: Which answers of a conversation count in the loss.
 Loss = Literal["last", "all"]
-_LOSS: Any = Field("last", description=
-    "Which answers of a conversation count towards the loss: the 'last' one, or 'all' assistant turns.")  # fmt: skip
+_LOSS: Any = Field(
+    "last", description="Which answers of a conversation count towards the loss: the 'last' one, or 'all'."
+)
 
 
 #: A split of a dataset by name, or a share of it: a number, or a number as text.
@@ -116,8 +117,9 @@ class CompressSettings(Settings):
             "Number of calibration rows; by default 64 (up to 256 for some kinds), but at most a third of the rows."
         ),
     )
-    selection: int = Field(32, ge=0, description=
-        "Number of rows held out for correct; by default 32, but at most a sixth of the rows.")  # fmt: skip
+    selection: int = Field(
+        32, ge=0, description="Number of rows held out for correct; by default 32, but at most a sixth of the rows."
+    )
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     loss: Loss = _LOSS
     seed: int = Field(0, description="Seed for drawing rows.")

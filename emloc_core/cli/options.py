@@ -104,9 +104,8 @@ def evaluation(*, of_emulator: bool) -> Callable[..., Any]:
     ]  # fmt: skip
     if of_emulator:
         found += [
-            click.option("--eval-base", "eval_on_base", is_flag=True, help=
-                "Also evaluate the base with the LoRA, read block by block, and keep the checkpoint that is best "
-                "there."),
+            click.option("--eval-base", "eval_on_base", is_flag=True, help="Also evaluate the base with the LoRA, read "
+                         "block by block, and keep the checkpoint that is best there."),
             click.option("--base", "eval_base", metavar="MODEL", help="With --eval-base: the base.  [default: the "
                          "model that the emulator names]"),
         ]  # fmt: skip

@@ -43,13 +43,12 @@ if TYPE_CHECKING:
               "size.  [default: that of the rows, or 448x448]")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-              help=
-              "Which memory to plan for: a GPU's, or the process's; auto: a GPU's if there is one here.")  # fmt: skip
-@click.option("--card", metavar="NAME", help=
-    "A GPU, such as 'RTX 4090': plan for its memory, unless --memory gives another, and compute times from its "
-    "published figures. Known: RTX 4080, RTX 3090, RTX 4090, L40S, A100, H100.")  # fmt: skip
-@click.option("--measure/--no-measure", default=True, show_default=True, help=
-    "Measure this machine for about a second, and show the least time that a step takes.")  # fmt: skip
+              help="Which memory to plan for: a GPU's, or the process's; auto: a GPU's if there is one.")  # fmt: skip
+@click.option("--card", metavar="NAME", help="A GPU, such as 'RTX 4090': plan for its memory, unless --memory "
+              "gives another, and compute times from its published figures. Known: RTX 4080, RTX 3090, RTX 4090, "
+              "L40S, A100, H100.")  # fmt: skip
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine for about a "
+              "second, and show the least time that a step takes.")  # fmt: skip
 @as_json
 def command(data: Any, split: str, length: int | None, as_json: bool, **values: Any) -> None:
     """Show the best way to tune MODEL in the memory given, what each stage needs, and the commands.

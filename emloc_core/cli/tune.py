@@ -28,8 +28,8 @@ from emloc_core.settings import FREE, TrainSettings
 @click.argument("model")
 @data(required=True)
 @output("Directory for all outputs.")
-@click.option("--memory", metavar="SIZE", default=FREE, help=
-    "Memory to tune in, such as 24GiB.  [default: the GPU's free memory, or the machine's without one]")  # fmt: skip
+@click.option("--memory", metavar="SIZE", default=FREE, help="Memory to tune in, such as 24GiB.  [default: "
+              "the GPU's free memory, or the machine's without one]")  # fmt: skip
 @headroom
 @click.option("--merge", is_flag=True, help="Write the merged model too.")
 @split

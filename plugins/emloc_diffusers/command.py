@@ -17,11 +17,10 @@ _DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--adapter", "adapters", multiple=True, type=_DIRECTORY,
               help="Adapter for the model; repeatable: each gets a row of the grid.")  # fmt: skip
 @click.option("--prompt", "prompts", multiple=True, help="Prompt; repeatable: each gets a column.")
-@click.option("--data", help=
-    "Held-out rows of pictures: shows the loss of each system on them and, without --prompt, draws their first "
-    "prompts.")  # fmt: skip
-@click.option("--judge", type=_DIRECTORY, help=
-    "Directory of a CLIP or DINOv2 model, to score how similar pictures are to those of --data.")  # fmt: skip
+@click.option("--data", help="Held-out rows of pictures: shows the loss of each system on them and, without "
+              "--prompt, draws their first prompts.")  # fmt: skip
+@click.option("--judge", type=_DIRECTORY, help="Directory of a CLIP or DINOv2 model, to score how similar "
+              "pictures are to those of --data.")  # fmt: skip
 @click.option("--side", type=click.IntRange(1), default=512, show_default=True, help="Height and width in pixels.")
 @click.option("--steps", type=click.IntRange(1), default=28, show_default=True, help="Steps of the solver.")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")

@@ -137,9 +137,8 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     assert found["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
     assert {kept["pattern"] for kept in found["kept_dense"]} == QWEN_VL.keep_dense.keys()
     assert "is not an image size" in refused("plan", tmp_path, *options, "--image-size", "24")
-    assert "leave no room for text" in refused(
-        "plan", tmp_path, *options
-    )  # 448 x 448 pixels are more tokens than a row has
+    # 448 x 448 pixels are more tokens than a row has.
+    assert "leave no room for text" in refused("plan", tmp_path, *options)
 
 
 def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) -> None:

@@ -89,10 +89,8 @@ def test_conversations_are_tokenized_in_parts_as_they_are_whole(tokenizers, rows
 
 
 def test_a_tokenizer_that_is_saved_cutting_cuts_nothing():
-    tokenizer, texts = (
-        tiny_tokenizer(),
-        (["<user>the red cat<assistant>"], ["<user>the red cat<assistant>runs and runs"]),
-    )
+    tokenizer, prompt = tiny_tokenizer(), "<user>the red cat<assistant>"
+    texts = [prompt], [f"{prompt}runs and runs"]
     whole = tokenized_with_starts(*texts, tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(2)
     assert tokenized_with_starts(*texts, tokenizer) == whole
