@@ -530,7 +530,8 @@ def tune(  # noqa: PLR0913 - all by keyword
             message names it, and earlier stages are kept.
     """
     from emloc_core.data.mixture import is_splits
-    from emloc_core.recipe.tune import EVALUATED, Tune, by_name
+    from emloc_core.data.rows import EVALUATED
+    from emloc_core.recipe.tune import Tune, by_name
 
     settle()
     with quiet() if progress else nullcontext():

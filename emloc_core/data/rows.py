@@ -21,6 +21,8 @@ from emloc_core.settings import Loss
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 #: File of a run of ``emloc tune`` with rows that are answered before and after, and the file that is beside it.
 HELD_OUT, ASKED = "held_out.jsonl", "tune.json"
+#: Files of such a run with rows that were in memory. They are there first, so their names alone tell what they are.
+ROWS, EVALUATED = "rows_in_memory.jsonl", "evaluated_in_memory.jsonl"
 #: File of an output with the rows that were left out.
 SKIPPED = "skipped_rows.jsonl"
 
@@ -142,7 +144,9 @@ def without(
 
 
 def _is_kept(path: Path) -> bool:
-    """Return whether a file holds rows that an emulator or a run keeps."""
+    """Return whether a file holds rows that an emulator or a run keeps, in the usual columns."""
+    if path.name in (ROWS, EVALUATED):
+        return True
     beside = {CALIBRATION: MANIFEST, SELECTION: MANIFEST, HELD_OUT: ASKED}.get(path.name)
     return beside is not None and (path.parent / beside).is_file()
 

@@ -17,8 +17,10 @@ from emloc_core.data.mixture import weights
 from emloc_core.data.row import Row
 from emloc_core.data.rows import (
     ASKED,
+    EVALUATED,
     HELD_OUT,
     NO_RENAMING,
+    ROWS,
     SKIPPED,
     Skipped,
     digest,
@@ -39,8 +41,6 @@ from emloc_core.requests import COLUMNS, SKIP, EvalRows, Rows
 from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
 
 RECIPE, PAGE = "recipe.toml", "report.html"
-#: Rows that were in memory.
-ROWS, EVALUATED = "rows.jsonl", "evaluated.jsonl"
 #: What is written of them, before what was asked for is.
 _OF_ROWS = {ROWS, EVALUATED, SKIPPED, IMAGES}
 _ELSEWHERE = "Choose another output directory, or remove this one."

@@ -9,7 +9,7 @@ from support.rows import write_jsonl
 
 import emloc_core as emloc_api
 from emloc_core.data.row import Row
-from emloc_core.data.rows import load_rows
+from emloc_core.data.rows import EVALUATED, ROWS, load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.files.manifest import MANIFEST
@@ -191,13 +191,26 @@ def test_splits_in_memory(tmp_path, monkeypatch):
         assert (load_rows(asked[-1].evaluation.data), asked[-1].evaluation.split) == (load_rows(rows[2:]), None)
 
 
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"prompt": "b", "completion": "a"}, {"prompt": "completion", "completion": "prompt"}),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"messages": "prompt"}),
+    ],
+)
+def test_rows_in_memory_are_renamed_once(row, names, tmp_path):
+    rows = load_rows([row], columns=names)
+    assert load_rows(by_name([row], tmp_path, columns=names), columns=names) == rows
+    assert load_rows(by_name([row], tmp_path, columns=names, name=EVALUATED), columns=names) == rows
+
+
 def test_rows_in_memory_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     rows = [{"text": "a"}, {"text": "b"}]
     with monkeypatch.context() as killed:
         killed.setattr(Row, "to_dict", lambda row: {"text": "a"} if row.number == 1 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             by_name(rows, tmp_path / "tuned")
-    assert not (tmp_path / "tuned" / "rows.jsonl").exists()
+    assert not (tmp_path / "tuned" / ROWS).exists()
     assert load_rows(by_name(rows, tmp_path / "tuned")) == load_rows(rows)
 
 
@@ -234,7 +247,7 @@ def test_bad_rows_are_left_out_and_counted(emloc, shallow_model, rows_file, tmp_
 def test_bad_rows_in_memory_are_left_out(shallow_model, tmp_path):
     rows = [{"prompt": f"say {number}", "completion": f" {number}"} for number in range(40)]
     emloc_api.tune(shallow_model, [*rows, {}], tmp_path / "tuned", memory="4GiB", skip_bad_rows=True, **QUICK)
-    assert len(load_rows(str(tmp_path / "tuned" / "rows.jsonl"))) == 40
+    assert len(load_rows(str(tmp_path / "tuned" / ROWS))) == 40
     assert json.loads((tmp_path / "tuned" / "skipped_rows.jsonl").read_text())["row"] == 41
 
 
