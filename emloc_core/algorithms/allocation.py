@@ -64,16 +64,19 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     base = uniform(shapes, ratio)
     floors = [math.ceil(BOUNDS[0] * rank) for rank in base]
     caps = [rank_cap(rank, shape) for rank, shape in zip(base, shapes, strict=True)]
-    gains = [descending(each.energies) * (each.sensitivity / max(float(each.energies.sum()), TINY)) for each in spectra]
+    gains = [
+        descending(spectrum.energies) * (spectrum.sensitivity / max(float(spectrum.energies.sum()), TINY))
+        for spectrum in spectra
+    ]
     return spend(shapes, gains, floors, caps, sum(rank * sum(shape) for rank, shape in zip(base, shapes, strict=True)))
 
 
 def descending(energies: torch.Tensor) -> torch.Tensor:
-    """Return energies in which every run that rises has its mean instead; those that descend as they are.
+    """Return energies with every rising run replaced by its mean; descending ones are returned as they are.
 
-    A factorizer of other than the optimal factors may take a direction of much energy late. What comes before it is
-    worth as much as both together, since no rank has the one without the other: the least concave majorant of the
-    energy that is kept, by pool-adjacent-violators.
+    A factorizer whose factors are not optimal may take a direction of much energy late. The directions before it are
+    worth the mean, since no rank has it without them: the least concave majorant of the energy that is kept, by
+    pool-adjacent-violators.
 
     Args:
         energies: (s,), in the order in which ranks take them.
@@ -104,8 +107,10 @@ def spend(
     costs = torch.tensor([sum(shape) for shape in shapes])
     steps = [cap - floor for floor, cap in zip(floors, caps, strict=True)]
     owner = torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor(steps))
-    gain = torch.cat([each[floor:cap].double() for each, floor, cap in zip(gains, floors, caps, strict=True)])
+    gain = torch.cat([gain[floor:cap].double() for gain, floor, cap in zip(gains, floors, caps, strict=True)])
     order = torch.argsort(gain / costs[owner], descending=True, stable=True)  # stable: a Linear's ranks stay in order
-    left = budget - int((torch.tensor(floors) * costs).sum())
-    taken = owner[order[costs[owner][order].cumsum(0) <= left]]
-    return [floor + int(more) for floor, more in zip(floors, torch.bincount(taken, minlength=len(shapes)), strict=True)]
+    remaining = budget - int((torch.tensor(floors) * costs).sum())
+    owners = owner[order[costs[owner][order].cumsum(0) <= remaining]]
+    return [
+        floor + int(more) for floor, more in zip(floors, torch.bincount(owners, minlength=len(shapes)), strict=True)
+    ]

@@ -34,13 +34,13 @@ def correct_lora(weight: torch.Tensor, emulated: Emulated, lora: Lora, clamps: S
 
     Args:
         weight: the base's weight W, (m, n).
-        emulated: What, that of the emulator.
+        emulated: What, the emulator's.
         lora: the LoRA trained on the emulator.
         clamps: the paper's code uses 3.
 
     Returns:
-        One LoRA per clamp: ``A' = Q^T``, ``B' = B0 - E`` (scaled), in the dtypes of the given one; with zeros up to its
-        rank, where that exceeds n. Clamp 0 returns the given LoRA itself.
+        One LoRA per clamp: ``A' = Q^T``, ``B' = B0 - E`` (scaled), in the dtypes of ``lora``; with zeros up to its
+        rank, where that exceeds n. Clamp 0 returns ``lora`` itself.
     """
     dtype = torch.promote_types(lora.a.dtype, torch.float32)
     # In fp64: where two values of D are close, rounding mixes their directions, and the clamp is by direction.

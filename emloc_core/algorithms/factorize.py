@@ -23,13 +23,13 @@ from emloc_core.algorithms.statistics import Gram, blocks, in_pieces, product, s
 #: With 270 the error was 1.0003 to 1.0006 times the optimum at sizes 576, 1152 and 2048 with one dominant direction.
 RESOLUTION = 400
 
-#: Columns of a block, and products with the matrix, of the Krylov space that dominant eigenvectors are sought in.
+#: The Krylov space that is searched for dominant eigenvectors: columns of a block, and products with the matrix.
 _BLOCK, _DEPTH = 16, 6
 #: All of its columns.
 KRYLOV = _BLOCK * _DEPTH
 
-#: Columns beyond the rank, and products with the matrix, of the power iteration in :func:`leading`; the latter also
-#: where it begins with the directions of a matrix that is not far from this one.
+#: The power iteration in :func:`leading`: columns beyond the rank, and products with the matrix, without and with the
+#: directions of a similar matrix to start from.
 _MORE, _POWERS, _AGAIN = 16, 6, 3
 
 #: An eigenvector has converged if ``||M q - e q||`` is below this many times e.
@@ -64,13 +64,13 @@ class Factors:
     def relative_error(self, rank: int | None = None) -> float:
         """Return ``||(W - What) X|| / ||W X||`` on the calibration inputs at any rank, from the spectrum alone.
 
-        Without a rank it is that of the factors as they are.
+        Without a rank, the error of the factors as they are.
         """
         if rank is None and self.error is not None:
             return self.error
-        kept = self.u.shape[1] if rank is None else rank
+        rank = self.u.shape[1] if rank is None else rank
         total = self.spectrum.sum()
-        return float((self.spectrum[kept:].sum() / total).sqrt()) if total > 0 else 0.0
+        return float((self.spectrum[rank:].sum() / total).sqrt()) if total > 0 else 0.0
 
 
 def wants_inputs(factorize: Callable[..., Any]) -> bool:
@@ -88,9 +88,9 @@ def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.
     """
     cut = total = 0.0
     for rows in blocks(len(weight)):
-        whole = weight[rows].to(gram)
-        cut += _energy(whole - approximation[rows].to(gram), gram)
-        total += _energy(whole, gram)
+        exact = weight[rows].to(gram)
+        cut += _energy(exact - approximation[rows].to(gram), gram)
+        total += _energy(exact, gram)
     cut, total = max(cut, 0.0), max(total, 0.0)
     return (cut / total) ** 0.5 if total else 0.0
 
@@ -113,15 +113,15 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
     """
     solve = _on_outputs if gram.side == "output" else _on_inputs
     rest, heavy = gram.parts()
-    found = solve(weight, rest, heavy, rank)
-    if found is None:
-        found = solve(weight, gram.matrix.double(), heavy[:0], rank)
-    assert found is not None
-    return found
+    factors = solve(weight, rest, heavy, rank)
+    if factors is None:
+        factors = solve(weight, gram.matrix.double(), heavy[:0], rank)
+    assert factors is not None
+    return factors
 
 
 def leading(weight: torch.Tensor, gram: torch.Tensor, rank: int, start: torch.Tensor | None = None) -> torch.Tensor:
-    """Return nearly the optimal U, for what is rounded coarsely anyway: in a fraction of the time of :func:`factorize`.
+    """Return a nearly optimal U, for factors that are rounded coarsely, in a fraction of the time of :func:`factorize`.
 
     A block power iteration on ``W G W^T`` (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061), which is not formed.
 
@@ -129,15 +129,15 @@ def leading(weight: torch.Tensor, gram: torch.Tensor, rank: int, start: torch.Te
         weight: W, (m, n), in fp32.
         gram: G, of the inputs, (n, n), in fp32.
         rank: k, at most min(m, n).
-        start: U of a matrix that is not far from this one, (m, k), where there is one.
+        start: U of a similar matrix, (m, k), if there is one.
 
     Returns:
-        U, (m, k), orthonormal columns. Those of ``U^T W`` are uncorrelated: ``U^T W G W^T U`` is diagonal.
+        U, (m, k), orthonormal columns. The outputs of ``U^T W`` are uncorrelated: ``U^T W G W^T U`` is diagonal.
     """
     m, columns = len(weight), min(rank + _MORE, *weight.shape)
-    known = 0 if start is None else rank
-    more = torch.randn(m, columns - known, generator=torch.Generator().manual_seed(0)).to(weight)
-    basis = more if start is None else torch.cat([start, more], dim=1)
+    missing = columns if start is None else columns - rank
+    drawn = torch.randn(m, missing, generator=torch.Generator().manual_seed(0)).to(weight)
+    basis = drawn if start is None else torch.cat([start, drawn], dim=1)
     for _ in range(_POWERS if start is None else _AGAIN):
         basis = torch.linalg.qr(weight @ (gram @ (weight.T @ basis))).Q
     inner = weight.T @ basis
@@ -153,17 +153,17 @@ def _on_outputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, r
 
 def _projected(weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Return ``U^T W``."""
-    found = u.new_zeros(u.shape[1], weight.shape[1])
-    for rows, some in in_pieces(weight, u):
-        found.addmm_(u[rows].T, some)
-    return found
+    projected = u.new_zeros(u.shape[1], weight.shape[1])
+    for rows, piece in in_pieces(weight, u):
+        projected.addmm_(u[rows].T, piece)
+    return projected
 
 
 def _on_inputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:
     """Work on the n x n side; None where fp32 cannot tell the weight's columns apart, or resolve what is cut off.
 
-    None also where rows are heavy: ``W R^-1`` in fp32 would turn their directions by more than they can bear. Inputs
-    are normalised as a rule, so that none is.
+    None also if there are heavy rows: ``W R^-1`` in fp32 would rotate their directions too far. Inputs are usually
+    normalised, so that there are none.
     """
     if len(heavy):
         return None
@@ -204,7 +204,7 @@ def _top(rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> tuple[torch.Tens
     dominant, split, rest = _split(rest, heavy)
     energies, vectors = torch.linalg.eigh(rest)
     largest = float(energies[-1])
-    # What was split off stands at the lower end there, unless rounding has as much energy as all else that is left.
+    # What was split off is at the lower end, unless rounding errors have as much energy as all that remains.
     energies = torch.cat([dominant, energies[len(dominant) :].flip(0).clamp(min=0).double()])
     others = vectors[:, len(dominant) :].flip(1)[:, :rank]
     if (split.T @ others).norm() > _ORTHONORMAL:
@@ -217,14 +217,14 @@ def _top(rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> tuple[torch.Tens
 
 
 def _split(rest: torch.Tensor, heavy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split the eigenvalues that dominate ``rest + heavy^T heavy`` off it: those whose eigenvectors converge at once.
+    """Split the dominant eigenvalues off ``rest + heavy^T heavy``: those whose eigenvectors converge at once.
 
-    They are looked for in a block Krylov space, in fp64 (Musco and Musco, 2015, arXiv 1504.05477), which begins with
+    They are searched for in a block Krylov space, in fp64 (Musco and Musco, 2015, arXiv 1504.05477), which begins with
     the heavy rows: thin products, which take no time beside the decomposition of what remains.
 
     Returns:
         Eigenvalues in fp64, descending, p of them (none, where none dominates); their eigenvectors, (size, p), in fp32;
-        and the matrix without them, in fp32. There they have an eigenvalue below 0, less than all others.
+        and the matrix without them, in fp32, in which their eigenvalues are below 0 and below all others.
     """
     work = rest.double()
     work.addmm_(heavy.T, heavy)

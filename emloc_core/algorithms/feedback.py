@@ -1,14 +1,14 @@
 """Rounding with feedback: later columns compensate for the rounding error of earlier ones.
 
 As in GPTQ (Frantar et al., 2022, arXiv 2210.17323): the loss that counts is that of the outputs, ``||(M - Q) X||``, so
-the error of a column is spread over those not rounded yet, in proportion to how their inputs go along with its own.
-Those proportions are the factor U of the Gram, ``G = U D U^T``, which takes no inverse (QuIP: Chee et al., 2023, arXiv
+the error of a column is spread over those not rounded yet, in proportion to how their inputs correlate with its own.
+The proportions are the factor U of the Gram, ``G = U D U^T``, which takes no inverse (QuIP: Chee et al., 2023, arXiv
 2307.13304, theorem 6). Columns with the largest inputs come first, while the most others are left. Then passes of
 coordinate descent round every number again, as is best while all others stay (QuantEase: Behdin et al., 2023, arXiv
 2309.01885).
 
-Rows are rounded independently, so matrices that share their inputs can be rounded as one, stacked; and a tall one, some
-rows at a time, so that less is held beside it.
+Rows are rounded independently, so matrices that share their inputs can be stacked and rounded as one, and a tall matrix
+some rows at a time, which takes less memory.
 """
 
 import os
@@ -57,7 +57,7 @@ class Damped:
     """A Gram with a share of its mean diagonal on the diagonal, and what rounding needs of it, computed once.
 
     Args:
-        gram: ``sum x x^T``, (n, n). In fp32 it is not copied: its diagonal is another while :meth:`matrix` is used.
+        gram: ``sum x x^T``, (n, n). In fp32 it is not copied: :meth:`matrix` replaces its diagonal meanwhile.
         share: of the mean diagonal.
 
     Attributes:
@@ -72,13 +72,13 @@ class Damped:
     @contextmanager
     def matrix(self) -> Iterator[torch.Tensor]:
         """Yield the damped Gram, (n, n), in fp32 and positive definite."""
-        place = self._gram.diagonal()
-        bare = place.clone()
-        place.copy_(self.diagonal)
+        diagonal = self._gram.diagonal()
+        bare = diagonal.clone()
+        diagonal.copy_(self.diagonal)
         try:
             yield self._gram
         finally:
-            place.copy_(bare)
+            diagonal.copy_(bare)
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -87,10 +87,10 @@ class Damped:
 
     @cached_property
     def factor(self) -> torch.Tensor:
-        """U, (n, n), of the Gram with its columns in this order, ``U D U^T``; below its diagonal is anything."""
+        """U, (n, n), of ``U D U^T``, the Gram with its columns in this order; below the diagonal it is undefined."""
         with self.matrix() as gram:
-            found = gram[self.order[:, None], self.order]
-        return _factorised(found)
+            reordered = gram[self.order[:, None], self.order]
+        return _factorised(reordered)
 
 
 def _factorised(gram: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def threads_for(rows: int) -> Iterator[None]:
-    """Let torch compute with one thread where so few rows are rounded that others would wait more than they help."""
+    """Let torch compute with one thread where rows are so few that other threads would mostly wait."""
     before = torch.get_num_threads()
     if rows < _SHARED:
         torch.set_num_threads(1)
@@ -124,7 +124,7 @@ def threads_for(rows: int) -> Iterator[None]:
 
 
 def some_rows(matrix: torch.Tensor) -> Iterator[slice]:
-    """Yield the rows of a matrix, as many as are rounded at a time."""
+    """Yield slices of the rows of a matrix, as many as are rounded at a time."""
     most = ROWS.get(matrix.device.type, ROWS["cuda"])
     yield from (slice(start, start + most) for start in range(0, len(matrix), most))
 
@@ -142,29 +142,29 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
     work = matrix.T[gram.order]
     for start in range(0, len(work), COLUMNS):
         stop = min(start + COLUMNS, len(work))
-        places, rows = gram.order[start:stop], gram.factor[start:stop]
-        changes = matrix.T[places]
-        _round_block(work[start:stop], changes, rows[:, start:stop].contiguous(), places, nearest)
+        positions, rows = gram.order[start:stop], gram.factor[start:stop]
+        changes = matrix.T[positions]
+        _round_block(work[start:stop], changes, rows[:, start:stop].contiguous(), positions, nearest)
         _pass_on(work[stop:], rows[:, stop:].T, changes)
-    found = torch.empty_like(work)
-    found[gram.order] = work
-    return found.T
+    rounded = torch.empty_like(work)
+    rounded[gram.order] = work
+    return rounded.T
 
 
 def _round_block(
-    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, nearest: Nearest
+    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, positions: torch.Tensor, nearest: Nearest
 ) -> None:
     """Round columns in place; see :func:`emloc_core.algorithms.kernels.round_block`, which does this on a GPU."""
     if by_kernels(nearest, block):
         from emloc_core.algorithms.kernels import round_block
 
-        round_block(block, changes, factor, places, nearest)
+        round_block(block, changes, factor, positions, nearest)
         return
-    steps = zip(block.unbind(), changes.unbind(), factor.unbind(), places.tolist(), strict=True)
-    columns = len(block)  # asked once: a tensor's length is a function in Python
+    steps = zip(block.unbind(), changes.unbind(), factor.unbind(), positions.tolist(), strict=True)
+    columns = len(block)  # once: a tensor's length is a function in Python
     with threads_for(block.shape[1]):
-        for index, (numbers, change, row, place) in enumerate(steps, start=1):
-            values = nearest(numbers, place)
+        for index, (numbers, change, row, position) in enumerate(steps, start=1):
+            values = nearest(numbers, position)
             torch.sub(values, change, out=change)
             numbers.copy_(values)
             if index < columns:
@@ -173,8 +173,8 @@ def _round_block(
 
 def descent(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped) -> torch.Tensor:
     """Return ``(M - Q) G``, (m, n): where numbers of Q, (m, n), have to move for the loss to fall, and how steeply."""
-    with gram.matrix() as whole:
-        return (whole @ (matrix.T - rounded.T)).T
+    with gram.matrix() as gram_matrix:
+        return (gram_matrix @ (matrix.T - rounded.T)).T
 
 
 def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest: Nearest) -> torch.Tensor:
@@ -190,15 +190,15 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
     Returns:
         Q, (m, n), in fp32, whose loss is no higher.
     """
-    found, slopes = rounded.T.contiguous(), slopes.T.contiguous()  # a column is one stretch of memory
-    with gram.matrix() as whole:
-        for start in range(0, len(found), COLUMNS):
-            stop = min(start + COLUMNS, len(found))
-            block, changes = found[start:stop], torch.empty_like(found[start:stop])
-            curvature = whole[start:stop, start:stop].contiguous()
+    work, slopes = rounded.T.contiguous(), slopes.T.contiguous()  # a column is one stretch of memory
+    with gram.matrix() as gram_matrix:
+        for start in range(0, len(work), COLUMNS):
+            stop = min(start + COLUMNS, len(work))
+            block, changes = work[start:stop], torch.empty_like(work[start:stop])
+            curvature = gram_matrix[start:stop, start:stop].contiguous()
             _descend_block(block, slopes[start:stop], changes, curvature, start, nearest)
-            _pass_on(slopes[stop:], whole[start:stop, stop:].T, changes)
-    return found.T
+            _pass_on(slopes[stop:], gram_matrix[start:stop, stop:].T, changes)
+    return work.T
 
 
 def _descend_block(
@@ -217,11 +217,11 @@ def _descend_block(
         return
     diagonal = curvature.diagonal().tolist()
     columns = len(block)
-    places = range(start, start + columns)
-    steps = zip(block.unbind(), slopes.unbind(), changes.unbind(), curvature.unbind(), diagonal, places, strict=True)
+    positions = range(start, start + columns)
+    steps = zip(block.unbind(), slopes.unbind(), changes.unbind(), curvature.unbind(), diagonal, positions, strict=True)
     with threads_for(block.shape[1]):
-        for index, (numbers, towards, change, row, pivot, place) in enumerate(steps, start=1):
-            values = nearest(towards.div_(pivot).add_(numbers), place)
+        for index, (numbers, towards, change, row, pivot, position) in enumerate(steps, start=1):
+            values = nearest(towards.div_(pivot).add_(numbers), position)
             torch.sub(values, numbers, out=change)
             numbers.copy_(values)
             if index < columns:
@@ -230,8 +230,8 @@ def _descend_block(
 
 def _pass_on(numbers: torch.Tensor, weights: torch.Tensor, changes: torch.Tensor) -> None:
     """Subtract ``weights @ changes``, some rows at a time: oneDNN compiles a kernel for every shape, and keeps it."""
-    for part, of in zip(numbers.split(_PASSED), weights.split(_PASSED), strict=True):
-        part.addmm_(of, changes, alpha=-1)
+    for part, rows in zip(numbers.split(_PASSED), weights.split(_PASSED), strict=True):
+        part.addmm_(rows, changes, alpha=-1)
 
 
 def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:
@@ -267,11 +267,11 @@ def to_levels(
     Returns:
         Q, (m, n), in fp32.
     """
-    found = torch.empty_like(matrix)
+    rounded = torch.empty_like(matrix)
     for rows in some_rows(matrix):
-        stay = None if kept is None else kept[rows]
-        found[rows] = _to_levels(matrix[rows], gram, levels, scales[rows], stay, passes)
-    return found
+        part_kept = None if kept is None else kept[rows]
+        rounded[rows] = _to_levels(matrix[rows], gram, levels, scales[rows], part_kept, passes)
+    return rounded
 
 
 def _to_levels(
@@ -284,7 +284,7 @@ def _to_levels(
 ) -> torch.Tensor:
     stay = None if kept is None else (kept.T.contiguous(), matrix.T.contiguous())
     grid = Grid(levels, scales.T.contiguous(), kept=stay)
-    found = with_feedback(matrix, gram, grid)
+    rounded = with_feedback(matrix, gram, grid)
     for _ in range(passes):
-        found = descended(found, descent(matrix, found, gram), gram, grid)
-    return found
+        rounded = descended(rounded, descent(matrix, rounded, gram), gram, grid)
+    return rounded

@@ -30,8 +30,8 @@ class Grid:
     def __call__(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
         """Return numbers of a column of the matrix, (m,), rounded."""
         scale = self.scales[column // self.width]
-        found = self.levels.index_select(0, self.nearest(numbers / scale)).mul_(scale)
-        return found if self.kept is None else torch.where(self.kept[0][column], self.kept[1][column], found)
+        rounded = self.levels.index_select(0, self.nearest(numbers / scale)).mul_(scale)
+        return rounded if self.kept is None else torch.where(self.kept[0][column], self.kept[1][column], rounded)
 
     def nearest(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the index of the level that is nearest to every number of a column, (m,), int32.
@@ -48,10 +48,10 @@ def indices(numbers: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
 
     One middle at a time, since all at once would hold as many matrices.
     """
-    found = torch.zeros_like(numbers, dtype=torch.uint8)
+    counts = torch.zeros_like(numbers, dtype=torch.uint8)
     for middle in middles:
-        found += numbers > middle
-    return found
+        counts += numbers > middle
+    return counts
 
 
 def middles(levels: torch.Tensor) -> torch.Tensor:

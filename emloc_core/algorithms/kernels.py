@@ -15,82 +15,84 @@ _ROWS = 32
 
 
 def round_block(
-    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, grid: Grid
+    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, positions: torch.Tensor, grid: Grid
 ) -> None:
     """Round a block of columns, each after the changes of those before it are passed on.
 
     Args:
-        block: numbers, transposed, (k, m), fp32, with what was passed on to them; becomes what they are rounded to.
-        changes: the numbers as they were, (k, m); becomes by how much they were changed.
-        factor: of the Gram, (k, k), of which what is above the diagonal counts, contiguous.
-        places: of the columns in the matrix, (k,), int64.
+        block: numbers, transposed, (k, m), fp32, with the changes passed on so far; becomes the rounded numbers.
+        changes: the original numbers, (k, m); becomes by how much they were changed.
+        factor: of the Gram, (k, k), contiguous; only what is above the diagonal counts.
+        positions: of the columns in the matrix, (k,), int64.
     """
-    _launch(_round, (block, changes), factor, places, grid)
+    _launch(_round, (block, changes), factor, positions, grid)
 
 
 def descend_block(
     block: torch.Tensor, slopes: torch.Tensor, changes: torch.Tensor, curvature: torch.Tensor, start: int, grid: Grid
 ) -> None:
-    """Round a block of columns once more, each as is best after those before it were.
+    """Round a block of columns once more, each as is best after the ones before it.
 
     Args:
-        block: what they are rounded to, transposed, (k, m), fp32; becomes what is better.
+        block: the rounded numbers, transposed, (k, m), fp32; becomes better ones.
         slopes: of the loss, (k, m).
         changes: (k, m); becomes by how much the numbers were changed.
         curvature: of the Gram, (k, k), contiguous.
-        start: the place of the first column in the matrix.
+        start: the position of the first column in the matrix.
     """
     _launch(_descend, (block, slopes, changes), curvature, start, grid)
 
 
 def _launch(
-    kernel: Any, numbers: tuple[torch.Tensor, ...], weights: torch.Tensor, places: torch.Tensor | int, grid: Grid
+    kernel: Any, numbers: tuple[torch.Tensor, ...], weights: torch.Tensor, positions: torch.Tensor | int, grid: Grid
 ) -> None:
     k, m = numbers[0].shape
-    kept, originals = grid.kept or (grid.scales, grid.scales)  # which are not read then
+    kept, originals = grid.kept or (grid.scales, grid.scales)  # not read without KEPT
     with torch.cuda.device_of(weights):  # Triton launches on the current one
         kernel[triton.cdiv(m, _ROWS),](
-            *numbers, weights, places, grid.levels, grid.middles, grid.scales, kept, originals, m, k, grid.width,
+            *numbers, weights, positions, grid.levels, grid.middles, grid.scales, kept, originals, m, k, grid.width,
             LEVELS=len(grid.levels), KEPT=grid.kept is not None, COLUMNS=triton.next_power_of_2(k), ROWS=_ROWS,
             num_warps=1,
         )  # fmt: skip
 
 
 @triton.jit
-def _nearest(numbers, place, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT):
-    scale = tl.load(scales + place // width * m + row, mask=inside, other=1)
+def _nearest(numbers, position, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT):
+    scale = tl.load(scales + position // width * m + row, mask=inside, other=1)
     unit = numbers / scale
     index = tl.zeros_like(unit).to(tl.int32)
     for middle in tl.static_range(LEVELS - 1):
         index += (unit > tl.load(middles + middle)).to(tl.int32)
-    found = tl.load(levels + index) * scale
+    rounded = tl.load(levels + index) * scale
     if KEPT:
-        stays = tl.load(kept + place * m + row, mask=inside, other=0)
-        found = tl.where(stays, tl.load(originals + place * m + row, mask=inside, other=0), found)
-    return found
+        keep = tl.load(kept + position * m + row, mask=inside, other=0)
+        rounded = tl.where(keep, tl.load(originals + position * m + row, mask=inside, other=0), rounded)
+    return rounded
 
 
 @triton.jit
 def _round(
-    block, changes, factor, places, levels, middles, scales, kept, originals, m, k, width,
+    block, changes, factor, positions, levels, middles, scales, kept, originals, m, k, width,
     LEVELS: tl.constexpr, KEPT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < m
     column = tl.arange(0, COLUMNS)
-    at = column[:, None] * m + row[None, :]
-    there = (column < k)[:, None] & inside[None, :]
-    numbers = tl.load(block + at, mask=there, other=0)
+    offsets = column[:, None] * m + row[None, :]
+    mask = (column < k)[:, None] & inside[None, :]
+    numbers = tl.load(block + offsets, mask=mask, other=0)
     for index in range(k):
-        chosen = (column == index)[:, None]
-        number = tl.sum(tl.where(chosen, numbers, 0), 0)
-        place = tl.load(places + index)
-        value = _nearest(number, place, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT)
+        current = (column == index)[:, None]
+        number = tl.sum(tl.where(current, numbers, 0), 0)
+        position = tl.load(positions + index)
+        value = _nearest(
+            number, position, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT
+        )
         change = value - tl.load(changes + index * m + row, mask=inside, other=0)
         tl.store(changes + index * m + row, change, mask=inside)
         later = tl.load(factor + index * k + column, mask=(column > index) & (column < k), other=0)
-        numbers = tl.where(chosen, value[None, :], numbers - later[:, None] * change[None, :])
-    tl.store(block + at, numbers, mask=there)
+        numbers = tl.where(current, value[None, :], numbers - later[:, None] * change[None, :])
+    tl.store(block + offsets, numbers, mask=mask)
 
 
 @triton.jit
@@ -101,8 +103,8 @@ def _descend(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < m
     column = tl.arange(0, COLUMNS)
-    there = (column < k)[:, None] & inside[None, :]
-    towards = tl.load(slopes + column[:, None] * m + row[None, :], mask=there, other=0)
+    mask = (column < k)[:, None] & inside[None, :]
+    towards = tl.load(slopes + column[:, None] * m + row[None, :], mask=mask, other=0)
     for index in range(k):
         slope = tl.sum(tl.where((column == index)[:, None], towards, 0), 0)
         number = tl.load(block + index * m + row, mask=inside, other=0)

@@ -26,7 +26,7 @@ GROUP = 256
 #: have next to no inputs. Tuning moves inputs there, and a LoRA uses the errors that it meets, which the base does not
 #: have.
 DAMPING = 0.1
-#: Scales that are tried, times the root mean square of a group: rounding with the best of them loses least.
+#: Scales that are tried, times the root mean square of a group.
 _SCALES = torch.linspace(0.5, 1.5, 21)
 #: Numbers for which they are tried at a time: few enough to stay in a processor's cache.
 _NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -51,7 +51,7 @@ class Rounded:
     def numbers(self) -> torch.Tensor:
         """Return the matrix, (m, n), in fp32."""
         scales = self.scales.float()
-        numbers = at(torch.tensor(LEVELS[self.levels]).to(scales), self.indices)
+        numbers = lookup(torch.tensor(LEVELS[self.levels]).to(scales), self.indices)
         return numbers.mul_(_spread(scales, self.indices.shape[1]))
 
     def split(self, rows: Sequence[int]) -> "list[Rounded]":
@@ -65,20 +65,19 @@ def rounded(
 ) -> Rounded:
     """Round a matrix with feedback.
 
-    Scales are first those that lose least without feedback, and between passes those that are best for the levels that
-    were chosen.
+    Scales are at first the ones that lose least without feedback; between passes they are fitted to the chosen levels.
 
     Args:
         matrix: M, (m, n), any floating dtype; perhaps several with the same inputs, stacked.
         levels: how many; a key of :data:`LEVELS`.
-        scales: to begin with, (m, ceil(n / GROUP)), bf16, where better ones than those are known.
+        scales: initial ones, (m, ceil(n / GROUP)), bf16, if better ones are known.
         passes: of descent.
     """
     indices = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
     best = torch.empty(len(matrix), -(-matrix.shape[1] // GROUP), dtype=torch.bfloat16, device=matrix.device)
     for rows in some_rows(matrix):
-        given = None if scales is None else scales[rows]
-        indices[rows], best[rows] = _rounded(matrix[rows].float(), gram, levels, given, passes)
+        initial = None if scales is None else scales[rows]
+        indices[rows], best[rows] = _rounded(matrix[rows].float(), gram, levels, initial, passes)
     return Rounded(indices, best, levels)
 
 
@@ -86,22 +85,22 @@ def _rounded(
     matrix: torch.Tensor, gram: Damped, levels: int, scales: torch.Tensor | None, passes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grid = _Grid(levels, _scales(matrix, levels) if scales is None else scales, matrix.shape[1])
-    found = with_feedback(matrix, gram, grid)
+    numbers = with_feedback(matrix, gram, grid)
     if passes:
-        with gram.matrix() as whole:
-            image = whole @ matrix.T
+        with gram.matrix() as gram_matrix:
+            image = gram_matrix @ matrix.T
     for _ in range(passes):
-        found = grid.units(found.T)
-        with gram.matrix() as whole:
-            better, descent = _fitted(image, found, whole, grid.stored)
+        numbers = grid.units(numbers.T)
+        with gram.matrix() as gram_matrix:
+            better, descent = _fitted(image, numbers, gram_matrix, grid.stored)
         del grid
         grid = _Grid(levels, better, matrix.shape[1])
-        found = descended(grid.numbers(found).T, descent.T, gram, grid)
-    return grid.indices(found.T).T, grid.stored
+        numbers = descended(grid.numbers(numbers).T, descent.T, gram, grid)
+    return grid.indices(numbers.T).T, grid.stored
 
 
 class _Grid(Grid):
-    """The levels that every number of a matrix may be rounded to: those times the scale of its group.
+    """What numbers of a matrix may be rounded to: a few levels, times the scale of their group.
 
     Args:
         levels: how many.
@@ -109,7 +108,7 @@ class _Grid(Grid):
         n: numbers of a row.
 
     Attributes:
-        stored: the scales as they were given.
+        stored: the scales in bf16.
     """
 
     def __init__(self, levels: int, scales: torch.Tensor, n: int) -> None:
@@ -126,7 +125,7 @@ class _Grid(Grid):
         """Return the level that is nearest to every number, (n, m), without its scale."""
         if self._step:
             return (numbers / self._spread).div_(self._step).round_().clamp_(-1, 1).mul_(self._step)
-        return at(self.levels, self.indices(numbers))
+        return lookup(self.levels, self.indices(numbers))
 
     def indices(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the index of the level that is nearest to every number, (n, m)."""
@@ -144,8 +143,8 @@ class _Grid(Grid):
         return self.levels.index_select(0, self.nearest(numbers * inverse)).mul_(size)
 
 
-def at(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return ``values[indices]``, which takes several times as long on a CPU."""
+def lookup(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return ``values[indices]``, several times as fast on a CPU."""
     return values.index_select(0, indices.flatten().int()).view(*indices.shape, *values.shape[1:])
 
 
@@ -194,9 +193,9 @@ def _steps(levels: int) -> list[tuple[float, float, float]]:
 def _fitted(
     image: torch.Tensor, units: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit scales to levels that are chosen: those that lose least, by least squares, row by row.
+    """Fit scales to the chosen levels by least squares, row by row.
 
-    A row that would need a scale that is not above 0 keeps its own.
+    A row that would need a scale of 0 or less keeps its own.
 
     Args:
         image: ``G M^T``, (n, m), in fp32.
@@ -208,36 +207,36 @@ def _fitted(
         The scales, (m, groups), bf16; and ``G (M - Q)^T``, (n, m), for the levels with these.
     """
     (n, m), device = units.shape, gram.device.type
-    found, descent = torch.empty_like(scales), torch.empty_like(image)
+    fitted, descent = torch.empty_like(scales), torch.empty_like(image)
     most = rows_at_once(n, _PRODUCTS.get(device, _PRODUCTS["cuda"]))
     for rows in (slice(start, start + most) for start in range(0, m, most)):
-        chosen, old = units[:, rows].contiguous(), scales[rows].double()
-        products = [gram[:, part] @ chosen[part] for part in blocks(n, GROUP)]
-        curvature = torch.stack([_by_group(product * chosen) for product in products]).permute(2, 0, 1).double()
-        slope = _by_group(chosen * image[:, rows]).T.double() - (curvature @ old[..., None])[..., 0]
+        part_units, old = units[:, rows].contiguous(), scales[rows].double()
+        products = [gram[:, part] @ part_units[part] for part in blocks(n, GROUP)]
+        curvature = torch.stack([_by_group(product * part_units) for product in products]).permute(2, 0, 1).double()
+        slope = _by_group(part_units * image[:, rows]).T.double() - (curvature @ old[..., None])[..., 0]
         diagonal = curvature.diagonal(dim1=1, dim2=2)  # of a group whose levels are all 0, it is 0
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(image.dtype).tiny
         changed = (old + torch.linalg.solve(curvature, slope)).to(scales.dtype)
         usable = ((changed > 0) & changed.isfinite()).all(1, keepdim=True)
-        found[rows] = torch.where(usable, changed, scales[rows])
-        left = image[:, rows].clone()
-        for product, scale in zip(products, found[rows].float().T.contiguous(), strict=True):
-            left.addcmul_(product, scale, value=-1)
-        descent[:, rows] = left
+        fitted[rows] = torch.where(usable, changed, scales[rows])
+        residual = image[:, rows].clone()
+        for product, scale in zip(products, fitted[rows].float().T.contiguous(), strict=True):
+            residual.addcmul_(product, scale, value=-1)
+        descent[:, rows] = residual
         del products
-    return found, descent
+    return fitted, descent
 
 
 def rows_at_once(n: int, products: int = max(_PRODUCTS.values())) -> int:
-    """Return of how many rows, of n numbers, so many products are held while scales are fitted: one for each group."""
+    """Return for how many rows of n numbers scales are fitted at a time, with so many products, one per group."""
     return max(_FEWEST, products // (-(-n // GROUP) * n))
 
 
 def _by_group(numbers: torch.Tensor) -> torch.Tensor:
     """Return the sum of every group of a column, (groups, m), for numbers (n, m)."""
     groups, rest = divmod(len(numbers), GROUP)
-    whole = numbers[: groups * GROUP].unflatten(0, (groups, GROUP)).sum(1)
-    return torch.cat([whole, numbers[-rest:].sum(0, keepdim=True)]) if rest else whole
+    sums = numbers[: groups * GROUP].unflatten(0, (groups, GROUP)).sum(1)
+    return torch.cat([sums, numbers[-rest:].sum(0, keepdim=True)]) if rest else sums
 
 
 def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:

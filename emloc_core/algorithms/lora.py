@@ -32,7 +32,7 @@ class Lora:
 
     @property
     def rank(self) -> int:
-        """Its rank; of every expert."""
+        """Its rank; for experts, the rank of each."""
         return self.a.shape[-2]
 
     def parameter(self, path: str) -> str:
@@ -40,12 +40,12 @@ class Lora:
         return path if self.is_stacked else f"{path}.weight"
 
     def experts(self) -> "list[Lora]":
-        """Return those of all experts."""
+        """Return the LoRA of each expert."""
         return [Lora(a, b, self.scale) for a, b in zip(self.a, self.b, strict=True)]
 
     @classmethod
     def stacked(cls, loras: "Sequence[Lora]") -> "Lora":
-        """Return those of all experts, which have one scale, as one."""
+        """Return the LoRAs of all experts, which have one scale, as one."""
         return cls(torch.stack([lora.a for lora in loras]), torch.stack([lora.b for lora in loras]), loras[0].scale)
 
     def to(self, device: torch.device) -> "Lora":
@@ -57,7 +57,7 @@ class Lora:
         return Lora(self.b.mT, self.a.mT, self.scale)
 
     def scaled(self, factor: float) -> "Lora":
-        """Return it with its output multiplied, on the same tensors."""
+        """Return it with its output multiplied by a factor, on the same tensors."""
         return Lora(self.a, self.b, self.scale * factor)
 
     def with_scale(self, scale: float) -> "Lora":
@@ -71,5 +71,5 @@ def of_experts(a: torch.Tensor, b: torch.Tensor, scale: float, rank: int) -> Lor
 
 
 def flattened(lora: Lora) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what :func:`of_experts` takes."""
+    """Return ``a`` and ``b`` as :func:`of_experts` takes them."""
     return lora.a.flatten(0, 1).contiguous(), lora.b.permute(1, 2, 0).flatten(1).contiguous()

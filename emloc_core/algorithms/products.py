@@ -1,8 +1,8 @@
 """Products in single precision by the library that is faster here.
 
 torch leaves them to MKL, which uses half the width of an AMD processor's registers. oneDNN uses all of it, but torch
-asks it only where the precision may be lower than single. What has no instructions for that computes as precisely as
-ever, which is tried before it is relied on.
+calls it only where the precision may be lower than single. A processor without instructions for that keeps full
+precision, which is tested before it is relied on.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _LOWER = "bf16"
-_SIDE = 128  # of the matrices that are tried
+_SIDE = 128  # of the matrices of the test
 #: Relative error of a product: some 4e-7 in single precision, and 2e-3 where numbers are rounded to bfloat16 first.
 _SINGLE = 2e-6
 

@@ -57,13 +57,13 @@ class Gram:
         self._rows: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._pending = 0
-        self._known: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = {}
 
     def once(self, name: Any, compute: Callable[[], T]) -> T:
-        """Return what is computed from the sum, by a name; computed once, until activations are added."""
-        if name not in self._known:
-            self._known[name] = compute()
-        return self._known[name]
+        """Return what is computed from the sum, kept under a name until activations are added."""
+        if name not in self._cache:
+            self._cache[name] = compute()
+        return self._cache[name]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,20 +78,20 @@ class Gram:
 
     @property
     def single(self) -> torch.Tensor:
-        """The sum so far, (size, size), in fp32: :attr:`matrix`, rounded once, without a whole one in fp64."""
+        """The sum so far, (size, size), in fp32: :attr:`matrix`, rounded once, without a full copy in fp64."""
         rest, heavy = self.parts()
         if rest.dtype == torch.float32 and not len(heavy):
             return rest
         return rounded(rest, heavy, torch.empty_like(rest, dtype=torch.float32))
 
     def narrow(self) -> None:
-        """Round the sum to fp32, heavy rows included, in its place where it is in fp32: it is :attr:`single` then."""
+        """Round the sum, heavy rows included, to :attr:`single`; in place where it is in fp32 already."""
         rest, heavy = self.parts()
         if rest.dtype == torch.float32 and not len(heavy):
             return
-        found = rest if rest.dtype == torch.float32 else torch.empty_like(rest, dtype=torch.float32)
-        self._sum, self._heavy = rounded(rest, heavy, found), heavy[:0]
-        self._known.clear()
+        out = rest if rest.dtype == torch.float32 else torch.empty_like(rest, dtype=torch.float32)
+        self._sum, self._heavy = rounded(rest, heavy, out), heavy[:0]
+        self._cache.clear()
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum without the heavy rows, (size, size), and the heavy rows in fp64, (p, size), few or none.
@@ -111,19 +111,19 @@ class Gram:
         """
         rows = activations.detach().reshape(-1, activations.shape[-1]).to(self._sum, copy=True)
         norms = torch.linalg.vector_norm(rows, dim=1)
-        # NaN and Inf survive a norm, which may overflow before they are there.
+        # NaN and Inf survive a norm, which may also overflow without them.
         if not bool(torch.isfinite(norms.sum())) and not bool(torch.isfinite(rows).all()):
             raise EmlocError("NaN or Inf among the activations", code="not-finite")
         self._rows.append(rows)
         self._norms.append(norms)
         self._pending += rows.shape[0]
         self.tokens += rows.shape[0]
-        self._known.clear()
+        self._cache.clear()
         if self._pending >= ROWS:
             self._flush()
 
     def _flush(self) -> None:
-        """Add the rows that wait. Many at a time: a product with few is bound by the traffic of the sum."""
+        """Add the pending rows. Many at a time: a product with few is bound by the traffic of the sum."""
         if not self._rows:
             return
         rows, norms = torch.cat(self._rows), torch.cat(self._norms)
@@ -184,21 +184,21 @@ class Gram:
     def through(self, weight: torch.Tensor) -> "Gram":
         """Return the Gram of the outputs ``W x`` (without a bias) for these inputs x and W (m, size)."""
         rest, heavy = self.parts()
-        found, heavy = _congruent(weight, rest), product(weight, heavy.T).T
-        narrow = _RANGE[0] < float(found.diagonal().mean()) / max(self.tokens, 1) < _RANGE[1]
-        outputs = Gram("output", len(weight), found.dtype, found.device)
-        outputs._sum, outputs._heavy, outputs.tokens = found, heavy, self.tokens
-        if not narrow:
+        matrix, heavy = _congruent(weight, rest), product(weight, heavy.T).T
+        in_range = _RANGE[0] < float(matrix.diagonal().mean()) / max(self.tokens, 1) < _RANGE[1]
+        outputs = Gram("output", len(weight), matrix.dtype, matrix.device)
+        outputs._sum, outputs._heavy, outputs.tokens = matrix, heavy, self.tokens
+        if not in_range:
             outputs._sum = _congruent(weight, rest.double())
             outputs._widen()
         return outputs
 
 
-def rounded(rest: torch.Tensor, heavy: torch.Tensor, found: torch.Tensor, scale: float = 1) -> torch.Tensor:
-    """Write ``scale (rest + heavy^T heavy)``, computed in fp64, to a matrix in fp32, perhaps ``rest``; return that."""
+def rounded(rest: torch.Tensor, heavy: torch.Tensor, out: torch.Tensor, scale: float = 1) -> torch.Tensor:
+    """Write ``scale (rest + heavy^T heavy)``, computed in fp64, to ``out``, which may be ``rest``; return it."""
     for rows in blocks(len(rest)):
-        found[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy).mul_(scale)
-    return found
+        out[rows] = rest[rows].double().addmm_(heavy[:, rows].T, heavy).mul_(scale)
+    return out
 
 
 def _congruent(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -207,15 +207,15 @@ def _congruent(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return ``L R`` in the dtype of R, without a copy of all of L, (m, n), in that."""
-    found = right.new_empty(len(left), right.shape[1])
-    for rows, some in in_pieces(left, right):
-        torch.mm(some, right, out=found[rows])
-    return found
+    """Return ``L R`` in the dtype of R, without converting all of L, (m, n), at once."""
+    out = right.new_empty(len(left), right.shape[1])
+    for rows, piece in in_pieces(left, right):
+        torch.mm(piece, right, out=out[rows])
+    return out
 
 
 def in_pieces(matrix: torch.Tensor, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield some rows of a matrix after the other in the dtype of another, and which they are; all, if they have it."""
+    """Yield slices of a matrix's rows, with the rows in the dtype of ``like``: all at once if they have it already."""
     step = len(matrix) if matrix.dtype == like.dtype else ROWS
     for start in range(0, len(matrix), max(1, step)):
         rows = slice(start, start + step)
@@ -235,10 +235,10 @@ def _dominated(rows: torch.Tensor) -> bool:
 
 def symmetric_product(rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return ``rows^T rows``, (n, n) for rows (t, n), in little more than half the arithmetic of a plain product."""
-    found = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype)
-    for _, some in in_pieces(rows, found):
-        _add_product(found, some)
-    return _mirrored(found)
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype)
+    for _, piece in in_pieces(rows, total):
+        _add_product(total, piece)
+    return _mirrored(total)
 
 
 @by_onednn()

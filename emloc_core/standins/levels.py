@@ -148,7 +148,7 @@ def unpack(
 
         return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, m, n, count, digits(count))
     table = bytes_table(count, dtype).to(codes.device, non_blocking=True)
-    numbers = levels.at(table, codes.flatten()).view(*codes.shape[:-2], -1)
+    numbers = levels.lookup(table, codes.flatten()).view(*codes.shape[:-2], -1)
     matrix = numbers[..., : m * n].unflatten(-1, (m, n))
     groups, scales = n // GROUP, scales.to(dtype)
     matrix[..., : groups * GROUP].unflatten(-1, (groups, GROUP)).mul_(scales[..., :groups, None])
