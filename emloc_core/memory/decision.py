@@ -85,10 +85,11 @@ class Decision:
         fitting = next((way for way in found if way.fits), None)
         if fitting is None and key == "emulator":
             return self.require_emulator()
+        if not found:
+            raise EmlocError(f"The model cannot be tuned by the way {key!r}.", "Leave `way` out.", code="unsupported")
         if fitting is None:
-            needed = f"{found[0]} needs {human_bytes(found[0].bytes)}" if found else f"there is no way {key!r}"
             raise EmlocError(
-                f"{needed}, and {self.budget} are given.",
+                f"{found[0]}, needs {human_bytes(found[0].bytes)}, which does not fit {self.budget}.",
                 "Leave `way` out, or give more memory.",
                 code="memory",
             )

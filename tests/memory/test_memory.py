@@ -364,6 +364,16 @@ def test_boundaries_of_exact_steps_leave_a_gpu_that_has_no_room_for_them(shallow
     assert cpu - besides["cpu"] - boundaries == gpu - besides["cuda"] > 0
 
 
+def test_a_way_that_does_not_fit_and_one_that_is_not_there_are_told_apart(shallow_model: Path) -> None:
+    budget = Budget(1000, 50)
+    decision = decide(shallow_model / "config.json", workload(objective="dpo"), budget)
+    with pytest.raises(EmlocError, match=rf"rows per step, needs .* MB, which does not fit {budget}\."):
+        decision.of("lora")
+    with pytest.raises(EmlocError, match=r"^The model cannot be tuned by the way 'exact'\.") as refused:
+        decision.of("exact")
+    assert refused.value.code == "unsupported"
+
+
 @pytest.mark.parametrize(
     ("images", "kind"), [(0, "1.6-bit+repair"), pytest.param(1, "low-rank-nf4", marks=pytest.mark.thorough)]
 )
