@@ -6,6 +6,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
+from emloc_core.errors import EmlocError
 
 
 @click.command("report")
@@ -23,6 +24,10 @@ def command(run: Path, output: Path | None, serve: bool, port: int, as_json: boo
     that were compared, and the scores. The page is self-contained: it loads nothing else,
     so you can send it as it is. With --serve, it shows the current state, with the running stage, and refreshes itself.
     """
+    if serve and (as_json or output is not None):
+        raise EmlocError("--serve writes no page.", "Leave out -o and --json, or --serve.")
+    if port and not serve:
+        raise EmlocError("--port goes only with --serve.", "Add --serve, or leave out --port.")
     if serve:
         _serve(run, port)
         return

@@ -9,6 +9,7 @@ import threading
 import pytest
 from support.runs import HOSTILE, finished_run
 
+from emloc_core.cli.report import command
 from emloc_core.errors import EmlocError
 from emloc_core.recipe.live import Doing, Live
 from emloc_core.recipe.page import live_page
@@ -47,6 +48,19 @@ def test_it_shows_what_runs_and_then_what_is_done(tmp_path):
     done = live_page(finished_run(tmp_path))
     assert "All stages are done" in done
     assert "What was done" in done
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--serve", "--json"], "--serve writes no page"),
+        (["--serve", "-o", "page.html"], "--serve writes no page"),
+        (["--port", "8000"], "--port goes only with --serve"),
+    ],
+)
+def test_what_serving_ignores_is_refused(options, complaint, tmp_path):
+    with pytest.raises(EmlocError, match=complaint):
+        command.main([str(tmp_path / "nothing"), *options], standalone_mode=False)
 
 
 def test_only_this_machine_sees_one_page(ask):
