@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click.core import ParameterSource
 
 from emloc_core.cli.console import stage_options
 from emloc_core.cli.following import join
@@ -52,7 +53,10 @@ def command(
     finished systems are kept.
     """
     if new_task is not None:
-        if dry_run or as_json or others or any(options[name] for name in ("tasks", *_SYSTEMS)):
+        context = click.get_current_context()
+        assert context is not None
+        given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        if given - {"new_task", "data", "output"}:
             raise EmlocError("--new-task only writes a task file.", "Give only --data and -o with it.")
         _write_task(new_task, data, options["output"])
         return

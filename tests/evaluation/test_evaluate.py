@@ -331,7 +331,16 @@ def test_the_command_writes_a_task_file(rows_file, tmp_path):
     assert find_task(str(task), Inputs()).name == "a_loss"
     with pytest.raises(EmlocError, match="already exists"):
         CliRunner().invoke(command, argv, catch_exceptions=False)
-    for more in ("a.yaml", "--dry-run", "--json", "--base=model", "--system=a=b"):
+    for more in (
+        "a.yaml",
+        "--dry-run",
+        "--json",
+        "--base=model",
+        "--system=a=b",
+        "--limit=2",
+        "--batch-size=8",
+        "--no-chat",
+    ):
         with pytest.raises(EmlocError, match="only writes a task file"):
             CliRunner().invoke(command, [*argv, more], catch_exceptions=False)
 
