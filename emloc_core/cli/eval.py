@@ -82,7 +82,10 @@ def _system(text: str) -> System:
     name, equals, place = text.partition("=")
     if not name or not equals or not place:
         raise EmlocError(f"--system {text!r} is not NAME=MODEL or NAME=MODEL+ADAPTER.", "Correct it.")
-    if Path(place).exists():  # a directory may have a + in its name
+    parts = place.split("+")
+    splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(1, len(parts))]
+    if Path(place).exists() or not splits:  # a directory may have a + in its name
         return System(name=name, model=place)
-    model, _, adapter = place.partition("+")
+    # The first of those with most paths that are there.
+    model, adapter = max(splits, key=lambda split: sum(bool(path) and Path(path).exists() for path in split))
     return System(name=name, model=model, adapter=Path(adapter) if adapter else None)

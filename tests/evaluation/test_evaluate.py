@@ -323,6 +323,25 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tiny_model, adapter, tas
     assert not list(tmp_path.iterdir())
 
 
+def test_paths_of_a_system_may_have_a_plus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("a", "a+b", "c+d"):
+        Path(path).mkdir()
+    asked = []
+    monkeypatch.setattr("emloc_core.cli.eval.run", lambda request, **_: asked.extend(request.systems))
+    places = ["a+b", "a+b+c+d", "a+c+d", "a+b+nowhere", "org/model+c+d", "nowhere+x+y"]
+    argv = [part for number, place in enumerate(places) for part in ("--system", f"s{number}={place}")]
+    CliRunner().invoke(command, ["task", *argv, "-o", "out"], catch_exceptions=False)
+    assert [(each.model, str(each.adapter)) for each in asked] == [
+        ("a+b", "None"),
+        ("a+b", "c+d"),
+        ("a", "c+d"),
+        ("a", "b+nowhere"),
+        ("org/model", "c+d"),
+        ("nowhere", "x+y"),
+    ]
+
+
 def test_the_command_writes_a_task_file(rows_file, tmp_path):
     task = tmp_path / "a loss.yaml"
     argv = ["--new-task", "completion_nll", "--data", str(rows_file), "-o", str(task)]
