@@ -195,7 +195,7 @@ class RankPlan:
         found = []
         for (name, shape, why), ranks in sorts.items():
             least, most = min(ranks), max(ranks)
-            become = f"dense: {why}" if why else format.told(f"{least}" if least == most else f"{least} to {most}")
+            become = f"dense: {why}" if why else format.describe(f"{least}" if least == most else f"{least} to {most}")
             found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {become}")
         found += [f"   1 x {each}" for each in self.vocabulary]
         found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]

@@ -9,7 +9,7 @@ from emloc_core.algorithms.feedback import ROWS as AT_ONCE
 from emloc_core.algorithms.levels import GROUP, rows_at_once
 from emloc_core.algorithms.statistics import BLOCK, ROWS
 
-#: That are rounded at a time.
+#: Rows that are rounded at a time.
 _MOST_ROWS = max(AT_ONCE.values())
 
 
@@ -46,15 +46,15 @@ def groups(linears: Sequence[Any]) -> Iterator[list[Any]]:
 def summing_bytes(linears: Sequence[Planned]) -> int:
     """Return the peak of summing what the Linears of a group are fitted to, where errors are propagated; or a block's.
 
-    Sums are in fp64, as few directions that dominate may have it, or many massive tokens: the Gram, and what the
-    targets need, ``8 (n^2 + n min(m, n))``, with m the outputs of the group; beside that a weight, and the rows that
-    wait. Then targets are found in fp32, beside the Gram: ``12 n^2 + 4 n (min(m, n) + m)``.
+    Sums are in fp64, which dominant directions or many massive tokens may require: the Gram, and what the targets need,
+    ``8 (n^2 + n min(m, n))``, with m the outputs of the group; beside that a weight, and the rows that wait. Then
+    targets are computed in fp32, beside the Gram: ``12 n^2 + 4 n (min(m, n) + m)``.
     """
     return max((summing(*_sizes(group)) for group in groups(linears)), default=0)
 
 
 def summing(m: int, n: int, largest: int) -> int:
-    """Return that of one group: of m outputs, the most of one Linear among them, and n inputs."""
+    """Return the peak of one group, with m outputs, ``largest`` of them of one Linear, and n inputs."""
     sums = 8 * (n**2 + n * min(m, n) + ROWS * (5 * n + m))
     finding = 4 * n * (3 * n + min(m, n))
     if m < n:  # the outputs of the base are summed, by each weight
@@ -63,9 +63,9 @@ def summing(m: int, n: int, largest: int) -> int:
 
 
 def gram_bytes(linears: Sequence[Planned]) -> int:
-    """Return the bytes of the Grams of some Linears, in fp64: one of each group's inputs, and those of outputs."""
-    inputs = {each.group: each.in_features for each in linears if each.tap != "output"}
-    outputs = [each.out_features for each in linears if each.tap == "output"]
+    """Return the bytes of the Grams of some Linears, in fp64: one per group for inputs, one per Linear for outputs."""
+    inputs = {linear.group: linear.in_features for linear in linears if linear.tap != "output"}
+    outputs = [linear.out_features for linear in linears if linear.tap == "output"]
     return 8 * sum(size**2 for size in (*inputs.values(), *outputs))
 
 
@@ -82,11 +82,10 @@ def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 
     Args:
         m: rows, of all weights of a group.
         n: inputs.
-        grams: g, matrices of the size of the inputs' Gram: that itself, and its factor.
-        copies: c, matrices of that size: what is fitted, what it is rounded to, and what is on the way from one to the
-            other.
-        at_once: a, the same of as many rows as are rounded at a time, r.
-        scales: whether they are fitted too, with products of the Gram and the levels of some rows.
+        grams: g, matrices of the size of the inputs' Gram: the Gram, and its factor.
+        copies: c, matrices of size (m, n): the original, the rounded one, and intermediate ones.
+        at_once: a, the same for the r rows that are rounded at a time.
+        scales: whether scales are fitted too, with products of the Gram and the levels of some rows.
     """
     work = grams * n**2 + (copies * m + at_once * min(m, _MOST_ROWS)) * (n + COLUMNS)
     products = min(m, rows_at_once(n)) * -(-n // GROUP) * n if scales else 0
@@ -96,10 +95,10 @@ def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 
 def factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bool = False) -> int:
     """Return the peak of factorising the weights of a group, or of a block's, one by one, in fp64.
 
-    Beside the Gram of the inputs and what is fitted in fp32 where errors are propagated, otherwise beside all that the
-    group was captured by: on the side of the outputs ``8 * 3.5 m^2`` for their Gram, eigenvectors and LAPACK's
-    workspace (``dsyevd``: ``2 m^2``), or ``8 (m n + m^2)`` before; on that of the inputs ``8 * 5.5 n^2``, with the
-    weight's Cholesky factor; and factors, ``8 k (m + n)``, and what dominant eigenvectors are sought in.
+    Beside the Gram of the inputs and the targets in fp32 where errors are propagated, otherwise beside all Grams of the
+    group: on the side of the outputs ``8 * 3.5 m^2`` for their Gram, eigenvectors and LAPACK's workspace (``dsyevd``:
+    ``2 m^2``), or ``8 (m n + m^2)`` before; on the side of the inputs ``8 * 5.5 n^2``, with the weight's Cholesky
+    factor; and factors, ``8 k (m + n)``, and the Krylov space for dominant eigenvectors.
 
     Args:
         linears: with their ranks.
@@ -107,37 +106,37 @@ def factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bo
     """
     peak = 0
     for group in groups(linears):
-        fitted = 4 * sum(each.out_features * each.in_features for each in group)
-        kept = fitted + 8 * group[0].in_features ** 2 if propagated else gram_bytes(group)
-        for each in group:
-            m, n, k = each.out_features, each.in_features, each.rank or 0
-            on_outputs = m <= n if smaller else each.tap == "output"
+        fitted = 4 * sum(linear.out_features * linear.in_features for linear in group)
+        held = fitted + 8 * group[0].in_features ** 2 if propagated else gram_bytes(group)
+        for linear in group:
+            m, n, k = linear.out_features, linear.in_features, linear.rank or 0
+            on_outputs = m <= n if smaller else linear.tap == "output"
             work = max(3.5 * m**2, m**2 + m * n) if on_outputs else 5.5 * n**2
             dominant = 8 * KRYLOV * (m if on_outputs else n)
-            peak = max(peak, int(8 * (work + dominant + k * (m + n))) + kept)
+            peak = max(peak, int(8 * (work + dominant + k * (m + n))) + held)
     return peak
 
 
 def rounded_factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bool) -> int:
     """Return the peak of factorising the weights of a group, or of a block's, and rounding the factors.
 
-    Beside the Gram, weights, and the factors of all in fp32: another of the Gram's size and the rows of V that are
-    rounded as one, or the largest weight as it has become.
+    Beside the Gram, weights, and the factors of all in fp32: another matrix of the Gram's size and the rows of V that
+    are rounded as one, or the largest weight as rounded.
     """
     peak = factoring_bytes(linears, propagated=propagated, smaller=smaller)
     for group in groups(linears):
-        n, shapes = group[0].in_features, [(each.out_features, each.rank or 0) for each in group]
+        n, shapes = group[0].in_features, [(linear.out_features, linear.rank or 0) for linear in group]
         numbers, factors = sum(m * n for m, _ in shapes), sum(k * (m + n) for m, k in shapes)
-        rank, left = sum(k for _, k in shapes), max(m for m, _ in shapes)
-        of_v = (4 * rank + 5 * min(rank, _MOST_ROWS)) * (n + COLUMNS)
-        of_u = max(12 * m * k + 3 * k**2 for m, k in shapes)
-        measuring = left * n + 4 * min(left, BLOCK) * n
-        work = max(2 * n**2 + max(of_v, measuring), n**2 + factors + of_u, 3 * n**2)
+        rank, largest = sum(k for _, k in shapes), max(m for m, _ in shapes)
+        v_work = (4 * rank + 5 * min(rank, _MOST_ROWS)) * (n + COLUMNS)
+        u_work = max(12 * m * k + 3 * k**2 for m, k in shapes)
+        measuring = largest * n + 4 * min(largest, BLOCK) * n
+        work = max(2 * n**2 + max(v_work, measuring), n**2 + factors + u_work, 3 * n**2)
         peak = max(peak, 4 * (numbers + factors + work))
     return peak
 
 
 def _sizes(group: Sequence[Planned]) -> tuple[int, int, int]:
     """Return how many outputs the Linears of an input group have, how many inputs, and the most outputs of one."""
-    outputs = [each.out_features for each in group]
+    outputs = [linear.out_features for linear in group]
     return sum(outputs), group[0].in_features, max(outputs)

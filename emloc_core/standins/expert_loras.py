@@ -22,7 +22,7 @@ from emloc_core.standins.experts import StandInExperts, is_experts, routed, shap
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the modules of fused experts that stand-ins are known for, or that are stand-ins, with their paths."""
+    """Yield the modules of fused experts that stand-ins can replace, or that are stand-ins, with their paths."""
     for path, module in model.named_modules():
         if isinstance(module, StandInExperts) or is_experts(module):
             yield path.replace(f".{WRAPPER.rstrip('.')}", ""), module
@@ -34,27 +34,27 @@ def stacks_of(experts: Any) -> tuple[str, str]:
 
 
 def expert_stacks(model: nn.Module) -> list[str]:
-    """Return the full paths of all stacks of experts in a model: PEFT passes over some that it is told the end of.
+    """Return the full paths of all stacks of experts in a model: by the ends of paths alone, PEFT misses some.
 
     Raises:
         EmlocError: there are none.
     """
-    found = [f"{path}.{name}" for path, module in expert_modules(model) for name in stacks_of(module)]
-    if not found:
+    paths = [f"{path}.{name}" for path, module in expert_modules(model) for name in stacks_of(module)]
+    if not paths:
         raise EmlocError("The model has no experts to put a LoRA on.", "Leave out --lora-experts.")
-    return found
+    return paths
 
 
-class Place(nn.Parameter):
-    """A parameter of one number, that looks like a stack; it stays so where a model is moved or cast."""
+class Placeholder(nn.Parameter):
+    """A parameter of one number that looks like a stack, also after its model is moved or cast."""
 
-    def to(self, *args: Any, **given: Any) -> torch.Tensor:
-        """Return it elsewhere, or in another dtype: torch would give every element a place of its own."""
-        return self.as_strided((1,), (1,)).to(*args, **given).expand(self.shape)
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return it elsewhere, or in another dtype: torch would allocate every element."""
+        return self.as_strided((1,), (1,)).to(*args, **kwargs).expand(self.shape)
 
 
-def make_places(model: nn.Module) -> None:
-    """Let PEFT find the stacks of stand-ins: parameters of the base's shapes and order, each with one number alone.
+def make_placeholders(model: nn.Module) -> None:
+    """Let PEFT find the stacks of stand-ins: parameters of the base's shapes and order, each of a single number.
 
     The order decides which of PEFT's two wrappers is the inner one, and so the keys of its file.
     """
@@ -64,14 +64,14 @@ def make_places(model: nn.Module) -> None:
         for name, parameter in _dense(module).named_parameters(recurse=False):
             own = vars(module)["_parameters"].pop(name, None)
             if own is None and name in module.ranks:
-                part = next(iter(module.kept(name)))
+                part = next(iter(module.tensors(name)))
                 nothing = torch.zeros(1, dtype=parameter.dtype, device=part.device)
-                own = Place(nothing.expand(parameter.shape), requires_grad=False)
+                own = Placeholder(nothing.expand(parameter.shape), requires_grad=False)
             module.register_parameter(name, own)
 
 
 def compute_apart(model: nn.Module) -> None:
-    """Compute the LoRAs that PEFT has put on experts of a model beside their stacks, in place of PEFT's way.
+    """Compute the LoRAs that PEFT has put on experts of a model beside their stacks, instead of PEFT's way.
 
     Raises:
         EmlocError: PEFT has put one on a single stack of stand-ins, or lays it out in another way.
@@ -96,20 +96,20 @@ def compute_apart(model: nn.Module) -> None:
 
 
 class _Computed:
-    """The forward of the outermost wrapper, where there is one LoRA: with several, or a merged one, it is PEFT's."""
+    """The forward of the outermost wrapper with a single LoRA; with several, or a merged one, PEFT's forward runs."""
 
     def __init__(self, experts: Any, wrappers: list[Any]) -> None:
         self._experts, self._wrappers = experts, wrappers
 
-    def __call__(self, *args: Any, **given: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         outermost = self._wrappers[0]
         on = not outermost.disable_adapters
         if on and (outermost.merged or len(outermost.active_adapters) != 1):
             if isinstance(self._experts, StandInExperts):
                 raise EmlocError("Experts of an emulator have one LoRA at a time.", "Activate one, unmerged.")
-            return type(outermost).forward(outermost, *args, **given)
+            return type(outermost).forward(outermost, *args, **kwargs)
         loras = {wrapper.parameter_name: of_wrapper(wrapper) for wrapper in self._wrappers if on}
-        return routed(self._experts, *args, **given, loras=loras)
+        return routed(self._experts, *args, **kwargs, loras=loras)
 
 
 def of_wrapper(wrapper: Any) -> Lora:
@@ -127,11 +127,11 @@ def _require_layout(wrapper: Any, experts: Any, path: str) -> None:
     """Refuse a LoRA that PEFT lays out in another way, as versions before 0.19 do."""
     m, n = shape_of(_dense(experts), wrapper.parameter_name)
     for adapter, rank in wrapper.r.items():
-        made = (wrapper.lora_A[adapter].weight.shape, wrapper.lora_B[adapter].weight.shape)
+        shapes = (wrapper.lora_A[adapter].weight.shape, wrapper.lora_B[adapter].weight.shape)
         count = rank * experts.num_experts
-        if made != ((count, n), (m, count)):
+        if shapes != ((count, n), (m, count)):
             raise EmlocError(
-                f"PEFT lays out the LoRA on {wrapper.parameter_name} of {path} as {tuple(map(tuple, made))}, not as "
+                f"PEFT lays out the LoRA on {wrapper.parameter_name} of {path} as {tuple(map(tuple, shapes))}, not as "
                 f"{((count, n), (m, count))}.",
                 "Install a newer PEFT.",
                 code="unavailable",

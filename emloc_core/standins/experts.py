@@ -45,7 +45,7 @@ def stacks(experts: nn.Module) -> tuple[str, str]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return whether a module is laid out as experts that stand-ins are known for."""
+    """Return whether a module is laid out as experts that stand-ins can replace."""
     return all(hasattr(module, flag) for flag in _FLAGS) and all(is_stack(module, name) for name in _stacks(module))
 
 
@@ -63,8 +63,8 @@ def is_stack(model: nn.Module, path: str) -> bool:
 
 def matrices(experts: Any, name: str) -> torch.Tensor:
     """Return a stack, (E, m, n), whichever way it is kept."""
-    found: torch.Tensor = getattr(experts, name)  # perhaps lent for a call, and no parameter
-    return found.mT if experts.is_transposed else found
+    stack: torch.Tensor = getattr(experts, name)  # perhaps replaced for a call, and not a parameter
+    return stack.mT if experts.is_transposed else stack
 
 
 def shape_of(experts: Any, name: str) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:
 
 
 def computes_as_experts(module: Any, args: tuple[Any, ...], output: Any) -> bool:
-    """Return whether what a module computed is what experts compute that stand-ins are known for.
+    """Return whether a module computed what experts compute that stand-ins can replace.
 
     Args:
         args: of its call: hidden states (tokens, n), indices of experts (tokens, top), their weights (tokens, top).
@@ -105,15 +105,15 @@ def computes_as_experts(module: Any, args: tuple[Any, ...], output: Any) -> bool
     try:
         up, down = stacks(module)
         hidden, index, weights = args
-        wanted = torch.zeros_like(output)
+        expected = torch.zeros_like(output)
         for expert in index.unique().tolist():
-            token, place = torch.where(index == expert)
+            token, slot = torch.where(index == expert)
             inner = activate(module, _times(module, up, expert, hidden[token]))
-            found = _times(module, down, expert, inner)
-            wanted.index_add_(0, token, _normed(module, found) * weights[token, place, None])
+            product = _times(module, down, expert, inner)
+            expected.index_add_(0, token, _normed(module, product) * weights[token, slot, None])
     except Exception:  # an unknown module, which may lack anything
         return False
-    return bool(torch.allclose(output, wanted, rtol=1e-4, atol=1e-5))
+    return bool(torch.allclose(output, expected, rtol=1e-4, atol=1e-5))
 
 
 def part_name(path: str, part: str) -> str:
@@ -127,7 +127,7 @@ class _Part(nn.ParameterDict):
 
     @property
     def device(self) -> torch.device:
-        """That of the parts: PEFT asks ``weight``, whatever that is, where a LoRA belongs."""
+        """The device of the parts: PEFT asks ``weight``, whatever it is, where to put a LoRA."""
         return next(iter(self.values())).device
 
 
@@ -138,9 +138,9 @@ class StandInExperts(nn.Module):
     whichever way the base keeps them. Every matrix is packed by itself: no byte belongs to two.
 
     Args:
-        experts: the module that it replaces, all of which but its stacks it takes over.
+        experts: the module to replace; all of it but its stacks is taken over.
         layer: what keeps matrices, and multiplies by them.
-        ranks: of the factors, by the name of the stack; None where the layer keeps none. A stack that is not there
+        ranks: of the factors, by the name of the stack; None where the layer keeps none. A stack that is not named
             stays as it is.
     """
 
@@ -178,20 +178,20 @@ class StandInExperts(nn.Module):
         return routed(self, hidden_states, top_k_index, top_k_weights)
 
     def times(self, name: str, x: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """Multiply rows that are sorted by expert, each group by the matrix of its own; see ``grouped``."""
+        """Multiply rows that are sorted by expert, each group by its own matrix; see ``grouped``."""
         if name not in self.ranks:
             return grouped_product(x, matrices(self, name), groups.ends)
-        return self.layer.grouped(x, groups, *self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
+        return self.layer.grouped(x, groups, *self.tensors(name), shape=self._shape(name), dtype=self._dtype(name))
 
     @property
     def replaced(self) -> Any:
         """The module that it replaces, without its stacks: for what it computes between them."""
         return self._replaced[0]
 
-    def kept(self, name: str) -> list[torch.Tensor]:
+    def tensors(self, name: str) -> list[torch.Tensor]:
         """Return what is kept of a stack, in the order of the layer's parts."""
         parts = self.layer.parts(self._shape(name), self.ranks[name], self._dtype(name))
-        return [getattr(self, part)[name] for part in parts]  # perhaps lent for a call, and no parameters
+        return [getattr(self, part)[name] for part in parts]  # perhaps replaced for a call, and not parameters
 
     def stand_ins(self) -> dict[str, nn.Parameter]:
         """Return the parameters that stand in for stacks, by name; what the base has besides is not among them."""
@@ -204,7 +204,7 @@ class StandInExperts(nn.Module):
 
     @property
     def unpacked_bytes(self) -> int:
-        """What of a stack is unpacked at a time."""
+        """Bytes of a stack that are unpacked at a time."""
         stacks_of = ((self._shape(name), self._dtype(name)) for name in self.ranks)
         return max(unpacked_bytes(shape, self.num_experts, dtype) for shape, dtype in stacks_of)
 
@@ -220,7 +220,7 @@ class StandInExperts(nn.Module):
         own = dict(self.named_parameters())
         for name in [name for name, _ in experts.named_parameters()]:
             if name in self.ranks:
-                stack = self.layer.unpack_stack(*self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
+                stack = self.layer.unpack_stack(*self.tensors(name), shape=self._shape(name), dtype=self._dtype(name))
                 weight = stack.mT.contiguous() if self.is_transposed else stack
             else:
                 weight = own[name]
@@ -252,33 +252,33 @@ def routed(
         loras: by the names of stacks, of all their matrices: ``a`` (E, r, n), ``b`` (E, m, r).
     """
     own = experts.replaced if isinstance(experts, StandInExperts) else experts
-    chosen, order = top_k_index.reshape(-1).sort(stable=True)
-    number = torch.arange(experts.num_experts, device=chosen.device)
-    groups = Groups(torch.searchsorted(chosen, number, right=True).to(torch.int32))
+    sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
+    number = torch.arange(experts.num_experts, device=sorted_experts.device)
+    groups = Groups(torch.searchsorted(sorted_experts, number, right=True).to(torch.int32))
 
     def times(name: str, x: torch.Tensor) -> torch.Tensor:
         if isinstance(experts, StandInExperts):
-            found = experts.times(name, x, groups)
+            output = experts.times(name, x, groups)
         else:
-            found = grouped_product(x, matrices(experts, name), groups.ends)
+            output = grouped_product(x, matrices(experts, name), groups.ends)
         if name in loras:
-            found = _with_lora(found, x, loras[name], groups.ends)
-        return with_bias(experts, name, found, chosen)
+            output = _with_lora(output, x, loras[name], groups.ends)
+        return with_bias(experts, name, output, sorted_experts)
 
-    up, down = _stacks(own)  # perhaps lent for a call, and no parameters
+    up, down = _stacks(own)  # perhaps replaced for a call, and not parameters
     inner = activate(own, times(up, hidden_states[order // top_k_index.shape[-1]]))
-    found = _normed(own, times(down, inner)) * top_k_weights.reshape(-1)[order, None]
-    return found[order.argsort()].view(*top_k_index.shape, found.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+    output = _normed(own, times(down, inner)) * top_k_weights.reshape(-1)[order, None]
+    return output[order.argsort()].view(*top_k_index.shape, output.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _with_lora(found: torch.Tensor, x: torch.Tensor, lora: Lora, ends: torch.Tensor) -> torch.Tensor:
-    """Add what a LoRA of all experts makes of rows that are sorted by expert: in its dtype, or in that of autocast."""
+def _with_lora(output: torch.Tensor, x: torch.Tensor, lora: Lora, ends: torch.Tensor) -> torch.Tensor:
+    """Add the output of a LoRA on all experts for rows sorted by expert, computed in its dtype, or in autocast's."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lora.a.dtype
     missing = -lora.a.shape[1] % ALIGNED
     a, b = pad(lora.a.to(dtype), (0, 0, 0, missing)), pad(lora.b.to(dtype), (0, missing)).contiguous()
     change = grouped_product(grouped_product(x.to(dtype), a, ends), b, ends)
-    return (found + lora.scale * change).to(found.dtype)
+    return (output + lora.scale * change).to(output.dtype)
 
 
 def _times(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -286,7 +286,7 @@ def _times(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tenso
 
 
 def replace_experts(model: nn.Module, path: str, layer: type[StandInLinear], ranks: Mapping[str, int | None]) -> None:
-    """Replace a module of experts with empty stand-ins for its stacks, which are given up."""
+    """Replace a module of experts with empty stand-ins for its stacks, whose memory is freed."""
     experts = model.get_submodule(path)
     model.set_submodule(path, StandInExperts(experts, layer, ranks))
     for name in stacks(experts):
@@ -294,12 +294,12 @@ def replace_experts(model: nn.Module, path: str, layer: type[StandInLinear], ran
         setattr(experts, name, nn.Parameter(empty, requires_grad=False))
 
 
-def with_bias(experts: Any, name: str, found: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
+def with_bias(experts: Any, name: str, output: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
     """Add the bias of an expert, or of the expert of every row."""
-    return found + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else found
+    return output + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else output
 
 
-def _normed(experts: Any, found: torch.Tensor) -> torch.Tensor:
+def _normed(experts: Any, output: torch.Tensor) -> torch.Tensor:
     """Return what experts return, normalised where their module has a norm for it."""
     norm = experts.post_expert_norm if experts.has_post_expert_norm else None
-    return found if norm is None else norm(found)
+    return output if norm is None else norm(output)

@@ -79,8 +79,8 @@ class Format(ABC):
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
         experts: whether stacks of experts get stand-ins too; otherwise they stay dense.
-        narrow: whether Grams are rounded to fp32 before it is given them, which takes less memory; otherwise they may
-            be in fp64, and have heavy rows.
+        narrow: whether it gets Grams rounded to fp32, which takes less memory; otherwise they may be in fp64, and have
+            heavy rows.
     """
 
     name: str
@@ -101,9 +101,9 @@ class Format(ABC):
         """
         defaults = CompressSettings()
         unknown = () if self.ratios else ("ratio", "allocator")
-        if given := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
+        if excluded := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
             raise EmlocError(
-                f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
+                f"An emulator of the kind {self.name!r} has no {', '.join(excluded)}.",
                 "Leave that out, or choose another --kind.",
             )
         if settings.allocator == "global" and self.allocator == "uniform":
@@ -123,7 +123,7 @@ class Format(ABC):
             )
 
     def tap(self, tap: Any) -> Any:
-        """Return how a Linear's activations are captured, where its family does it like this; by default as inputs."""
+        """Return how a Linear's activations are captured, given its family's way; by default as inputs."""
         return "input" if tap == "output" else tap
 
     def own(self) -> "Format":
@@ -150,19 +150,19 @@ class Format(ABC):
         """
 
     def round(self, weight: torch.Tensor) -> Fitted:
-        """Return what stands in for a weight, (m, n), by itself; asked of formats alone that are fitted to ``none``."""
+        """Return what stands in for a weight, (m, n), by itself; only called for the calibration ``none``."""
         raise NotImplementedError(self.name)
 
     def ranking(self) -> "Format":
-        """Return the format that gives factors, whose energies tell what a rank gains; asked of some formats alone."""
+        """Return the format of factors whose energies tell what a rank gains; only called with ``global``."""
         raise NotImplementedError(self.name)
 
     def movable(self, fitted: Any) -> Movable:
-        """Return a stand-in as it is refined; asked of formats alone that can be."""
+        """Return a stand-in as it is refined; only called if the format can be refined."""
         raise NotImplementedError(self.name)
 
-    def told(self, rank: str) -> str:
-        """Return what stands in for a weight, in words, where ``rank`` is its rank, or those of several ("3 to 7")."""
+    def describe(self, rank: str) -> str:
+        """Return what stands in for a weight, in words; ``rank`` is its rank, or the range of several ("3 to 7")."""
         return f"rank {rank}" if self.ratios else self.name
 
     def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
@@ -174,7 +174,7 @@ class Format(ABC):
         return list(self.parts((1, 1), 1, torch.float32))
 
     def keys(self, weight: str) -> list[str]:
-        """Return the keys of a stand-in's tensors in the checkpoint, where that of the weight is known."""
+        """Return the keys of a stand-in's tensors in the checkpoint, from the key of the weight."""
         return [f"{weight.removesuffix('weight')}{name}" for name in self.names()]
 
     def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
@@ -216,19 +216,19 @@ class Format(ABC):
                 experts[owner][name] = rank
             else:
                 replace_linear(model, path, self.layer, rank)
-        for owner, of in experts.items():
-            replace_experts(model, owner, self.layer, of)
+        for owner, stack_ranks in experts.items():
+            replace_experts(model, owner, self.layer, stack_ranks)
 
     def nbytes(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> int:
         """Return the bytes of what stands in for a weight of this shape."""
-        return sum(prod(size) * kept.itemsize for size, kept in self.parts(shape, rank, dtype).values())
+        return sum(prod(size) * part_dtype.itemsize for size, part_dtype in self.parts(shape, rank, dtype).values())
 
     def numbers(self, shape: tuple[int, int], rank: int | None) -> int:  # noqa: ARG002
         """Return how many numbers an input is multiplied by."""
         return shape[0] * shape[1]
 
     def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:  # noqa: ARG002
-        """Return how many of those products so many inputs do not take, since they share some."""
+        """Return how many of these multiplications so many inputs save, since they share some."""
         return 0
 
     def phases(self, linears: Sequence[Planned], dtype: torch.dtype, *, propagated: bool, refine: bool) -> list[Phase]:
@@ -238,27 +238,27 @@ class Format(ABC):
             linears: with their ranks.
             propagated: whether errors are propagated; if not, the Grams of the whole block are there at first.
         """
-        found, held, read, by_group = [], 0, 0, list(costs.groups(linears))
-        for at, group in enumerate(by_group):
+        phases, held, read, by_group = [], 0, 0, list(costs.groups(linears))
+        for index, group in enumerate(by_group):
             fitting = self.fitting_bytes(group, propagated=propagated, itemsize=dtype.itemsize)
             if propagated:
                 fitting = max(fitting, costs.summing_bytes(group))
             else:
-                fitting += costs.gram_bytes([each for later in by_group[at + 1 :] for each in later])
+                fitting += costs.gram_bytes([linear for later in by_group[index + 1 :] for linear in later])
             held += self.fitted_bytes(group, dtype)
-            found.append(Phase(fitting + held, read))
+            phases.append(Phase(fitting + held, read))
             read += self.reading_bytes(group, dtype.itemsize, refined=False)
         if refine:
             refining = self.refining_bytes(linears, dtype.itemsize) + held
-            found.append(Phase(refining, self.reading_bytes(linears, dtype.itemsize, refined=True), backward=True))
-        return [*found, Phase(held, read)]
+            phases.append(Phase(refining, self.reading_bytes(linears, dtype.itemsize, refined=True), backward=True))
+        return [*phases, Phase(held, read)]
 
     def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:
         """Return the bytes of what was fitted until it is written, by default packed."""
-        return sum(self.nbytes((each.out_features, each.in_features), each.rank, dtype) for each in linears)
+        return sum(self.nbytes((linear.out_features, linear.in_features), linear.rank, dtype) for linear in linears)
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Return the peak of fitting the Linears of a group, or a matrix of a stack; by default that of rounding.
+        """Return the peak of fitting the Linears of a group, or a matrix of a stack; by default, of rounding.
 
         Args:
             linears: that share their inputs, with their ranks.
@@ -274,4 +274,4 @@ class Format(ABC):
 
         For refinement they are unpacked, as they are and without what moves, and have a gradient.
         """
-        return (1 + 3 * refined) * itemsize * sum(each.out_features * each.in_features for each in linears)
+        return (1 + 3 * refined) * itemsize * sum(linear.out_features * linear.in_features for linear in linears)

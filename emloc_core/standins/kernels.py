@@ -57,10 +57,10 @@ def _unpack(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n
-    at = row % m * n + column  # in its own matrix: no byte is of two of them
-    code = tl.load(codes + row // m * nbytes + at // DIGITS, mask=inside, other=0).to(tl.int32)
+    offset = row % m * n + column  # in its own matrix: no byte is of two of them
+    code = tl.load(codes + row // m * nbytes + offset // DIGITS, mask=inside, other=0).to(tl.int32)
     for digit in tl.static_range(1, DIGITS):
-        code = tl.where(at % DIGITS >= digit, code // COUNT, code)
+        code = tl.where(offset % DIGITS >= digit, code // COUNT, code)
     level = tl.load(levels + code % COUNT)
     scale = tl.load(scales + row * groups + column // GROUP, mask=inside, other=0).to(level.dtype)
     tl.store(matrix + row * n + column, level * scale, mask=inside)

@@ -20,7 +20,7 @@ Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class StandInLinear(nn.Linear):
-    """A Linear that keeps something else than its weight: a parameter ``weight``, and perhaps others.
+    """A Linear that keeps something other than its weight: a parameter ``weight``, and perhaps others.
 
     It is an ``nn.Linear``, so that PEFT puts a LoRA on it as on any Linear, with the keys of the base, and
     ``all-linear`` finds no inner Linears to target.
@@ -47,8 +47,8 @@ class StandInLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate the weight
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.dtype = dtype or torch.get_default_dtype()
-        for name, (shape, kept) in self.parts(self.shape, rank, self.dtype).items():
-            part = torch.empty(*shape, dtype=kept, device=device)
+        for name, (shape, part_dtype) in self.parts(self.shape, rank, self.dtype).items():
+            part = torch.empty(*shape, dtype=part_dtype, device=device)
             self.register_parameter(name, nn.Parameter(part, requires_grad=self.trainable))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -67,13 +67,13 @@ class StandInLinear(nn.Linear):
     @classmethod
     def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return matrices of this shape and dtype, (E, m, n), from their parts, which have a leading E."""
-        return torch.stack([cls.unpack(*of, shape=shape, dtype=dtype) for of in zip(*parts, strict=True)])
+        return torch.stack([cls.unpack(*tensors, shape=shape, dtype=dtype) for tensors in zip(*parts, strict=True)])
 
     @classmethod
     def grouped(
         cls, x: torch.Tensor, groups: "Groups", *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Multiply rows that are sorted by expert, each group by the matrix of its own.
+        """Multiply rows that are sorted by expert, each group by its own matrix.
 
         Args:
             x: (rows, n).
@@ -91,13 +91,13 @@ class StandInLinear(nn.Linear):
         """Shape of the weight."""
         return self.out_features, self.in_features
 
-    def kept(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
         """Return what it keeps, in the order of :meth:`parts`."""
         return [getattr(self, name) for name in self.parts(self.shape, self.rank, self.dtype)]
 
     def unpacked(self) -> torch.Tensor:
         """Return the weight, (out_features, in_features)."""
-        return self.unpack(*self.kept(), shape=self.shape, dtype=self.dtype)
+        return self.unpack(*self.tensors(), shape=self.shape, dtype=self.dtype)
 
     def dense(self) -> nn.Module:
         """Return what the base has in its place, with the unpacked weight: an ordinary Linear, or a Conv1D."""
@@ -119,8 +119,8 @@ class PackedLinear(StandInLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        found = product(input, partial(self.unpack, shape=self.shape, dtype=self.dtype), *self.kept())
-        return found if self.bias is None else found + self.bias
+        output = product(input, partial(self.unpack, shape=self.shape, dtype=self.dtype), *self.tensors())
+        return output if self.bias is None else output + self.bias
 
 
 def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def _most(shape: tuple[int, int], dtype: torch.dtype) -> int:
 
 
 def unpacked_bytes(shape: tuple[int, int], count: int, dtype: torch.dtype) -> int:
-    """Return what the matrices take that are unpacked at a time, of a stack of so many."""
+    """Return the bytes of the matrices that are unpacked at a time, of a stack of ``count``."""
     return min(count, _most(shape, dtype)) * shape[0] * shape[1] * dtype.itemsize
 
 
@@ -180,40 +180,40 @@ class Groups:
         self.ends = ends
 
     @cached_property
-    def places(self) -> list[int] | None:
-        """The same as numbers; None where nothing but shapes is known.
+    def stops(self) -> list[int] | None:
+        """The ends as Python's numbers; None where only shapes are known.
 
-        A GPU is waited for here: once for all products with these rows, forward and backward.
+        This waits for a GPU: once for all products with these rows, forward and backward.
         """
         return self.ends.tolist() if has_contents(self.ends) else None
 
     def chunks(
         self, most: int, parts: Sequence[torch.Tensor], rows: int
     ) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-        """Yield the experts that have rows, at most so many at a time: their rows, where these end, and their parts.
+        """Yield rows, their ends and their experts' parts, for at most so many experts that have rows at a time.
 
-        Where nothing but shapes is known, the first chunk stands for all: the same result size, the same peak.
+        Where only shapes are known, the first chunk stands for all: the same result size, the same peak.
 
         Args:
             parts: of all experts' matrices, with a leading E.
         """
-        last = self.places
+        last = self.stops
         if last is None:
             yield slice(0, rows), self.ends[:most], [part[:most] for part in parts]
             return
         first = [0, *last[:-1]]
         hit = [expert for expert, (start, stop) in enumerate(zip(first, last, strict=True)) if stop > start]
-        for at in range(0, max(1, len(hit)), most):
-            experts = hit[at : at + most] or [0]  # rows of no expert have a width too
+        for offset in range(0, max(1, len(hit)), most):
+            experts = hit[offset : offset + most] or [0]  # rows of no expert have a width too
             index = _indices(experts, self.ends.device)
             start, stop = first[experts[0]], last[experts[-1]]
             yield slice(start, stop), self.ends[index] - start, [part[index] for part in parts]
 
 
 def _indices(numbers: list[int], device: torch.device) -> torch.Tensor:
-    """Return numbers on a device, without waiting for a GPU: it is copied from pinned memory when it is their turn."""
-    found = torch.tensor(numbers, pin_memory=device.type == "cuda")
-    return found.to(device, non_blocking=True)
+    """Return numbers as a tensor on a device, without waiting for a GPU: they are copied from pinned memory."""
+    indices = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return indices.to(device, non_blocking=True)
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -226,14 +226,14 @@ class _GroupedProduct(torch.autograd.Function):
         ctx.save_for_backward(*parts)
         ctx.groups, ctx.unpack, ctx.most = groups, unpack, most
         chunks = groups.chunks(most, parts, len(x))
-        return torch.cat([grouped_product(x[rows], unpack(*of), at) for rows, at, of in chunks])
+        return torch.cat([grouped_product(x[rows], unpack(*tensors), ends) for rows, ends, tensors in chunks])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         parts = ctx.saved_tensors  # checkpointing gives them once
         chunks = ctx.groups.chunks(ctx.most, parts, len(gradient))
-        found = [grouped_product(gradient[rows], ctx.unpack(*of).mT, at) for rows, at, of in chunks]
-        return torch.cat(found), None, None, None, *(None for _ in parts)
+        gradients = [grouped_product(gradient[rows], ctx.unpack(*tensors).mT, ends) for rows, ends, tensors in chunks]
+        return torch.cat(gradients), None, None, None, *(None for _ in parts)
 
 
 def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank: int | None = None) -> None:
@@ -251,9 +251,9 @@ def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank
             f"The model has no Linear at {path}.", "The emulator belongs to another architecture.", code="mismatch"
         )
     device, dtype = linear.weight.device, linear.weight.dtype
-    made = layer(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
+    stand_in = layer(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
     if layer.trainable:
-        made.requires_grad_(linear.weight.requires_grad)
-    made.transposed = isinstance(linear, TransposedLinear)
-    made.train(linear.training)
-    model.set_submodule(path, made)
+        stand_in.requires_grad_(linear.weight.requires_grad)
+    stand_in.transposed = isinstance(linear, TransposedLinear)
+    stand_in.train(linear.training)
+    model.set_submodule(path, stand_in)

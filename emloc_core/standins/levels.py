@@ -97,12 +97,12 @@ class SixLevels(Format):
     ) -> list[Packed]:
         """Round weights with feedback."""
         damped = feedback.damped(gram, levels.DAMPING)
-        found = levels.rounded(feedback.stacked(weights), damped, self.layer.LEVELS)
-        matrix, made = feedback.single(gram), []
-        for weight, part in zip(weights, found.split([len(weight) for weight in weights]), strict=True):
+        rounded = levels.rounded(feedback.stacked(weights), damped, self.layer.LEVELS)
+        matrix, fitted = feedback.single(gram), []
+        for weight, part in zip(weights, rounded.split([len(weight) for weight in weights]), strict=True):
             error = output_error(weight, part.numbers(), matrix)
-            made.append(Packed(pack(part), (weight.shape[0], weight.shape[1]), error))
-        return made
+            fitted.append(Packed(pack(part), (weight.shape[0], weight.shape[1]), error))
+        return fitted
 
     def movable(self, fitted: Packed) -> MovableScales:
         """Let the scales move."""
@@ -110,10 +110,10 @@ class SixLevels(Format):
         return MovableScales(fitted, partial(unpack, codes, shape=fitted.shape, count=count))
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of rounding, with scales that are fitted."""
+        """The peak of rounding, with scales that are fitted."""
         return costs.rounding_bytes(linears, scales=True)
 
-    def told(self, rank: str) -> str:  # noqa: ARG002
+    def describe(self, rank: str) -> str:  # noqa: ARG002
         """The number of levels."""
         return f"{self.layer.LEVELS} levels"
 
@@ -128,14 +128,14 @@ def parts(name: str, shape: tuple[int, int], count: int, dtype: torch.dtype) -> 
     }
 
 
-def pack(found: levels.Rounded, name: str = "weight") -> dict[str, torch.Tensor]:
+def pack(rounded: levels.Rounded, name: str = "weight") -> dict[str, torch.Tensor]:
     """Return codes, (bytes, 1), uint8, and the scales, (m, ceil(n / GROUP)), bf16, by their names in the layer."""
-    count = digits(found.levels)
-    flat = found.indices.flatten()
+    count = digits(rounded.levels)
+    flat = rounded.indices.flatten()
     flat = functional.pad(flat, (0, -len(flat) % count)).view(-1, count)
-    weights = found.levels ** torch.arange(count, dtype=torch.uint8, device=flat.device)
+    weights = rounded.levels ** torch.arange(count, dtype=torch.uint8, device=flat.device)
     codes = (flat * weights).sum(1, dtype=torch.uint8)[:, None]
-    return {name: codes, f"{name}_scales": found.scales}
+    return {name: codes, f"{name}_scales": rounded.scales}
 
 
 def unpack(

@@ -81,7 +81,7 @@ class Factored(Format):
         return (not refined) * itemsize * self._factors(linears)
 
     def _factors(self, linears: Sequence[Planned]) -> int:
-        return sum((each.rank or 0) * (each.out_features + each.in_features) for each in linears)
+        return sum((linear.rank or 0) * (linear.out_features + linear.in_features) for linear in linears)
 
 
 class LowRank(Factored):
@@ -126,7 +126,7 @@ class LowRank(Factored):
 
     def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
         """Factors in fp32: moved, with a gradient and Adam's moments; and products, with a gradient."""
-        numbers = sum(each.out_features * each.in_features for each in linears)
+        numbers = sum(linear.out_features * linear.in_features for linear in linears)
         return (5 * 4 + itemsize) * self._factors(linears) + 2 * itemsize * numbers
 
 
@@ -164,8 +164,8 @@ class RoundedLowRankLinear(PackedLinear):
         """Map (..., in_features) to (..., out_features)."""
         (m, n), k = self.shape, self.rank or 0
         inner = product(input, partial(self.factor, shape=(k, n), dtype=self.dtype), self.V, self.V_scales)
-        found = product(inner, partial(self.factor, shape=(m, k), dtype=self.dtype), self.weight, self.weight_scales)
-        return found if self.bias is None else found + self.bias
+        output = product(inner, partial(self.factor, shape=(m, k), dtype=self.dtype), self.weight, self.weight_scales)
+        return output if self.bias is None else output + self.bias
 
 
 class RoundedLowRank(Factored):
@@ -175,12 +175,12 @@ class RoundedLowRank(Factored):
     samples = 256
 
     def exact(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
-        """Factorise weights on the Gram that the factorizer asks for, or on the smaller one; given is the inputs'."""
-        found = []
+        """Factorise weights on the Gram that the factorizer asks for, or on the smaller one; ``gram`` is of inputs."""
+        factors = []
         for weight, rank in zip(weights, ranks, strict=True):
             on_inputs = wants_inputs(self.factorize) or cheaper_side(weight.shape[0], weight.shape[1]) == "input"
-            found.append(self.factorize(weight, gram if on_inputs else gram.through(weight), rank or 0))
-        return [in_single(factors) for factors in found]
+            factors.append(self.factorize(weight, gram if on_inputs else gram.through(weight), rank or 0))
+        return list(map(in_single, factors))
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising on the smaller Gram, and of rounding."""
@@ -189,9 +189,9 @@ class RoundedLowRank(Factored):
 
     def ranking(self) -> Format:
         """Return factors as they are."""
-        found = LowRank()
-        found.factorize = self.factorize
-        return found
+        format = LowRank()
+        format.factorize = self.factorize
+        return format
 
     def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
         """Return both factors, unpacked."""

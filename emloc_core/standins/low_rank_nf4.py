@@ -46,34 +46,34 @@ class FourBitLowRank(RoundedLowRank):
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
         """Round U with feedback, fit V to that by least squares, and round it with feedback.
 
-        The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
-        ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs.
+        The inputs of U are the outputs of the exact V. The best V for a rounded U has ``U V x`` nearest to ``W x`` for
+        every x, ``V = (U^T U)^-1 U^T W``, and is rounded on the Gram of the inputs.
         """
         exact = self.exact(weights, gram, ranks)
         gram.narrow()
         matrix = feedback.single(gram)
         us, vs = [], []
-        for weight, of in zip(weights, exact, strict=True):
-            us += rounded([of.u], feedback.Damped(of.v @ matrix @ of.v.T))
+        for weight, factors in zip(weights, exact, strict=True):
+            us += rounded([factors.u], feedback.Damped(factors.v @ matrix @ factors.v.T))
             vs.append(best_v(us[-1].double(), weight))
-        del exact, of
+        del exact, factors
         vs = rounded(vs, feedback.damped(gram))
         return [
             Packed(packed_factors("weight", u, v), (len(u), v.shape[1]), output_error(weight, u @ v, matrix))
             for weight, u, v in zip(weights, us, vs, strict=True)
         ]
 
-    def told(self, rank: str) -> str:
+    def describe(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
         return f"rank {rank} in four bits"
 
 
 def packed_factors(name: str, u: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return codes and scales of U, which has this name, and of V, on the CPU."""
-    found = {}
-    for of, part in ((name, u), ("V", v)):
-        found[of], found[f"{of}_scales"] = (tensor.cpu() for tensor in nf4.pack(part))
-    return found
+    tensors = {}
+    for key, part in ((name, u), ("V", v)):
+        tensors[key], tensors[f"{key}_scales"] = (tensor.cpu() for tensor in nf4.pack(part))
+    return tensors
 
 
 def best_v(u: torch.Tensor, weight: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
@@ -93,7 +93,7 @@ def rounded(
 ) -> list[torch.Tensor]:
     """Return matrices with the same inputs in four bits, as they are after being packed and unpacked.
 
-    The scale of a block of numbers is that of its largest, which is kept as it is, so that packing finds it again.
+    The scale of a block of numbers is its largest number, which is kept as it is, so that packing finds it again.
 
     Args:
         matrices: M, (m, n), any floating dtype.
@@ -101,18 +101,18 @@ def rounded(
         passes: of descent.
 
     Returns:
-        Q, (m, n), in fp32: packing and unpacking gives it back unchanged.
+        Q, (m, n), in fp32: packing and unpacking leaves it unchanged.
     """
     matrices = [matrix.float() for matrix in matrices]
     spread, largest = (torch.cat(parts) for parts in zip(*map(_blocks, matrices), strict=True))
-    found = nf4.to_scales(feedback.stacked(matrices), gram, spread, largest, passes)
-    return [nf4.rounded(part) for part in found.split([len(matrix) for matrix in matrices])]
+    quantized = nf4.to_scales(feedback.stacked(matrices), gram, spread, largest, passes)
+    return [nf4.rounded(part) for part in quantized.split([len(matrix) for matrix in matrices])]
 
 
 def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scale of every number's block, and where the block's largest number is; both (m, n)."""
     size, count = matrix.shape, matrix.numel()
     padded = torch.nn.functional.pad(matrix.flatten(), (0, -count % nf4.BLOCK)).view(-1, nf4.BLOCK)
-    scales, at = padded.abs().max(1, keepdim=True)
-    largest = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, at, value=True)
+    scales, index = padded.abs().max(1, keepdim=True)
+    largest = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, index, value=True)
     return nf4.spread(scales.flatten(), size), largest.flatten()[:count].view(size)

@@ -61,22 +61,22 @@ class TwoBitLowRank(RoundedLowRank):
         gram.narrow()
         matrix = feedback.single(gram)
         us, targets = [], []
-        for weight, of in zip(weights, exact, strict=True):
-            rotation = _rotation(of.u.shape[1]).to(of.u)
-            inputs = rotation.T @ of.v
-            of_u = feedback.Damped(inputs @ matrix @ inputs.T, levels.DAMPING)
-            us.append(levels.rounded(of.u @ rotation, of_u, _LEVELS))
+        for weight, factors in zip(weights, exact, strict=True):
+            rotation = _rotation(factors.u.shape[1]).to(factors.u)
+            inputs = rotation.T @ factors.v
+            u_gram = feedback.Damped(inputs @ matrix @ inputs.T, levels.DAMPING)
+            us.append(levels.rounded(factors.u @ rotation, u_gram, _LEVELS))
             targets.append(best_v(us[-1].numbers().double(), weight, _RIDGE))
-        del exact, of
-        of_v = feedback.damped(gram, levels.DAMPING)
-        vs = levels.rounded(feedback.stacked(targets), of_v, _LEVELS).split([len(v) for v in targets])
-        found = []
+        del exact, factors
+        v_gram = feedback.damped(gram, levels.DAMPING)
+        vs = levels.rounded(feedback.stacked(targets), v_gram, _LEVELS).split([len(v) for v in targets])
+        fitted = []
         for weight, u, v in zip(weights, us, vs, strict=True):
             error = output_error(weight, u.numbers() @ v.numbers(), matrix)
-            found.append(Packed(pack(u) | pack(v, "V"), (weight.shape[0], weight.shape[1]), error))
-        return found
+            fitted.append(Packed(pack(u) | pack(v, "V"), (weight.shape[0], weight.shape[1]), error))
+        return fitted
 
-    def told(self, rank: str) -> str:
+    def describe(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
         return f"rank {rank} in two bits"
 

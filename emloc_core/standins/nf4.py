@@ -29,7 +29,7 @@ from emloc_core.standins.transposed import TransposedLinear
 #: Numbers that share a scale, and scales that share a range.
 BLOCK, SCALES = 64, 256
 _TYPE = "nf4"
-#: Paths in which transformers finds the name of the weight before it gets to that.
+#: Paths in which transformers takes another part for the name of the weight.
 _MISLEADING = re.compile(r"weight(\.|$)")
 
 
@@ -62,23 +62,23 @@ class FourBitLinear(PackedLinear):
 
     @classmethod
     def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return matrices; at once where neither a scale nor a range of scales is of two of them."""
+        """Return matrices, all at once unless a scale or a range of scales belongs to two of them."""
         codes, scales, ranges = parts
         count, (m, n) = len(codes), shape
         if m * n % (BLOCK * SCALES):
             return super().unpack_stack(*parts, shape=shape, dtype=dtype)
         levels = scale_levels(codes.device)
-        of_blocks = torch.ops.bitsandbytes.dequantize_blockwise(
+        block_scales = torch.ops.bitsandbytes.dequantize_blockwise(
             scales.flatten(), ranges[:, :-1].float().flatten(), levels, SCALES, torch.float32
         )
-        spread = of_blocks.view(count, -1) + ranges[:, -1:].float()
+        spread = block_scales.view(count, -1) + ranges[:, -1:].float()
         return unpack(codes.view(-1, 1), spread.flatten(), (count * m, n), dtype).view(count, m, n)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the input's dtype."""
         scales = unpack_scales(self.weight_scales, self.weight_ranges.float())
-        found = product(input, self.weight, scales, self.shape, self.dtype)
-        return (found if self.bias is None else found + self.bias).to(input.dtype)
+        output = product(input, self.weight, scales, self.shape, self.dtype)
+        return (output if self.bias is None else output + self.bias).to(input.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,18 @@ class PackedNF4(Format):
     ) -> list[FourBitWeight]:
         """Round weights with feedback."""
         states = [_quantized(weight.float())[1] for weight in weights]
-        matrix, made = feedback.single(gram), []
+        matrix, fitted = feedback.single(gram), []
         for weight, packed, state in zip(weights, _rounded_to(states, weights, gram), states, strict=True):
             error = output_error(weight, _read(packed, state, torch.float32), matrix)
-            made.append(FourBitWeight(packed, state, error))
-        return made
+            fitted.append(FourBitWeight(packed, state, error))
+        return fitted
 
     def round(self, weight: torch.Tensor) -> FourBitWeight:
         """Return the weight as bitsandbytes rounds it, with the error of the weight."""
         packed, state = _quantized(weight)
         return FourBitWeight(packed, state, _relative(weight, _read(packed, state, torch.float32)))
 
-    def told(self, rank: str) -> str:  # noqa: ARG002
+    def describe(self, rank: str) -> str:  # noqa: ARG002
         """Four bits."""
         return "four bits"
 
@@ -144,7 +144,7 @@ class PackedNF4(Format):
 
 
 class NF4(PackedNF4):
-    """The same as bitsandbytes has it (QLoRA): an ordinary checkpoint that plain transformers loads."""
+    """Weights in four bits as bitsandbytes has them (QLoRA): an ordinary checkpoint that plain transformers loads."""
 
     def own(self) -> Format:
         """Return the format in a checkpoint of ours: bitsandbytes packs Linears alone."""
@@ -184,8 +184,8 @@ class NF4(PackedNF4):
     def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:  # noqa: ARG002
         """Return the weight, by bitsandbytes."""
         packed, *parts = tensors
-        known = {name.removeprefix("weight."): part for name, part in zip(self.names()[1:], parts, strict=True)}
-        return StandIn(_read(packed, kernels().functional.QuantState.from_dict(known, device=packed.device), dtype))
+        values = {name.removeprefix("weight."): part for name, part in zip(self.names()[1:], parts, strict=True)}
+        return StandIn(_read(packed, kernels().functional.QuantState.from_dict(values, device=packed.device), dtype))
 
     def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
@@ -230,10 +230,10 @@ def _scales(state: Any) -> torch.Tensor:
 
 
 def _rounded_to(states: Sequence[Any], weights: Sequence[torch.Tensor], gram: Gram) -> list[torch.Tensor]:
-    """Return the codes of weights that are rounded with feedback, to scales that they have already."""
-    scales = torch.cat([spread(_scales(of), weight.shape) for of, weight in zip(states, weights, strict=True)])
-    found = to_scales(feedback.stacked(weights), feedback.damped(gram), scales).div_(scales)
-    return [codes(part) for part in found.split([len(weight) for weight in weights])]
+    """Round weights with feedback to the scales of their states, and return their codes."""
+    scales = torch.cat([spread(_scales(state), weight.shape) for state, weight in zip(states, weights, strict=True)])
+    units = to_scales(feedback.stacked(weights), feedback.damped(gram), scales).div_(scales)
+    return [codes(part) for part in units.split([len(weight) for weight in weights])]
 
 
 def _read(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -241,10 +241,12 @@ def _read(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     return kernels().functional.dequantize_4bit(codes, state).reshape(state.shape).to(dtype)
 
 
-def _relative(weight: torch.Tensor, found: torch.Tensor) -> float:
+def _relative(weight: torch.Tensor, approximation: torch.Tensor) -> float:
     """Return ``||W - What|| / ||W||``: the relative output error on inputs that favour no direction."""
-    lost, kept = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (weight - found, weight))
-    return lost / kept if kept else 0.0
+    error, norm = (
+        float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (weight - approximation, weight)
+    )
+    return error / norm if norm else 0.0
 
 
 def kernels() -> Any:
@@ -283,7 +285,7 @@ def pack(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def unpack(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """Return the matrix of this shape and dtype that :func:`pack` packed, as rounded."""
     kernels()  # defines the operation
-    # As one row of an even length: rows of an odd one have no kernel on a CPU, but code that is compiled first.
+    # As one row of even length: on a CPU, odd rows have no kernel, only code that is compiled first.
     # Kernels on a GPU read scales as fp32, whatever they are: a model may have been cast as a whole.
     row = torch.ops.bitsandbytes.dequantize_4bit(codes, scales.float(), BLOCK, _TYPE, [2 * codes.numel()], dtype)
     return row.flatten()[: shape[0] * shape[1]].view(shape)
@@ -310,8 +312,8 @@ def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
             and that mean.
     """
     levels = scale_levels(codes.device)
-    found: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, ranges[:-1], levels, SCALES, ranges.dtype)
-    return found + ranges[-1]
+    scales: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, ranges[:-1], levels, SCALES, ranges.dtype)
+    return scales + ranges[-1]
 
 
 @cache
@@ -322,8 +324,8 @@ def scale_levels(device: torch.device) -> torch.Tensor:
 
 def _scale_levels() -> list[float]:
     with torch.device("cpu"):  # whatever device a model is being built on
-        found: list[float] = kernels().functional.create_dynamic_map().tolist()
-    return found
+        levels: list[float] = kernels().functional.create_dynamic_map().tolist()
+    return levels
 
 
 # Its context manager would break a compiled graph; and to say so imports the compiler, which takes a second.
@@ -337,7 +339,7 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 
 def codes(numbers: torch.Tensor) -> torch.Tensor:
-    """Return numbers in [-1, 1], fp32, (m, n), as the codes of the nearest, two a byte, (ceil(m n / 2), 1), uint8."""
+    """Return the codes of the levels nearest to numbers in [-1, 1], two a byte, (ceil(m n / 2), 1), uint8."""
     flat = indices(numbers.flatten(), middles(_levels(numbers.device)))
     pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)  # the first in the upper half
     return (pairs[:, :1] << 4) | pairs[:, 1:]

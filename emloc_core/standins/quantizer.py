@@ -65,10 +65,10 @@ class EmlocQuantizer(HfQuantizer):
         self.quantization_config.replace(model)
         # Uninitialised memory would pass for a weight: remember the parameters, to find those that were not loaded.
         for path, layer in _stand_ins(model):
-            layer.emloc_unloaded = _kept(layer)  # type: ignore[assignment]
+            layer.emloc_unloaded = _stored(layer)  # type: ignore[assignment]
             # Transformers would draw missing codes from a normal distribution, and fail; they are told below.
             if isinstance(layer, StandInExperts):
-                for stacked in (each for each in layer.children() if isinstance(each, nn.ParameterDict)):
+                for stacked in (child for child in layer.children() if isinstance(child, nn.ParameterDict)):
                     keep_as_it_is(stacked)
                 keep_as_it_is(model.get_submodule(path.rpartition(".")[0]))  # some blocks draw their experts
             elif isinstance(layer, StandInLinear) and not layer.trainable:
@@ -114,7 +114,7 @@ def _stand_ins(model: nn.Module) -> list[tuple[str, StandInLinear | StandInExper
     return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _kept(layer: nn.Module) -> dict[str, nn.Parameter]:
+def _stored(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return what the files of an emulator hold for a module; those of experts may hold a stack as it is, too."""
     return layer.stand_ins() if isinstance(layer, StandInExperts) else dict(layer.named_parameters())
 

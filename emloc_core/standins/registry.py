@@ -12,17 +12,17 @@ def format_named(name: str) -> Format:
     """Return the format of a kind of emulator.
 
     Raises:
-        EmlocError: no plugin provides one of that name, or its own name is another, by which its emulators could not
-            be loaded.
+        EmlocError: no plugin provides one of that name, or the format has another name, under which its emulators
+            could not be loaded.
     """
-    found: Format = plugin_manager().algorithm("emulators", name)()
-    if found.name != name:
+    format: Format = plugin_manager().algorithm("emulators", name)()
+    if format.name != name:
         raise EmlocError(
-            f"The format that a plugin offers as {name!r} is named {found.name!r}: its emulators could not be loaded.",
+            f"The format that a plugin offers as {name!r} is named {format.name!r}: its emulators could not be loaded.",
             "Offer it under its name (docs/formats.md).",
             code="plugin",
         )
-    return found
+    return format
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
@@ -33,5 +33,5 @@ def format_of(config: Mapping[str, Any]) -> Format:
     """
     kind = kind_of(config)
     assert kind
-    found = format_named(kind)
-    return found.own() if config["quantization_config"]["quant_method"] == METHOD else found
+    format = format_named(kind)
+    return format.own() if config["quantization_config"]["quant_method"] == METHOD else format

@@ -50,11 +50,11 @@ class RepairedLinear(FewLevelsLinear):
     @classmethod
     def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return ``W + U V`` of all, the sums one by one."""
-        found = super().unpack_stack(*parts[:2], shape=shape, dtype=dtype)
-        for at, *of in zip(range(len(found)), *parts[2:], strict=True):
-            u, v = unpack_factors(of, shape, dtype)
-            found[at].add_(u @ v)
-        return found
+        weights = super().unpack_stack(*parts[:2], shape=shape, dtype=dtype)
+        for index, *factors in zip(range(len(weights)), *parts[2:], strict=True):
+            u, v = unpack_factors(factors, shape, dtype)
+            weights[index].add_(u @ v)
+        return weights
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -64,8 +64,8 @@ class RepairedLinear(FewLevelsLinear):
         weight = partial(super().unpack, shape=self.shape, dtype=self.dtype)
         inner = nf4.product(input, self.V, self.V_scales, (k, n), self.dtype)
         repair = nf4.product(inner, self.U, self.U_scales, (m, k), self.dtype)
-        found = product(input, weight, self.weight, self.weight_scales)
-        return (found if self.bias is None else found + self.bias) + repair
+        output = product(input, weight, self.weight, self.weight_scales)
+        return (output if self.bias is None else output + self.bias) + repair
 
 
 class RepairedThreeLevels(Format):
@@ -101,26 +101,26 @@ class RepairedThreeLevels(Format):
         rows = [len(weight) for weight in weights]
         matrix, damped = feedback.single(gram), feedback.damped(gram, levels.DAMPING)
         stacked = feedback.stacked(weights)
-        left, scales = stacked.clone(), None
+        residual, scales = stacked.clone(), None
         directions: list[torch.Tensor | None] = [None] * len(weights)  # each round begins with those of the one before
         for _ in range(_ROUNDS):
-            found = levels.rounded(left, damped, RepairedLinear.LEVELS, scales)
-            scales = found.scales
-            torch.sub(stacked, found.numbers(), out=left)
-            sought = zip(left.split(rows), ranks, directions, strict=True)
-            directions[:] = us = [leading(error, matrix, rank or 0, before) for error, rank, before in sought]
-            repairs = _rounded_factors(us, left.split(rows), gram)
-            left.copy_(stacked)
-            for part_left, (u, v) in zip(left.split(rows), repairs, strict=True):
-                part_left.addmm_(u, v, alpha=-1)
-        del stacked, left
-        made = []
-        for weight, part, (u, v) in zip(weights, found.split(rows), repairs, strict=True):
+            quantized = levels.rounded(residual, damped, RepairedLinear.LEVELS, scales)
+            scales = quantized.scales
+            torch.sub(stacked, quantized.numbers(), out=residual)
+            starts = zip(residual.split(rows), ranks, directions, strict=True)
+            directions[:] = us = [leading(error, matrix, rank or 0, before) for error, rank, before in starts]
+            repairs = _rounded_factors(us, residual.split(rows), gram)
+            residual.copy_(stacked)
+            for part_residual, (u, v) in zip(residual.split(rows), repairs, strict=True):
+                part_residual.addmm_(u, v, alpha=-1)
+        del stacked, residual
+        fitted = []
+        for weight, part, (u, v) in zip(weights, quantized.split(rows), repairs, strict=True):
             error = output_error(weight, part.numbers().addmm_(u, v), matrix)
-            made.append(Packed(pack(part) | packed_factors("U", u, v), (weight.shape[0], weight.shape[1]), error))
-        return made
+            fitted.append(Packed(pack(part) | packed_factors("U", u, v), (weight.shape[0], weight.shape[1]), error))
+        return fitted
 
-    def told(self, rank: str) -> str:
+    def describe(self, rank: str) -> str:
         """The levels of the weight, and the rank of its repair."""
         return f"{self.layer.LEVELS} levels and rank {rank} in four bits"
 

@@ -29,7 +29,7 @@ class StandIn:
 
     def times(self, columns: torch.Tensor) -> torch.Tensor:
         """Return ``What Q``, (m, r), for columns Q, (n, r), in their dtype."""
-        return reduce(lambda found, matrix: times(matrix, found), reversed(self._matrices), columns)
+        return reduce(lambda product, matrix: times(matrix, product), reversed(self._matrices), columns)
 
     def weight(self) -> torch.Tensor:
         """Return What, (m, n)."""
@@ -71,7 +71,7 @@ class Packed:
 
 
 class Movable(Protocol):
-    """A stand-in of which some numbers may still move when those of the whole block are known.
+    """A stand-in some of whose numbers may still move once all of the block's stand-ins are known.
 
     Attributes:
         numbers: of any shape, in fp32, of such a size that a step of a hundredth is small.

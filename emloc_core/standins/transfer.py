@@ -1,8 +1,8 @@
 """Which adapters hold on the base what they learned on its emulator: LoRAs on Linears, and what is trained of the
 embeddings and the output layer, which the emulator has from the base as they are.
 
-A Linear's weight is another one on the emulator. So nothing may be computed from it, trained of it, or started from it.
-PEFT's own check is made where it wraps a model, in any script; see :func:`refuse_others`.
+A Linear's weight differs on the emulator. So nothing may be computed from it, trained of it, or initialised from it.
+PEFT checks this where it wraps a model, in any script; see :func:`refuse_others`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,7 +12,7 @@ from torch import nn
 
 from emloc_core.compat.peft import check_adapters
 from emloc_core.errors import EmlocError
-from emloc_core.standins.expert_loras import compute_apart, expert_modules, make_places, stacks_of
+from emloc_core.standins.expert_loras import compute_apart, expert_modules, make_placeholders, stacks_of
 from emloc_core.standins.vocabulary import PackedLayer, vocabulary_layers
 
 #: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
@@ -64,7 +64,7 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
     """Return the reasons why modules that this PEFT config trains themselves cannot be transferred.
 
     Args:
-        model: that is wrapped; its weights may be on the meta device.
+        model: the one to wrap; its weights may be on the meta device.
         packed: paths of its layers that are packed in the emulator, where the model here has none.
     """
     dense = vocabulary_layers(model)  # what may be trained itself
@@ -74,13 +74,13 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
     def named(ends: Iterable[str]) -> set[str]:
         return {path for path, _ in model.named_modules() for end in ends if f".{path}".endswith(f".{end}")}
 
-    whole = named(config.get("modules_to_save") or [])
+    saved = named(config.get("modules_to_save") or [])
     rows = named(tokens if isinstance(tokens, Mapping) else [*dense][:1])  # by themselves, those of the embeddings
-    paths = sorted(whole | rows)
+    paths = sorted(saved | rows)
     if packed and any(path in dense for path in paths):
         return [f"{' and '.join(sorted(packed))} cannot be trained while packed; make the emulator with --keep head"]
     wrong = [path for path in paths if path not in dense]
-    if not wrong and {id(dense[path].weight) for path in whole} & {id(dense[path].weight) for path in rows}:
+    if not wrong and {id(dense[path].weight) for path in saved} & {id(dense[path].weight) for path in rows}:
         return ["one matrix, as tied layers have, is trained by modules_to_save or trainable_token_indices, not both"]
     may = f"only {' and '.join(dense)} can be trained themselves" if dense else "no module can be trained itself"
     return [f"{path} differs between the emulator and the base; {may}" for path in wrong[:1]]
@@ -89,7 +89,7 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
 def stack_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     """Return the reasons why parameters that this PEFT config puts a LoRA on cannot have one: all but whole experts."""
     wanted = config.get("target_parameters") or []
-    stacks = {f"{path}.{name}" for path, each in expert_modules(model) for name in stacks_of(each)}
+    stacks = {f"{path}.{name}" for path, experts in expert_modules(model) for name in stacks_of(experts)}
     wrong = sorted(name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in stacks))
     return [f"{name} is not a stack of experts, the only parameters that can have a LoRA" for name in wrong[:1]]
 
@@ -101,14 +101,14 @@ def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
         if is_emulator(model):
             require(field_problems(config) or module_problems(config, model) or stack_problems(config, model))
             if config.get("target_parameters"):
-                make_places(model)
+                make_placeholders(model)
 
     check_adapters(check, compute_apart)
 
 
 def require(problems: Iterable[str]) -> None:
     """Refuse an adapter that has problems."""
-    if found := "; ".join(problems):
+    if reasons := "; ".join(problems):
         raise EmlocError(
-            f"What is trained on an emulator has to hold on the base: {found}.", REMEDY, code="unsupported"
+            f"What is trained on an emulator has to hold on the base: {reasons}.", REMEDY, code="unsupported"
         )

@@ -40,8 +40,8 @@ def as_conv1d(linear: nn.Linear) -> nn.Module:
     """Return a Conv1D with a copy of the weight of a Linear."""
     from transformers.pytorch_utils import Conv1D
 
-    made = Conv1D(linear.out_features, linear.in_features).to(linear.weight)
+    conv1d = Conv1D(linear.out_features, linear.in_features).to(linear.weight)
     with torch.no_grad():
-        made.weight.copy_(linear.weight.T)
-        made.bias.copy_(linear.bias)
-    return made
+        conv1d.weight.copy_(linear.weight.T)
+        conv1d.bias.copy_(linear.bias)
+    return conv1d

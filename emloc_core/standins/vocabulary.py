@@ -35,10 +35,10 @@ KEEP = "Make the emulator with --keep head: it then has the base's own matrices.
 class Packing(ABC):
     """How rows are packed: codes, (rows, bytes of one), and scales, (rows, scales of one), in the weight's dtype.
 
-    So the first floating-point number of a model is of its own dtype, by which transformers tells that.
+    So the first floating-point tensor of a model has the model's dtype, which transformers takes from it.
     """
 
-    #: Whether rows are fitted to the Gram of what they are multiplied by, where that is known.
+    #: Whether rows are fitted to the Gram of their inputs, where it is known.
     fitted = False
 
     @abstractmethod
@@ -47,19 +47,19 @@ class Packing(ABC):
 
     def nbytes(self, rows: int, features: int, dtype: torch.dtype) -> int:
         """Return the bytes of both."""
-        return sum(prod(size) * kept.itemsize for size, kept in self.parts(rows, features, dtype).values())
+        return sum(prod(size) * part_dtype.itemsize for size, part_dtype in self.parts(rows, features, dtype).values())
 
     def packing_bytes(self, rows: int, features: int, dtype: torch.dtype) -> int:
-        """Return the peak of packing a matrix: the whole of it packed, and in fp32 the rows that are packed at a time.
+        """Return the peak of packing a matrix: all of it packed, and in fp32 the rows that are packed at a time.
 
-        Rounded with feedback, they take as much as weights of a group do, and another copy; beside what is fitted.
+        With feedback, these take as much as the weights of a group, and another copy, beside the target.
         """
         at_once, square = min(rows, ROWS), 4 * features**2
-        taken = 4 * 7 * at_once * features
+        work = 4 * 7 * at_once * features
         if self.fitted:
             rounding = costs.rounding(at_once, features) + square + 4 * 2 * at_once * features
-            taken = max(rounding, costs.summing(features, features, features) + square)
-        return self.nbytes(rows, features, dtype) + taken
+            work = max(rounding, costs.summing(features, features, features) + square)
+        return self.nbytes(rows, features, dtype) + work
 
     @abstractmethod
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:
@@ -76,21 +76,21 @@ class Packing(ABC):
 
         Args:
             weight: W, (rows, features), any floating dtype.
-            gram: of what it is multiplied by.
+            gram: of its inputs.
             target: T, (features, features), if ``W T`` is to be packed.
         """
         damped, inputs = (feedback.damped(gram), feedback.single(gram)) if gram else (None, None)
-        (m, n), lost, whole = weight.shape, 0.0, 0.0
+        (m, n), lost, total = weight.shape, 0.0, 0.0
         parts = self.parts(m, n, weight.dtype)
         packed = {name: weight.new_empty(size, dtype=dtype) for name, (size, dtype) in parts.items()}
         pieces = (part.split(ROWS) for part in (weight.detach(), *packed.values()))
-        for some, codes, scales in zip(*pieces, strict=True):
-            rows = some.float() if target is None else (some.to(target) @ target).float()
-            for part, found in zip((codes, scales), self._pack(rows, damped, weight.dtype), strict=True):
-                part.copy_(found)
-            left = rows - self.unpack(codes, scales.float(), n)
-            lost, whole = lost + _energy(left, inputs), whole + _energy(rows, inputs)
-        error = (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
+        for piece, codes, scales in zip(*pieces, strict=True):
+            rows = piece.float() if target is None else (piece.to(target) @ target).float()
+            for part, values in zip((codes, scales), self._pack(rows, damped, weight.dtype), strict=True):
+                part.copy_(values)
+            residual = rows - self.unpack(codes, scales.float(), n)
+            lost, total = lost + _energy(residual, inputs), total + _energy(rows, inputs)
+        error = (max(lost, 0.0) / total) ** 0.5 if total else 0.0
         return Packed(packed, (m, n), error)
 
 
@@ -165,12 +165,12 @@ class PackedRows(HollowTensor):
     layer: "PackedLayer"
 
     @classmethod
-    def of(cls, layer: "PackedLayer") -> "PackedRows":
+    def from_layer(cls, layer: "PackedLayer") -> "PackedRows":
         """Return the matrix of a layer."""
-        made = cls.hollow((len(layer.codes), layer.features), layer.scales)
-        made.layer = layer
-        keep_as_it_is(made)
-        return made
+        rows = cls.hollow((len(layer.codes), layer.features), layer.scales)
+        rows.layer = layer
+        keep_as_it_is(rows)
+        return rows
 
     @classmethod
     def given(cls, operation: Any, *args: Any) -> Any:
@@ -181,7 +181,7 @@ class PackedRows(HollowTensor):
         """
         aten, (matrix, *others) = torch.ops.aten, args
         if operation is aten.detach.default:
-            return cls.of(matrix.layer)
+            return cls.from_layer(matrix.layer)
         if operation is aten.slice.Tensor and others[:1] in ([], [0]):
             return matrix.layer.rows(slice(*others[1:]))
         if operation is aten.select.int and others[0] == 0:
@@ -210,13 +210,13 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> Any:
         """The matrix."""
-        return PackedRows.of(self)
+        return PackedRows.from_layer(self)
 
     def rows(self, which: slice | torch.Tensor) -> torch.Tensor:
         """Return rows, (..., features): those of a slice, or of indices, (...)."""
         codes, scales = self.codes[which], self.scales[which]
-        found = self.packing.unpack(codes.flatten(0, -2), scales.flatten(0, -2), self.features)
-        return found.view(*codes.shape[:-1], self.features)
+        rows = self.packing.unpack(codes.flatten(0, -2), scales.flatten(0, -2), self.features)
+        return rows.view(*codes.shape[:-1], self.features)
 
 
 class PackedHead(PackedLayer, StandInLinear):  # type: ignore[override]  # its weight cannot be set
@@ -245,28 +245,28 @@ class PackedHead(PackedLayer, StandInLinear):  # type: ignore[override]  # its w
 
 
 class _Logits(torch.autograd.Function):
-    """``x W^T`` with W, packed, in pieces; W gets no gradient, and is unpacked once more for that of x."""
+    """``x W^T`` with W, packed, in pieces; W gets no gradient, and is unpacked once more for the gradient of x."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, packing: Packing, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(codes, scales)
-        ctx.packing, ctx.features, ctx.given = packing, x.shape[-1], x.dtype
+        ctx.packing, ctx.features, ctx.dtype = packing, x.shape[-1], x.dtype
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scales.dtype
-        found = x.new_empty(*x.shape[:-1], len(codes), dtype=dtype)
+        logits = x.new_empty(*x.shape[:-1], len(codes), dtype=dtype)
         for which in blocks(len(codes), ROWS):
             rows = packing.unpack(codes[which], scales[which], x.shape[-1])
-            found[..., which] = functional.linear(x.to(dtype), rows.to(dtype))
-        return found
+            logits[..., which] = functional.linear(x.to(dtype), rows.to(dtype))
+        return logits
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, scales = ctx.saved_tensors  # checkpointing gives them once
-        found = torch.zeros(*gradient.shape[:-1], ctx.features, device=gradient.device)
+        total = torch.zeros(*gradient.shape[:-1], ctx.features, device=gradient.device)
         for which in blocks(len(codes), ROWS):
             rows = ctx.packing.unpack(codes[which], scales[which], ctx.features)
-            found += gradient[..., which] @ rows.to(gradient.dtype)
-        return found.to(ctx.given), None, None, None
+            total += gradient[..., which] @ rows.to(gradient.dtype)
+        return total.to(ctx.dtype), None, None, None
 
 
 class PackedEmbedding(PackedLayer):
@@ -281,12 +281,12 @@ class PackedEmbedding(PackedLayer):
 
     def dense(self) -> nn.Module:
         """Return the embeddings of the base's class, with the unpacked weight."""
-        made: Any = copy.deepcopy(self)
+        embedding: Any = copy.deepcopy(self)
         weight = self.rows(slice(None))
-        del made.codes, made.scales
-        _, made.__class__ = type(self).__bases__
-        made.weight = nn.Parameter(weight, requires_grad=False)
-        return made
+        del embedding.codes, embedding.scales
+        _, embedding.__class__ = type(self).__bases__
+        embedding.weight = nn.Parameter(weight, requires_grad=False)
+        return embedding
 
 
 def _packed(kind: Any, packing: str) -> type:
@@ -298,12 +298,12 @@ def _packed(kind: Any, packing: str) -> type:
 
 def vocabulary_layers(model: Any) -> dict[str, Any]:
     """Return the token embeddings and the output layer of a model by their paths, in this order, if it has any."""
-    asked = []
+    layers = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(NotImplementedError):  # transformers does not know where they are
-            asked.append(getattr(model, name, lambda: None)())
+            layers.append(getattr(model, name, lambda: None)())
     paths = {id(module): path for path, module in model.named_modules()}
-    return {paths[id(module)]: module for module in asked if id(module) in paths}
+    return {paths[id(module)]: module for module in layers if id(module) in paths}
 
 
 def rows_at_once(model: Any) -> int | None:
@@ -353,11 +353,11 @@ def replace_vocabulary(model: Any, packings: Mapping[str, str]) -> None:
 
 def packed_embedding(module: Any, packing: str, parts: Mapping[str, torch.Tensor]) -> Any:
     """Return embeddings of a module's class, with the rows of its packed weight; the module stays as it is."""
-    found = copy.deepcopy(module, {id(module.weight): module.weight})
-    _pack_embedding(found, packing)
+    embedding = copy.deepcopy(module, {id(module.weight): module.weight})
+    _pack_embedding(embedding, packing)
     for name, part in parts.items():
-        setattr(found, name, nn.Parameter(part, requires_grad=False))
-    return found
+        setattr(embedding, name, nn.Parameter(part, requires_grad=False))
+    return embedding
 
 
 def _pack_embedding(module: Any, packing: str) -> None:
