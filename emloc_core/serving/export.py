@@ -19,7 +19,7 @@ from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
 from emloc_core.model.opened import open_original
 from emloc_core.requests import ExportRequest
-from emloc_core.serving.gguf_files import require_gguf, write_lora, write_model
+from emloc_core.serving.gguf_files import GgufFile, lora_file, model_file
 from emloc_core.serving.plain import plain, plain_config, warnings
 
 #: Said of a template that begins answers as no tuned one begins.
@@ -58,9 +58,7 @@ class Export(Job):
         self.base = self.model.checkpoint
         if self.settings.comfyui and (adapter is None or self.settings.gguf):
             raise EmlocError("--comfyui is for adapters, and does not write GGUF.", "Give an adapter, without --gguf.")
-        if self.settings.gguf:
-            require_gguf(self.model)
-        elif adapter is None:
+        if adapter is None and not self.settings.gguf:
             raise EmlocError(
                 f"{self.base.directory} is a model, which servers load as it is.",
                 "Serve it as it is, or write GGUF with --gguf.",
@@ -75,6 +73,13 @@ class Export(Job):
                     code="unsupported",
                 )
             self.loras = plain(adapter.loras)
+        #: Made here, so that what the format does not express is refused at once.
+        self.gguf: GgufFile | None = None
+        if self.settings.gguf and adapter:
+            dtype = self.settings.dtype if self.settings.dtype != "q8_0" else "f32"
+            self.gguf = lora_file(self.loras, self.model, dtype)
+        elif self.settings.gguf:
+            self.gguf = model_file(self.model, self.settings.dtype)
         #: Tensors by the names that other tools have.
         self.named = self.model.objective.elsewhere(self.model, self.loras) if self.settings.comfyui else {}
 
@@ -114,14 +119,15 @@ class Export(Job):
     def make(self, staging: Path, progress: Progress) -> None:
         """Write the export; ``progress`` is called with a tensor's name. An adapter for servers is one file."""
         result: dict[str, Any] = {}
-        dtype = "f32" if self.adapter and self.settings.dtype == "q8_0" else self.settings.dtype
         if self.adapter is not None:
             result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
             result["warnings"] = self._warnings()
         if self.settings.comfyui:
             save_file(self.named, staging / "lora.safetensors", {"format": "pt"})
             progress("adapter", 1, 1)
-        elif not self.settings.gguf:
+        elif self.gguf:
+            result["tensors"] = self.gguf.write(staging / f"{'adapter' if self.adapter else 'model'}.gguf", progress)
+        else:
             config = plain_config(
                 self.loras, self.base.name, (path for path, _ in self.model.skeleton.model.named_modules())
             )
@@ -129,12 +135,6 @@ class Export(Job):
             self.base.copy_processing(staging)
             result[CONTENT] = content_hash(staging)
             progress("adapter", 1, 1)
-        elif self.adapter is not None:
-            file = staging / "adapter.gguf"
-            result["tensors"] = write_lora(self.loras, self.model, file, dtype, progress)
-        else:
-            file = staging / "model.gguf"
-            result["tensors"] = write_model(self.model, file, dtype, progress)
         self.output.result = result
-        how = f"GGUF, matrices in {dtype}" if self.settings.gguf else f"one rank, {result['rank']}"
-        self.output.made = f"Export: {how}{'' if self.settings.gguf else ', and a scale of 1'}."
+        how = f"GGUF, matrices in {self.gguf.dtype}" if self.gguf else f"one rank, {result['rank']}, and a scale of 1"
+        self.output.made = f"Export: {how}."

@@ -47,42 +47,82 @@ def require_gguf(model: OpenModel) -> Gguf:
     return layout
 
 
-def write_model(model: OpenModel, target: Path, dtype: str, progress: Progress) -> int:
-    """Write a model with its tokenizer as one GGUF file, and return the number of its tensors.
+class GgufFile:
+    """A GGUF file before it is written.
+
+    Attributes:
+        dtype: of its matrices.
+    """
+
+    def __init__(self, writer: "GGUFWriter", tensors: Sequence[_Tensor], dtype: str) -> None:
+        self._writer, self._tensors, self.dtype = writer, tensors, dtype
+
+    def write(self, target: Path, progress: Progress) -> int:
+        """Write the header, then one tensor after the other, and return their number.
+
+        Args:
+            progress: called for every tensor that is written.
+        """
+        from gguf import GGMLQuantizationType, quantize
+        from gguf.quants import quant_shape_to_byte_shape
+
+        def kind(shape: tuple[int, ...]) -> "GGMLQuantizationType":
+            if len(shape) < 2:
+                return GGMLQuantizationType.F32
+            name = self.dtype if self.dtype != "q8_0" or shape[-1] % _BLOCK == 0 else "f16"
+            return GGMLQuantizationType[name.upper()]
+
+        target.unlink(missing_ok=True)  # of an interrupted run
+        tensors = self._tensors
+        with closing(self._writer) as writer:
+            for name, shape, _ in tensors:
+                stored = quant_shape_to_byte_shape(shape, kind(shape))
+                size = int(numpy.prod(stored))
+                writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), size, raw_dtype=kind(shape))
+            writer.write_header_to_file(target)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, (name, shape, read) in enumerate(tensors, 1):
+                data = quantize(numpy.ascontiguousarray(read().float().numpy()), kind(shape))
+                writer.write_tensor_data(numpy.ascontiguousarray(data).view(numpy.uint8))
+                progress(name, done, len(tensors))
+        return len(tensors)
+
+
+def model_file(model: OpenModel, dtype: str) -> GgufFile:
+    """Return the file of a model with its tokenizer; of the weights nothing is read yet.
 
     Args:
         model: the model, unquantised.
         dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
-        progress: called for every tensor that is written.
 
     Raises:
-        EmlocError: the model or its tokenizer has something that the format does not express.
+        EmlocError: the model or its tokenizer has something that the format does not express, or see
+            :func:`require_gguf`.
     """
     layout, config = require_gguf(model), model.config.get_text_config()
-    writer = _writer(target, layout, config)
+    writer = _writer(layout, config)
     writer.add_type("model")
     _add_sizes(writer, config, dtype)
     add_vocabulary(writer, model.checkpoint.directory, config.vocab_size, layout)
     tensors = list(_model_tensors(model.checkpoint, layout, config))
     if factors := _rope_factors(config):
         tensors.append(factors)
-    _write(writer, tensors, dtype, progress)
-    return len(tensors)
+    return GgufFile(writer, tensors, dtype)
 
 
-def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str, progress: Progress) -> int:
-    """Write a LoRA for a model as one GGUF file, and return the number of its tensors.
+def lora_file(loras: Mapping[str, Lora], base: OpenModel, dtype: str) -> GgufFile:
+    """Return the file of a LoRA for a model.
 
     Args:
         loras: by module path, as :func:`emloc_core.serving.plain.plain` returns them.
         dtype: of the matrices: ``f32``, ``f16`` or ``bf16``.
-        progress: called for every tensor that is written.
 
     Raises:
-        EmlocError: a LoRA is on a Linear that the format does not name.
+        EmlocError: a LoRA is on a Linear that the format does not name, or see :func:`require_gguf`.
     """
     layout, config = require_gguf(base), base.config.get_text_config()
-    writer = _writer(target, layout, config)
+    writer = _writer(layout, config)
     rank = next(iter(loras.values())).a.shape[0]
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -94,15 +134,13 @@ def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: 
         b = _paired(lora.b, path, layout, config)
         tensors += [(f"{name}.lora_a", tuple(lora.a.shape), lambda a=lora.a: a)]  # type: ignore[misc]
         tensors += [(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)]  # type: ignore[misc]
-    _write(writer, tensors, dtype, progress)
-    return len(tensors)
+    return GgufFile(writer, tensors, dtype)
 
 
-def _writer(target: Path, layout: Gguf, config: Any) -> "GGUFWriter":
+def _writer(layout: Gguf, config: Any) -> "GGUFWriter":
     from gguf import GGUFWriter
 
-    target.unlink(missing_ok=True)  # of an interrupted run
-    return GGUFWriter(target, layout.architectures[config.model_type])
+    return GGUFWriter(None, layout.architectures[config.model_type])
 
 
 def _add_sizes(writer: "GGUFWriter", config: Any, dtype: str) -> None:
@@ -193,31 +231,6 @@ def _paired(tensor: torch.Tensor, path: str, layout: Gguf, config: Any) -> torch
         return tensor
     halves = tensor.reshape(-1, 2, _head_size(config) // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
-
-
-def _write(writer: "GGUFWriter", tensors: Sequence[_Tensor], dtype: str, progress: Progress) -> None:
-    """Write the header, and then one tensor after the other."""
-    from gguf import GGMLQuantizationType, quantize
-    from gguf.quants import quant_shape_to_byte_shape
-
-    def kind(shape: tuple[int, ...]) -> "GGMLQuantizationType":
-        if len(shape) < 2:
-            return GGMLQuantizationType.F32
-        name = dtype if dtype != "q8_0" or shape[-1] % _BLOCK == 0 else "f16"
-        return GGMLQuantizationType[name.upper()]
-
-    with closing(writer):
-        for name, shape, _ in tensors:
-            stored = quant_shape_to_byte_shape(shape, kind(shape))
-            size = int(numpy.prod(stored))
-            writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), size, raw_dtype=kind(shape))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for done, (name, shape, read) in enumerate(tensors, 1):
-            data = quantize(numpy.ascontiguousarray(read().float().numpy()), kind(shape))
-            writer.write_tensor_data(numpy.ascontiguousarray(data).view(numpy.uint8))
-            progress(name, done, len(tensors))
 
 
 def unsupported(what: str) -> EmlocError:

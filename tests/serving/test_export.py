@@ -220,13 +220,15 @@ def test_what_readers_of_gguf_would_take_otherwise_is_refused(tmp_path):
         emloc_core.export(model, tmp_path / "made", gguf=True)
 
 
-def test_what_gguf_does_not_express_is_refused(tiny_model, tmp_path):
+def test_what_gguf_does_not_express_is_refused(tiny_model, tmp_path, emloc):
     for model, said in (
         (tiny_model, "byte-level BPE"),
         (save_tiny_model(QWEN.tiny_configs[0], tmp_path / "windows"), "Sliding-window"),
     ):
         with pytest.raises(EmlocError, match=said):
             emloc_core.export(model, tmp_path / "made", gguf=True)
+        code, _, err = emloc("export", model, "-o", tmp_path / "made", "--gguf", "--dry-run")
+        assert (code, said in err) == (1, True)
         assert not (tmp_path / "made").exists()
     with pytest.raises(EmlocError, match="--gguf"):
         emloc_core.export(tiny_model, tmp_path / "made")
