@@ -185,9 +185,9 @@ class Entry(Settings):
             EmlocError: there is no such preset.
         """
         if name not in self.presets:
-            known = list(self.presets)
+            names = list(self.presets)
             raise EmlocError(
-                f"{self.id} has no preset {name!r}: {', '.join(known)}.{did_you_mean(name, known)}",
+                f"{self.id} has no preset {name!r}: {', '.join(names)}.{did_you_mean(name, names)}",
                 "Name one of these.",
             )
         return self.presets[name]

@@ -18,9 +18,9 @@ class EntryFit:
         inference: what the base needs to read a prompt and generate a token.
         lora: what a LoRA on the base needs.
         way: how to tune it, by the decision for the budget; None if no way fits.
-        kind: of the best emulator that fits; None if none does.
+        kind: kind of the best emulator that fits; None if none does.
         ratio: the largest multiple of 0.01 whose tuning fits; None if the kind has no ratio.
-        micro_batch: rows at once when that emulator is tuned.
+        micro_batch: rows per forward pass when that emulator is tuned.
         tuning: what a LoRA on that emulator needs.
         emulator: that emulator's weights.
         error: why it cannot be planned, or empty.
@@ -57,11 +57,11 @@ def fit(
     """Plan an entry.
 
     Args:
-        budget: memory for tuning; None: what inference on the base needs, as in the paper.
+        budget: memory for tuning; by default what inference on the base needs, as in the paper.
         preset: sets the LoRA, and the defaults of batch size and length.
         batch_size: rows per step.
         length: tokens per row.
-        kind: of emulator; ``auto``: the one that is recommended for the budget.
+        kind: kind of emulator; ``auto`` takes the one that is recommended for the budget.
         device: ``cuda`` or ``cpu``.
 
     Raises:
@@ -78,10 +78,10 @@ def fit(
     with entry.config_file() as file:
         workload = make_workload(file, train, device, length=length or chosen.length)
         decision = decide(file, workload, budget, CompressSettings(kind=kind))
-    whole, emulator = next(way for way in decision.ways if way.name == ORDINARY), decision.emulator
-    made: dict[str, Any] = {}
+    ordinary, emulator = next(way for way in decision.ways if way.name == ORDINARY), decision.emulator
+    emulator_fields: dict[str, Any] = {}
     if emulator is not None:
-        made = {
+        emulator_fields = {
             "kind": emulator.kind,
             "ratio": emulator.ratio,
             "micro_batch": emulator.micro_batch,
@@ -91,13 +91,13 @@ def fit(
     return EntryFit(
         id=entry.id,
         family=entry.family,
-        parameters=whole.model.parameters(),
+        parameters=ordinary.model.parameters(),
         batch_size=workload.batch_size,
         length=workload.length,
         images=workload.images,
         budget=decision.budget.usable,
         inference=decision.base.inference().total,
-        lora=whole.bytes,
+        lora=ordinary.bytes,
         way=decision.way.name if decision.way else None,
-        **made,
+        **emulator_fields,
     )

@@ -30,7 +30,7 @@ def plan_model(
     measure: bool,
     **rows: Any,
 ) -> "MemoryPlan":
-    """Plan the memory of every stage, and compare the ways to tune; torch is imported once names are known to be right.
+    """Plan the memory of every stage, and compare the ways to tune; imports torch only after names are checked.
 
     Args:
         memory, headroom, ratio, kind, image_size, device, card, measure: see :func:`emloc_core.plan`.

@@ -29,10 +29,10 @@ def load_entries(extra: Iterable[str | Path] = ()) -> list[Entry]:
     A plugin with invalid entries is treated as broken.
 
     Raises:
-        EmlocError: a file of the user is not an entry, or two files have the same id.
+        EmlocError: one of the user's files is not an entry, or two files have the same id.
     """
     entries: dict[str, Entry] = {}
-    _add(entries, _read_all([next(place for place in _PACKAGED if place.is_dir())]))
+    _add(entries, _read_all([next(directory for directory in _PACKAGED if directory.is_dir())]))
     manager = plugin_manager()
     for owner, paths in manager.registries():
         with manager.isolated(owner):
@@ -53,37 +53,37 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
     """
     among = load_entries() if entries is None else entries
     names = [(name, entry) for entry in among for name in (entry.id, entry.name)]
-    found = {entry.id: entry for name, entry in names if fnmatchcase(name.lower(), pattern.lower())}
-    if not found:
+    matches = {entry.id: entry for name, entry in names if fnmatchcase(name.lower(), pattern.lower())}
+    if not matches:
         verb = "matches" if _GLOB.search(pattern) else "is called"
         raise EmlocError(
             f"No entry of the registry {verb} {pattern!r}.{did_you_mean(pattern, [name for name, _ in names])}",
             "`emloc zoo list` shows them all.",
             code="missing",
         )
-    return list(found.values())
+    return list(matches.values())
 
 
 def resolve(
-    entry: Entry, name: str = "default", given: Mapping[str, Any] | None = None
+    entry: Entry, name: str = "default", overrides: Mapping[str, Any] | None = None
 ) -> tuple[CompressSettings, TrainSettings]:
-    """Return a preset's settings of stage 1 and of stage 2. A memory target is planned, a GPU's, with torch.
+    """Return a preset's settings of stages 1 and 2. For a memory target a GPU's memory is planned, with torch.
 
     Args:
-        given: settings of stage 1 that go before the preset's. With a ratio nothing is planned; for a memory target
-            the recommended kind is planned, or the one given, which does not take a preset's ratio.
+        overrides: settings of stage 1 that override the preset's. With a ratio nothing is planned; for a memory target
+            the recommended kind is planned, or the one given here, which does not take a preset's ratio.
 
     Raises:
         EmlocError: there is no such preset, or no emulator's tuning fits its memory target.
     """
-    preset, given = entry.preset(name), given or {}
-    usual = {"kind": AUTO} if preset.memory is not None and "ratio" not in given else {}
-    settings = CompressSettings(**{"samples": preset.samples, **usual, **given})
+    preset, overrides = entry.preset(name), overrides or {}
+    usual = {"kind": AUTO} if preset.memory is not None and "ratio" not in overrides else {}
+    settings = CompressSettings(**{"samples": preset.samples, **usual, **overrides})
     if settings.ratio is not None:
         return settings, preset.train
     if preset.memory is None:
-        own = {"ratio": preset.ratio} if settings.kind in (AUTO, FACTORS) else {}
-        return settings.model_copy(update=own), preset.train
+        ratio = {"ratio": preset.ratio} if settings.kind in (AUTO, FACTORS) else {}
+        return settings.model_copy(update=ratio), preset.train
     from emloc_core.memory.budget import Budget
     from emloc_core.memory.decision import decide, shaped, sized
     from emloc_core.memory.workload import make_workload
@@ -112,9 +112,9 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
         yield find_config(entry.model)
     elif entry is None:
         if not (Path(model).exists() or "/" in model):
-            meant = did_you_mean(model, [each.name for each in load_entries()])
+            suggestion = did_you_mean(model, [entry.name for entry in load_entries()])
             raise EmlocError(
-                f"There is no model at {model}, and no entry of the registry is called that.{meant}",
+                f"There is no model at {model}, and no entry of the registry is called that.{suggestion}",
                 "Check the path, or give a hub id (organisation/name) or an entry that `emloc zoo list` shows.",
                 code="missing",
             )
@@ -138,8 +138,8 @@ def entry_of(model: str) -> Entry | None:
         return read_entry(path)
     if path.exists():
         return None
-    named = model.lower()
-    return next((each for each in load_entries() if named in (each.id.lower(), each.name.lower())), None)
+    key = model.lower()
+    return next((entry for entry in load_entries() if key in (entry.id.lower(), entry.name.lower())), None)
 
 
 def _read_all(paths: Iterable[Path]) -> Iterator[Entry]:
@@ -154,10 +154,10 @@ def _add(entries: dict[str, Entry], more: Iterable[Entry]) -> None:
     """Add all entries, or none. The same file twice is one entry."""
     added: dict[str, Entry] = {}
     for entry in more:
-        other = entries.get(entry.id) or added.get(entry.id)
-        if other is not None and other.file.resolve() != entry.file.resolve():
+        existing = entries.get(entry.id) or added.get(entry.id)
+        if existing is not None and existing.file.resolve() != entry.file.resolve():
             raise EmlocError(
-                f"{other.file} and {entry.file} are both entries of {entry.id!r}.", "Rename or remove one of them."
+                f"{existing.file} and {entry.file} are both entries of {entry.id!r}.", "Rename or remove one of them."
             )
         added[entry.id] = entry
     entries.update(added)

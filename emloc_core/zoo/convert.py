@@ -10,7 +10,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.job import Progress
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.units import human_bytes
-from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, left, written
+from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, remaining_bytes, used_bytes
 from emloc_core.zoo.engines.engine import Engine
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME
@@ -22,7 +22,7 @@ from emloc_core.zoo.state.record import JobRecord
 from emloc_core.zoo.state.store import DATABASE, Store
 from emloc_core.zoo.state.timing import estimate
 
-#: What happens to a job that is not done and not what it was.
+#: What happens to an unfinished job that has changed.
 CHANGED = "its files or settings have changed, so its earlier output is removed"
 
 
@@ -34,16 +34,16 @@ def convert(
     tell: Event = lambda *_: None,
     advance: Progress = lambda *_: None,
 ) -> list[JobRecord]:
-    """Do the jobs, and those that an earlier run has left in the zoo; return what has become of all of them.
+    """Do the jobs, and those that an earlier run has left in the zoo; return the records of all.
 
     Args:
-        make_engine: called with the lock's file descriptor, which workers of this machine are to hold.
+        make_engine: called with the lock's file descriptor, for the workers of this machine to hold.
 
     Raises:
-        EmlocError: another driver is at work there, or a finished job has the name of another one; or there is no place
-            for a zoo.
+        EmlocError: another driver is at work there, a finished job already has the name of a new one, or the directory
+            cannot be made.
     """
-    _require_place(directory)
+    _require_directory(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,8 +64,8 @@ class Preview:
     Attributes:
         state: ``to do``, ``done``, or ``the same as NAME``.
         needs: by the plan.
-        seconds: by what finished jobs of this zoo took; None where none tells.
-        note: what it does besides.
+        seconds: estimated from the finished jobs of this zoo; None if there are none to estimate from.
+        note: anything else it would do.
     """
 
     job: ZooJob
@@ -81,20 +81,20 @@ class Preview:
 
 
 def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda *_: None) -> list[Preview]:
-    """Return what converting the jobs would do, in order, those that wait in the zoo last; nothing is made.
+    """Return what converting the jobs would do, in order, and then those that wait in the zoo; nothing is made.
 
     Raises:
-        EmlocError: a finished job has the name of another one; or there is no place for a zoo.
+        EmlocError: a finished job already has the name of a new one, or the directory cannot be made.
     """
-    _require_place(directory)
+    _require_directory(directory)
     with tempfile.TemporaryDirectory() as temporary, closing(Store(Path(temporary), create=True)) as store:
         if (directory / DATABASE).is_file():
-            with closing(Store(directory)) as there:
-                there.copy_to(store)
+            with closing(Store(directory)) as existing:
+                existing.copy_to(store)
         before = store.records()
         changed = _add(store, jobs, directory if directory.is_dir() else Path(temporary), advance)
         records = {record.job.name: record for record in store.records()}
-    found = []
+    previews = []
     left_over = [name for name, record in records.items() if record.state in ("waiting", "interrupted")]
     for name in dict.fromkeys([*(job.name for job in jobs), *left_over]):
         record = records[name]
@@ -102,22 +102,22 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
         state = "done" if record.state == "done" else "to do"
         state = f"the same as {record.duplicate_of}" if record.duplicate_of else state
         seconds = estimate(record.job, needs, before) if state == "to do" else None
-        found.append(Preview(record.job, state, needs, seconds, CHANGED if name in changed else ""))
-    return found
+        previews.append(Preview(record.job, state, needs, seconds, CHANGED if name in changed else ""))
+    return previews
 
 
 def require_room(previews: Sequence[Preview], directory: Path, limits: Limits) -> tuple[int, int | None]:
-    """Return how many bytes will be written, and how many may be; None where nothing tells.
+    """Return how many bytes will be written, and how many may be; None where that is unknown.
 
     Raises:
         EmlocError: the disk, or the limit, does not hold it.
     """
-    to_do = {each.job.name: each.needs for each in previews if each.state == "to do"}
-    needed = sum(left(directory, name, needs) for name, needs in to_do.items())
+    to_do = {preview.job.name: preview.needs for preview in previews if preview.state == "to do"}
+    needed = sum(remaining_bytes(directory, name, needs) for name, needs in to_do.items())
     rooms = [] if limits.elsewhere else [free_bytes(directory) - RESERVE]
     if limits.disk is not None:
         begun = sum(needs.disk or 0 for needs in to_do.values()) - needed
-        rooms.append(limits.disk - begun - _taken(directory, to_do))
+        rooms.append(limits.disk - begun - _finished_bytes(directory, to_do))
     room = max(0, min(rooms)) if rooms else None
     if room is not None and needed > room:
         raise EmlocError(
@@ -127,51 +127,55 @@ def require_room(previews: Sequence[Preview], directory: Path, limits: Limits) -
     return needed, room
 
 
-def _taken(zoo: Path, to_do: Collection[str]) -> int:
-    """Return how many bytes the finished jobs of a zoo take, but those whose outputs are gone and to be made again."""
+def _finished_bytes(zoo: Path, to_do: Collection[str]) -> int:
+    """Return how many bytes a zoo's finished jobs take; not those to do again because their outputs are gone."""
     if not (zoo / DATABASE).is_file():
         return 0
     with closing(Store(zoo)) as store:
-        done = [each for each in store.records() if each.state == "done" and each.job.name not in to_do]
-    return sum(written(zoo, each.job.name, each.needs) for each in done)
+        done = [record for record in store.records() if record.state == "done" and record.job.name not in to_do]
+    return sum(used_bytes(zoo, record.job.name, record.needs) for record in done)
 
 
 def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progress) -> list[str]:
     """Plan jobs and add them to a store; those whose outputs are gone from ``directory`` wait again.
 
-    Return the names of those that were others.
+    Return the names of those that have changed.
     """
     records = store.records()
-    known = _known(records)
-    planned = plan(jobs, directory, known, advance)
+    demands = _demands(records)
+    planned = plan(jobs, directory, demands, advance)
     fingerprints = [fingerprint for fingerprint, _ in planned]
-    asked = {*fingerprints, *(job.name for job in jobs)}
-    relevant = [each for each in records if asked & {each.job.name, each.fingerprint}]
-    store.reopen([each.job.name for each in relevant if _is_gone(each, directory)])
+    requested = {*fingerprints, *(job.name for job in jobs)}
+    relevant = [record for record in records if requested & {record.job.name, record.fingerprint}]
+    store.reopen([record.job.name for record in relevant if _is_gone(record, directory)])
     changed = store.add(jobs, fingerprints)
-    store.plan({job.name: needs or known[seen] for job, (seen, needs) in zip(jobs, planned, strict=True)})
+    store.plan(
+        {job.name: needs or demands[fingerprint] for job, (fingerprint, needs) in zip(jobs, planned, strict=True)}
+    )
     return changed
 
 
-def _require_place(directory: Path) -> None:
-    """Require that a directory is there, or can be where nothing is yet."""
-    place = directory.absolute()
-    there = next(each for each in (place, *place.parents) if each.exists())
-    if not there.is_dir():
-        raise EmlocError(f"{there} is not a directory.", "Choose another place with -o.")
+def _require_directory(directory: Path) -> None:
+    """Require that a directory exists, or can be made."""
+    path = directory.absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise EmlocError(f"{existing} is not a directory.", "Choose another place with -o.")
 
 
 def _is_gone(record: JobRecord, zoo: Path) -> bool:
-    """Say whether a job is done and its outputs are not in the zoo any more.
+    """Say whether a job is done and its outputs are no longer in the zoo.
 
-    Where they never were, but in the storage of a cluster, its worker left no outcome in the zoo either.
+    If they never were, but are in a cluster's storage, its worker left no outcome in the zoo either.
     """
-    place = zoo / JOBS / record.job.name
+    path = zoo / JOBS / record.job.name
     if record.state != "done":
         return False
-    whole = all((stage.output / MANIFEST).is_file() for stage in record.job.stages(place))
-    return not whole and ((place / OUTCOME).is_file() or not place.is_dir())
+    complete = all((stage.output / MANIFEST).is_file() for stage in record.job.stages(path))
+    return not complete and ((path / OUTCOME).is_file() or not path.is_dir())
 
 
-def _known(records: Sequence[JobRecord]) -> dict[str, Demand]:
-    return {each.fingerprint: each.needs for each in records if each.needs is not None and not each.needs.reason}
+def _demands(records: Sequence[JobRecord]) -> dict[str, Demand]:
+    return {
+        record.fingerprint: record.needs for record in records if record.needs is not None and not record.needs.reason
+    }

@@ -53,7 +53,7 @@ class Driver:
     Args:
         store: the jobs; the caller holds the zoo's lock.
         tell: called with a job's name, its new state (``running``, ``done``, ``waiting``, ``failed``) and a message.
-        stamps: of the files of jobs when they were planned, by name: one that reads another file is not that job.
+        stamps: sizes and times of each job's files when it was planned, by the job's name; see :meth:`ZooJob.stamps`.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Driver:
         self.store, self.engine, self.limits, self.tell = store, engine, limits or Limits(), tell
         self._stamps = stamps or {}
         records = store.records()
-        self._waiting = {each.job.name: _progress(each) for each in records if each.state == "waiting"}
+        self._waiting = {record.job.name: _progress(record) for record in records if record.state == "waiting"}
         self._running: dict[str, tuple[_Progress, Any, float]] = {}
-        done = [each for each in records if each.state == "done"]
-        self._written = sum(written(store.directory, each.job.name, each.needs) for each in done)
+        done = [record for record in records if record.state == "done"]
+        self._written = sum(used_bytes(store.directory, record.job.name, record.needs) for record in done)
 
     def run(self) -> None:
         """Work until no job waits or runs. However it ends, no worker is left.
@@ -78,7 +78,7 @@ class Driver:
         Raises:
             KeyboardInterrupt: it was told to stop, and the signal is raised again; what ran waits for the next driver.
         """
-        with _told_to_stop() as stop:
+        with _stop_signals() as stop:
             self._run(stop)
 
     def _run(self, stop: list[int]) -> None:
@@ -101,7 +101,7 @@ class Driver:
         self.engine.close()
 
     def _start(self) -> bool:
-        """Start whatever can be started now, in order; say whether anything was."""
+        """Start whatever can be started now, in order; say whether anything was started."""
         now, started = time.monotonic(), False
         for name, progress in list(self._waiting.items()):
             if progress.not_before > now:
@@ -133,8 +133,8 @@ class Driver:
         self.tell(name, "running", "")
 
     def _collect(self) -> bool:
-        """Record what has ended, and end what has run too long; say whether there was any."""
-        found, beside = False, len(self._running) > 1
+        """Record what has ended, and end what has run too long; say whether there was anything."""
+        ended, beside = False, len(self._running) > 1
         for name, (progress, handle, started) in list(self._running.items()):
             if not self.engine.is_under_way(handle):
                 self._running[name] = progress, handle, time.monotonic()
@@ -147,8 +147,8 @@ class Driver:
             if outcome is not None:
                 del self._running[name]
                 self._end(name, progress, outcome, seconds, beside=beside)
-                found = True
-        return found
+                ended = True
+        return ended
 
     def _end(
         self,
@@ -160,9 +160,9 @@ class Driver:
         beside: bool = False,
         final: bool = False,
     ) -> None:
-        """Record how an attempt ended, ``beside`` others perhaps, and queue the job again where that may fix it."""
+        """Record how an attempt ended, and queue the job again if that may help; ``beside``: others ran as well."""
         if outcome.cause is None:
-            self._written += written(self.store.directory, name, progress.needs)
+            self._written += used_bytes(self.store.directory, name, progress.needs)
             self.store.finish(name, progress.attempts, seconds, outcome)
             self.tell(name, "done", outcome.message)
             return
@@ -190,7 +190,7 @@ class Driver:
         self.tell(name, "waiting" if retry.again else "failed", f"{outcome.cause}: {outcome.message}")
 
     def _require_planned(self, job: ZooJob) -> None:
-        """Refuse a job whose files have changed while it waited: it would be recorded as one of what they were."""
+        """Refuse a job whose files have changed while it waited: it would be recorded as made from the old ones."""
         if job.name not in self._stamps:
             return
         then, now = self._stamps[job.name], job.stamps()
@@ -202,10 +202,10 @@ class Driver:
             )
 
     def _has_room(self, task: Task) -> bool:
-        """Say whether the disk holds what the task writes beside what others are still writing.
+        """Say whether the disk has room for what the task writes, besides what others are still writing.
 
         Raises:
-            RefusedError: it does not, and nothing is running that could give room.
+            RefusedError: it has not, and nothing is running that could free any.
         """
         need = _disk(task.needs)
         promised = sum(_disk(progress.needs) for progress, _, _ in self._running.values())
@@ -220,7 +220,7 @@ class Driver:
             )
         if self.limits.elsewhere:
             return True
-        free, need = free_bytes(self.store.directory), left(self.store.directory, task.job.name, task.needs)
+        free, need = free_bytes(self.store.directory), remaining_bytes(self.store.directory, task.job.name, task.needs)
         if free - promised < need + RESERVE:
             if promised:
                 return False
@@ -234,8 +234,8 @@ class Driver:
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """Yield a list that is empty until a signal says stop: between two steps, not between starting and knowing it."""
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that is empty until a signal says stop. So the driver stops between steps, never within one."""
     stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -252,18 +252,18 @@ def _told_to_stop() -> Iterator[list[int]]:
 
 def free_bytes(directory: Path) -> int:
     """Return the free bytes of the disk that a directory is, or will be, on."""
-    place = directory.absolute()
-    return shutil.disk_usage(next(each for each in (place, *place.parents) if each.is_dir())).free
+    path = directory.absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
 
 
-def written(zoo: Path, name: str, needs: Demand | None) -> int:
-    """Return how many bytes a finished job takes; the plan's where its outputs are in a cluster's storage."""
-    whole = any((zoo / JOBS / name).glob(f"*/{MANIFEST}"))
-    return _size(zoo / JOBS / name) if whole else _disk(needs)
+def used_bytes(zoo: Path, name: str, needs: Demand | None) -> int:
+    """Return how many bytes a finished job takes; by the plan if its outputs are in a cluster's storage."""
+    complete = any((zoo / JOBS / name).glob(f"*/{MANIFEST}"))
+    return _size(zoo / JOBS / name) if complete else _disk(needs)
 
 
-def left(zoo: Path, name: str, needs: Demand | None) -> int:
-    """Return how many bytes a job that is not running still has to write, by the plan."""
+def remaining_bytes(zoo: Path, name: str, needs: Demand | None) -> int:
+    """Return how many bytes a job that is not running still has to write, according to the plan."""
     return max(0, _disk(needs) - _size(zoo / JOBS / name))
 
 

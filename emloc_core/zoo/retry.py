@@ -8,14 +8,14 @@ from emloc_core.zoo.jobs.outcome import Outcome
 
 @dataclass(frozen=True)
 class Limits:
-    """What a driver keeps to.
+    """Limits of a driver.
 
     Attributes:
         retries: attempts after the first.
         time: seconds per attempt; None for no limit.
-        disk: bytes that all outputs together may take; None for what is free.
-        backoff: seconds before the second try after an error of input or output; twice as many before each next.
-        elsewhere: outputs go to a storage, whatever is free where the zoo is.
+        disk: bytes that all outputs together may take; None for what is free on the disk.
+        backoff: seconds before the second try after an input or output error; doubled before each further one.
+        elsewhere: outputs go to a storage, so the free space of the zoo's disk does not matter.
     """
 
     retries: int = 2
@@ -31,7 +31,7 @@ class Retry:
 
     Attributes:
         delay: seconds until then.
-        smaller: the job as it is tried then, if not as before.
+        smaller: the job as it is then tried, if it is made smaller.
     """
 
     again: bool
@@ -43,13 +43,13 @@ class Retry:
 def after(outcome: Outcome, job: ZooJob, failures: int, limits: Limits, *, shared: bool = False) -> Retry:
     """Return what to do after a failure.
 
-    Out of memory: again, alone where others may have taken it, else smaller if that is possible. Input and output:
+    Out of memory: again, alone if others may have taken it, else smaller if that is possible. Input and output:
     again after a while. A lost worker: again at once. The time limit: once more, since a job resumes where it stopped.
     Bad input, a full disk, a crash: not again.
 
     Args:
         failures: attempts that failed before, interruptions aside.
-        shared: other jobs ran when it ended, by the plan in the same memory.
+        shared: other jobs ran in the same memory when it ended.
     """
     if failures >= limits.retries:
         return Retry(False)

@@ -182,7 +182,7 @@ def test_a_memory_target_is_planned(name: str) -> None:
     found, _ = resolve(entry, "inference")
     assert found.kind == fit(entry, preset="inference").kind == RECOMMENDED[0]
     assert found.ratio is None
-    factors = resolve(entry, "inference", given={"kind": "low-rank"})[0].ratio
+    factors = resolve(entry, "inference", overrides={"kind": "low-rank"})[0].ratio
     assert factors is not None
     assert 0 < factors < 1
     assert resolve(entry)[0].ratio == entry.presets["default"].ratio
@@ -190,12 +190,12 @@ def test_a_memory_target_is_planned(name: str) -> None:
 
 def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_preset() -> None:
     (entry,) = find("SmolLM2-135M")
-    assert resolve(entry, given={"kind": "nf4"})[0] == CompressSettings(kind="nf4")
-    assert resolve(entry, "inference", given={"kind": "low-rank-nf4", "ratio": 0.2})[0].ratio == 0.2
-    factors, _ = resolve(entry, "inference", given={"kind": "low-rank-nf4", "samples": 8})
+    assert resolve(entry, overrides={"kind": "nf4"})[0] == CompressSettings(kind="nf4")
+    assert resolve(entry, "inference", overrides={"kind": "low-rank-nf4", "ratio": 0.2})[0].ratio == 0.2
+    factors, _ = resolve(entry, "inference", overrides={"kind": "low-rank-nf4", "samples": 8})
     assert factors.samples == 8
     assert factors.ratio is not None
-    assert factors.ratio > (resolve(entry, "inference", given={"kind": "low-rank"})[0].ratio or 1)
+    assert factors.ratio > (resolve(entry, "inference", overrides={"kind": "low-rank"})[0].ratio or 1)
 
 
 def test_find() -> None:
@@ -285,7 +285,7 @@ def test_presets() -> None:
 
 def test_a_target_that_nothing_fits(write: Callable[..., Path]) -> None:
     entry = read_entry(write("tiny.toml", ("ratio = 0.5", 'memory = "1MB"\nlength = 64')))
-    assert "No emulator's tuning fits 1 MB" in refused(resolve, entry, given={"kind": "nf4"})
+    assert "No emulator's tuning fits 1 MB" in refused(resolve, entry, overrides={"kind": "nf4"})
 
 
 def test_fingerprints_are_of_values(write: Callable[..., Path]) -> None:

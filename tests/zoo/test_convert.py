@@ -275,7 +275,7 @@ class Hostile(LocalEngine):
 
     def poll(self, handle):
         if handle.task.job.name == "well" and not self.killed:
-            for process in workers_of(handle.worker.place.parents[1], "well"):
+            for process in workers_of(handle.worker.directory.parents[1], "well"):
                 if process != handle.worker.process.pid:
                     os.kill(process, signal.SIGKILL)
                     self.killed.append(process)

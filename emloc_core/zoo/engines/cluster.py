@@ -21,7 +21,7 @@ from emloc_core.zoo.jobs.faults import classify, describe
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import JOBS, Task
 
-_FRESH = 1.0  # seconds in which its nodes are not asked for again: every waiting job wants to know, at every look
+_FRESH = 1.0  # seconds before the nodes are queried again: every waiting job asks, at every look
 _CPU, _GPU, _MEMORY = "CPU", "GPU", "memory"
 Resources = dict[str, float]
 
@@ -31,14 +31,14 @@ class RayHandle:
     """A task of the cluster.
 
     Attributes:
-        asked: what it asks for, by Ray's names.
+        resources: what it asks for, by Ray's names.
         inputs: names in the storage of what the job reads, by path; empty without one.
         submitted: gives Ray's reference, once the inputs are in the storage, if there is one.
     """
 
     task: Task
     directory: Path
-    asked: Resources
+    resources: Resources
     inputs: dict[str, str]
     submitted: "Future[Any]"
 
@@ -47,14 +47,14 @@ class RayEngine:
     """Workers on the nodes of a Ray cluster.
 
     Args:
-        workers: at most so many at a time; by default as many as the cluster has room for.
+        workers: maximum number at a time; by default as many as the cluster has room for.
         memory: bytes for all of them together; by default what the nodes have.
-        address: of a cluster: ``HOST:PORT``, ``ray://HOST:PORT``, or ``auto``: the one that this machine is in. None
+        address: a cluster: ``HOST:PORT``, ``ray://HOST:PORT``, or ``auto`` for the one that this machine is in. None
             starts one on this machine, which ends with the engine.
-        storage: URL of where inputs and outputs are shared. None is the zoo, on a disk that all nodes share.
+        storage: URL where inputs and outputs are shared; None for the zoo itself, on a disk that all nodes share.
 
     Raises:
-        EmlocError: Ray is missing, or there is no such cluster; or no such storage.
+        EmlocError: Ray is missing, or there is no such cluster or storage.
     """
 
     def __init__(
@@ -69,62 +69,64 @@ class RayEngine:
         self.workers, self.memory, self.url = workers, memory, storage
         self._storage = Storage(storage) if storage else None
         self._running: list[RayHandle] = []
-        self._known: list[Resources] = []
+        self._node_resources: list[Resources] = []
         self._unused: Resources = {}
-        self._asked_at = -math.inf
+        self._refreshed_at = -math.inf
         self._ray = connect(address, memory)
         self._perform = self._ray.remote(perform)
         # One at a time: what is shared by two jobs is copied to the storage once.
         self._submissions = ThreadPoolExecutor(1)
 
     def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one the cluster has room for.
+        """Return how many more tasks like this one the cluster has room for, in all of its nodes together.
 
-        In all of its nodes together: what is in pieces may make a task wait in Ray's queue.
+        If no single node has the room, the task waits in Ray's queue.
 
         Raises:
             RefusedError: no node has what the task asks for.
         """
         nodes = self._nodes()
-        asked = self._ask(task, nodes)
-        fitting = sum(_times(node, asked) for node in nodes)
-        if not fitting or (self.memory is not None and asked[_MEMORY] > self.memory):
-            wanted = ", ".join(_describe(name, amount) for name, amount in asked.items() if amount)
-            without = {**asked, _MEMORY: 0}
+        resources = self._ask(task, nodes)
+        fitting = sum(_times(node, resources) for node in nodes)
+        if not fitting or (self.memory is not None and resources[_MEMORY] > self.memory):
+            needs = ", ".join(_describe(name, amount) for name, amount in resources.items() if amount)
+            without = {**resources, _MEMORY: 0}
             raise RefusedError(
                 "out of memory" if any(_times(node, without) for node in nodes) else "bad input",
-                f"{task.job.name} needs {wanted}, which no node of the cluster has.",
+                f"{task.job.name} needs {needs}, which no node of the cluster has.",
                 "Add such a node, or make the job smaller: fewer threads, fewer samples, shorter rows.",
             )
-        total = {name: sum(node.get(name, 0) for node in nodes) for name in asked}
+        total = {name: sum(node.get(name, 0) for node in nodes) for name in resources}
         if self.memory is not None:
             total[_MEMORY] = min(total[_MEMORY], self.memory)
-        free = {name: amount - sum(each.asked[name] for each in self._running) for name, amount in total.items()}
+        free = {
+            name: amount - sum(handle.resources[name] for handle in self._running) for name, amount in total.items()
+        }
         if self._unused:  # others use the cluster too
             free = {name: min(amount, self._unused.get(name, 0)) for name, amount in free.items()}
-        found = max(0, min(fitting, _times(free, asked)))
-        return found if self.workers is None else min(found, self.workers - len(self._running))
+        count = max(0, min(fitting, _times(free, resources)))
+        return count if self.workers is None else min(count, self.workers - len(self._running))
 
     def start(self, task: Task, directory: Path) -> RayHandle:
         """Submit a task."""
         task.lay_out(directory)
         (directory / task.log).parent.mkdir(exist_ok=True)
-        asked = self._ask(task, self._nodes())
+        resources = self._ask(task, self._nodes())
         inputs: dict[str, str] = {}
         if self._storage is not None:
             job = task.job
-            named = filter(None, (job.model, job.data, job.calibration, *job.test))
+            names = filter(None, (job.model, job.data, job.calibration, *job.test))
             # An id of the hub is no path in this working directory.
-            paths = {name: Path(name) for name in named if Path(name).is_absolute()}
+            paths = {name: Path(name) for name in names if Path(name).is_absolute()}
             inputs = {name: input_name(path) for name, path in paths.items() if path.exists()}
-        submitted = self._submissions.submit(self._submit, task, directory, asked, inputs)
-        handle = RayHandle(task, directory, asked, inputs, submitted)
+        submitted = self._submissions.submit(self._submit, task, directory, resources, inputs)
+        handle = RayHandle(task, directory, resources, inputs, submitted)
         self._running.append(handle)
-        self._promise(asked)
+        self._promise(resources)
         return handle
 
     def is_under_way(self, handle: RayHandle) -> bool:
-        """Say whether its inputs are in the storage, one task's after another's, and Ray has it."""
+        """Say whether its inputs are in the storage, which are copied task by task, and Ray has it."""
         return handle.submitted.done()
 
     def poll(self, handle: RayHandle) -> Outcome | None:
@@ -135,7 +137,7 @@ class RayEngine:
             reference = handle.submitted.result()
             if not self._ray.wait([reference], timeout=0)[0]:
                 return None
-            outcome = self._seen(Outcome(**self._ray.get(reference)), handle)
+            outcome = self._verified(Outcome(**self._ray.get(reference)), handle)
         except Exception as error:
             outcome = self._failure(error, handle)
         self._running.remove(handle)
@@ -150,7 +152,7 @@ class RayEngine:
         self._fetch_log(handle)
 
     def _end(self, submitted: Future[Any]) -> None:
-        with suppress(Exception):  # it could not be submitted, or is over
+        with suppress(Exception):  # it could not be submitted, or has ended
             self._ray.cancel(submitted.result(), force=True)
 
     def close(self) -> None:
@@ -160,43 +162,43 @@ class RayEngine:
         self._submissions.shutdown(cancel_futures=True)
         self._ray.shutdown()
 
-    def _submit(self, task: Task, directory: Path, asked: Resources, inputs: dict[str, str]) -> Any:
+    def _submit(self, task: Task, directory: Path, resources: Resources, inputs: dict[str, str]) -> Any:
         if self._storage is not None:
             for path in inputs:
                 share(self._storage, Path(path))
         order = Order(task.job.model_dump_json(), str(directory.absolute()), task.log, self.url, inputs)
-        options = {"num_cpus": asked[_CPU], "num_gpus": asked[_GPU], "memory": int(asked[_MEMORY]) or None}
+        options = {"num_cpus": resources[_CPU], "num_gpus": resources[_GPU], "memory": int(resources[_MEMORY]) or None}
         return self._perform.options(name=task.job.name, max_retries=0, **options).remote(order)
 
     def _nodes(self) -> list[Resources]:
-        """Return what each node has in all; look at what nobody uses, too."""
-        if time.monotonic() - self._asked_at > _FRESH:
-            self._known = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        """Return what each node has in all; also refresh what nobody uses."""
+        if time.monotonic() - self._refreshed_at > _FRESH:
+            self._node_resources = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._unused = {}
-            with suppress(Exception):  # then what this zoo's tasks leave has to do
+            with suppress(Exception):  # then only this zoo's tasks count
                 self._unused = dict(self._ray.available_resources())
             for handle in self._running:
                 if not handle.submitted.done():  # its inputs are on their way
-                    self._promise(handle.asked)
-            self._asked_at = time.monotonic()
-        return self._known
+                    self._promise(handle.resources)
+            self._refreshed_at = time.monotonic()
+        return self._node_resources
 
-    def _promise(self, asked: Resources) -> None:
-        """Take what a task asks for, and Ray has not given it yet, from what nobody uses."""
+    def _promise(self, resources: Resources) -> None:
+        """Subtract what a task asks for, and Ray has not given it yet, from what nobody uses."""
         if self._unused:
-            self._unused.update({name: self._unused.get(name, 0) - amount for name, amount in asked.items()})
+            self._unused.update({name: self._unused.get(name, 0) - amount for name, amount in resources.items()})
 
     def _ask(self, task: Task, nodes: list[Resources]) -> Resources:
-        """Return what a task asks for: a GPU where there are any; all of a node's memory where it is not known."""
-        asked: Resources = {_CPU: task.job.threads, _GPU: float(any(node.get(_GPU) for node in nodes))}
+        """Return what a task asks for: a GPU if there are any; all memory of a node if its need is not known."""
+        resources: Resources = {_CPU: task.job.threads, _GPU: float(any(node.get(_GPU) for node in nodes))}
         need = task.needs.memory
         if need is None:
-            need = int(min((node.get(_MEMORY, 0) for node in nodes if _times(node, asked)), default=0))
+            need = int(min((node.get(_MEMORY, 0) for node in nodes if _times(node, resources)), default=0))
             need = need if self.memory is None else min(need, self.memory)
-        return {**asked, _MEMORY: need}
+        return {**resources, _MEMORY: need}
 
     def _failure(self, error: Exception, handle: RayHandle) -> Outcome:
-        """Return the outcome of a task that Ray gave no answer of."""
+        """Return the outcome of a task for which Ray raised an error."""
         exceptions = self._ray.exceptions
         if isinstance(error, exceptions.OutOfMemoryError):
             stages = handle.task.job.stages(handle.task.directory(handle.directory))
@@ -215,25 +217,25 @@ class RayEngine:
             with suppress(OSError):
                 (handle.directory / handle.task.log).write_bytes(self._storage.read(handle.task.log))
 
-    def _seen(self, outcome: Outcome, handle: RayHandle) -> Outcome:
-        """Believe in a success when its outputs are there for all to see."""
+    def _verified(self, outcome: Outcome, handle: RayHandle) -> Outcome:
+        """Return the outcome; a failure if it is a success whose outputs are not visible here."""
         if outcome.cause is not None:
             return outcome
         job = handle.task.job
         for stage, name in output_names(job, handle.inputs).items():
             output = name if self._storage else f"{JOBS}/{job.name}/{stage}"
-            whole = self._storage.has(output) if self._storage else (handle.directory / output / MANIFEST).is_file()
-            if not whole:
-                said = (
+            visible = self._storage.has(output) if self._storage else (handle.directory / output / MANIFEST).is_file()
+            if not visible:
+                message = (
                     f"{outcome.host} made {output}, which is not visible at {self.url or handle.directory} from here."
                 )
-                return Outcome("input/output", said, stage, host=outcome.host)
+                return Outcome("input/output", message, stage, host=outcome.host)
         return outcome
 
 
-def _times(has: Resources, asked: Resources) -> int:
-    """Return how many times what is asked for is there."""
-    return int(min((has.get(name, 0) // amount for name, amount in asked.items() if amount), default=0))
+def _times(available: Resources, requested: Resources) -> int:
+    """Return how many times the requested resources fit into the available ones."""
+    return int(min((available.get(name, 0) // amount for name, amount in requested.items() if amount), default=0))
 
 
 def _describe(name: str, amount: float) -> str:

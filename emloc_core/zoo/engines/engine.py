@@ -25,7 +25,7 @@ WORKER = (sys.executable, "-m", "emloc_core.zoo.engines.worker")
 
 
 class RefusedError(EmlocError):
-    """A task is not to be started, now or later; ``cause`` is that of its failure."""
+    """A task must not be started, now or later; ``cause`` is the cause of its failure."""
 
     def __init__(self, cause: Cause, message: str, fix: str) -> None:
         super().__init__(message, fix)
@@ -36,7 +36,7 @@ class Engine(Protocol):
     """Starts workers. Each method returns at once."""
 
     def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one can be started now; 0 for wait.
+        """Return how many more tasks like this one can be started now; 0 means wait.
 
         Raises:
             RefusedError: it will never fit, and why.
@@ -46,7 +46,7 @@ class Engine(Protocol):
         """Start a worker, with outputs, job file, and log in the zoo's ``directory``; return its handle."""
 
     def is_under_way(self, handle: Any) -> bool:
-        """Say whether it has what it reads; until then it is not at work, and its time does not count."""
+        """Say whether its inputs are there; until then it does not work, and its time does not count."""
 
     def poll(self, handle: Any) -> Outcome | None:
         """Return how it ended, or None while it runs."""
@@ -55,12 +55,12 @@ class Engine(Protocol):
         """End the worker and all that it started; :meth:`poll` is not called again."""
 
     def close(self) -> None:
-        """End all workers, and give back what the engine holds."""
+        """End all workers, and release what the engine holds."""
 
 
 def start_worker(
     job: ZooJob,
-    place: Path,
+    directory: Path,
     log: Path,
     inherited: Sequence[int],
     variables: Mapping[str, str] | None,
@@ -69,20 +69,20 @@ def start_worker(
     """Start a worker, the leader of its own group of processes.
 
     Args:
-        place: absolute path of the directory with the job file.
-        inherited: file descriptors that it holds as long as it lives.
-        variables: of the environment, besides those of :func:`environment`.
-        command: is given the path of the job file.
+        directory: absolute path of the directory with the job file.
+        inherited: file descriptors that it keeps open as long as it lives.
+        variables: environment variables besides those of :func:`environment`.
+        command: the path of the job file is appended to it.
     """
-    (place / OUTCOME).unlink(missing_ok=True)
+    (directory / OUTCOME).unlink(missing_ok=True)
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as output:
         return subprocess.Popen(
-            [*command, str(place / JOB)],
+            [*command, str(directory / JOB)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            cwd=place,  # an id of the hub is no path here
+            cwd=directory,  # an id of the hub is no path here
             env={**environment(job), **(variables or {})},
             start_new_session=True,
             pass_fds=inherited,
@@ -93,30 +93,30 @@ class Worker:
     """A worker's process, the leader of its own group.
 
     Args:
-        place, log, inherited, variables, command: see :func:`start_worker`.
+        directory, log, inherited, variables, command: see :func:`start_worker`.
     """
 
     def __init__(
         self,
         job: ZooJob,
-        place: Path,
+        directory: Path,
         log: Path,
         inherited: Sequence[int],
         variables: Mapping[str, str] | None = None,
         command: Sequence[str] = WORKER,
     ) -> None:
-        self.place, self._kills = place, memory_kills()
-        self.process = start_worker(job, place, log, inherited, variables, command)
+        self.directory, self._kills = directory, memory_kills()
+        self.process = start_worker(job, directory, log, inherited, variables, command)
 
     def outcome(self) -> Outcome | None:
         """Return how it ended, or None while it runs."""
         code = self.process.poll()
         if code is None:
             return None
-        return read_outcome(self.place) or ended(code, self._kills, "The worker")
+        return read_outcome(self.directory) or ended(code, self._kills, "The worker")
 
     def end(self) -> None:
-        """Kill what there is left of it and of all that it started."""
+        """Kill what is left of it and of all that it started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()

@@ -27,15 +27,15 @@ class LocalHandle:
 class LocalEngine:
     """Workers as processes.
 
-    Where the plan cannot tell what a job needs, or its memory ran out once, it runs alone. Where there are GPUs, every
-    job has one of its own.
+    If the plan cannot tell what a job needs, or its memory ran out once, it runs alone. If there are GPUs, every job
+    has its own.
 
     Args:
         memory: bytes for all of them together; by default :func:`machine_memory`.
-        inherited: file descriptors that workers hold as long as they live.
+        inherited: file descriptors that workers keep open as long as they live.
     """
 
-    #: What a worker is; what stands in for one, to measure or to test the driver, is an engine's of its own.
+    #: What runs a worker; measurements and tests of the driver replace it.
     command: Sequence[str] = WORKER
 
     def __init__(self, workers: int, memory: int | None = None, inherited: Sequence[int] = ()) -> None:
@@ -68,11 +68,11 @@ class LocalEngine:
 
     def start(self, task: Task, directory: Path) -> LocalHandle:
         """Start a worker; what it prints goes to the task's log."""
-        place = task.lay_out(directory)
-        taken = {handle.gpu for handle in self._running}
-        gpu = next((name for name in self._gpus if name not in taken), None)
+        outputs = task.lay_out(directory)
+        busy = {handle.gpu for handle in self._running}
+        gpu = next((name for name in self._gpus if name not in busy), None)
         variables = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        worker = Worker(task.job, place, directory / task.log, self._inherited, variables, self.command)
+        worker = Worker(task.job, outputs, directory / task.log, self._inherited, variables, self.command)
         handle = LocalHandle(task, worker, gpu)
         self._running.append(handle)
         return handle
@@ -88,7 +88,7 @@ class LocalEngine:
             return None
         self.stop(handle)  # and what it left running
         code = handle.worker.process.returncode
-        if code < 0 and outcome.cause is None:  # killed between its last word and its end: the outputs are whole
+        if code < 0 and outcome.cause is None:  # killed after its outcome, before its end: the outputs are complete
             outcome = replace(outcome, message=f"The worker was killed by signal {-code} after it had finished.")
         return replace(outcome, host=socket.gethostname())
 
@@ -104,19 +104,19 @@ class LocalEngine:
 
 
 def machine_memory() -> int:
-    """Return the machine's memory in bytes, or that of this control group where that is less; less a headroom."""
+    """Return the memory in bytes of the machine, or of this control group if that is less; minus a headroom."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Budget.parse(str(within_group(total, total)[1])).usable
 
 
 def processors() -> int:
-    """Return how many processors this process may use: a batch system gives a job some of the machine's."""
+    """Return how many processors this process may use: a batch system gives a job only some of the machine's."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs of NVIDIA that this process may use, as CUDA numbers them; found without torch."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    """Return the NVIDIA GPUs that this process may use, as CUDA numbers them; without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]

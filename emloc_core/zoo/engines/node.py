@@ -26,21 +26,21 @@ from emloc_core.zoo.jobs.task import JOB, JOBS, write_job
 from emloc_core.zoo.state.lock import try_lock
 
 _LOCK = ".worker.lock"
-_PATIENCE = 20.0  # seconds in which the worker of an attempt that was lost must have ended
-#: Causes after which the same job is not tried again as it is, so that what it has here would only take room.
+_PATIENCE = 20.0  # seconds within which the worker of a lost attempt must have ended
+#: Causes after which the same job is not retried unchanged, so that its files here would only take room.
 _OVER = {None, "bad input", "disk", "out of memory"}
 _LOOK, _MIRROR = 0.05, 2.0  # seconds between looks at the worker, and between copies of its log
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be done, in plain values: it travels to a node.
+    """What a node has to do, as plain values that can be sent to it.
 
     Attributes:
-        zoo: its directory, for nodes that share the disk.
+        zoo: directory of the zoo, for nodes that share the disk.
         log: path in the zoo, or in the storage.
-        storage: URL of the storage; None is the zoo on a shared disk.
-        inputs: names in the storage of what the job reads, by path.
+        storage: URL of the storage; None for the zoo on a shared disk.
+        inputs: names in the storage of the files that the job reads, by path.
         version: the driver's version of the toolkit.
     """
 
@@ -55,35 +55,34 @@ class Order:
 def perform(order: Order) -> dict[str, Any]:
     """Do a job on this machine; return its outcome as JSON values.
 
-    The worker ends when this process does, however that is.
+    The worker ends when this process does, however it ends.
 
     Raises:
         OSError: files or storage failed.
     """
     host = socket.gethostname()
     if order.version != __version__:
-        said = f"{host} has emloc {__version__} and the driver {order.version}: install the same one everywhere."
-        return asdict(Outcome("bad input", said, host=host))
+        message = f"{host} has emloc {__version__} and the driver {order.version}: install the same one everywhere."
+        return asdict(Outcome("bad input", message, host=host))
     job = ZooJob.model_validate_json(order.job)
     outcome = _on_shared_disk(order, job) if order.storage is None else _by_storage(order, job)
     return asdict(replace(outcome, host=host))
 
 
 def _on_shared_disk(order: Order, job: ZooJob) -> Outcome:
-    place, log = Path(order.zoo) / JOBS / job.name, Path(order.zoo) / order.log
+    directory, log = Path(order.zoo) / JOBS / job.name, Path(order.zoo) / order.log
     try:
-        seen = ZooJob.model_validate_json((place / JOB).read_text(encoding="utf-8"))
+        visible = ZooJob.model_validate_json((directory / JOB).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        seen = None
-    if seen != job:
-        said = (
-            f"{socket.gethostname()} does not see what the driver wrote to {place}. Share that disk, or use --storage."
-        )
-        return Outcome("input/output", said)
-    with _alone(place) as lock:
+        visible = None
+    if visible != job:
+        host = socket.gethostname()
+        message = f"{host} does not see what the driver wrote to {directory}. Share that disk, or use --storage."
+        return Outcome("input/output", message)
+    with _alone(directory) as lock:
         if lock is None:
             return _BUSY
-        worker = Worker(job, place, log, [lock])
+        worker = Worker(job, directory, log, [lock])
         try:
             while (outcome := worker.outcome()) is None:
                 time.sleep(_LOOK)
@@ -97,19 +96,19 @@ def _by_storage(order: Order, job: ZooJob) -> Outcome:
     storage = Storage(order.storage)
     # Another attempt at the same job on this node resumes what is there.
     key = hashlib.sha256(f"{order.storage}\0{order.job}".encode()).hexdigest()[:24]
-    place = _own_directory() / key
-    place.mkdir(exist_ok=True)
-    with _alone(place) as lock:
+    directory = _own_directory() / key
+    directory.mkdir(exist_ok=True)
+    with _alone(directory) as lock:
         if lock is None:
             return _BUSY
-        local = _with_inputs(job, order.inputs, storage, place)
-        outputs = {place / stage: name for stage, name in output_names(job, order.inputs).items()}
+        local = _with_inputs(job, order.inputs, storage, directory)
+        outputs = {directory / stage: name for stage, name in output_names(job, order.inputs).items()}
         for output, name in outputs.items():
             if not output.exists() and storage.has(name):
                 storage.fetch(name, output)
-        write_job(local, place)
-        log = place / "log"
-        worker = Worker(local, place, log, [lock])
+        write_job(local, directory)
+        log = directory / "log"
+        worker = Worker(local, directory, log, [lock])
         mirrored = 0.0
         try:
             while (outcome := worker.outcome()) is None:
@@ -125,7 +124,7 @@ def _by_storage(order: Order, job: ZooJob) -> Outcome:
             with suppress(OSError):  # no log is worth an attempt
                 storage.write(order.log, log.read_bytes())
         if outcome.cause in _OVER:
-            shutil.rmtree(place)
+            shutil.rmtree(directory)
         return outcome
 
 
@@ -133,46 +132,46 @@ def _own_directory() -> Path:
     """Return a directory for temporary files that no other user can write to.
 
     Raises:
-        EmlocError: somebody else has made it.
+        EmlocError: another user has made it.
     """
-    place = Path(tempfile.gettempdir()) / f"emloc-zoo-{os.getuid()}"
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if place.lstat().st_uid != os.getuid():
-        raise EmlocError(f"{place} belongs to another user.", "Set TMPDIR on that node to a directory of your own.")
-    return place
+    directory = Path(tempfile.gettempdir()) / f"emloc-zoo-{os.getuid()}"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if directory.lstat().st_uid != os.getuid():
+        raise EmlocError(f"{directory} belongs to another user.", "Set TMPDIR on that node to a directory of your own.")
+    return directory
 
 
 def output_names(job: ZooJob, inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the names in the storage of a job's outputs, by stage, in order: ``jobs/NAME/STAGE-HASH``.
 
-    The hash covers everything that led to the output: another job of the same name has outputs of its own, and a job
-    that was made smaller for a later stage keeps the outputs of the stages before.
+    The hash covers everything that led to the output: another job of the same name has other outputs, and a job that
+    was made smaller for a later stage keeps the outputs of the earlier ones.
     """
-    seen = hashlib.sha256(repr((BYTES, job.threads, sorted(inputs.items()))).encode())
-    found = {}
+    digest = hashlib.sha256(repr((BYTES, job.threads, sorted(inputs.items()))).encode())
+    names = {}
     for stage in job.stages(Path()):
-        seen.update(repr((stage.request.stage, stage.request.model_dump_json())).encode())
-        found[stage.name] = f"{JOBS}/{job.name}/{stage.name}-{seen.hexdigest()[:12]}"
-    return found
+        digest.update(repr((stage.request.stage, stage.request.model_dump_json())).encode())
+        names[stage.name] = f"{JOBS}/{job.name}/{stage.name}-{digest.hexdigest()[:12]}"
+    return names
 
 
 def _publish(storage: Storage, outputs: dict[Path, str]) -> None:
-    """Copy the outputs that are finished to the storage. A stage's directory appears when it is."""
+    """Copy the finished outputs to the storage. A stage's directory appears when it is finished."""
     for output, name in outputs.items():
         if output.is_dir() and not storage.has(name):
             storage.publish(output, name)
 
 
-def _with_inputs(job: ZooJob, inputs: dict[str, str], storage: Storage, place: Path) -> ZooJob:
-    """Return the job with what is not on this machine, as the driver saw it, fetched from the storage."""
+def _with_inputs(job: ZooJob, inputs: dict[str, str], storage: Storage, directory: Path) -> ZooJob:
+    """Return the job with its inputs fetched from the storage, unless this machine has the same files."""
 
-    def here(path: str | None) -> str | None:
+    def local_path(path: str | None) -> str | None:
         if path is None or path not in inputs or _is_here(Path(path), inputs[path]):
             return path
-        return str(fetch_input(storage, inputs[path], place))
+        return str(fetch_input(storage, inputs[path], directory))
 
-    changes = {name: here(getattr(job, name)) for name in ("model", "data", "calibration")}
-    return job.model_copy(update={**changes, "test": [here(path) for path in job.test]})
+    changes = {name: local_path(getattr(job, name)) for name in ("model", "data", "calibration")}
+    return job.model_copy(update={**changes, "test": [local_path(path) for path in job.test]})
 
 
 def _is_here(path: Path, name: str) -> bool:
@@ -183,9 +182,9 @@ _BUSY = Outcome("input/output", "The worker of an earlier attempt is still runni
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[int | None]:
-    """Hold a directory against other workers of the same job; yields a file descriptor, or None where one is there."""
-    descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+def _alone(directory: Path) -> Iterator[int | None]:
+    """Lock a directory against other workers of the same job; yield a file descriptor, or None if one is at work."""
+    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         deadline = time.monotonic() + _PATIENCE
         while not try_lock(descriptor):

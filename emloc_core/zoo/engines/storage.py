@@ -1,6 +1,6 @@
 """Storage that all nodes of a cluster reach, by URL: any file system that fsspec knows.
 
-A directory there is whole when its marker is, the file that is written last: of a stage's output, ``emloc.json``.
+A directory there is complete when it has its marker, the file that is written last; ``emloc.json`` for an output.
 """
 
 import glob
@@ -19,12 +19,12 @@ from emloc_core.errors import EmlocError, typed_line
 from emloc_core.files.manifest import MANIFEST
 
 INPUTS = "inputs"
-_WHOLE = ".whole"  # marks a copy of something that has no manifest
+_COMPLETE = ".whole"  # marks a complete copy of something without a manifest
 
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """Have what a file system raises of its own, of its HTTP library say, be an ``OSError``, which is tried again."""
+    """Turn a file system's own exceptions, such as its HTTP library's, into an ``OSError``, which is retried."""
     try:
         yield
     except (OSError, EmlocError):
@@ -40,7 +40,7 @@ class Storage:
         url: ``s3://bucket/zoo``, ``file:///shared/zoo``, ...
 
     Raises:
-        EmlocError: there is no file system for it.
+        EmlocError: no file system is installed for it.
     """
 
     def __init__(self, url: str) -> None:
@@ -57,21 +57,21 @@ class Storage:
 
     @_os_errors()
     def has(self, name: str, marker: str = MANIFEST) -> bool:
-        """Say whether a directory is there, whole."""
-        # Another process writes there too, so nothing that was listed before counts.
+        """Say whether a directory is there, complete."""
+        # Another process writes there too, so earlier listings do not count.
         self.files.invalidate_cache()
         return bool(self.files.isfile(self._path(name, marker)))
 
     @_os_errors()
     def publish(self, source: Path, name: str, marker: str = MANIFEST) -> None:
-        """Copy a directory, or a file into one, unless it is there already: every file whole, and ``marker`` last."""
+        """Copy a directory, or a file into one, unless it is there already: complete files, and ``marker`` last."""
         if self.has(name, marker):
             return
         base = source if source.is_dir() else source.parent
         files = {path.relative_to(base).as_posix(): path for path in _files(source)}
         for relative in sorted(files.keys() - {marker}):
             self._put(files[relative], self._path(name, relative))
-        for path in self.files.find(self._path(name)):  # what an attempt that was killed has left
+        for path in self.files.find(self._path(name)):  # left by an attempt that was killed
             if path.removeprefix(f"{self._path(name)}/") not in files:
                 self.files.rm_file(path)
         if marker in files:
@@ -81,7 +81,7 @@ class Storage:
 
     @_os_errors()
     def fetch(self, name: str, target: Path, marker: str = MANIFEST) -> None:
-        """Copy a directory that is whole to ``target``, which appears when it is whole too.
+        """Copy a complete directory to ``target``, which appears when it is complete too.
 
         Raises:
             EmlocError: a name in the storage leads out of the directory.
@@ -94,11 +94,11 @@ class Storage:
         incoming.mkdir(parents=True)
         base = self._path(name)
         for path in self.files.find(base):
-            place = incoming / path.removeprefix(base).lstrip("/")
-            if not place.resolve().is_relative_to(incoming.resolve()):
+            destination = incoming / path.removeprefix(base).lstrip("/")
+            if not destination.resolve().is_relative_to(incoming.resolve()):
                 raise EmlocError(f"{path} in {self.url} leads out of its directory.", "Do not use this storage.")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            self.files.get_file(path, str(place))
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            self.files.get_file(path, str(destination))
         os.rename(incoming, target)
 
     @_os_errors()
@@ -124,20 +124,22 @@ class Storage:
 
     @contextmanager
     def _replacing(self, target: str) -> Iterator[str]:
-        """Yield a name to write to: on a disk another one, renamed at the end. Stores of objects show whole ones."""
+        """Yield a name to write to; on a disk it is renamed at the end. Object stores show only complete objects."""
         self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
         if not self._is_local:
             yield target
             return
-        partial, place = f"{target}.{uuid4().hex}.partial", Path(target)
+        partial, destination = f"{target}.{uuid4().hex}.partial", Path(target)
         try:
             yield partial
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-        with suppress(FileNotFoundError):  # another writer has swept it, whose own is at the target by now
+        with suppress(FileNotFoundError):  # another writer has removed it, after writing the target itself
             os.replace(partial, target)
-        for stray in place.parent.glob(f"{glob.escape(place.name)}.*.partial"):  # of writers that were killed
+        for stray in destination.parent.glob(
+            f"{glob.escape(destination.name)}.*.partial"
+        ):  # of writers that were killed
             stray.unlink(missing_ok=True)
 
     def _path(self, *parts: str) -> str:
@@ -145,32 +147,32 @@ class Storage:
 
 
 def share(storage: Storage, path: Path) -> str:
-    """Copy an input, a model directory or a file, to a storage unless it is there; return its name there."""
+    """Copy an input (a model directory or a file) to a storage unless it is there; return its name there."""
     name = input_name(path)
-    storage.publish(path, name, _WHOLE)
+    storage.publish(path, name, _COMPLETE)
     return name
 
 
 def fetch_input(storage: Storage, name: str, directory: Path) -> Path:
-    """Copy an input that was shared into ``directory``; return the path of the model directory, or of the file."""
+    """Copy a shared input into ``directory``; return the path of the model directory, or of the file."""
     target = directory / name
     if not target.is_dir():
-        storage.fetch(name, target, _WHOLE)
-    (target / _WHOLE).unlink(missing_ok=True)  # also where one that was killed has fetched it
+        storage.fetch(name, target, _COMPLETE)
+    (target / _COMPLETE).unlink(missing_ok=True)  # also if a killed worker has fetched it
     inside = sorted(target.iterdir())
     is_file = len(inside) == 1 and name.endswith(".file")
     return inside[0] if is_file else target
 
 
 def input_name(path: Path) -> str:
-    """Return the name under which an input is stored: another one as soon as one of its files has changed."""
-    seen = hashlib.sha256(str(path.absolute()).encode())
+    """Return the name under which an input is stored; it changes with any of its files."""
+    digest = hashlib.sha256(str(path.absolute()).encode())
     for file in _files(path):
         status = file.stat()
-        seen.update(f"\0{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return f"{INPUTS}/{seen.hexdigest()[:24]}{'.file' if path.is_file() else ''}"
+        digest.update(f"\0{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return f"{INPUTS}/{digest.hexdigest()[:24]}{'.file' if path.is_file() else ''}"
 
 
 def _files(source: Path) -> Iterator[Path]:
-    """Yield the files of a directory, or the one."""
+    """Yield the files of a directory, or the file itself."""
     yield from sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]

@@ -1,7 +1,7 @@
 """Does one job: ``python -m emloc_core.zoo.engines.worker JOB.json``. Outputs and outcome appear beside the file.
 
-Each stage is a process of its own, forked before anything heavy is imported: its memory is given back, its peak is its
-own, and whatever kills it leaves the worker, which reports how it ended.
+Each stage is a separate process, forked before anything heavy is imported: its memory is released, its peak is its
+own, and the worker survives whatever kills it, and reports how it ended.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from emloc_core.zoo.jobs.outcome import OUTCOME, Outcome, collect, read_outcome
 
 
 def run(job: ZooJob, directory: Path) -> Outcome:
-    """Do the job's stages, in order, each unless it is there already; return how it ended."""
+    """Do the job's stages in order, except those that are done already; return how it ended."""
     if job.data is None:
         return Outcome("bad input", f"{job.name} has no rows to calibrate on. Give --data, or data of its own.")
     stage = None
@@ -39,9 +39,9 @@ def run(job: ZooJob, directory: Path) -> Outcome:
         return _failure(error, stage, offline=job.offline)
 
 
-def _run_stage(stage: Stage, place: Path, *, offline: bool) -> Outcome:
-    """Run a stage in a process; where it fails, it leaves its outcome at ``place``."""
-    place.unlink(missing_ok=True)
+def _run_stage(stage: Stage, file: Path, *, offline: bool) -> Outcome:
+    """Run a stage in a process, which writes its outcome to ``file`` if it fails."""
+    file.unlink(missing_ok=True)
     print(f"{stage.request.stage}: {stage.purpose}", flush=True)  # noqa: T201 - the log
     kills, worker = memory_kills(), os.getpid()
     child = os.fork()
@@ -49,17 +49,17 @@ def _run_stage(stage: Stage, place: Path, *, offline: bool) -> Outcome:
         # Whatever happens, this process must not return into the worker's loop.
         try:
             die_with(worker, signal.SIGKILL)
-            code = _in_process(stage, place, offline=offline)
+            code = _in_process(stage, file, offline=offline)
         finally:
             os._exit(locals().get("code", 1))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == 0:
         return Outcome(None)
-    told = read_outcome(place.parent)
-    return told or replace(ended(code, kills, f"The process of the stage '{stage.name}'"), stage=stage.name)
+    process = f"The process of the stage '{stage.name}'"
+    return read_outcome(file.parent) or replace(ended(code, kills, process), stage=stage.name)
 
 
-def _in_process(stage: Stage, place: Path, *, offline: bool) -> int:
+def _in_process(stage: Stage, file: Path, *, offline: bool) -> int:
     try:
         from emloc_core.stages.perform import perform
 
@@ -67,7 +67,7 @@ def _in_process(stage: Stage, place: Path, *, offline: bool) -> int:
     except BaseException as error:
         outcome = _failure(error, stage, offline=offline)
         with contextlib.suppress(OSError):
-            write_json(place, asdict(outcome))
+            write_json(file, asdict(outcome))
         return exit_code(outcome.cause)
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -77,7 +77,7 @@ def _in_process(stage: Stage, place: Path, *, offline: bool) -> int:
 
 
 def _failure(error: BaseException, stage: Stage | None, *, offline: bool) -> Outcome:
-    """Return the outcome of an exception; where the disk is full, give back what the stage has written."""
+    """Return the outcome of an exception; if the disk is full, remove what the stage has written."""
     cause = classify(error, offline=offline)
     if cause == "disk" and stage:
         with contextlib.suppress(OSError):
@@ -90,14 +90,14 @@ def _failure(error: BaseException, stage: Stage | None, *, offline: bool) -> Out
     return Outcome(cause, describe(error), stage.name if stage else "")
 
 
-def _end_all(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler is given
-    """End the worker's whole group: the stage, and what that has started."""
+def _end_all(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
+    """End the worker's whole group: the stage, and what it has started."""
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def main(job_file: str) -> int:
     """Do the job in ``job_file``, write its outcome beside it, and return the exit code."""
-    if os.getpgid(0) == os.getpid():  # started by an engine, in a group of its own
+    if os.getpgid(0) == os.getpid():  # started by an engine, as the leader of its group
         signal.signal(signal.SIGTERM, _end_all)
         end_with_parent(signal.SIGTERM)
     hush_libraries()

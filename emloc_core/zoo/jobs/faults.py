@@ -8,41 +8,48 @@ from pathlib import Path
 from emloc_core.errors import DISK_FULL, EmlocError, class_names, is_out_of_memory
 from emloc_core.zoo.jobs.outcome import CAUSES, Cause, Outcome
 
-#: Exit codes of workers and stages say the cause, in case there is no room for more.
+#: Exit codes of workers and stages tell the cause, in case the disk has no room for an outcome.
 _FIRST_CODE = 10
-#: Nothing that another try would change.
+#: Errors that another try would not change.
 _WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-#: Files that are not what they should be, as their libraries say it.
+#: Errors of libraries for damaged files.
 _DAMAGED = {"SafetensorError", "JSONDecodeError", "UnicodeDecodeError"}
-#: What the hub says of a name that it does not have, or that must not be asked for.
+#: Errors of the hub's client for a name that does not exist, or must not be accessed.
 _NOT_THERE = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "GatedRepoError",
               "HFValidationError", "OfflineModeIsEnabled"}  # fmt: skip
-#: It is not here, and the hub could not be asked.
+#: The file is not here, and the hub could not be reached.
 _UNREACHED = "LocalEntryNotFoundError"
 
 
 def classify(error: BaseException, *, offline: bool = False) -> Cause:
-    """Return the cause that an exception, or one that it came from, tells of.
+    """Return the cause of an exception, by its own type and by those of the exceptions that led to it.
 
     Args:
-        offline: nothing could be fetched, so that what is not here will not be here next time.
+        offline: nothing could be fetched, so a file that is missing now will be missing next time.
     """
     chain = list(_chain(error))
-    names = {name for each in chain for name in class_names(each)}
+    names = {name for exception in chain for name in class_names(exception)}
     no_room = any(
-        getattr(each, "code", None) == "disk-full" or getattr(each, "errno", None) in DISK_FULL for each in chain
+        getattr(exception, "code", None) == "disk-full" or getattr(exception, "errno", None) in DISK_FULL
+        for exception in chain
     )
     # The first that holds: "not in the cache" is derived from "no such file", and that from OSError.
-    found: list[tuple[Cause, bool]] = [
+    candidates: list[tuple[Cause, bool]] = [
         ("out of memory", any(map(_ran_out, chain))),
         ("disk", no_room),
         ("bad input", offline and _UNREACHED in names),
         ("input/output", _UNREACHED in names),
         ("bad input", bool(names & (_NOT_THERE | _DAMAGED))),
-        ("input/output", any(isinstance(each, OSError) and not isinstance(each, _WRONG) for each in chain)),
-        ("bad input", any(isinstance(each, (EmlocError, *_WRONG)) for each in chain) or "ClickException" in names),
+        (
+            "input/output",
+            any(isinstance(exception, OSError) and not isinstance(exception, _WRONG) for exception in chain),
+        ),
+        (
+            "bad input",
+            any(isinstance(exception, (EmlocError, *_WRONG)) for exception in chain) or "ClickException" in names,
+        ),
     ]
-    return next((cause for cause, holds in found if holds), "crash")
+    return next((cause for cause, holds in candidates if holds), "crash")
 
 
 def _ran_out(error: BaseException) -> bool:
@@ -53,30 +60,30 @@ def _ran_out(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """Return what an exception says in a line or two, with its type where it is not for users."""
-    said = str(error).strip() or "no message"
-    return said if isinstance(error, EmlocError) else f"{type(error).__name__}: {said.splitlines()[0]}"
+    text = str(error).strip() or "no message"
+    return text if isinstance(error, EmlocError) else f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
-def ended(code: int, kills_before: int, what: str) -> Outcome:
-    """Return the outcome of a process that left none behind: by its exit code, or the negative signal that ended it.
+def ended(code: int, kills_before: int, process: str) -> Outcome:
+    """Return the outcome of a process that wrote none, from its exit code or the negative signal that ended it.
 
     Args:
         code: as ``Popen.returncode``.
         kills_before: :func:`memory_kills` before it started.
-        what: the process, for the message.
+        process: what ended, for the message.
     """
     if code >= 0:
         index = code - _FIRST_CODE
         if 0 <= index < len(CAUSES):
-            said = f"{what} reported this only by its exit code ({code}); its log may say more."
+            message = f"{process} reported this only by its exit code ({code}); its log may say more."
             remedy = " The disk is full: free some space." if CAUSES[index] == "disk" else ""
-            return Outcome(CAUSES[index], said + remedy)
-        return Outcome("crash", f"{what} ended with exit code {code}; its log says more.")
+            return Outcome(CAUSES[index], message + remedy)
+        return Outcome("crash", f"{process} ended with exit code {code}; its log says more.")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if code == -signal.SIGKILL and memory_kills() > kills_before:
-        return Outcome("out of memory", f"{what} was killed by the kernel, which had run out of memory.")
+        return Outcome("out of memory", f"{process} was killed by the kernel, which had run out of memory.")
     lost = -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    return Outcome("lost worker" if lost else "crash", f"{what} was killed by {name}.")
+    return Outcome("lost worker" if lost else "crash", f"{process} was killed by {name}.")
 
 
 def exit_code(cause: Cause | None) -> int:
@@ -85,7 +92,7 @@ def exit_code(cause: Cause | None) -> int:
 
 
 def memory_kills() -> int:
-    """Return how many processes the kernel has ended for want of memory, on the machine and in this control group."""
+    """Return how many processes the kernel's OOM killer has ended, on the machine and in this control group."""
     total = 0
     for file in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
         with contextlib.suppress(OSError, ValueError):
@@ -95,7 +102,7 @@ def memory_kills() -> int:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and those that it came from. A context that was left behind (``from None``) does not count."""
+    """Yield an exception and those that led to it. A suppressed context (``from None``) does not count."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -17,7 +17,7 @@ from emloc_core.recipe.stages import Stage, stages
 from emloc_core.requests import ImportRequest
 from emloc_core.settings import SAMPLES, CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
 
-#: Raised when a new version of the toolkit gives other bytes for the same inputs: then all jobs are done again.
+#: Increased when a new version of the toolkit gives other bytes for the same inputs: then all jobs are done again.
 BYTES = 1
 _NATIVE = "native"  # the output with the model that was rewritten
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -68,18 +68,18 @@ class ZooJob(Settings):
 
     def stages(self, directory: Path) -> list[Stage]:
         """Return the commands that do the job, in order, with their outputs in ``directory``."""
-        found = stages(self.recipe(directory))[: None if self.train else 1]
+        ordered = stages(self.recipe(directory))[: None if self.train else 1]
         if not self.layout:
-            return found
+            return ordered
         native = directory / _NATIVE
         purpose = "rewrite the model in the layout of transformers' own classes"
-        return [Stage(purpose, ImportRequest(source=self.model, output=native)), *found]
+        return [Stage(purpose, ImportRequest(source=self.model, output=native)), *ordered]
 
     def fingerprint(self, cache_dir: Path) -> str:
         """Return the SHA-256 over all that decides the outputs: contents of model, data and tasks, settings, threads.
 
         Hashes of large files are kept in ``cache_dir``. What is on the hub counts by its id and revision, and what
-        cannot be read by its path: the worker will say what is wrong with it. Imports torch where there is a model.
+        cannot be read counts by its path: the worker will say what is wrong with it. Imports torch if there is a model.
         """
         content = self.model_dump(exclude={"name", "offline"} if self.layout else {"name", "offline", "layout"})
         content["bytes"] = BYTES
@@ -94,24 +94,24 @@ class ZooJob(Settings):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def stamps(self) -> dict[str, tuple[int, int]]:
-        """Return size and time of the files of model, rows and tasks, which tell that one changes; nothing is read."""
+        """Return sizes and times of the files of model, rows and tasks, to notice changes without reading them."""
         tasks = self.eval.tasks if self.eval else []
-        named = [Path(name) for name in (self.model, self.data, self.calibration, *self.test, *tasks) if name]
-        found = {}
-        for path in (path for path in named if path.is_absolute()):  # an id of the hub is no path here
+        paths = [Path(name) for name in (self.model, self.data, self.calibration, *self.test, *tasks) if name]
+        stamps = {}
+        for path in filter(Path.is_absolute, paths):  # an id of the hub is no path here
             for file in (path, *path.glob("[!.]*")):
                 with suppress(OSError):
                     status = file.stat()
                     if S_ISREG(status.st_mode) and _decides(file):
-                        found[str(file)] = (status.st_size, status.st_mtime_ns)
-        return found
+                        stamps[str(file)] = (status.st_size, status.st_mtime_ns)
+        return stamps
 
     def smaller(self, stage: str) -> "ZooJob | None":
-        """Return the job with less memory for ``stage`` (an output's name), or None where it cannot be made smaller.
+        """Return the job with less memory for ``stage`` (an output's name), or None if it cannot be made smaller.
 
         ``emulator``: half of the calibration rows, or of the fewest that a kind takes by default. ``adapter`` and
         ``polished``: half of the batch, and twice as many batches per step. ``evaluation``: half of the batch.
-        Correcting and merging have nothing to give.
+        Correcting and merging cannot be made smaller.
         """
         samples = self.compress.samples or SAMPLES
         if stage == "emulator" and samples > 1:
@@ -127,15 +127,15 @@ class ZooJob(Settings):
         return None
 
     def moved_to(self, other: "ZooJob") -> "ZooJob":
-        """Return the job, made smaller perhaps, with the files of another one of the same fingerprint."""
-        places = {name: getattr(other, name) for name in ("model", "layout", "data", "calibration", "test", "offline")}
+        """Return this job, possibly made smaller, with the files of another one of the same fingerprint."""
+        changes = {name: getattr(other, name) for name in ("model", "layout", "data", "calibration", "test", "offline")}
         if self.eval and other.eval:
-            places["eval"] = self.eval.model_copy(update={"tasks": other.eval.tasks})
-        return self.model_copy(update=places)
+            changes["eval"] = self.eval.model_copy(update={"tasks": other.eval.tasks})
+        return self.model_copy(update=changes)
 
 
 def _decides(file: Path) -> bool:
-    """Say whether a file of a model may decide what is made of it: texts about it do not."""
+    """Say whether a file of a model may affect the outputs: texts about it do not."""
     return file.suffix != ".md" and "LICENSE" not in file.name
 
 
@@ -154,7 +154,7 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
 
 
 def _rows_fingerprint(source: str, split: str, cache_dir: Path) -> str:
-    """Return a hash of what rows say and show, wherever they and their pictures are; a data set of the hub: its id."""
+    """Return a hash of the content of rows and their pictures, wherever they are; for a data set of the hub, its id."""
     from emloc_core.data.rows import digest, load_rows
     from emloc_core.files.inputs import hash_files
 
@@ -168,7 +168,7 @@ def _rows_fingerprint(source: str, split: str, cache_dir: Path) -> str:
 
 
 def _task_fingerprint(task: str, cache_dir: Path) -> str:
-    """Return a hash of a task's file, its functions and its data; a bundled task: its name."""
+    """Return a hash of a task's file, its functions and its data; for a bundled task, its name."""
     if not Path(task).is_file():
         return task
     from emloc_core.evaluation.tasks import find_task
@@ -181,32 +181,32 @@ def _task_fingerprint(task: str, cache_dir: Path) -> str:
 
 
 def slug(text: str) -> str:
-    """Return a name for a directory: the last part of a path or id, with what is no letter or digit replaced."""
+    """Return a name for a directory: the last part of a path or id, with other characters replaced."""
     last = "".join([part for part in re.split(r"[/\\]", text) if part.strip(".")][-1:])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last.partition("@")[0]).lstrip("._-")[:90] or "model"
 
 
 def unique(jobs: Sequence[ZooJob]) -> list[ZooJob]:
-    """Return the jobs with names of their own: those of several models get a hash of theirs, in any order the same.
+    """Return the jobs with unique names: where models share a name, it gets a hash of the model, whatever their order.
 
-    The second of a name and a model gets ``-2``, and so on, in order.
+    The second job of a name and a model gets ``-2``, and so on, in order.
     """
     models: dict[str, set[str]] = {}  # some file systems do not tell cases apart
     for job in jobs:
         models.setdefault(job.name.lower(), set()).add(job.model)
-    taken: set[str] = set()
-    found = []
+    names: set[str] = set()
+    renamed = []
     for job in jobs:
         name, number = job.name, 1
         if len(models[name.lower()]) > 1:
             name += f"-{hashlib.sha256(job.model.encode()).hexdigest()[:6]}"
         first = name
-        while name.lower() in taken:
+        while name.lower() in names:
             number += 1
             name = f"{first}-{number}"
-        taken.add(name.lower())
-        found.append(job.model_copy(update={"name": name}))
-    return found
+        names.add(name.lower())
+        renamed.append(job.model_copy(update={"name": name}))
+    return renamed
 
 
 def describe_change(before: ZooJob, after: ZooJob) -> str:
@@ -217,7 +217,7 @@ def describe_change(before: ZooJob, after: ZooJob) -> str:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

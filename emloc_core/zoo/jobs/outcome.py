@@ -16,7 +16,7 @@ Cause = Literal[
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 OUTCOME = "result.json"
-#: What the result keeps of each Linear of an emulator.
+#: The fields of each of an emulator's Linears that the result keeps.
 _LINEAR = ("path", "rank", "in_features", "out_features", "relative_error", "reason")
 
 
@@ -25,10 +25,10 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        cause: of a failure; None is success.
+        cause: why it failed; None for a success.
         message: what happened and where, for a person.
         stage: the output that was being made, where known: ``emulator``, ``adapter``, ...
-        result: of a success; see :func:`collect`.
+        result: what a success made; see :func:`collect`.
     """
 
     cause: Cause | None
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def read_outcome(directory: Path) -> Outcome | None:
-    """Return what a worker wrote of how it ended; None where it wrote nothing."""
+    """Return the outcome that a worker wrote, or None if it wrote nothing."""
     with suppress(EmlocError, TypeError):
         return Outcome(**read_object(directory / OUTCOME))
     return None
@@ -49,7 +49,7 @@ def collect(job: ZooJob, directory: Path) -> dict[str, Any]:
     """Return the result of a job whose stages are all finished.
 
     Returns:
-        ``kind`` of emulator; ``ratio``, None of a kind that has none; ``bytes``: of ``base`` and ``emulator``;
+        ``kind`` of emulator; ``ratio``, None if the kind has none; ``bytes``: of ``base`` and ``emulator``;
         ``parameters``: of the compressed Linears before and after; ``linears``: path, rank, shape and relative error
         of each; ``stages``: by output, ``seconds``, ``peak_rss_bytes``, and ``peak_cuda_bytes`` on a GPU;
         ``seconds``: of all stages. Where there are such stages, ``loss``: the mean of tuning; ``correction``: what
@@ -59,7 +59,7 @@ def collect(job: ZooJob, directory: Path) -> dict[str, Any]:
     timings = {output.name: read_json(output / TIMING) for output in outputs}
     manifest = read_json(directory / "emulator" / MANIFEST)
     request, emulator = manifest["request"], manifest["result"]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "kind": request["settings"]["kind"],
         "ratio": request["settings"]["ratio"],
         "family": emulator["family"],
@@ -70,10 +70,10 @@ def collect(job: ZooJob, directory: Path) -> dict[str, Any]:
         "seconds": round(sum(timing["seconds"] for timing in timings.values()), 3),
     }
     if "adapter" in timings:
-        found["loss"] = read_json(directory / "adapter" / MANIFEST)["result"]["train_loss"]
+        result["loss"] = read_json(directory / "adapter" / MANIFEST)["result"]["train_loss"]
     if "corrected" in timings:
-        found["correction"] = read_json(directory / "corrected" / MANIFEST)["result"]
+        result["correction"] = read_json(directory / "corrected" / MANIFEST)["result"]
     if "evaluation" in timings:
         evaluation = read_json(directory / "evaluation" / "results.json")
-        found.update({key: evaluation[key] for key in ("systems", "metrics")})
-    return found
+        result.update({key: evaluation[key] for key in ("systems", "metrics")})
+    return result

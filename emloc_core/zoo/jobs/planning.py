@@ -1,4 +1,4 @@
-"""Plans jobs: fingerprints, sizes, memory. In a process of its own, because it imports torch.
+"""Plans jobs: fingerprints, sizes, memory. In a separate process, because it imports torch.
 
 The driver stays light, and a model that ends the planner ends nothing else.
 """
@@ -17,18 +17,18 @@ from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.task import Demand
 
-#: What a stage writes besides weights: rows, tokenizer, logs, manifests. In bytes, a generous round figure.
+#: What a stage writes besides weights (rows, tokenizer, logs, manifests), in bytes: a generous round figure.
 _SIDE_FILES = 32 << 20
 
 
 def plan(
-    jobs: Sequence[ZooJob], cache_dir: Path, known: Collection[str] = (), advance: Progress = lambda *_: None
+    jobs: Sequence[ZooJob], cache_dir: Path, planned: Collection[str] = (), advance: Progress = lambda *_: None
 ) -> list[tuple[str, Demand | None]]:
     """Return the fingerprint of every job, and what it needs.
 
     Args:
         cache_dir: where hashes of large files are kept.
-        known: fingerprints whose needs are known already, and are not planned again: None stands for them.
+        planned: fingerprints whose needs are known; they are not planned again, and get None.
         advance: called with a job's name, how many are done, and how many there are.
 
     Raises:
@@ -36,27 +36,27 @@ def plan(
     """
     if not jobs:
         return []
-    found: list[tuple[str, Demand | None]] = []
+    plans: list[tuple[str, Demand | None]] = []
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if any(job.offline for job in jobs) else {}
-    asked = {
+    arguments = {
         "jobs": [job.model_dump(mode="json") for job in jobs],
         "cache_dir": str(cache_dir.absolute()),
-        "known": list(known),
+        "planned": list(planned),
     }
     # An id of the hub is no path in that working directory.
-    answers = call("emloc_core.zoo.jobs.planning:answers", asked, environment=offline, cwd=cache_dir)
+    answers = call("emloc_core.zoo.jobs.planning:answers", arguments, environment=offline, cwd=cache_dir)
     try:
         for job, (fingerprint, needs) in zip(jobs, answers, strict=False):
-            found.append((fingerprint, Demand(**needs) if needs else None))
-            advance(job.name, len(found), len(jobs))
+            plans.append((fingerprint, Demand(**needs) if needs else None))
+            advance(job.name, len(plans), len(jobs))
         next(answers, None)
     except ProcessDiedError as error:
-        lost = jobs[min(len(found), len(jobs) - 1)]
+        lost = jobs[min(len(plans), len(jobs) - 1)]
         raise EmlocError(
             f"Planning ended at {lost.name} ({lost.model}) with exit code {error.exit_code}.",
             "Its output says more; leave that model out, or free some memory.",
         ) from None
-    return found
+    return plans
 
 
 def needs(job: ZooJob) -> Demand:
@@ -102,7 +102,7 @@ def needs(job: ZooJob) -> Demand:
 
 @contextlib.contextmanager
 def _config(job: ZooJob) -> Iterator[Path]:
-    """Give the ``config.json`` that a job's stages will read."""
+    """Yield the ``config.json`` that a job's stages will read."""
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
     from emloc_core.registry.registry import config_of
@@ -122,7 +122,7 @@ def _config(job: ZooJob) -> Iterator[Path]:
 
 
 def _is_fetched(job: ZooJob) -> bool:
-    """Say whether a job downloads its model. One of which the cache has a part counts as there."""
+    """Say whether a job downloads its model. A model that is partly in the cache counts as there."""
     if job.offline or Path(job.model).exists():
         return False
     from huggingface_hub import try_to_load_from_cache
@@ -132,13 +132,13 @@ def _is_fetched(job: ZooJob) -> bool:
     return not any(isinstance(try_to_load_from_cache(name, file, revision=revision or None), str) for file in weights)
 
 
-def answer(job: ZooJob, cache_dir: Path, known: Collection[str]) -> tuple[str, Demand | None]:
+def answer(job: ZooJob, cache_dir: Path, planned: Collection[str]) -> tuple[str, Demand | None]:
     """Return the fingerprint of one job, and what it needs, as :func:`plan` does; imports torch."""
     try:
         fingerprint = job.fingerprint(cache_dir)
     except EmlocError as error:  # the worker will meet it too, and say so
         return f"{job.name}: {error}", Demand(reason=str(error))
-    if fingerprint in known:
+    if fingerprint in planned:
         return fingerprint, None
     try:
         return fingerprint, needs(job)
@@ -146,8 +146,8 @@ def answer(job: ZooJob, cache_dir: Path, known: Collection[str]) -> tuple[str, D
         return fingerprint, Demand(reason=str(error).strip() or type(error).__name__)
 
 
-def answers(jobs: list[dict[str, Any]], cache_dir: str, known: list[str]) -> Iterator[tuple[str, Any]]:
-    """Answer several jobs, one after another, in JSON values: what :func:`plan` calls in a process of its own."""
+def answers(jobs: list[dict[str, Any]], cache_dir: str, planned: list[str]) -> Iterator[tuple[str, Any]]:
+    """Answer several jobs in order, as JSON values: what :func:`plan` calls in a separate process."""
     for content in jobs:
-        fingerprint, found = answer(ZooJob(**content), Path(cache_dir), set(known))
-        yield fingerprint, found and asdict(found)
+        fingerprint, demand = answer(ZooJob(**content), Path(cache_dir), set(planned))
+        yield fingerprint, demand and asdict(demand)

@@ -48,10 +48,12 @@ class JobSection(Settings):
 
     @model_validator(mode="after")
     def _trains_what_it_can(self) -> "JobSection":
-        asked = [name for name in ("train", "correct", "polish", "merge", "eval") if name in self.model_fields_set]
-        asked = [name for name in asked if getattr(self, name)]
-        if asked and (self.data is None or self.train is False):
-            raise ValueError(f"{', '.join(asked)}: only a job with its own data, and without train = false, is trained")
+        requested = [name for name in ("train", "correct", "polish", "merge", "eval") if name in self.model_fields_set]
+        requested = [name for name in requested if getattr(self, name)]
+        if requested and (self.data is None or self.train is False):
+            raise ValueError(
+                f"{', '.join(requested)}: only a job with its own data, and without train = false, is trained"
+            )
         return self
 
 
@@ -66,9 +68,9 @@ class Defaults:
     """What the command line says for all jobs.
 
     Attributes:
-        data: rows to calibrate on, for jobs without any of their own.
-        compress: settings of stage 1 that were given: they go before an entry's preset, and behind a file of jobs.
-        preset: of entries; ``default`` where none is named.
+        data: rows to calibrate on, for jobs without their own.
+        compress: settings of stage 1; they override an entry's preset, and a file of jobs overrides them.
+        preset: name of the entries' preset; ``default`` if none is given.
         merge: whether trained jobs are merged too.
         registry: files and directories of more entries.
     """
@@ -84,14 +86,14 @@ class Defaults:
 
 
 def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
-    """Return the jobs of all sources, in order, with names of their own.
+    """Return the jobs of all sources, in order, with unique names.
 
-    A job with rows of its own is compressed, trained and corrected, and compared where it says on what; one that has
-    the command line's rows ends with the emulator.
+    A job with its own rows is compressed, trained and corrected, and compared if it names tasks; one with the command
+    line's rows ends with the emulator.
 
     Raises:
-        EmlocError: a source is nothing of the kind, with what was probably meant; a file is wrong; the rows of the
-            command line are not there; or a kind of emulator is to be chosen for no memory.
+        EmlocError: a source is none of these, with what was probably meant; a file is wrong; the rows of the command
+            line are missing; or the kind of emulator cannot be chosen without a memory.
     """
     defaults = replace(defaults, data=_rows(defaults.data))
     jobs: list[ZooJob] = []
@@ -102,9 +104,9 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
         elif path.suffix == ".toml":
             jobs += _read_jobs(path, defaults)
         elif path.exists() or source.startswith((".", "/", "~")) or source.endswith("/"):
-            what = "is neither a directory of models nor a TOML file of jobs" if path.exists() else "does not exist"
+            problem = "is neither a directory of models nor a TOML file of jobs" if path.exists() else "does not exist"
             raise EmlocError(
-                f"{source} {what}.",
+                f"{source} {problem}.",
                 "Give a model directory, a directory of those, a file of jobs, or ids of the registry.",
             )
         else:
@@ -113,16 +115,16 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
 
 
 def _models(directory: Path) -> list[Path]:
-    """Return the model directories: this one, or those in it, damaged ones included."""
+    """Return the model directories: this one, or those in it, including damaged ones."""
     if _is_model(directory):
         return [directory]
-    found = [path for path in sorted(directory.iterdir()) if path.is_dir() and _is_model(path)]
-    if not found:
+    models = [path for path in sorted(directory.iterdir()) if path.is_dir() and _is_model(path)]
+    if not models:
         raise EmlocError(
             f"{directory} holds no model: no config.json and no safetensors, in it or one level below.",
             "Give a directory of Hugging Face model directories.",
         )
-    return found
+    return models
 
 
 def _is_model(directory: Path) -> bool:
@@ -159,11 +161,11 @@ def _from_entry(entry: Entry, defaults: Defaults) -> ZooJob:
     tasks = [entry.path(task) for task in own.tasks] if own else []
     for task in tasks:
         require_data_alone(task, entry.file.parent)
-    compress, train = resolve_preset(entry, name, given=defaults.compress)
-    where = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
+    compress, train = resolve_preset(entry, name, overrides=defaults.compress)
+    model = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
     return ZooJob(
         name=slug(entry.id),
-        model=where,
+        model=model,
         layout=entry.layout,
         data=str(entry.path(own.train)) if own else defaults.data,
         split="train" if own else defaults.split,
@@ -216,10 +218,10 @@ def _from_section(section: JobSection, file: Path, defaults: Defaults) -> ZooJob
 
 
 def _inside(file: Path, text: str, names: re.Pattern[str] | None = None) -> str:
-    """Return the absolute path of what a file names; or the text, where it may be a name and nothing is there."""
+    """Return the absolute path of what a file names; or the text, if it may be a name and no such file exists."""
     root = file.absolute().parent.resolve()
-    place = (root / text).resolve()
-    if Path(text).is_absolute() or text.startswith("~") or not place.is_relative_to(root):
+    path = (root / text).resolve()
+    if Path(text).is_absolute() or text.startswith("~") or not path.is_relative_to(root):
         raise EmlocError(f"{file} names {text!r}, outside its directory.", "Put it beside the file of jobs.")
-    is_path = text.startswith(".") or place.suffix in FILES or place.exists()
-    return text if names and names.fullmatch(text) and not is_path else str(place)
+    is_path = text.startswith(".") or path.suffix in FILES or path.exists()
+    return text if names and names.fullmatch(text) and not is_path else str(path)

@@ -1,4 +1,4 @@
-"""A job that is about to start: its memory and processors, and the places of its outputs and its log."""
+"""A job that is about to start: its memory and processors, and the paths of its outputs and its log."""
 
 import shutil
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ JOBS, LOGS, JOB = "jobs", "logs", "job.json"
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job needs, by the plan, in bytes; None where the plan could not tell.
+    """What a job needs according to the plan, in bytes; None where the plan could not tell.
 
     ``base`` and ``emulator`` are the weights; ``inference`` (on the base) and ``tuning`` (the emulator) are peaks.
 
@@ -33,7 +33,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Task:
-    """A job that is to be started: as it is this time (smaller than asked for, perhaps), and what it needs."""
+    """A job that is to be started: as it is this time (perhaps made smaller), and what it needs."""
 
     job: ZooJob
     attempt: int
@@ -46,13 +46,13 @@ class Task:
     def lay_out(self, zoo: Path) -> Path:
         """Make that directory, with the job file; return its absolute path.
 
-        It gets the hashes that planning took: the stages need not read the model's weights for them again.
+        It gets the hashes from planning, so that the stages need not read the model's weights for them again.
         """
-        place = self.directory(zoo).absolute()
-        write_job(self.job, place)
-        if (zoo / HASHES).is_file() and not (place / HASHES).exists():
-            shutil.copyfile(zoo / HASHES, place / HASHES)
-        return place
+        path = self.directory(zoo).absolute()
+        write_job(self.job, path)
+        if (zoo / HASHES).is_file() and not (path / HASHES).exists():
+            shutil.copyfile(zoo / HASHES, path / HASHES)
+        return path
 
     @property
     def log(self) -> str:
@@ -60,7 +60,7 @@ class Task:
         return f"{LOGS}/{self.job.name}.{self.attempt}.log"
 
 
-def write_job(job: ZooJob, place: Path) -> None:
+def write_job(job: ZooJob, directory: Path) -> None:
     """Make the directory of a job's outputs, and write the job file there."""
-    place.mkdir(parents=True, exist_ok=True)
-    (place / JOB).write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / JOB).write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 _READ = 32 << 10
 _WIDTH = 500
-#: Sequences by which a terminal is told colours, titles and where the cursor goes (ECMA-48).
+#: Escape sequences for a terminal's colours, titles and cursor (ECMA-48).
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\|$)|[ -/]*[0-~])")
 
 
@@ -15,8 +15,8 @@ def log_end(directory: Path, log: str, lines: int = 40) -> str | None:
     """Return the last lines of a log.
 
     Args:
-        log: path within it.
-        lines: at most.
+        log: path within ``directory``.
+        lines: maximum number.
 
     Returns:
         Text without control characters; where a line was overwritten (a progress bar), its last state. None if the
@@ -32,19 +32,22 @@ def log_end(directory: Path, log: str, lines: int = 40) -> str | None:
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return None
-    found = plain(text).split("\n")
-    while found and not found[-1].strip():
-        found.pop()
-    return "\n".join(found[-lines:])
+    shown = plain(text).split("\n")
+    while shown and not shown[-1].strip():
+        shown.pop()
+    return "\n".join(shown[-lines:])
 
 
 def plain(text: object) -> str:
-    """Return text as it stands on a terminal in the end: without escape sequences and control characters."""
+    """Return text as a terminal finally shows it: without escape sequences and control characters."""
     return "\n".join(map(_plain, _ESCAPES.sub("", str(text)).split("\n")))
 
 
 def _plain(line: str) -> str:
     last = line.rstrip("\r").rpartition("\r")[2].expandtabs(4)
     # Cc: controls. Cf: formats, which can turn the direction of what follows. Cs, Co, Cn: nothing that can be shown.
-    shown = "".join("\ufffd" if unicodedata.category(each) in ("Cc", "Cf", "Cs", "Co", "Cn") else each for each in last)
+    shown = "".join(
+        "\ufffd" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn") else character
+        for character in last
+    )
     return shown if len(shown) <= _WIDTH else f"{shown[:_WIDTH]} ..."

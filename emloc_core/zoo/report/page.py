@@ -1,7 +1,7 @@
 """The report of a zoo: an HTML page, and JSON.
 
-The page is one file that asks for no other: styles, plots and the few lines of script that sort the table are in it,
-and its content security policy forbids everything else, so that nothing in a name or a log can run or call home.
+The page is one file that loads no other: styles, plots and the few lines of script that sort the table are in it, and
+its content security policy forbids everything else, so that nothing in a name or a log can run or call home.
 """
 
 import base64
@@ -31,7 +31,7 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
 
     Returns:
         The content of ``report.json``: ``zoo``, ``generated`` (UTC), ``emloc`` (version), ``summary``, ``jobs``.
-        A number that is none is the text ``NaN``, ``Infinity`` or ``-Infinity`` there.
+        A number that is not finite is the text ``NaN``, ``Infinity`` or ``-Infinity`` there.
 
     Raises:
         EmlocError: there is no zoo, or the files cannot be written.
@@ -41,14 +41,14 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
         views = [JobView(record, zoo, number) for number, record in enumerate(store.records(), start=1)]
     finally:
         store.close()
-    summary = Summary.of(views)
+    summary = Summary.from_views(views)
     head = {
         "zoo": zoo.resolve().name,
         "generated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "emloc": __version__,
     }
-    found = to_json({"summary": summary, "jobs": [each.to_dict() for each in views]}, inf_nan_mode="strings")
-    content: dict[str, Any] = {**head, **json.loads(found)}
+    figures = to_json({"summary": summary, "jobs": [job.to_dict() for job in views]}, inf_nan_mode="strings")
+    content: dict[str, Any] = {**head, **json.loads(figures)}
     files = {
         PAGE: _render(head, summary, views),
         DATA: json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -61,7 +61,7 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
 def _render(head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
     templates = environment("emloc_core.zoo.report", number=view.number, score=view.score, plain=plain, sha256=_sha256)
     templates.globals.update(sparkline=sparkline, band=band, share=view.share)
-    shown = sorted(views, key=lambda each: (list(STATES).index(each.state), each.number))
+    shown = sorted(views, key=lambda job: (list(STATES).index(job.state), job.number))
     text = templates.get_template("report.html.j2").render(head=head, summary=summary, jobs=shown, states=STATES)
     return f"{text.strip()}\n"
 

@@ -15,7 +15,7 @@ from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.report.log_end import log_end
 from emloc_core.zoo.state.record import Attempt, JobRecord
 
-#: States in the order in which a person wants to know of them, with what they mean.
+#: States, the most urgent first, with what they mean.
 STATES = {
     "failed": "failed; see cause and log",
     "interrupted": "was running when its driver ended; the same command resumes it",
@@ -31,9 +31,9 @@ class Peak:
     """A peak of memory.
 
     Attributes:
-        of: what needs it.
+        of: what needs it; the name is the key in ``report.json``.
         short: the same in a word.
-        planned: by the memory plan, and not measured.
+        planned: whether it comes from the memory plan instead of a measurement.
     """
 
     of: str
@@ -66,7 +66,7 @@ class JobView:
 
     @property
     def result(self) -> Mapping[str, Any]:
-        """What a finished job says of itself; empty for another."""
+        """What a finished job reports; empty for others."""
         return self.record.result
 
     @property
@@ -76,22 +76,22 @@ class JobView:
 
     @property
     def losses(self) -> dict[str, float]:
-        """The loss per token, as far as it is known: the mean of tuning, and the base's on the held-out rows."""
-        found = {"tuning": self.result.get("loss"), "base": self.result.get("correction", {}).get("nll")}
-        return {name: loss for name, loss in found.items() if loss is not None}
+        """The loss per token, if known: the mean of tuning, and the base's on the held-out rows."""
+        losses = {"tuning": self.result.get("loss"), "base": self.result.get("correction", {}).get("nll")}
+        return {name: loss for name, loss in losses.items() if loss is not None}
 
     @property
     def ratio(self) -> float | None:
-        """The emulator's ratio; of an unfinished job, the one that was asked for. None if there is none."""
+        """The emulator's ratio; for an unfinished job, the requested one. None if there is none."""
         return self.result.get("ratio", self.record.job.compress.ratio)
 
     @cached_property
     def sizes(self) -> tuple[int | None, int | None]:
         """Bytes of the base's weights and of the emulator's: measured, or else planned."""
         needs = self.record.needs
-        known = self.result.get("bytes") or {}
+        measured = self.result.get("bytes") or {}
         planned = (needs.base, needs.emulator) if needs else (None, None)
-        return known.get("base", planned[0]), known.get("emulator", planned[1])
+        return measured.get("base", planned[0]), measured.get("emulator", planned[1])
 
     @property
     def sizes_are_planned(self) -> bool:
@@ -100,27 +100,27 @@ class JobView:
 
     @property
     def family(self) -> str | None:
-        """The model's family; None where the job is not done."""
+        """The model's family; None if the job is not done."""
         return self.result.get("family")
 
     @cached_property
     def strips(self) -> list[Strip]:
         """The errors of all Linears by tower and kind, without towers that stayed dense."""
-        found = strips({str(linear["path"]): linear.get("relative_error") for linear in self.result.get("linears", ())})
-        compressed = {strip.tower for strip in found if any(value is not None for value in strip.values)}
-        return [strip for strip in found if strip.tower in compressed]
+        every = strips({str(linear["path"]): linear.get("relative_error") for linear in self.result.get("linears", ())})
+        compressed = {strip.tower for strip in every if any(value is not None for value in strip.values)}
+        return [strip for strip in every if strip.tower in compressed]
 
     @property
     def towers(self) -> dict[str, list[Strip]]:
         """The strips by tower, in order, without towers that stayed dense."""
-        found: dict[str, list[Strip]] = {}
+        towers: dict[str, list[Strip]] = {}
         for strip in self.strips:
-            found.setdefault(strip.tower, []).append(strip)
-        return found
+            towers.setdefault(strip.tower, []).append(strip)
+        return towers
 
     @cached_property
     def dense(self) -> list[str]:
-        """The towers of which every Linear stayed dense: no calibration row reached them, say."""
+        """The towers whose Linears all stayed dense, for example because no calibration row reached them."""
         paths = [str(linear["path"]) for linear in self.result.get("linears", ())]
         towers = dict.fromkeys(strip.tower for strip in strips(dict.fromkeys(paths)))
         return [tower for tower in towers if tower not in self.towers]
@@ -128,18 +128,18 @@ class JobView:
     @cached_property
     def errors(self) -> dict[str, Any]:
         """Relative output errors of the Linears: ``median``, ``worst`` and its ``path``, how many ``not_finite``."""
-        known = {
+        errors = {
             str(linear["path"]): linear["relative_error"]
             for linear in self.result.get("linears", ())
             if linear.get("relative_error") is not None
         }
-        numbers = {path: value for path, value in known.items() if math.isfinite(value)}
+        numbers = {path: value for path, value in errors.items() if math.isfinite(value)}
         worst = max(numbers, key=lambda path: numbers[path], default=None)
         return {
             "median": median(numbers.values()) if numbers else None,
             "worst": numbers[worst] if worst else None,
             "path": worst,
-            "not_finite": len(known) - len(numbers),
+            "not_finite": len(errors) - len(numbers),
         }
 
     @property
@@ -151,18 +151,18 @@ class JobView:
     def memory(self) -> list[Peak]:
         """What the base needs when it is used, and the emulator when it is made and tuned, as far as it is known.
 
-        Measured are a GPU's peak where the stage ran on one, and the process's otherwise.
+        A measured peak is the GPU's if the stage ran on one, otherwise the process's.
         """
         needs = self.record.needs or Demand()
         base = self.result.get("systems", {}).get("base", {}).get("peak_bytes")
         making, tuning = (self.stages.get(name, {}).get("peak_bytes") for name in ("emulator", "adapter"))
-        found = [
+        peaks = [
             Peak("evaluating the base", "base", base) if base else
             Peak("inference on the base", "base", needs.inference, planned=True),
             Peak("making the emulator", "making", making),
             Peak("LoRA on the emulator", "tuning", tuning or needs.tuning, planned=not tuning),
         ]  # fmt: skip
-        return [peak for peak in found if peak.bytes]
+        return [peak for peak in peaks if peak.bytes]
 
     @property
     def stages(self) -> Mapping[str, Mapping[str, Any]]:
@@ -176,7 +176,7 @@ class JobView:
 
     @property
     def seconds(self) -> float | None:
-        """Time of all attempts; None where there was none."""
+        """Time of all attempts in seconds; None if there were none."""
         times = [attempt.seconds for attempt in self.record.attempts if attempt.seconds is not None]
         return sum(times) if times else None
 
@@ -193,7 +193,7 @@ class JobView:
 
     @property
     def headline(self) -> tuple[str, Any, Any] | None:
-        """The first metric, with the base's value and that of what is used in the end; None where one is not known."""
+        """The first metric, its value for the base and for the final system; None if one is not known."""
         values = {row["system"]: row for row in self.scores}
         final = next((name for name in ("base+polished", "base+corrected") if name in values), None)
         if not self.metrics or final is None or "base" not in values:
@@ -203,19 +203,19 @@ class JobView:
 
     @property
     def failure(self) -> Attempt | None:
-        """The last attempt that failed, where the job is not done."""
+        """The last attempt that failed, if the job is not done."""
         failed = [attempt for attempt in self.record.attempts if attempt.cause]
         return failed[-1] if failed and self.state != "done" else None
 
     @cached_property
     def log_end(self) -> str | None:
-        """The end of the last attempt's log, where it failed or is not known to have ended well."""
+        """The end of the last attempt's log, unless it is known to have ended well."""
         if not self.record.attempts or self.state in ("done", "duplicate"):
             return None
         return log_end(self.directory, self.record.attempts[-1].log)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record with what is derived of it, for JSON."""
+        """Return the record with what is derived from it, for JSON."""
         return {
             **self.record.to_dict(),
             "kind": self.kind,
@@ -229,7 +229,7 @@ class JobView:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is said of all jobs together; sums are over the jobs that are done."""
+    """Figures for all jobs together; sums are over the jobs that are done."""
 
     jobs: int
     states: dict[str, int]
@@ -240,8 +240,8 @@ class Summary:
     largest_error: float
 
     @classmethod
-    def of(cls, views: list[JobView]) -> "Summary":
-        """Sum up."""
+    def from_views(cls, views: list[JobView]) -> "Summary":
+        """Sum up the jobs."""
         done = [view for view in views if view.state == "done" and all(view.sizes)]
         medians = finite(view.errors["median"] for view in views)
         counts = {state: sum(view.state == state for view in views) for state in STATES}
@@ -256,9 +256,9 @@ class Summary:
         )
 
 
-def share(part: float | None, whole: float | None) -> str:
-    """Return a share as a percentage; empty where one is not known."""
-    return f"{part / whole:.0%}" if part is not None and whole else ""
+def share(part: float | None, total: float | None) -> str:
+    """Return a share as a percentage; empty if either is not known."""
+    return f"{part / total:.0%}" if part is not None and total else ""
 
 
 def number(value: Any) -> str:

@@ -1,6 +1,6 @@
 """One driver per zoo: the process that holds ``zoo.lock``.
 
-The workers of this machine inherit it, so that a driver that follows one that was killed waits until they are gone.
+The workers of this machine inherit the lock, so that the driver after a killed one waits until they are gone.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import psutil
 from emloc_core.errors import EmlocError
 
 LOCK = "zoo.lock"
-_PATIENCE = 10.0  # seconds in which the workers of a driver that was killed must have ended
+_PATIENCE = 10.0  # seconds within which the workers of a killed driver must have ended
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def driving(directory: Path) -> Iterator[int]:
         deadline = time.monotonic() + _PATIENCE
         while not try_lock(descriptor):
             owner = _owner(descriptor)
-            # Where there is no such process, it may run on another machine, which shares this disk.
+            # If there is no such process, it may run on another machine that shares this disk.
             if (owner is not None and psutil.pid_exists(owner)) or time.monotonic() > deadline:
                 raise EmlocError(
                     f"{directory} is being converted already (process {owner or 'unknown'}).",
@@ -59,7 +59,7 @@ def is_driven(directory: Path) -> bool:
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock a file if that can be done at once; say whether it was."""
+    """Lock a file if that is possible at once; say whether it was."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -19,10 +19,10 @@ class Attempt:
         number: from 1.
         started: seconds since the epoch.
         seconds: how long it took; None while it runs.
-        cause: of a failure; None is success, or that it runs.
-        message: what happened, and what follows from it.
+        cause: why it failed; None if it succeeded or still runs.
+        message: what happened, and what follows.
         log: the log's path in the zoo.
-        host: where it ran; empty where not known.
+        host: where it ran; empty if not known.
     """
 
     number: int
@@ -39,11 +39,11 @@ class JobRecord:
     """What the zoo knows of a job.
 
     Attributes:
-        state: ``interrupted`` is running in the store while there is no driver; the next driver resumes it.
+        state: ``interrupted`` if it is running in the store without a driver; the next driver resumes it.
         duplicate_of: the job of the same fingerprint that is done instead.
-        smaller: the job as it is tried now where memory ran out before; None is as it was asked for.
-        needs: by the plan; None before there is one.
-        result: of a finished job; see :func:`emloc_core.zoo.jobs.outcome.collect`.
+        smaller: the job as it is now tried, after memory ran out; None if unchanged.
+        needs: what it needs according to the plan; None before it is planned.
+        result: what a finished job made; see :func:`emloc_core.zoo.jobs.outcome.collect`.
     """
 
     job: ZooJob

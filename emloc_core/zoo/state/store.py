@@ -45,10 +45,10 @@ class Store:
     """The jobs of the zoo in ``directory``. Not for use by several threads at once.
 
     Args:
-        create: make it where it is not there; for the driver alone.
+        create: make it if it does not exist; only for the driver.
 
     Raises:
-        EmlocError: there is no zoo, or its file is none.
+        EmlocError: there is no zoo, or its file cannot be opened.
     """
 
     def __init__(self, directory: Path, *, create: bool = False) -> None:
@@ -66,7 +66,7 @@ class Store:
             raise EmlocError(f"{path} cannot be opened ({error}).", remedy) from error
 
     def add(self, jobs: Sequence[ZooJob], fingerprints: Sequence[str]) -> list[str]:
-        """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
+        """Add jobs that are not there yet, in order; one with the fingerprint of another job becomes its duplicate.
 
         A job that is not done and whose model, data or settings have changed is replaced, and what it made is removed;
         a failed one waits again. A duplicate of a job that has changed waits in its place.
@@ -78,17 +78,19 @@ class Store:
             EmlocError: a job of that name is done, and was something else; nothing is added then.
         """
         with self._transaction():
-            changed = [job.name for job, seen in zip(jobs, fingerprints, strict=True) if self._add(job, seen)]
+            changed = [
+                job.name for job, fingerprint in zip(jobs, fingerprints, strict=True) if self._add(job, fingerprint)
+            ]
             self._settle_duplicates()
-            # Before it is recorded: after a kill between the two, the job as it was has to begin again, no more.
+            # Before it is recorded: after a kill in between, the old job only has to begin again.
             for name in changed:
-                if (made := self.directory / JOBS / name).is_dir():
-                    remove_at_once(made)
+                if (output := self.directory / JOBS / name).is_dir():
+                    remove_at_once(output)
         return changed
 
     def _add(self, job: ZooJob, fingerprint: str) -> bool:
         """Add a job, and say whether there was another one of that name."""
-        row = self._one("SELECT state, fingerprint, smaller FROM jobs WHERE name = ?", job.name)
+        row = self._fetch_one("SELECT state, fingerprint, smaller FROM jobs WHERE name = ?", job.name)
         if row and row[0] == "done":
             if row[1] == fingerprint:
                 return False
@@ -96,9 +98,9 @@ class Store:
                 f"{self.directory} holds a finished job {job.name!r} of another model, other data or other settings.",
                 "Choose another zoo, or give the job another name.",
             )
-        state, other = self._place(job.name, fingerprint)
+        state, other = self._initial_state(job.name, fingerprint)
         if row is None:
-            (position,) = self._one("SELECT COALESCE(MAX(position), 0) + 1 FROM jobs") or (1,)
+            (position,) = self._fetch_one("SELECT COALESCE(MAX(position), 0) + 1 FROM jobs") or (1,)
             self._database.execute(
                 "INSERT INTO jobs (name, position, job, fingerprint, state, duplicate_of) VALUES (?, ?, ?, ?, ?, ?)",
                 (job.name, position, job.model_dump_json(), fingerprint, state, other),
@@ -115,21 +117,21 @@ class Store:
         return changed
 
     def _settle_duplicates(self) -> None:
-        """Find those whose job is another one or a duplicate by now a job of their fingerprint, or let them wait."""
+        """Give duplicates whose original has changed, or is a duplicate now, a new original, or let them wait."""
         lost = self._database.execute(
             "SELECT jobs.name, jobs.fingerprint FROM jobs JOIN jobs AS first ON first.name = jobs.duplicate_of "
             "WHERE first.fingerprint != jobs.fingerprint OR first.state = 'duplicate' ORDER BY jobs.position"
         ).fetchall()
         for name, fingerprint in lost:
             change = "UPDATE jobs SET state = ?, duplicate_of = ? WHERE name = ?"
-            self._database.execute(change, (*self._place(name, fingerprint), name))
+            self._database.execute(change, (*self._initial_state(name, fingerprint), name))
 
-    def _place(self, name: str, fingerprint: str) -> tuple[State, str | None]:
-        """Return the state of a job that is not done, and the job that is done instead, where there is one.
+    def _initial_state(self, name: str, fingerprint: str) -> tuple[State, str | None]:
+        """Return the state of a job that is not done, and the job that is done instead, if there is one.
 
-        One that has failed does not count: it may not be asked for any more, or its model may be elsewhere by now.
+        A failed job does not count: it may no longer be requested, or its model may have moved.
         """
-        first = self._one(
+        first = self._fetch_one(
             "SELECT name FROM jobs WHERE fingerprint = ? AND name != ? AND state NOT IN ('duplicate', 'failed')",
             fingerprint,
             name,
@@ -137,20 +139,20 @@ class Store:
         return ("duplicate", first[0]) if first else ("waiting", None)
 
     def take_over(self) -> list[str]:
-        """Let what was running under a driver that is gone wait again; return the names. For a new driver."""
+        """Let the jobs that ran under a driver that is gone wait again; return their names. For a new driver."""
         with self._transaction():
             names = [name for (name,) in self._database.execute("SELECT name FROM jobs WHERE state = 'running'")]
             query = "SELECT name, number, started, log FROM attempts WHERE seconds IS NULL"
             for name, number, started, log in self._database.execute(query).fetchall():
                 self._database.execute(
                     "UPDATE attempts SET seconds = ?, cause = 'interrupted', message = ? WHERE name = ? AND number = ?",
-                    (self._seen(started, log), "The driver was stopped while it ran.", name, number),
+                    (self._elapsed(started, log), "The driver was stopped while it ran.", name, number),
                 )
             self._database.execute("UPDATE jobs SET state = 'waiting' WHERE state = 'running'")
         return names
 
-    def _seen(self, started: float, log: str) -> float:
-        """Return the seconds from the start of an attempt to its log's last change: nothing knows when it ended."""
+    def _elapsed(self, started: float, log: str) -> float:
+        """Return the seconds from an attempt's start to its log's last change: when it ended is not known."""
         try:
             return max(0.0, round((self.directory / log).stat().st_mtime - started, 3))
         except OSError:
@@ -162,12 +164,12 @@ class Store:
         self._apply(*((change, (name,)) for name in names))
 
     def plan(self, needs: dict[str, Demand]) -> None:
-        """Keep what jobs need, by name."""
+        """Record what jobs need, by name."""
         change = "UPDATE jobs SET needs = ? WHERE name = ?"
         self._apply(*((change, (json.dumps(asdict(need)), name)) for name, need in needs.items()))
 
     def start(self, name: str, number: int, log: str) -> None:
-        """Say that an attempt at a job has begun."""
+        """Record that an attempt at a job has begun."""
         attempt = (name, number, time.time(), log)
         self._apply(
             ("UPDATE jobs SET state = 'running' WHERE name = ?", (name,)),
@@ -184,7 +186,7 @@ class Store:
         again: bool = False,
         smaller: ZooJob | None = None,
     ) -> None:
-        """Say how an attempt ended, and whether the job waits for another one, ``smaller`` perhaps."""
+        """Record how an attempt ended, and whether the job waits for another one, perhaps made ``smaller``."""
         state = "done" if outcome.cause is None else "waiting" if again else "failed"
         self._apply(
             (
@@ -204,7 +206,7 @@ class Store:
             running = _running(records)
             if driven or not running:
                 return records
-            # Without a driver nothing can start: what runs before and after that look is what a driver left behind.
+            # Without a driver nothing can start: what is running before and after that check was left behind by one.
             again = self._read()
             if _running(again) == running:
                 return [_interrupted(record) for record in again]
@@ -240,11 +242,11 @@ class Store:
         """Close the file."""
         self._database.close()
 
-    def _one(self, query: str, *values: Any) -> Any:
+    def _fetch_one(self, query: str, *values: Any) -> Any:
         return self._database.execute(query, values).fetchone()
 
     def _apply(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
-        """Execute statements in one transaction; on a full disk, again, for workers that meet it give room back."""
+        """Execute statements in one transaction; retry on a full disk, because workers that meet it free some room."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -272,24 +274,24 @@ class Store:
 
 
 def _create(path: Path) -> None:
-    """Make an empty store, whole or not at all: a reader may come at any moment."""
+    """Make an empty store, completely or not at all: a reader may come at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with closing(_connect(new)) as database:
-        # A write-ahead log: readers see the last whole state, and never wait for the writer nor it for them.
+        # With a write-ahead log, readers see the last complete state, and readers and the writer never wait.
         database.execute("PRAGMA journal_mode = WAL")
         database.executescript(_SCHEMA)
-    for log in ("-wal", "-shm"):  # of a file that somebody has removed: its changes are none of the new one's
+    for log in ("-wal", "-shm"):  # left by a removed file: they do not belong to the new one
         path.with_name(path.name + log).unlink(missing_ok=True)
     os.replace(new, path)
 
 
 def _open(path: Path, *, create: bool) -> sqlite3.Connection:
-    """Open a store; a reader's also where the disk is full or read-only, if no change is in the write-ahead log alone.
+    """Open a store; to read, also on a full or read-only disk, unless some changes are only in the write-ahead log.
 
     Raises:
-        sqlite3.Error: it cannot be opened, or is none.
+        sqlite3.Error: it cannot be opened, or is not a store.
     """
     queries = [f"{select} LIMIT 1" for select in (_JOBS, _ATTEMPTS)]
     try:
@@ -300,9 +302,9 @@ def _open(path: Path, *, create: bool) -> sqlite3.Connection:
         log = path.with_name(f"{path.name}-wal")
         if create or (log.exists() and log.stat().st_size):
             raise
-        # SQLite writes an index of that log beside the file even to read it, unless it is told that nobody writes.
-        place = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-        database = sqlite3.connect(place, uri=True, isolation_level=None)
+        # Even to read, SQLite writes an index of that log beside the file, unless it knows that nobody writes.
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        database = sqlite3.connect(uri, uri=True, isolation_level=None)
         for query in queries:
             database.execute(query)
     return database
@@ -310,7 +312,7 @@ def _open(path: Path, *, create: bool) -> sqlite3.Connection:
 
 def _connect(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=30, isolation_level=None)
-    # A commit may be lost with the machine's power, never with a process; the file is whole either way.
+    # A power failure may lose a commit, a killed process never does; the file is consistent either way.
     database.execute("PRAGMA synchronous = NORMAL")
     return database
 

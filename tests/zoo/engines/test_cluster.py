@@ -423,9 +423,9 @@ def test_an_id_of_the_hub_is_no_path_here(engine, tmp_path, monkeypatch):
 def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
     made = engine((True, {"CPU": 1.0}))
     handle = RayHandle(Task(jobs[0], 1, Demand()), tmp_path, {}, {}, Future())
-    outcome = made._seen(Outcome(None, host="far"), handle)
+    outcome = made._verified(Outcome(None, host="far"), handle)
     assert outcome.cause == "input/output"
     emulator = tmp_path / "jobs" / "first" / "emulator"
     emulator.mkdir(parents=True)
     write_json(emulator / "emloc.json", {})
-    assert made._seen(Outcome(None), handle).cause is None
+    assert made._verified(Outcome(None), handle).cause is None
