@@ -36,7 +36,7 @@ class PluggableGroup(click.RichGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that is named first; of one that is not there, say which is meant."""
+        """Return the command that is named first; if there is none, say which one is probably meant."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -117,8 +117,8 @@ def _fail(error: BaseException) -> None:
     if "--debug" in sys.argv or not isinstance(error, Exception):
         raise error
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        where = f": {os.fsdecode(error.filename)} cannot be written" if error.filename is not None else ""
-        error = DiskFullError(f"The disk is full{where}.", "Free some space, and run the same command again.")
+        subject = f": {os.fsdecode(error.filename)} cannot be written" if error.filename is not None else ""
+        error = DiskFullError(f"The disk is full{subject}.", "Free some space, and run the same command again.")
     if isinstance(error, EmlocError):
         click.echo(f"emloc: error: {printable(error)}", err=True)
         sys.exit(1)

@@ -74,13 +74,13 @@ def command(
 
 def _talk(conversation: "Conversation", images: list[Path]) -> None:
     for line in _lines():
-        name, _, rest = line.partition(" ")
+        name, _, argument = line.partition(" ")
         if name == "/exit":
             return
         if name == "/reset":
             conversation.reset()
         elif name == "/image":
-            images.append(Path(expanduser(rest.strip())))  # which leaves an unknown ~name as it is
+            images.append(Path(expanduser(argument.strip())))  # which leaves an unknown ~name as it is
         elif line.strip():
             try:
                 conversation.say(line, images, lambda piece: click.echo(_shown(piece), nl=False))
@@ -95,7 +95,7 @@ def _talk(conversation: "Conversation", images: list[Path]) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield what the user writes until the input ends."""
+    """Yield the user's lines until the input ends."""
     if not sys.stdin.isatty():
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
@@ -110,5 +110,5 @@ def _lines() -> Iterator[str]:
 
 
 def _shown(text: str) -> str:
-    """Return a model's text with everything escaped that a terminal would act on, apart from lines and tabs."""
-    return "".join(each if each in "\n\t" else printable(each) for each in text)
+    """Return a model's text with everything escaped that a terminal would act on, except newlines and tabs."""
+    return "".join(character if character in "\n\t" else printable(character) for character in text)

@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import stage_options
-from emloc_core.cli.options import data, device, given, headroom, options, output, skip, split
+from emloc_core.cli.options import data, device, explicit, headroom, options, output, skip, split
 from emloc_core.cli.stage import run
 from emloc_core.requests import make_request
 from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
@@ -25,7 +25,7 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @headroom
 @click.option("--tuned-on", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
               help="With --memory: the device it applies to.")  # fmt: skip
-@options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), of="--memory", hidden=True)
+@options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), parent="--memory", hidden=True)
 @options(CompressSettings)
 @device
 @stage_options
@@ -35,7 +35,7 @@ def command(memory: str | None, dry_run: bool, as_json: bool, **options: Any) ->
     The model is streamed block by block, and the same command resumes an interrupted run. With --memory, the options
     of emloc train that affect memory can be given too, such as --batch-size and --lora-rank.
     """
-    settings, content = given(CompressSettings, options)
-    tuning, content = given(TrainSettings, content)
+    settings, content = explicit(CompressSettings, options)
+    tuning, content = explicit(TrainSettings, content)
     request = make_request("compress", settings, memory=memory, tuning=tuning, **content)
     run(request, dry_run=dry_run, to_json=as_json)

@@ -62,7 +62,7 @@ def working(description: str) -> Iterator[None]:
     from rich.spinner import Spinner
 
     spinner = Spinner("dots", f"{description} ...")
-    # Not redirected: bars of downloads would become a line for every refresh.
+    # Not redirected: download bars would become one line per refresh.
     with Live(spinner, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False):
         yield
 
@@ -80,41 +80,41 @@ def _bar(description: str) -> Iterator["Advance"]:
     )
 
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[what]}"))  # fmt: skip
+               TimeRemainingColumn(), TextColumn("{task.fields[item]}"))  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None, what="")
+        task = bar.add_task(description, total=None, item="")
 
-        def advance(what: str, done: int, total: int, _loss: float | None = None, /) -> None:
-            bar.update(task, completed=done, total=total, what=what)
+        def advance(item: str, done: int, total: int, _loss: float | None = None, /) -> None:
+            bar.update(task, completed=done, total=total, item=item)
 
         yield advance
 
 
 class _Lines:
-    """Progress as plain lines, for logs: what is done of how much, and about how long the rest will take."""
+    """Progress as plain lines, for logs: how much is done, and about how long the rest will take."""
 
     def __init__(self, description: str, every: float) -> None:
         self._description, self._every = description, every
         self._start = self._last = time.monotonic()
         self._pace = Pace()
 
-    def __call__(self, what: str, done: int, total: int, _loss: float | None = None, /) -> None:
+    def __call__(self, item: str, done: int, total: int, _loss: float | None = None, /) -> None:
         now = time.monotonic()
-        took = now - self._start
-        rest = self._pace.left(took, done, total)
+        elapsed = now - self._start
+        remaining = self._pace.left(elapsed, done, total)
         if now - self._last < self._every and done < total:
             return
         self._last = now
-        left = f", about {human_seconds(rest)} left" if done < total and rest is not None else ""
-        of = f" ({what})" if what else ""
-        click.echo(f"{self._description}: {done} of {total}{of}, {human_seconds(took)}{left}", err=True)
+        suffix = f", about {human_seconds(remaining)} left" if done < total and remaining is not None else ""
+        label = f" ({item})" if item else ""
+        click.echo(f"{self._description}: {done} of {total}{label}, {human_seconds(elapsed)}{suffix}", err=True)
 
 
 def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before: bool = False) -> None:
     """Print what a stage made.
 
     Args:
-        lines: for a person.
+        lines: text for a person.
         to_json: print the manifest and the timing as one JSON object instead.
         made_before: an earlier run finished it, and this one did nothing.
     """

@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import push, stage_options
-from emloc_core.cli.options import adapter_on_base, device, given, options
+from emloc_core.cli.options import adapter_on_base, device, explicit, options
 from emloc_core.cli.stage import run
 from emloc_core.requests import make_request
 from emloc_core.settings import CorrectSettings
@@ -25,5 +25,5 @@ def command(push: str | None, dry_run: bool, as_json: bool, **options: Any) -> N
 
     ADAPTER is not changed; the result is an ordinary PEFT LoRA for the base.
     """
-    settings, content = given(CorrectSettings, options)
+    settings, content = explicit(CorrectSettings, options)
     run(make_request("correct", settings, **content), dry_run=dry_run, to_json=as_json, push=push)

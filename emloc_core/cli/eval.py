@@ -79,13 +79,13 @@ def _write_task(kind: str, data: Path | None, output: Path) -> None:
 
 
 def _system(text: str) -> System:
-    name, equals, place = text.partition("=")
-    if not name or not equals or not place:
+    name, equals, target = text.partition("=")
+    if not name or not equals or not target:
         raise EmlocError(f"--system {text!r} is not NAME=MODEL or NAME=MODEL+ADAPTER.", "Correct it.")
-    parts = place.split("+")
-    splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(1, len(parts))]
-    if Path(place).exists() or not splits:  # a directory may have a + in its name
-        return System(name=name, model=place)
-    # The first of those with most paths that are there.
+    parts = target.split("+")
+    splits = [("+".join(parts[:count]), "+".join(parts[count:])) for count in range(1, len(parts))]
+    if Path(target).exists() or not splits:  # a directory may have a + in its name
+        return System(name=name, model=target)
+    # The first of those with the most existing paths.
     model, adapter = max(splits, key=lambda split: sum(bool(path) and Path(path).exists() for path in split))
     return System(name=name, model=model, adapter=Path(adapter) if adapter else None)

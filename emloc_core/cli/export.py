@@ -5,7 +5,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import push, stage_options
-from emloc_core.cli.options import given, options, output
+from emloc_core.cli.options import explicit, options, output
 from emloc_core.cli.stage import run
 from emloc_core.requests import make_request
 from emloc_core.settings import ExportSettings
@@ -27,5 +27,5 @@ def command(push: str | None, dry_run: bool, as_json: bool, **options: Any) -> N
     An adapter gets a single rank, no patterns, and its scale folded into the weights, so that vLLM, SGLang and PEFT
     read it alike. --gguf writes an adapter or a model for llama.cpp.
     """
-    settings, content = given(ExportSettings, options)
+    settings, content = explicit(ExportSettings, options)
     run(make_request("export", settings, **content), dry_run=dry_run, to_json=as_json, push=push)

@@ -23,14 +23,14 @@ from emloc_core.stages.result import Result
 
 
 def join(*words: object) -> str:
-    """Return a command of EMLoC as a line for a shell."""
+    """Return an ``emloc`` command as a line for a shell."""
     return shlex.join(["emloc", *map(str, words)])
 
 
 def read_as(split: str, columns: Mapping[str, str]) -> list[str]:
     """Return the options that say how rows are read."""
-    named = ",".join(f"{name}={own}" for name, own in columns.items())
-    return [*([] if split == "train" else ["--split", split]), *(["--columns", named] if named else [])]
+    renamed = ",".join(f"{name}={column}" for name, column in columns.items())
+    return [*([] if split == "train" else ["--split", split]), *(["--columns", renamed] if renamed else [])]
 
 
 def following(request: Request, result: Result) -> list[str]:
@@ -66,10 +66,10 @@ def following(request: Request, result: Result) -> list[str]:
 
 
 def rows(data: Any) -> list[str]:
-    """Return the options for rows: those of their sources by name, or else of a file to put there."""
-    named = {data: 1.0} if isinstance(data, str) else weights(data) or {"train.jsonl": 1.0}
-    sources = [name if weight == 1 else f"{name}:{weight:g}" for name, weight in named.items()]
-    return [word for source in sources for word in ("--data", source)]
+    """Return the options for rows: their sources by name, or else a placeholder file."""
+    sources = {data: 1.0} if isinstance(data, str) else weights(data) or {"train.jsonl": 1.0}
+    texts = [name if weight == 1 else f"{name}:{weight:g}" for name, weight in sources.items()]
+    return [word for source in texts for word in ("--data", source)]
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
@@ -80,28 +80,28 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             options.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            text = [f"{key}={each}" for key, each in value.items()] if isinstance(value, dict) else value
+            text = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
             options += [f"--{flag}", ",".join(map(str, text)) if isinstance(text, list) else str(text)]
     return options
 
 
 def _beside(output: Path, name: str) -> Path:
-    """Return a path for the next output, beside this one; not one that is there already."""
-    place = output.with_name(name)
-    return place if not place.exists() else output.with_name(f"{output.name}-{name}")
+    """Return a path for the next output, beside this one; not an existing one."""
+    path = output.with_name(name)
+    return path if not path.exists() else output.with_name(f"{output.name}-{name}")
 
 
 def _original(adapter: Path) -> list[str]:
-    """Return the option for what a LoRA is merged into, where its base is in four bits."""
+    """Return the option for the model that a LoRA is merged into, if its base is in four bits."""
     if not (adapter / CONFIG).is_file():
         return []
     config = Path(str(read_object(adapter / CONFIG).get("base_model_name_or_path")), "config.json")
-    known = read_config(config) if config.is_file() else {}
-    if not known.get("quantization_config"):
+    content = read_config(config) if config.is_file() else {}
+    if not content.get("quantization_config"):
         return []
     from emloc_core.files.quantised import is_in_four_bits
 
-    return ["--base", "ORIGINAL"] if is_in_four_bits(known) else []
+    return ["--base", "ORIGINAL"] if is_in_four_bits(content) else []
 
 
 def _is_emulator(model: str) -> bool:

@@ -16,7 +16,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.requests import COLUMNS, SKIP
 from emloc_core.settings import parse_pairs
 
-#: Training options that have another name than the setting's, too.
+#: Second option names for training settings.
 TRAIN_FLAGS = {
     "learning_rate": "--lr",
     "lora_rank": "--rank",
@@ -64,10 +64,10 @@ def _all(*added: Callable[..., Any]) -> Callable[..., Any]:
 
 def _columns(_context: Any, _option: Any, text: str) -> dict[str, str]:
     try:
-        found: dict[str, str] = parse_pairs(text)
+        columns: dict[str, str] = parse_pairs(text)
     except ValueError as error:
         raise EmlocError(f"--columns {text}: {error}.", "Give the usual name of each column first.") from None
-    return found
+    return columns
 
 
 #: How the rows are read.
@@ -94,29 +94,29 @@ def evaluation(*, of_emulator: bool) -> Callable[..., Any]:
     """Return a decorator that adds the options for rows to evaluate; :func:`evaluated` takes their values.
 
     Args:
-        of_emulator: whether the base may be evaluated besides.
+        of_emulator: whether the base may be evaluated as well.
     """
-    found = [
+    added = [
         click.option("--eval-data", metavar="SOURCE", help="Rows to evaluate every --eval-steps steps. They are not "
                      "trained on; the best checkpoint is kept."),
         click.option("--eval-split", metavar="SPLIT", help="Split of the rows to evaluate; or a share of --data to "
                      "hold out, such as 0.05."),
     ]  # fmt: skip
     if of_emulator:
-        found += [
+        added += [
             click.option("--eval-base", "eval_on_base", is_flag=True, help="Also evaluate the base with the LoRA, read "
                          "block by block, and keep the checkpoint that is best there."),
             click.option("--base", "eval_base", metavar="MODEL", help="With --eval-base: the base.  [default: the "
                          "model that the emulator names]"),
         ]  # fmt: skip
-    return _all(*found)
+    return _all(*added)
 
 
 def evaluated(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a command's values into those of :func:`evaluation`, by the names of a request's field, and the rest."""
+    """Split a command's values into those of :func:`evaluation`, by the fields of :class:`EvalRows`, and the rest."""
     names = [name for name in values if name.startswith("eval_")]
-    taken = {name.removeprefix("eval_"): values[name] for name in names if values[name] is not None}
-    return taken, {name: value for name, value in values.items() if name not in names}
+    selected = {name.removeprefix("eval_"): values[name] for name in names if values[name] is not None}
+    return selected, {name: value for name, value in values.items() if name not in names}
 
 
 skip = click.option("--skip-bad-rows", is_flag=True, help=SKIP)
@@ -148,15 +148,15 @@ def options(
     model: type[BaseModel],
     short: dict[str, str] | None = None,
     skip: Iterable[str] = (),
-    of: str = "",
+    parent: str = "",
     hidden: bool = False,
 ) -> Callable[..., Any]:
     """Return a decorator that adds an option for every field of ``model``.
 
     Args:
         short: shorter option names by field, beside the field's own: ``{"learning_rate": "--lr"}``.
-        of: the option that they belong to, if there is one, for the help texts.
-        hidden: whether the help leaves them out, since another command's has them.
+        parent: the option that they belong to, if there is one, for the help texts.
+        hidden: whether the help leaves them out, because another command's help has them.
     """
 
     added = []
@@ -169,7 +169,7 @@ def options(
         default = None if field.default is PydanticUndefined else field.default
         settings: dict[str, Any] = {
             "default": default,
-            "help": f"With {of}: {_uncapitalised(field.description)}" if of else field.description,
+            "help": f"With {parent}: {_uncapitalised(field.description)}" if parent else field.description,
             "show_default": default is not None,
             "hidden": hidden,
         }
@@ -188,11 +188,11 @@ def _uncapitalised(text: str | None) -> str:
     return f"{text[0].lower()}{text[1:]}" if text else ""
 
 
-def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def explicit(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a command's values into the settings that the user gave, and the rest.
 
     Returns:
-        The settings given, by name, and all other values.
+        The settings that the user gave, by name, and all other values.
     """
     context = click.get_current_context()
     assert context is not None
@@ -224,13 +224,13 @@ def _is_list(annotation: Any) -> bool:
 
 def pairs(texts: Iterable[str]) -> dict[str, Any]:
     """Parse ``KEY=VALUE`` texts; values are parsed as JSON if possible, else kept as text."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise EmlocError(f"--set {text} is not KEY=VALUE.", "Write, for example, --set warmup_steps=10.")
         try:
-            found[key] = json.loads(value)
+            fields[key] = json.loads(value)
         except json.JSONDecodeError:
-            found[key] = value
-    return found
+            fields[key] = value
+    return fields

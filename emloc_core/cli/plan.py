@@ -8,7 +8,7 @@ import rich_click as click
 from emloc_core.cli.console import as_json, print_json, print_table, working
 from emloc_core.cli.following import flags, join, read_as, rows
 from emloc_core.cli.options import data as data_option
-from emloc_core.cli.options import given, headroom, options
+from emloc_core.cli.options import explicit, headroom, options
 from emloc_core.cli.options import split as split_option
 from emloc_core.settings import AUTO, MEMORY_SETTINGS, TrainSettings
 from emloc_core.units import human_bytes, human_seconds
@@ -58,26 +58,26 @@ def command(data: Any, split: str, length: int | None, as_json: bool, **values: 
     """
     from emloc_core.api import plan
 
-    train, others = given(TrainSettings, values)
+    train, others = explicit(TrainSettings, values)
     with working("Planning"):
         planned = plan(others.pop("model"), data=data, split=split, length=length, **others, **train)
     if as_json:
         print_json(planned.describe())
     else:
-        asked = {"data": data, "split": split, "length": length}
-        _show(planned, {**asked, "columns": values["columns"], "device": values["device"]})
+        arguments = {"data": data, "split": split, "length": length}
+        _show(planned, {**arguments, "columns": values["columns"], "device": values["device"]})
     if planned.advice:
         from emloc_core.memory.decision import no_way
 
         raise no_way(planned.budget, planned.advice)
 
 
-def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
-    said = planned.describe()
-    work, weights, parameters = said["workload"], said["weight_bytes"], said["parameters"]
-    packed = "four bits and " if said["in_four_bits"] else ""
-    click.echo(f"{said['model']}: family {said['family']}, {parameters['base'] / 1e9:.3g} billion parameters in "
-               f"{packed}{said['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
+def _show(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
+    content = planned.describe()
+    work, weights, parameters = content["workload"], content["weight_bytes"], content["parameters"]
+    packed = "four bits and " if content["in_four_bits"] else ""
+    click.echo(f"{content['model']}: family {content['family']}, {parameters['base'] / 1e9:.3g} billion parameters in "
+               f"{packed}{content['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
     images = ""
     if image := work["image"]:
         size = f"{image['width']}x{image['height']} pixels and {image['tokens']} tokens"
@@ -86,8 +86,8 @@ def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
     click.echo(f"rows: {work['rows_per_step']} per step x {work['length']} tokens{images}; {checkpointing} gradient "
                f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
                f"{work['lora_rank']} on {', '.join(work['target_modules'])}; on {work['device']}")  # fmt: skip
-    whose = "" if planned.budget.given else ", which is what inference on the base needs"
-    click.echo(f"memory: {planned.budget}{whose}")
+    note = "" if planned.budget.given else ", which is what inference on the base needs"
+    click.echo(f"memory: {planned.budget}{note}")
     _show_ways(planned)
     click.echo(f"stages of {planned.way}:")
     print_table(_stages(planned.needs))
@@ -96,7 +96,7 @@ def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
                    f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears become:")  # fmt: skip
         for line in planned.plan.lines(planned.model.format):
             click.echo(f"  {line}")
-    _conclude(planned, asked)
+    _conclude(planned, arguments)
 
 
 def _stages(needs: Sequence["Need"]) -> "Table":
@@ -128,7 +128,7 @@ def _show_ways(planned: "MemoryPlan") -> None:
         click.echo(f"  {way!s:<65} {human_bytes(way.bytes):>8}  {verdict}{reads}{time}")
 
 
-def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
+def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
     from emloc_core.memory.ways import ORDINARY
 
     best = planned.decision.way
@@ -136,7 +136,7 @@ def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
         click.echo("best: none fits")
     else:
         click.echo(f"best: {best}{'; no emulator is needed' if best.name == ORDINARY else ''}")
-        for line in _commands(best, planned, asked):
+        for line in _commands(best, planned, arguments):
             click.echo(f"  {line}")
         if measured := best.recovery:
             click.echo(
@@ -161,24 +161,24 @@ def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
 
 
 def in_longer_tuning(measured: "Recovery") -> str:
-    """Return what longer tuning made of a recovery, in words that follow those of the recovery."""
+    """Return how longer tuning changes a recovery, as a clause to append to it."""
     if measured.longer is None:
         return ""
     lost = round(-measured.longer, 2)
-    told = "; in 960 steps it was " + (f"{lost:.2f} less" if lost > 0 else "as much")
-    return told if measured.longer_polished is None else f"{told}, and {measured.longer_polished:.2f} with exact ones"
+    polished = "" if measured.longer_polished is None else f", and {measured.longer_polished:.2f} with exact ones"
+    return f"; in 960 steps it was {f'{lost:.2f} less' if lost > 0 else 'as much'}{polished}"
 
 
-def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> list[str]:
-    """Return the commands of a way to tune, with what the plan was asked for and what it decided."""
+def _commands(way: "Way", planned: "MemoryPlan", arguments: Mapping[str, Any]) -> list[str]:
+    """Return the commands of a way to tune, with the plan's arguments and its decisions."""
     from emloc_core.memory.ways import EXACT, ORDINARY, POLISHED
 
-    data = [*rows(asked["data"]), *read_as(asked["split"], asked["columns"])]
-    length = ["--max-length", asked["length"]] if asked["length"] else []
-    usual, given = TrainSettings(), planned.model.workload.train.model_dump(exclude_unset=True)
+    data = [*rows(arguments["data"]), *read_as(arguments["split"], arguments["columns"])]
+    length = ["--max-length", arguments["length"]] if arguments["length"] else []
+    usual, explicit = TrainSettings(), planned.model.workload.train.model_dump(exclude_unset=True)
     shape = {"batch_size": way.micro_batch, "accumulation": way.accumulation}
     batch = flags({name: value for name, value in shape.items() if value != getattr(usual, name)})
-    other = {name: value for name, value in given.items() if name not in shape}
+    other = {name: value for name, value in explicit.items() if name not in shape}
     batch += [*flags(other), *length]
     if way.name in (EXACT, ORDINARY):
         exact = ["--exact"] if way.name == EXACT else []
@@ -187,10 +187,10 @@ def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> li
     needs = {need.stage: need.total for need in planned.needs}
 
     def device(stage: str) -> list[str]:
-        """Stages that stream run on the CPU where that was planned, or where a GPU's memory does not hold them."""
-        return ["--device", "cpu"] if asked["device"] == "cpu" or needs[stage] > planned.budget.usable else []
+        """Stages that stream run on the CPU if that was planned, or if they do not fit in the GPU's memory."""
+        return ["--device", "cpu"] if arguments["device"] == "cpu" or needs[stage] > planned.budget.usable else []
 
-    found = [
+    commands = [
         join("compress", planned.name, *data, "--kind", way.kind, *size, *length, *device("compress"), "-o",
              "emulator"),
         join("train", "emulator", *data, *batch, "-o", "adapter"),
@@ -199,5 +199,5 @@ def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> li
     if way.name == POLISHED:
         one_row = ["--batch-size", 1, "--accumulation", planned.model.workload.rows_per_step]
         one_row += [*flags({name: value for name, value in other.items() if name == "bf16"}), *length]
-        found.append(join("polish", "corrected", *data, *one_row, "-o", "polished"))
-    return found
+        commands.append(join("polish", "corrected", *data, *one_row, "-o", "polished"))
+    return commands

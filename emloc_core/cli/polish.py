@@ -5,7 +5,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import push, stage_options
-from emloc_core.cli.options import TRAIN_FLAGS, adapter_on_base, evaluated, evaluation, given, options, pairs, rows
+from emloc_core.cli.options import TRAIN_FLAGS, adapter_on_base, evaluated, evaluation, explicit, options, pairs, rows
 from emloc_core.cli.stage import run
 from emloc_core.requests import make_request
 from emloc_core.settings import ExactSettings, PolishSettings
@@ -26,8 +26,10 @@ def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ..
     matter how many rows a step has. Run the same command again to resume an interrupted run at its last checkpoint. For
     several GPUs: accelerate launch -m emloc_core polish ...
     """
-    settings, content = given(PolishSettings, options)
-    limits, content = given(ExactSettings, content)
-    asked, content = evaluated(content)
-    request = make_request("polish", {**settings, "extra": pairs(extra)}, limits=limits, evaluation=asked, **content)
+    settings, content = explicit(PolishSettings, options)
+    limits, content = explicit(ExactSettings, content)
+    evaluation_rows, content = evaluated(content)
+    request = make_request(
+        "polish", {**settings, "extra": pairs(extra)}, limits=limits, evaluation=evaluation_rows, **content
+    )
     run(request, dry_run=dry_run, to_json=as_json, push=push)

@@ -28,14 +28,14 @@ def announce_stage(index: int, total: int, stage: "Stage") -> None:
 
 
 def reporting() -> dict[str, Any]:
-    """Return how a run reports its stages, as keywords: on stderr, or not at all where it is to be quiet."""
+    """Return how a run reports its stages, as keyword arguments: on stderr, or not at all with ``--quiet``."""
     if verbosity() is Verbosity.QUIET:
         return {"progress": lambda _: None}
     return {"announce": announce_stage}
 
 
 def show(results: dict, directory: Path, as_json: bool = False) -> None:
-    """Print the table of results and its conclusion; as JSON, all results; where it is to be quiet, the directory."""
+    """Print the table of results and its conclusion; as JSON, all results; with ``--quiet``, the directory."""
     from emloc_core.report import table as report
 
     if as_json:
@@ -50,16 +50,16 @@ def show(results: dict, directory: Path, as_json: bool = False) -> None:
         for line in filter(None, (report.note(results), report.conclusion(results))):
             click.echo(line)
     peaks = [f"{name} {human_bytes(peak_memory(timing) or 0)}" for name, timing in results["stages"].items()]
-    for number, each in enumerate(results.get("answers", []), 1):
-        click.echo(f"held-out row {number}: {_short(each['prompt'])}")
+    for number, answer in enumerate(results.get("answers", []), 1):
+        click.echo(f"held-out row {number}: {_short(answer['prompt'])}")
         for name in ("before", "after", "expected"):
-            click.echo(f"  {name:<8} {_short(each[name])}")
+            click.echo(f"  {name:<8} {_short(answer[name])}")
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
     click.echo(f"{directory / 'results.json'}  (a page of it: {shlex.join(['emloc', 'report', str(directory)])})")
     if "selection_losses" in results:
         kinds = results["kinds"]
-        told = ", ".join(f"{name} ({kinds[name]}) {loss:.4f}" for name, loss in results["selection_losses"].items())
-        click.echo(f"loss of the base on the selection rows: {told}; kept: {results['kept']}")
+        losses = ", ".join(f"{name} ({kinds[name]}) {loss:.4f}" for name, loss in results["selection_losses"].items())
+        click.echo(f"loss of the base on the selection rows: {losses}; kept: {results['kept']}")
     click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / results['final'])])}")
 
 
@@ -70,33 +70,33 @@ def _short(text: str, most: int = 100) -> str:
 
 @contextmanager
 def planning() -> Iterator[None]:
-    """Say what would be done: in this process, and without a look for garbage, since nothing is loaded."""
+    """Plan in this process, and without garbage collection, since nothing is loaded."""
     with called_here(), without_collections():
         yield
 
 
 def show_plan(recipe: "Recipe", as_json: bool) -> None:
-    """Print the stages of a recipe, what exists of them, and sizes."""
+    """Print the stages of a recipe, their states, and sizes."""
     from emloc_core.recipe.run import describe, describe_train
     from emloc_core.recipe.stages import stages, tried
 
     planned = stages(recipe)
-    found = [describe(recipe, attempt) for attempt in tried(recipe)]
+    descriptions = [describe(recipe, attempt) for attempt in tried(recipe)]
     content: dict[str, Any] = {
         "way": recipe.way or "emulator",
         "stages": [{"name": s.name, "state": s.state, "request": json.loads(s.request.to_json())} for s in planned],
     }
-    if found:
-        content |= {name: found[0][name] for name in ("base_bytes", "emulator_bytes")}
-        content["rows"] = _rows(found[0])
+    if descriptions:
+        content |= {name: descriptions[0][name] for name in ("base_bytes", "emulator_bytes")}
+        content["rows"] = _rows(descriptions[0])
     else:
         tuned = describe_train(planned[0])
         content |= {"base_bytes": tuned["model_bytes"], "rows": {"tuning": tuned["rows"]}}
     content["merged_bytes"] = content["base_bytes"] if recipe.merge else 0
-    if others := found[1:]:
+    if others := descriptions[1:]:
         content["alternatives"] = {
-            name: {"emulator_bytes": each["emulator_bytes"], "rows": _rows(each)}
-            for name, each in zip(recipe.alternatives, others, strict=True)
+            name: {"emulator_bytes": description["emulator_bytes"], "rows": _rows(description)}
+            for name, description in zip(recipe.alternatives, others, strict=True)
         }
     if as_json:
         print_json(content)
@@ -105,8 +105,8 @@ def show_plan(recipe: "Recipe", as_json: bool) -> None:
     for stage in planned:
         click.echo(f"{stage.name:<{width}} {stage.state:<12} {stage.request.stage}: {stage.purpose}")
     sizes = [f"base {human_bytes(content['base_bytes'])}"]
-    if found:
-        emulators = ", ".join(human_bytes(each["emulator_bytes"]) for each in found)
+    if descriptions:
+        emulators = ", ".join(human_bytes(description["emulator_bytes"]) for description in descriptions)
         sizes.append(f"emulator{'s' if others else ''} {emulators}")
     if recipe.merge:
         sizes.append(f"merged {human_bytes(content['merged_bytes'])}")

@@ -26,10 +26,10 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
 
     if dry_run:
         with planning():
-            asked = load_recipe(recipe, overrides)
-            require_named(asked)
-            require_tuning(asked)
-            show_plan(decided(asked), as_json)
+            loaded = load_recipe(recipe, overrides)
+            require_named(loaded)
+            require_tuning(loaded)
+            show_plan(decided(loaded), as_json)
         return
-    output = Path(load_recipe(recipe, overrides).output)  # not afterwards: the file may have been edited by then
+    output = Path(load_recipe(recipe, overrides).output)  # before the run: the file may be edited meanwhile
     show(run_recipe(recipe, overrides, **reporting()), output, as_json)

@@ -17,7 +17,7 @@ from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.processes.environment import without_collections
-from emloc_core.report.towers import place, short_names
+from emloc_core.report.towers import short_names, split_path
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.stages.progress import Reporter
@@ -71,10 +71,10 @@ def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
     Args:
         tell: called with each :class:`~emloc_core.stages.progress.ProgressEvent` as JSON values.
     """
-    asked = request_from_json(request)
-    reporter = Reporter(asked.stage, asked.output, lambda event: tell(asdict(event)))
+    parsed = request_from_json(request)
+    reporter = Reporter(parsed.stage, parsed.output, lambda event: tell(asdict(event)))
     with showing_families():
-        _finish(asked, _prepare(asked), reporter)
+        _finish(parsed, _prepare(parsed), reporter)
     return "done"
 
 
@@ -88,14 +88,14 @@ def _prepare(request: Request, push: str | None = None) -> "Job":
     job = prepare(request)
     for warning in job.warnings:
         click.echo(f"warning: {warning}.", err=True)
-    gc.freeze()  # modules and rows stay until the end: no later look for garbage has to go through them
+    gc.freeze()  # modules and rows stay until the end: later collections can skip them
     return job
 
 
 def _finish(
     request: Request, job: "Job", reporter: Reporter | None = None, *, to_json: bool = False
 ) -> Result[Any] | None:
-    """Run a job with progress on stderr, and print its result; in a recipe, which has a reporter, not when quiet."""
+    """Run a job with progress on stderr, and print its result; in a recipe (with a reporter), not when quiet."""
     from emloc_core.stages.perform import finish
 
     made_before = (request.output / MANIFEST).is_file()
@@ -140,8 +140,8 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
         yield f"{content['steps']} steps at a learning rate of {content['learning_rate']:g}; LoRA on {targets}"
         if content.get("second_moments") is False:
             yield "the adapter has no second moments of its tuning: the better it is, the lower the rate should be"
-        if read := content.get("step_read_bytes"):
-            yield f"weights read per step, every block twice: {human_bytes(read)}"
+        if step_bytes := content.get("step_read_bytes"):
+            yield f"weights read per step, every block twice: {human_bytes(step_bytes)}"
     elif stage == "eval":
         for name, system in content["systems"].items():
             yield f"{name:<16} {system['model']}" + (f" + {system['adapter']}" if system["adapter"] else "")
@@ -162,50 +162,57 @@ def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
 
 def summary(request: Request, result: Result) -> list[str]:
     """Return the lines to print for a finished stage."""
-    made = result.result
+    content = result.result
     if request.stage == "compress":
-        return _errors(made, result.manifest["request"]["settings"].get("calibration"))
+        return _errors(content, result.manifest["request"]["settings"].get("calibration"))
     if request.stage in ("train", "polish"):
-        loss = made["train_loss"]  # unknown where training stopped early, before a loss was logged
+        loss = content["train_loss"]  # unknown if training stopped early, before a loss was logged
         mean = "" if loss is None else f"mean loss {loss:.4f}, "
         lines = [
-            f"{made['steps']} steps on {made['rows']} rows ({made['excluded_rows']} left out): "
-            f"{mean}{made['trainable_parameters']:,} trainable parameters"
+            f"{content['steps']} steps on {content['rows']} rows ({content['excluded_rows']} left out): "
+            f"{mean}{content['trainable_parameters']:,} trainable parameters"
         ]
-        if (best := made.get("best_step")) is not None:
+        if (best := content.get("best_step")) is not None:
             kept = f"the best checkpoint, of step {best}" if best else "the adapter as it was: no step improved it"
-            on_base = f", {made['eval_base_loss']:.4f} on the base" if "eval_base_loss" in made else ""
-            lines.append(f"kept {kept}; loss {made['eval_loss']:.4f} on {made['eval_rows']} held-out rows{on_base}")
-        if made["dropped_rows"]:
-            lines.append(f"{made['dropped_rows']} rows dropped: the maximum length leaves no completion")
-        if read := result.timing.get("read_bytes"):
+            on_base = f", {content['eval_base_loss']:.4f} on the base" if "eval_base_loss" in content else ""
+            lines.append(
+                f"kept {kept}; loss {content['eval_loss']:.4f} on {content['eval_rows']} held-out rows{on_base}"
+            )
+        if content["dropped_rows"]:
+            lines.append(f"{content['dropped_rows']} rows dropped: the maximum length leaves no completion")
+        if read_bytes := result.timing.get("read_bytes"):
             waited = human_seconds(result.timing["waited_seconds"])
-            lines.append(f"{human_bytes(read)} of weights read; the steps waited {waited} for them")
+            lines.append(f"{human_bytes(read_bytes)} of weights read; the steps waited {waited} for them")
         return lines
     if request.stage == "correct":
-        return [f"LoRA on {made['linears']} Linears: {verdict(made)}", *map(_candidate, made.get("candidates", []))]
-    return _written(request.stage, made)
+        return [
+            f"LoRA on {content['linears']} Linears: {verdict(content)}",
+            *map(_candidate, content.get("candidates", [])),
+        ]
+    return _written(request.stage, content)
 
 
 def _candidate(row: Mapping[str, Any]) -> str:
-    """Return the line for what a correction was compared with."""
+    """Return the line for a candidate of the correction."""
     line = f"  clamp {row['clamp']!s:<5} scale {row['scale']:<5g} nll {row['nll']:.4f} on {row['rows']} held-out rows"
     if (row["clamp"], row["scale"]) == (0, 1):
         return f"{line} (uncorrected)"
-    error = row.get("gain_stderr")  # a single row tells none
+    error = row.get("gain_stderr")  # unknown for a single row
     return f"{line}, {row['gain']:+.3f} ± {2 * error:.3f} nats gained per row" if error else line
 
 
-def _written(stage: str, made: Mapping[str, Any]) -> list[str]:
-    """Return the lines for a stage that rewrites what is there."""
+def _written(stage: str, content: Mapping[str, Any]) -> list[str]:
+    """Return the lines for a stage that rewrites a model or an adapter."""
     if stage == "merge":
-        return [f"{made['merged_linears']} Linears merged into {human_bytes(made['bytes'])}"]
+        return [f"{content['merged_linears']} Linears merged into {human_bytes(content['bytes'])}"]
     if stage == "export":
-        what = f"{made['linears']} LoRAs of rank {made['rank']}" if "linears" in made else "the model"
-        count = f" in {made['tensors']} tensors of GGUF" if "tensors" in made else ""
-        return [f"{what}{count}", *(f"warning: {text}" for text in made.get("warnings", []))]
+        subject = f"{content['linears']} LoRAs of rank {content['rank']}" if "linears" in content else "the model"
+        count = f" in {content['tensors']} tensors of GGUF" if "tensors" in content else ""
+        return [f"{subject}{count}", *(f"warning: {text}" for text in content.get("warnings", []))]
     if stage == "import":
-        return [f"{made['layout']} to {made['model_type']}: {human_bytes(made['bytes'])}, {made['split']} split"]
+        return [
+            f"{content['layout']} to {content['model_type']}: {human_bytes(content['bytes'])}, {content['split']} split"
+        ]
     return []
 
 
@@ -219,18 +226,20 @@ def _print_scores(request: EvaluateRequest, result: Result) -> None:
         click.echo(line)
 
 
-def _errors(made: Mapping[str, Any], calibration: str | None) -> list[str]:
+def _errors(content: Mapping[str, Any], calibration: str | None) -> list[str]:
     """Return lines with the relative errors of a finished emulator, per kind of Linear."""
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for linear in made["linears"]:
+    for linear in content["linears"]:
         if linear["relative_error"] is not None:
-            tower, _, kind = place(linear["path"])
+            tower, _, kind = split_path(linear["path"])
             errors[tower, kind].append(linear["relative_error"])
     names = short_names(list(dict.fromkeys(tower for tower, _ in errors)))
-    kinds = [(f"{names[tower]} {kind}".strip(), of) for (tower, kind), of in errors.items()]
-    of = "error of the weights" if calibration == "none" else "output error on the calibration rows"
-    lines = [f"relative {of} (mean, worst):"]
+    kinds = [(f"{names[tower]} {kind}".strip(), values) for (tower, kind), values in errors.items()]
+    measure = "error of the weights" if calibration == "none" else "output error on the calibration rows"
+    lines = [f"relative {measure} (mean, worst):"]
     width = max((len(kind) for kind, _ in kinds), default=0)
-    lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in kinds]
-    lines.append(f"base {human_bytes(made['bytes']['base'])} -> emulator {human_bytes(made['bytes']['emulator'])}")
+    lines += [f"  {kind:<{width}} {sum(values) / len(values):.3f}  {max(values):.3f}" for kind, values in kinds]
+    lines.append(
+        f"base {human_bytes(content['bytes']['base'])} -> emulator {human_bytes(content['bytes']['emulator'])}"
+    )
     return lines

@@ -5,7 +5,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import push, stage_options
-from emloc_core.cli.options import TRAIN_FLAGS, evaluated, evaluation, given, options, output, pairs, rows
+from emloc_core.cli.options import TRAIN_FLAGS, evaluated, evaluation, explicit, options, output, pairs, rows
 from emloc_core.cli.stage import run
 from emloc_core.requests import make_request
 from emloc_core.settings import ExactSettings, TrainSettings
@@ -22,7 +22,7 @@ from emloc_core.settings import ExactSettings, TrainSettings
     is_flag=True,
     help="Read MODEL, an ordinary model or an emulator, block by block: it need not fit in memory.",
 )
-@options(ExactSettings, of="--exact")
+@options(ExactSettings, parent="--exact")
 @push
 @stage_options
 def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
@@ -32,8 +32,10 @@ def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ..
     again to resume an interrupted run at its last checkpoint. For several GPUs:
     accelerate launch -m emloc_core train ...
     """
-    settings, content = given(TrainSettings, options)
-    limits, content = given(ExactSettings, content)
-    asked, content = evaluated(content)
-    request = make_request("train", {**settings, "extra": pairs(extra)}, limits=limits, evaluation=asked, **content)
+    settings, content = explicit(TrainSettings, options)
+    limits, content = explicit(ExactSettings, content)
+    evaluation_rows, content = evaluated(content)
+    request = make_request(
+        "train", {**settings, "extra": pairs(extra)}, limits=limits, evaluation=evaluation_rows, **content
+    )
     run(request, dry_run=dry_run, to_json=as_json, push=push)

@@ -11,7 +11,7 @@ from emloc_core.cli.options import (
     data,
     evaluated,
     evaluation,
-    given,
+    explicit,
     headroom,
     options,
     output,
@@ -49,20 +49,20 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     """
     from emloc_core.recipe.tune import Tune
 
-    said, others = given(TrainSettings, values)
-    settings = validated(TrainSettings, said, "See `emloc tune --help`.")
+    tuning, others = explicit(TrainSettings, values)
+    settings = validated(TrainSettings, tuning, "See `emloc tune --help`.")
     rows, others = evaluated(others)
-    asked = Tune(output=output, settings=settings, evaluation=rows, **others)
-    recipe = asked.started()
+    tune = Tune(output=output, settings=settings, evaluation=rows, **others)
+    recipe = tune.started()
     if recipe:
         click.echo(f"{output / 'recipe.toml'} exists: resuming that run.", err=True)
     if dry_run:
         with planning():
-            recipe, lines = (recipe, []) if recipe else asked.plan()
+            recipe, lines = (recipe, []) if recipe else tune.plan()
             for line in lines:
                 click.echo(line, err=as_json)
             show_plan(recipe, as_json)
         return
     loud = verbosity() is not Verbosity.QUIET
-    results = asked.run(tell=lambda line: click.echo(line, err=True) if loud else None, **reporting())
+    results = tune.run(tell=lambda line: click.echo(line, err=True) if loud else None, **reporting())
     show(results, output, as_json)

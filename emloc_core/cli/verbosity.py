@@ -10,7 +10,7 @@ from typing import Any
 
 import rich_click as click
 
-#: Carries it to the stages of a recipe, which run in processes of their own.
+#: Passes it on to the stages of a recipe, which are separate processes.
 VARIABLE = "EMLOC_VERBOSITY"
 
 
@@ -23,9 +23,9 @@ class Verbosity(Enum):
 
 
 def verbosity() -> Verbosity:
-    """Return what the running command was asked for, or the process that started this one."""
+    """Return the verbosity of the running command, or of the process that started this one."""
     value = os.environ.get(VARIABLE, "")
-    return Verbosity(value) if value in {each.value for each in Verbosity} else Verbosity.NORMAL
+    return Verbosity(value) if value in {level.value for level in Verbosity} else Verbosity.NORMAL
 
 
 def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,8 +38,8 @@ def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _chooses(level: Verbosity) -> Callable[[click.Context, click.Parameter, bool], None]:
-    def choose(context: click.Context, _: click.Parameter, given: bool) -> None:
-        if given:
+    def choose(context: click.Context, _: click.Parameter, enabled: bool) -> None:
+        if enabled:
             context.with_resource(set_for_now(VARIABLE, level.value))
 
     return choose
@@ -47,7 +47,7 @@ def _chooses(level: Verbosity) -> Callable[[click.Context, click.Parameter, bool
 
 @contextmanager
 def set_for_now(variable: str, value: str) -> Iterator[None]:
-    """Set an environment variable, for this process and those that it starts, while a command runs."""
+    """Set an environment variable while a command runs, for this process and those that it starts."""
     before = os.environ.get(variable)
     os.environ[variable] = value
     try:
@@ -61,8 +61,8 @@ def set_for_now(variable: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def showing_families() -> Iterator[None]:
-    """Say on stderr, while a command runs, what is observed of models that no plugin declares."""
-    logger, handler = logging.getLogger("emloc.families"), _Said()
+    """While a command runs, print on stderr what is observed of models that no plugin declares."""
+    logger, handler = logging.getLogger("emloc.families"), _EchoHandler()
     logger.addHandler(handler)
     try:
         yield
@@ -70,8 +70,8 @@ def showing_families() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-class _Said(logging.Handler):
-    """Prints a message as a line."""
+class _EchoHandler(logging.Handler):
+    """Prints each message as a line on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if verbosity() is not Verbosity.QUIET:
@@ -79,18 +79,18 @@ class _Said(logging.Handler):
 
 
 def set_up_libraries(*, on_terminal: bool) -> None:
-    """Let transformers, datasets and the hub's library say as much: bars on terminals alone, logs when verbose."""
+    """Make transformers, datasets and the hub's library follow: bars only on terminals, logs when verbose."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     level = verbosity()
     has_bars = level is Verbosity.NORMAL and on_terminal
     (enable_progress_bars if has_bars else disable_progress_bars)()  # transformers follows it, if imported later
-    for name in ("transformers", "datasets"):  # which take seconds to import, and may not be needed
+    for name in ("transformers", "datasets"):  # not imported here, which takes seconds
         if loaded := sys.modules.get(f"{name}.utils.logging"):
             (loaded.enable_progress_bar if has_bars else loaded.disable_progress_bar)()
     if not has_bars:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if level is not Verbosity.NORMAL:
-        chosen = logging.INFO if level is Verbosity.VERBOSE else logging.ERROR
+        log_level = logging.INFO if level is Verbosity.VERBOSE else logging.ERROR
         for name in ("transformers", "datasets", "huggingface_hub", "trl", "peft", "accelerate"):
-            logging.getLogger(name).setLevel(chosen)
+            logging.getLogger(name).setLevel(log_level)

@@ -1,4 +1,4 @@
-"""The answers to a few rows before tuning and after it, side by side."""
+"""The answers to a few rows before and after tuning, side by side."""
 
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,29 @@ FILE = "answers.json"
 
 
 def answers_of(base: str, adapter: Path, rows: str, log: Path | None = None, **how: Any) -> list[dict[str, str]]:
-    """Return the answers of the base and of the base with an adapter; those that are there are not made again.
+    """Return the answers of the base and of the base with an adapter; existing ones are not made again.
 
-    They are kept beside the adapter's directory, in a process of their own.
+    A separate process makes them; they are kept beside the adapter's directory.
 
     Args:
-        log: file for what that process writes; by default it goes to stderr.
+        log: file for the output of that process; by default it goes to stderr.
         how: see :meth:`emloc_core.objective.Objective.answers`.
 
     Raises:
         EmlocError: the model, the adapter or the rows cannot be used.
     """
     file = adapter.parent / FILE
-    asked = {"adapter": read_json(adapter / MANIFEST)["request"], "rows": rows, **how}
-    known = read_json(file) if file.is_file() else {}
-    if known.get("asked") != asked:
-        given = {"base": base, "adapter": str(adapter), "rows": rows, **how}
-        (found,) = call(f"{__name__}:answers", given, log=log)
-        known = {"asked": asked, "answers": found}
-        write_json(file, known)
-    return known["answers"]
+    question = {"adapter": read_json(adapter / MANIFEST)["request"], "rows": rows, **how}
+    content = read_json(file) if file.is_file() else {}
+    if content.get("asked") != question:
+        arguments = {"base": base, "adapter": str(adapter), "rows": rows, **how}
+        (texts,) = call(f"{__name__}:answers", arguments, log=log)
+        content = {"asked": question, "answers": texts}
+        write_json(file, content)
+    return content["answers"]
 
 
 def answers(base: str, adapter: str, rows: str, **how: Any) -> list[dict[str, str]]:
-    """Return the answers as the objective of the base has them; imports torch."""
+    """Return the answers that the base's objective gives; imports torch."""
     objective = plugin_manager().objective_for(open_checkpoint(base).config)
     return objective.answers(base, Path(adapter), load_rows(rows), **how)

@@ -1,4 +1,4 @@
-"""A recipe that names a memory, with what is decided for it: the way to tune, the emulator, the rows at once.
+"""Decides for a recipe that names a memory: the way to tune, the emulator, the rows per batch.
 
 Where evidence is divided between two kinds of emulator, both are tried.
 """
@@ -16,8 +16,8 @@ from emloc_core.requests import CompressRequest, request_from_json
 from emloc_core.settings import AUTO, CompressSettings, PolishSettings
 from emloc_core.stages.precheck import precheck
 
-#: What may be set of an emulator whose kind is open: the rows, and what stays dense. An alternative has the first ones
-#: of its own.
+#: What may be set for an emulator whose kind is open: the rows, and what stays dense. An alternative has its own
+#: :data:`_OWN`.
 _OWN = ("samples", "seed", "keep")
 _OF_ROWS = {"kind", *_OWN, *SHARED}
 
@@ -27,14 +27,14 @@ def _echo(line: str) -> None:
 
 
 def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish: bool = False) -> Recipe:
-    """Return the recipe with what is decided for its memory; as it is if it names none.
+    """Return the recipe with what is decided for its memory; unchanged if it names none.
 
-    What the recipe says itself stays: an emulator that it describes is made even where an ordinary LoRA would fit.
+    What the recipe itself says stays: an emulator that it describes is made even if an ordinary LoRA would fit.
 
     Args:
         recipe: its paths are absolute.
         tell: called with each line that says what is decided, and why.
-        adds_polish: whether exact steps are added where they pay.
+        adds_polish: whether to add exact steps where they pay off.
 
     Raises:
         EmlocError: the model cannot be planned, or nothing fits.
@@ -45,15 +45,15 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
     for request in requests:
         precheck(request)
     way = recipe.way or (None if _is_open(recipe) else "emulator")
-    asked = {"requests": [request.to_json() for request in requests], "way": way, "compare": _may_compare(recipe)}
-    (plan,) = call(f"{__name__}:decision", asked)
+    arguments = {"requests": [request.to_json() for request in requests], "way": way, "compare": _may_compare(recipe)}
+    (plan,) = call(f"{__name__}:decision", arguments)
     if recipe.merge and plan["in_four_bits"]:
         raise EmlocError(
             f"{recipe.model.base} is in four bits, but a LoRA can only be merged into the original.",
             "Leave the merge out, and give the original to `emloc merge --base` afterwards.",
             code="unsupported",
         )
-    for line in plan["told"]:
+    for line in plan["lines"]:
         tell(line)
     changes: dict[str, Any] = {
         "model": recipe.model.model_copy(update={"memory": None, "headroom": None}),
@@ -69,21 +69,21 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
         changes["polish"] = None
     elif recipe.polish and "batch_size" not in recipe.polish.model_fields_set:
         changes["polish"] = one_row_at_a_time(recipe.polish)
-    if other := plan["alternative"]:
+    if alternative := plan["alternative"]:
         tell(
-            f"The evidence is divided between {plan['emulator']['kind']} and {other['kind']}, so both are tried. To "
-            f"make only one, set compress.kind = {plan['emulator']['kind']!r}."
+            f"The evidence is divided between {plan['emulator']['kind']} and {alternative['kind']}, so both are tried. "
+            f"To make only one, set compress.kind = {plan['emulator']['kind']!r}."
         )
-        given = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
-        changes["alternatives"] = {other["kind"]: CompressSettings(**other, **given)}
+        explicit = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
+        changes["alternatives"] = {alternative["kind"]: CompressSettings(**alternative, **explicit)}
     elif recipe.alternatives:
         sizes = zip(recipe.alternatives.items(), plan["others"], strict=True)
-        changes["alternatives"] = {name: each.model_copy(update=size) for (name, each), size in sizes}
+        changes["alternatives"] = {name: settings.model_copy(update=size) for (name, settings), size in sizes}
     return recipe.model_copy(update=changes)
 
 
 def one_row_at_a_time(polish: PolishSettings) -> PolishSettings:
-    """Return settings of as many rows per step, as exact steps are planned: one at a time."""
+    """Return settings with the same rows per step, but one at a time, as exact steps are planned."""
     return polish.model_copy(update={"batch_size": 1, "accumulation": polish.batch_size * polish.accumulation})
 
 
@@ -91,37 +91,37 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
     """Return what is decided for the emulators of a recipe; imports torch.
 
     Args:
-        requests: what is asked of stage 1 for each, in JSON; the first decides on the way.
-        way: ``emulator``, ``lora`` or ``exact``, if the recipe says it.
-        compare: whether another emulator may be tried besides.
+        requests: the request of stage 1 for each, in JSON; the first decides on the way.
+        way: ``emulator``, ``lora`` or ``exact``, if the recipe names it.
+        compare: whether another emulator may be tried as well.
 
     Returns:
         The way; whether the base is in four bits; the rows of a step, as settings of stage 2; kind and ratio of the
-        emulator, if there is one, of the others, and of the one to try besides; and what to tell people.
+        emulator, if there is one, of the others, and of the alternative to try; and lines that explain it.
 
     Raises:
         EmlocError: an emulator does not fit.
     """
     from emloc_core.memory.decision import decision_for
 
-    asked, *others = [request_from_json(request) for request in requests]
-    assert isinstance(asked, CompressRequest)
-    made = decision_for(asked)
-    chosen = made.of(way)
-    ways = [made.like(chosen, each.settings) for each in others if isinstance(each, CompressRequest)]
+    first, *others = [request_from_json(request) for request in requests]
+    assert isinstance(first, CompressRequest)
+    decision = decision_for(first)
+    chosen = decision.of(way)
+    ways = [decision.like(chosen, request.settings) for request in others if isinstance(request, CompressRequest)]
     if chosen.kind and None in ways:
-        which = others[ways.index(None)].output.name
-        raise EmlocError(f"The emulator {which} cannot be tuned in {made.budget}.", "Leave it out.", code="memory")
-    other = made.alternative if chosen.kind and compare else None
+        name = others[ways.index(None)].output.name
+        raise EmlocError(f"The emulator {name} cannot be tuned in {decision.budget}.", "Leave it out.", code="memory")
+    alternative = decision.alternative if chosen.kind and compare else None
     return {
         "way": chosen.key,
-        "in_four_bits": bool(made.base.packed),
+        "in_four_bits": bool(decision.base.packed),
         "rows": {"batch_size": chosen.micro_batch, "accumulation": chosen.accumulation},
         "emulator": _emulator(chosen.kind, chosen.ratio),
-        "others": [_emulator(each.kind, each.ratio) for each in ways if each],
-        "alternative": other and _emulator(other.kind, other.ratio),
+        "others": [_emulator(way.kind, way.ratio) for way in ways if way],
+        "alternative": alternative and _emulator(alternative.kind, alternative.ratio),
         "polished": chosen.is_polished,
-        "told": made.told(chosen),
+        "lines": decision.told(chosen),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a run is doing now, in a file in its directory while it lasts, which ``emloc report --serve`` shows."""
+"""What a run is doing now: a file in its directory while it runs, which ``emloc report --serve`` shows."""
 
 import math
 import os
@@ -19,12 +19,12 @@ _EVERY = 1.0
 
 @dataclass
 class Doing:
-    """The stage that runs.
+    """The running stage.
 
     Attributes:
-        started: when, in seconds since the epoch.
-        losses: step and loss of every entry of the log so far.
-        pid: of the process that runs the recipe.
+        started: seconds since the epoch.
+        losses: step and loss of every log entry so far.
+        pid: process that runs the recipe.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Doing:
 
 
 class Live:
-    """Keeps the file while a run lasts."""
+    """Keeps the file up to date during a run, and removes it at the end."""
 
     def __init__(self, directory: Path) -> None:
         self._file, self._written = directory / FILE, 0.0
@@ -54,7 +54,7 @@ class Live:
         self.update(doing.event)
 
     def update(self, event: ProgressEvent) -> None:
-        """Write what an event says, unless that was done a moment ago. A disk without room for it ends no run."""
+        """Write an event, unless one was written a moment ago. A full disk does not end the run."""
         assert self._doing is not None
         if event.loss is not None and not math.isfinite(event.loss):
             event = replace(event, loss=None)
@@ -73,10 +73,10 @@ def doing(directory: Path) -> Doing | None:
     """Return what a run is doing, or None if none is running there."""
     try:
         content: dict[str, Any] = read_json(directory / FILE)
-        found = Doing(**{**content, "event": ProgressEvent(**content["event"])})
-        os.kill(found.pid, 0)  # asks whether it is there
-    except PermissionError:  # it is, and is another user's
-        return found
+        stage = Doing(**{**content, "event": ProgressEvent(**content["event"])})
+        os.kill(stage.pid, 0)  # raises if there is no such process
+    except PermissionError:  # the process exists, but is another user's
+        return stage
     except (EmlocError, OSError, OverflowError, KeyError, TypeError):
         return None
-    return found
+    return stage

@@ -1,6 +1,6 @@
 """The page of a run: what was done, memory planned and measured, losses, errors, corrections compared, scores.
 
-One file that asks for no other, in the look of a zoo's report: styles and plots are in it, it has no script, and its
+One file that loads no other, in the style of a zoo's report: styles and plots are in it, it has no script, and its
 content security policy forbids everything else. All that comes from files is escaped.
 """
 
@@ -17,12 +17,12 @@ from emloc_core.report.chart import Line, chart
 from emloc_core.report.error_plot import sparkline
 from emloc_core.report.pages import environment
 
-#: Seconds after which the page of a run that lasts asks for itself again.
+#: Seconds after which the page of a running run reloads itself.
 REFRESH = 3
 
 
 def write_page(run: Path, output: Path) -> Path:
-    """Write the page of a run, whole or not at all.
+    """Write the page of a run, completely or not at all.
 
     Raises:
         EmlocError: no stage is finished there, or the page cannot be written.
@@ -32,8 +32,8 @@ def write_page(run: Path, output: Path) -> Path:
 
 
 def live_page(run: Path) -> str:
-    """Return the page of a run as it is now, with the stage that runs; it asks for itself again."""
-    return _render(RunView.read(run, whole=False), doing(run), REFRESH)
+    """Return the page of a run as it is now, with the running stage; it reloads itself."""
+    return _render(RunView.read(run, complete=False), doing(run), REFRESH)
 
 
 def _render(view: RunView, now: Doing | None = None, refresh: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The memory that the plan says for the stages of a run, to be shown beside what was measured."""
+"""The planned memory of a run's stages, to be shown beside what was measured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,40 +13,40 @@ if TYPE_CHECKING:
     from emloc_core.memory.model import MemoryModel
 
 
-def planned_bytes(made: Mapping[str, Path], ending: str) -> dict[str, int]:
-    """Return the bytes that the memory plan says for the stages of a LoRA, where the base's config is still there."""
+def planned_bytes(outputs: Mapping[str, Path], ending: str) -> dict[str, int]:
+    """Return the planned bytes of the stages of a LoRA, by stage; empty without the base's config."""
     from emloc_core.memory import streamed
 
     emulator, adapter, corrected, polished = (
         f"{name}{ending}" for name in ("emulator", "adapter", "corrected", "polished")
     )
     try:
-        tuned = read_json(made[adapter] / MANIFEST)
-        model = _model(made.get(emulator), made[adapter], tuned)
+        tuned = read_json(outputs[adapter] / MANIFEST)
+        model = _model(outputs.get(emulator), outputs[adapter], tuned)
         peaks = {f"merged{ending}": streamed.merge(model).total, "full_lora": model.tuning().total}
-        if polished in made:
-            steps = read_json(made[polished] / MANIFEST)["request"]["settings"]
+        if polished in outputs:
+            steps = read_json(outputs[polished] / MANIFEST)["request"]["settings"]
             rows = steps["batch_size"]
             peaks[polished] = streamed.exact(model, rows * steps["accumulation"], rows).total
-        if emulator not in made:
+        if emulator not in outputs:
             exact = tuned["request"].get("exact", False)
             rows = model.workload.batch_size
             need = streamed.exact(model, at_once=rows) if exact else model.tuning()
             return {**peaks, adapter: need.total}
-        plan = model.linears.as_made(read_json(made[emulator] / MANIFEST)["result"]["linears"])
-        request = read_json(made[corrected] / MANIFEST)["request"] if corrected in made else {}
+        plan = model.linears.as_made(read_json(outputs[emulator] / MANIFEST)["result"]["linears"])
+        request = read_json(outputs[corrected] / MANIFEST)["request"] if corrected in outputs else {}
         return {
             **peaks,
             emulator: streamed.compress(model, plan).total,
             adapter: model.tuning(plan, made=True).total,
             corrected: streamed.correct(model, plan, request.get("clamp")).total,
         }
-    except (EmlocError, KeyError, StopIteration, TypeError, ValueError, OSError):  # the page is of use without a plan
+    except (EmlocError, KeyError, StopIteration, TypeError, ValueError, OSError):  # the page is useful without a plan
         return {}
 
 
 def _model(emulator: Path | None, adapter: Path, tuned: Mapping[str, Any]) -> "MemoryModel":
-    """Return the memory of the base on the rows that were tuned on: the longest, or where there are images, those kept.
+    """Return the memory of the base on the rows of tuning: the longest, or the ones that were kept if they have images.
 
     Raises:
         KeyError, StopIteration, OSError: something is missing.
@@ -64,8 +64,8 @@ def _model(emulator: Path | None, adapter: Path, tuned: Mapping[str, Any]) -> "M
         if workload.images:
             raise KeyError("images")  # nothing says how many a row has
         return MemoryModel(config, workload)
-    kept = (emulator / name for name in (CALIBRATION, SELECTION))
-    rows = next(str(path) for path in kept if path.stat().st_size)  # without calibration there are no such rows
+    files = (emulator / name for name in (CALIBRATION, SELECTION))
+    rows = next(str(path) for path in files if path.stat().st_size)  # without calibration there are no such rows
     workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
-    made = read_json(emulator / MANIFEST)["request"]["settings"]
-    return MemoryModel(config, workload, CompressSettings(**made))
+    compress_settings = read_json(emulator / MANIFEST)["request"]["settings"]
+    return MemoryModel(config, workload, CompressSettings(**compress_settings))

@@ -32,9 +32,9 @@ DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
 #: Names of alternatives, which become part of directories' names.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-#: The section of the first emulator, which is its name among alternatives.
+#: The section of the first emulator, and its name among alternatives.
 FIRST = "compress"
-#: Settings of the first emulator that are about the rows on which all are judged.
+#: Settings of the first emulator for the rows on which all are compared.
 SHARED = ("selection", "max_length", "loss")
 
 
@@ -79,7 +79,7 @@ class DataSection(Settings):
 
 
 class AnswersSection(Settings):
-    """Rows that the model answers before tuning and after it."""
+    """Rows that the model answers before and after tuning."""
 
     rows: str = Field(description="File with the rows; put it into data.test too, so that they are never tuned on.")
     max_new_tokens: int = Field(64, ge=1, description="Maximum tokens per answer.")
@@ -133,7 +133,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _one_size(self) -> "Recipe":
-        sized = {FIRST: self.compress, **{f"alternatives.{name}": each for name, each in self.alternatives.items()}}
+        sized = {
+            FIRST: self.compress,
+            **{f"alternatives.{name}": settings for name, settings in self.alternatives.items()},
+        }
         for section, settings in sized.items():
             if self.model.memory is not None and "ratio" in settings.model_fields_set:
                 raise ValueError(f"model.memory and {section}.ratio both set the emulator's size; give one of them")
@@ -165,9 +168,9 @@ class Recipe(Settings):
             "polish.patience needs": self.polish and self.polish.patience,
             "data.eval_base needs": self.data.eval_base,
         }
-        for told, given in needs.items():
-            if given and not evaluates:
-                raise ValueError(f"{told} rows to evaluate, but there are none; give data.eval")
+        for option, value in needs.items():
+            if value and not evaluates:
+                raise ValueError(f"{option} rows to evaluate, but there are none; give data.eval")
         return self
 
     @model_validator(mode="after")
@@ -259,16 +262,16 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _keys(name: str, override: str) -> list[str]:
-    """Return the parts of a key in TOML, in which a part with a dot is quoted."""
-    found = []
+    """Return the parts of a TOML key, in which a part with a dot is quoted."""
+    parts = []
     try:
         nested: Any = tomllib.loads(f"{name} = 0")
         while isinstance(nested, dict):
             ((part, nested),) = nested.items()
-            found.append(part)
+            parts.append(part)
     except ValueError:  # no TOML, or a comment
         raise _no_override(override) from None
-    return found
+    return parts
 
 
 def _no_override(override: str) -> EmlocError:
@@ -280,38 +283,37 @@ def _no_override(override: str) -> EmlocError:
 def _absolute(recipe: Recipe, root: Path) -> Recipe:
     """Return the recipe with all paths absolute, whether they exist or not.
 
-    A text is left as it is only if it may be a name, does not look like a path, and nothing beside the recipe has that
-    name.
+    A text stays unchanged only if it may be a name, does not look like a path, and names no file beside the recipe.
     """
 
-    def place(text: str, names: re.Pattern[str]) -> str:
+    def resolve(text: str, names: re.Pattern[str]) -> str:
         if "\0" in text:
             raise EmlocError(f"The recipe names {text!r}, which cannot be a file's name.", "Correct it.")
         path = root / expanduser(text)  # which leaves an unknown ~name as it is
         is_path = text.startswith((".", "~")) or Path(text).suffix in FILES or path.exists()
         return text if names.fullmatch(text) and not is_path else str(path)
 
-    def sources(named: str | list[str] | dict[str, float]) -> str | list[str] | dict[str, float]:
-        if isinstance(named, str):
-            return place(named, DATA_ID)
-        if isinstance(named, list):
-            return [place(name, DATA_ID) for name in named]
-        return {place(name, DATA_ID): weight for name, weight in named.items()}
+    def sources(names: str | list[str] | dict[str, float]) -> str | list[str] | dict[str, float]:
+        if isinstance(names, str):
+            return resolve(names, DATA_ID)
+        if isinstance(names, list):
+            return [resolve(name, DATA_ID) for name in names]
+        return {resolve(name, DATA_ID): weight for name, weight in names.items()}
 
     data = {
         "train": sources(recipe.data.train),
-        "test": [place(test, DATA_ID) for test in recipe.data.test],
-        "eval": recipe.data.eval and place(recipe.data.eval, DATA_ID),
-        "calibration": recipe.data.calibration and place(recipe.data.calibration, DATA_ID),
+        "test": [resolve(test, DATA_ID) for test in recipe.data.test],
+        "eval": recipe.data.eval and resolve(recipe.data.eval, DATA_ID),
+        "calibration": recipe.data.calibration and resolve(recipe.data.calibration, DATA_ID),
     }
     changes: dict[str, Any] = {
         "output": str(root / expanduser(recipe.output)),
-        "model": recipe.model.model_copy(update={"base": place(recipe.model.base, MODEL_ID)}),
+        "model": recipe.model.model_copy(update={"base": resolve(recipe.model.base, MODEL_ID)}),
         "data": recipe.data.model_copy(update=data),
     }
     if recipe.answers:
-        changes["answers"] = recipe.answers.model_copy(update={"rows": place(recipe.answers.rows, DATA_ID)})
+        changes["answers"] = recipe.answers.model_copy(update={"rows": resolve(recipe.answers.rows, DATA_ID)})
     if recipe.eval:
-        tasks = [place(task, TASK_NAME) for task in recipe.eval.tasks]
+        tasks = [resolve(task, TASK_NAME) for task in recipe.eval.tasks]
         changes["eval"] = recipe.eval.model_copy(update={"tasks": tasks})
     return recipe.model_copy(update=changes)

@@ -24,8 +24,8 @@ from emloc_core.recipe.stages import (
     Attempt,
     Stage,
     compress_request,
+    final_stages,
     kept,
-    rest,
     selection_rows,
     stages,
     stages_of,
@@ -40,7 +40,7 @@ CHECK = "emloc_core.tuning.targets:check"
 #: Settings of tuning that name parts of the model or of TRL.
 _NAMING = ("extra", "target_modules", "lora_experts", "rank_pattern", "layers_to_transform", "modules_to_save")
 
-#: Keeps the stages from showing what they do.
+#: Keeps the stages from showing progress.
 _QUIET = {"EMLOC_VERBOSITY": "quiet"}
 _LOGGER = logging.getLogger("emloc.recipe")
 _KEPT = "Earlier stages are kept."
@@ -60,12 +60,12 @@ def run_recipe(
     Args:
         overrides: see :func:`emloc_core.recipe.recipe.load_recipe`.
         announce: called before each stage, with its index and the number of stages.
-        progress: called with every event of every stage; what the stages write then goes to a file, which is kept
+        progress: called with every event of every stage; the stages' output then goes to a file, which is kept
             beside the outputs if a stage fails.
-        memory: what a stage may take of a GPU; by default what the recipe names.
+        memory: GPU memory that a stage may use; by default the recipe's.
 
     Raises:
-        EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
+        EmlocError: the recipe is wrong, or a stage, which is named, failed. Earlier stages are kept.
     """
     recipe = load_recipe(path, overrides)
     require_named(recipe)
@@ -74,34 +74,34 @@ def run_recipe(
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
     total = len(stages(recipe))
     for attempt in tried(recipe)[1:]:
-        if not (attempt.place("emulator") / MANIFEST).is_file():
-            describe(recipe, attempt)  # what is wrong with it is said before the first takes hours
+        if not (attempt.directory("emulator") / MANIFEST).is_file():
+            describe(recipe, attempt)  # reports its errors now, before the first takes hours
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     done: list[Stage] = []
 
-    def perform(part: Iterable[Stage], fix: str = _KEPT) -> None:
-        for stage in part:
+    def perform(group: Iterable[Stage], fix: str = _KEPT) -> None:
+        for stage in group:
             announce(len(done), total, stage)
             try:
                 _perform(stage, live, len(done) + 1, total, progress, capped)
             except EmlocError as error:
-                told = f"The stage '{stage.name}' failed: {error}"
-                raise EmlocError(told, fix, code=error.code, resumable=error.resumable) from None
+                message = f"The stage '{stage.name}' failed: {error}"
+                raise EmlocError(message, fix, code=error.code, resumable=error.resumable) from None
             done.append(stage)
 
     with Live(Path(recipe.output)) as live:
         for attempt in tried(recipe):
             perform(stages_of(recipe, attempt), _KEPT if attempt.is_first else f"{_KEPT} {_WITHOUT}")
-        perform(rest(recipe))  # not before: which LoRA they start from was not known
+        perform(final_stages(recipe))  # only now is it known from which LoRA they start
     results = summarise(recipe, done)
     if recipe.answers:
         last = "polished" if recipe.polish else "corrected" if recipe.makes_emulator else "adapter"
-        adapter = kept(recipe).place(last)
+        adapter = kept(recipe).directory(last)
         log = Path(os.devnull) if progress else None
         results["answers"] = answers_of(recipe.model.base, adapter, **recipe.answers.model_dump(), log=log)
     if recipe.push:
         results["pushed"] = push(Path(recipe.output) / results["final"], recipe.push)
-    write_json(Path(recipe.output) / "results.json", results)  # had the upload failed, all others would be there
+    write_json(Path(recipe.output) / "results.json", results)  # again, with the upload and the answers
     return results
 
 
@@ -113,17 +113,17 @@ def _perform(
     progress: Callable[[ProgressEvent], Any] | None,
     environment: Mapping[str, str],
 ) -> None:
-    """Run a stage in its own process, and pass its events on."""
+    """Run a stage in its own process, and pass on its events."""
     begun = ProgressEvent(stage.request.stage, str(stage.output), 0, 0, number=number, stages=total)
     live.begin(Doing(stage.name, stage.purpose, begun))
     log = stage.output.with_name(f".{stage.name}.log")
     shown: dict[str, Any] = {"log": log} if progress else {}
     environment = {**environment, **(_QUIET if progress else {})}
     try:
-        for told in call(PERFORM, {"request": stage.request.to_json()}, environment=environment, **shown):
-            if told == "done":
+        for answer in call(PERFORM, {"request": stage.request.to_json()}, environment=environment, **shown):
+            if answer == "done":
                 continue
-            event = ProgressEvent(**{**told, "number": number, "stages": total})
+            event = ProgressEvent(**{**answer, "number": number, "stages": total})
             live.update(event)
             if progress:
                 progress(event)
@@ -135,7 +135,7 @@ def _perform(
 
 
 def require_named(recipe: Recipe) -> None:
-    """Refuse a recipe that names files or a correction that are not there: the last stages come hours later."""
+    """Refuse a recipe that names missing files or corrections, which the last stages would find hours later."""
     from emloc_core.evaluation.tasks import require_task_file
 
     for task in recipe.eval.tasks if recipe.eval else ():
@@ -147,7 +147,7 @@ def require_named(recipe: Recipe) -> None:
 
 
 def require_tuning(recipe: Recipe) -> None:
-    """Refuse settings of tuning that name what the model or TRL lacks: the emulator comes first, hours before."""
+    """Refuse settings of tuning that name what the model or TRL lacks, before hours are spent on the emulator."""
     polish = recipe.polish.extra if recipe.polish else {}
     if polish or any(getattr(recipe.train, name) for name in _NAMING):
         settings = recipe.train.model_dump(mode="json", exclude_unset=True)
@@ -158,13 +158,13 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
     """Return the output of ``emloc compress --dry-run --json`` for an emulator: rows, ranks, bytes.
 
     Raises:
-        EmlocError: it could not be made.
+        EmlocError: the emulator cannot be made.
     """
     request = compress_request(recipe, attempt)
-    rows = selection_rows(recipe)  # which are not drawn yet, where nothing was made
-    known = tuple(path for path in request.exclude if path != rows or path.is_file())
+    rows = selection_rows(recipe)  # not drawn yet, if nothing was made
+    existing = tuple(path for path in request.exclude if path != rows or path.is_file())
     try:
-        (content,) = call(DESCRIBE, {"request": request.model_copy(update={"exclude": known}).to_json()})
+        (content,) = call(DESCRIBE, {"request": request.model_copy(update={"exclude": existing}).to_json()})
     except EmlocError as error:
         if attempt.is_first:
             raise
@@ -176,7 +176,7 @@ def describe_train(stage: Stage) -> dict[str, Any]:
     """Return the output of ``emloc train --dry-run --json`` for the stage that tunes the model itself.
 
     Raises:
-        EmlocError: it could not be tuned.
+        EmlocError: the model cannot be tuned.
     """
     (content,) = call(DESCRIBE, {"request": stage.request.to_json()})
     return content
@@ -188,7 +188,8 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
 
     root, attempt = Path(recipe.output), kept(recipe)
     emulator, adapter, corrected, polished, merged, evaluation = (
-        attempt.place(name).name for name in ("emulator", "adapter", "corrected", "polished", "merged", "evaluation")
+        attempt.directory(name).name
+        for name in ("emulator", "adapter", "corrected", "polished", "merged", "evaluation")
     )
     manifests = {stage.name: read_json(stage.output / MANIFEST) for stage in done}
     results: dict[str, Any] = {
@@ -201,9 +202,10 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
     if recipe.alternatives:
         results["kept"] = attempt.name
         results["kinds"] = {
-            each.name: manifests[each.place("emulator").name]["request"]["settings"]["kind"] for each in tried(recipe)
+            attempt.name: manifests[attempt.directory("emulator").name]["request"]["settings"]["kind"]
+            for attempt in tried(recipe)
         }
-        results["selection_losses"] = {each.name: each.selection_loss for each in tried(recipe)}
+        results["selection_losses"] = {attempt.name: attempt.selection_loss for attempt in tried(recipe)}
     if evaluation in manifests:
         results.update(read_json(root / evaluation / "results.json"))
         (root / "table.md").write_text(report.markdown(results["systems"], results["metrics"]), encoding="utf-8")

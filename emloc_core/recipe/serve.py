@@ -1,4 +1,4 @@
-"""The page of a run while it lasts, on this machine alone: what is done, and the stage, loss, memory and time left."""
+"""The page of a running run, for this machine only: what is done, and the stage, loss, memory and time left."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,10 +22,10 @@ _HEADERS = {
 
 
 def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
-    """Return a server of the page of a run, which begins with ``serve_forever``.
+    """Return a server for the page of a run; ``serve_forever`` starts it.
 
     Args:
-        port: 0 for any free one.
+        port: 0 for any free port.
 
     Raises:
         EmlocError: there is no such directory, or the port is taken.
@@ -41,7 +41,7 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
 
 
 class _Page(BaseHTTPRequestHandler):
-    """Answers for the one page, and only to browsers that ask for this machine by name: not to a page elsewhere."""
+    """Serves the one page, and only if ``Host`` names this machine, so that no foreign page can read it."""
 
     protocol_version = "HTTP/1.1"
 
@@ -77,4 +77,4 @@ class _Page(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing of requests."""
+        """Log no requests."""

@@ -1,7 +1,7 @@
-"""The stages of a recipe: what each is asked to do, and where.
+"""The stages of a recipe: the request of each, and its output.
 
-Every emulator that is tried takes three: make it, tune a LoRA on it, correct that for the base. What follows starts
-from the LoRA that serves the base best. Without an emulator a LoRA is tuned on the base itself.
+Every emulator that is tried takes three: make it, tune a LoRA on it, correct the LoRA for the base. The stages that
+follow start from the LoRA that is best on the base. Without an emulator a LoRA is tuned on the base itself.
 """
 
 from collections.abc import Iterable
@@ -58,7 +58,7 @@ class Attempt:
     """An emulator, and what is made with it.
 
     Attributes:
-        name: of an alternative; of the first emulator :data:`FIRST`.
+        name: the alternative's name; :data:`FIRST` for the first emulator.
     """
 
     root: Path
@@ -67,10 +67,10 @@ class Attempt:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is that of the recipe's section ``compress``."""
+        """Whether it is the emulator of the recipe's section ``compress``."""
         return self.name == FIRST
 
-    def place(self, stage: str) -> Path:
+    def directory(self, stage: str) -> Path:
         """Return the output directory of a stage."""
         return self.root / f"{stage}{suffix(self.name)}"
 
@@ -79,15 +79,15 @@ class Attempt:
         """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known.
 
         Raises:
-            EmlocError: the directory of that LoRA does not say it.
+            EmlocError: the manifest of that LoRA lacks it.
         """
-        corrected = self.place("corrected")
+        corrected = self.directory("corrected")
         manifest = read_manifest(corrected)
         return None if manifest is None else float(manifest_value(manifest, corrected, "result.nll", float))
 
 
 def suffix(attempt: str) -> str:
-    """Return what the names of an attempt's directories end with."""
+    """Return the suffix of the names of an attempt's directories."""
     return "" if attempt == FIRST else f"_{attempt}"
 
 
@@ -95,51 +95,55 @@ def attempts(recipe: Recipe) -> list[Attempt]:
     """Return the emulators that a recipe tries, in order, or would try if it made one."""
     first = _of_one_loss(recipe.compress, recipe.train).for_tuning(recipe.train)
     common = {key: getattr(first, key) for key in SHARED} | {"selection": 0}  # judged on the rows of the first
-    others = {
+    alternatives = {
         name: settings.model_copy(update=common).for_tuning(recipe.train)
         for name, settings in recipe.alternatives.items()
     }
-    return [Attempt(Path(recipe.output), name, settings) for name, settings in {FIRST: first, **others}.items()]
+    return [Attempt(Path(recipe.output), name, settings) for name, settings in {FIRST: first, **alternatives}.items()]
 
 
 def kept(recipe: Recipe) -> Attempt:
     """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known.
 
     Raises:
-        EmlocError: a corrected LoRA that is there does not say its loss.
+        EmlocError: the manifest of a corrected LoRA lacks its loss.
     """
-    first, *others = found = attempts(recipe)
+    first, *others = candidates = attempts(recipe)
     if not others:
         return first
-    losses = {attempt.name: attempt.selection_loss for attempt in found}
-    known = {name: loss for name, loss in losses.items() if loss is not None}
-    return first if len(known) < len(found) else min(found, key=lambda attempt: known[attempt.name])
+    losses = {attempt.name: attempt.selection_loss for attempt in candidates}
+    known_losses = {name: loss for name, loss in losses.items() if loss is not None}
+    return (
+        first
+        if len(known_losses) < len(candidates)
+        else min(candidates, key=lambda attempt: known_losses[attempt.name])
+    )
 
 
 def selection_rows(recipe: Recipe) -> Path:
-    """Return the file with the rows that all are judged on, which the first emulator draws."""
-    return attempts(recipe)[0].place("emulator") / SELECTION
+    """Return the file with the rows that all are compared on, which the first emulator draws."""
+    return attempts(recipe)[0].directory("emulator") / SELECTION
 
 
 def tried(recipe: Recipe) -> list[Attempt]:
-    """Return the emulators that a recipe makes; none where the base itself is tuned."""
+    """Return the emulators that a recipe makes; none if the base itself is tuned."""
     return attempts(recipe) if recipe.makes_emulator else []
 
 
 def stages(recipe: Recipe) -> list[Stage]:
     """Return the stages of a recipe, in order."""
-    return [*(stage for attempt in tried(recipe) for stage in stages_of(recipe, attempt)), *rest(recipe)]
+    return [*(stage for attempt in tried(recipe) for stage in stages_of(recipe, attempt)), *final_stages(recipe)]
 
 
 def compress_request(recipe: Recipe, attempt: Attempt) -> CompressRequest:
-    """Return what is asked of stage 1; with the recipe's memory, where nothing was decided for that yet."""
+    """Return the request of stage 1; with the recipe's memory, if nothing has been decided for it yet."""
     data, model = recipe.data, recipe.model
     sized = {"memory": model.memory, "headroom": model.headroom, "tuning": recipe.train} if model.memory else {}
     return CompressRequest(
         model=model.base,
         **_rows(recipe) | {"data": data.calibration or data.train},
         exclude=(*_held_out(recipe, attempt), *(Path(name) for name in [data.eval] if name and not data.eval_split)),
-        output=attempt.place("emulator"),
+        output=attempt.directory("emulator"),
         settings=attempt.settings,
         **sized,
     )
@@ -152,7 +156,7 @@ def _held_out(recipe: Recipe, attempt: Attempt) -> tuple[Path, ...]:
 def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
     """Return the stages up to the corrected LoRA."""
     data = recipe.data
-    emulator, adapter = attempt.place("emulator"), attempt.place("adapter")
+    emulator, adapter = attempt.directory("emulator"), attempt.directory("adapter")
     selection, held_out = selection_rows(recipe), _held_out(recipe, attempt)
     compress = compress_request(recipe, attempt)
     on_base = {"on_base": True, "base": recipe.model.base} if data.eval_base else {}
@@ -160,53 +164,53 @@ def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
         adapter=adapter,
         base=recipe.model.base,
         emulator=emulator,
-        output=attempt.place("corrected"),
+        output=attempt.directory("corrected"),
         settings=recipe.correct,
         **({} if attempt.is_first else {"selection_data": selection}),
     )
-    which = "" if attempt.is_first else f" ({attempt.name})"
+    suffix = "" if attempt.is_first else f" ({attempt.name})"
     return [
-        Stage(f"make the emulator{which}", compress),
+        Stage(f"make the emulator{suffix}", compress),
         Stage(
-            f"tune a LoRA on the emulator{which}",
+            f"tune a LoRA on the emulator{suffix}",
             _train(recipe, str(emulator), adapter, held_out, evaluation=_evaluation(recipe, **on_base)),
         ),
-        Stage(f"correct it for the base{which}", correct),
+        Stage(f"correct it for the base{suffix}", correct),
     ]
 
 
-def rest(recipe: Recipe) -> list[Stage]:
-    """Return the stages that follow. They start from the LoRA that is kept, which is known once all are corrected."""
+def final_stages(recipe: Recipe) -> list[Stage]:
+    """Return the stages that follow. They start from the kept LoRA, which is known once all are corrected."""
     attempt, first = kept(recipe), attempts(recipe)[0]
     base, test = recipe.model.base, tuple(map(Path, recipe.data.test))
     selection = selection_rows(recipe)
-    found = []
-    final = attempt.place("corrected")
+    following = []
+    final = attempt.directory("corrected")
     if not recipe.makes_emulator:
-        final, exact = attempt.place("adapter"), recipe.way == "exact"
+        final, exact = attempt.directory("adapter"), recipe.way == "exact"
         how = "by exact steps" if exact else "on the model"
-        found.append(Stage(f"tune a LoRA {how}", _train(recipe, base, final, test, exact=exact)))
+        following.append(Stage(f"tune a LoRA {how}", _train(recipe, base, final, test, exact=exact)))
     steps = recipe.polish and _of_one_loss(recipe.polish, recipe.train)
     if steps:
         polish = PolishRequest(
             adapter=final,
             base=base,
             **_rows(recipe),
-            exclude=(*test, attempt.place("emulator") / CALIBRATION, selection),
+            exclude=(*test, attempt.directory("emulator") / CALIBRATION, selection),
             evaluation=_evaluation(recipe),
-            output=attempt.place("polished"),
+            output=attempt.directory("polished"),
             settings=steps,
         )
-        found.append(Stage("polish it on the base", polish))
+        following.append(Stage("polish it on the base", polish))
         final = polish.output
     if recipe.merge:
-        merge = MergeRequest(adapter=final, base=base, output=attempt.place("merged"))
-        found.append(Stage("merge it into the base", merge))
+        merge = MergeRequest(adapter=final, base=base, output=attempt.directory("merged"))
+        following.append(Stage("merge it into the base", merge))
     if recipe.eval is None:
-        return found
+        return following
     controls = []
     if recipe.eval.full_lora and recipe.makes_emulator:
-        held_out = (*test, first.place("emulator") / CALIBRATION, selection)  # the same, whichever LoRA is kept
+        held_out = (*test, first.directory("emulator") / CALIBRATION, selection)  # the same, whichever LoRA is kept
         controls = [
             Stage(purpose, _train(recipe, base, Path(recipe.output) / name, held_out, **more))
             for name, purpose, more in _controls(recipe.train, steps)
@@ -214,11 +218,11 @@ def rest(recipe: Recipe) -> list[Stage]:
     evaluate = EvaluateRequest(
         systems=tuple(_compared(recipe, attempt, controls)),
         tasks=tuple(recipe.eval.tasks),
-        output=attempt.place("evaluation"),
+        output=attempt.directory("evaluation"),
         limit=recipe.eval.limit,
         batch_size=recipe.eval.batch_size,
     )
-    return [*found, *controls, Stage("compare all of them", evaluate)]
+    return [*following, *controls, Stage("compare all of them", evaluate)]
 
 
 def _train(recipe: Recipe, model: str, output: Path, exclude: tuple[Path, ...], **more: Any) -> TrainRequest:
@@ -236,18 +240,18 @@ def _evaluation(recipe: Recipe, **on_base: Any) -> EvalRows:
 
 
 def _of_one_loss(settings: Any, train: TrainSettings) -> Any:
-    """Return settings whose loss is that of tuning, unless they say another one."""
+    """Return settings with the loss of tuning, unless they name another one."""
     if train.loss == "last" or "loss" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"loss": train.loss})
 
 
 def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[tuple[str, str, dict[str, Any]]]:
-    """Yield what the result is compared with: name, purpose, and what differs from the tuning of the emulator."""
+    """Yield the controls: name, purpose, and what differs from the tuning of the emulator."""
     yield "full_lora", "tune the base itself, the upper bound", {}
     if polish is None:
         return
-    # Steps from scratch need the learning rate of tuning; that of polishing is for a LoRA that is nearly done.
+    # Steps from scratch need tuning's learning rate; polishing's is for a LoRA that is nearly done.
     steps = polish.model_dump(exclude={"learning_rate"}) | {"epochs": None}
     alone = TrainSettings(**{**train.model_dump(), **steps})
     yield "exact_alone", "take the exact steps alone, as a control", {"settings": alone, "exact": True}
@@ -260,20 +264,21 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
 def _compared(recipe: Recipe, attempt: Attempt, controls: list[Stage]) -> list[System]:
     """Return the systems to compare: those that the recipe names, or all, and the controls."""
     assert recipe.eval is not None
-    made = {system.name: system for system in _systems(recipe, attempt)}
-    names = made if recipe.eval.systems is None else recipe.eval.systems
-    if unknown := sorted(set(names) - made.keys()):
+    systems = {system.name: system for system in _systems(recipe, attempt)}
+    names = systems if recipe.eval.systems is None else recipe.eval.systems
+    if unknown := sorted(set(names) - systems.keys()):
         raise EmlocError(
-            f"eval.systems names {', '.join(unknown)}, which this recipe does not make.", f"It makes {', '.join(made)}."
+            f"eval.systems names {', '.join(unknown)}, which this recipe does not make.",
+            f"It makes {', '.join(systems)}.",
         )
     base = recipe.model.base
     of_controls = [System(name=control.name, model=base, adapter=control.output) for control in controls]
-    return [*(system for name, system in made.items() if name in names), *of_controls]
+    return [*(system for name, system in systems.items() if name in names), *of_controls]
 
 
 def _systems(recipe: Recipe, attempt: Attempt) -> Iterable[System]:
-    """Yield the systems that the recipe makes, the controls apart, in the table's order."""
-    base, emulator, adapter = recipe.model.base, str(attempt.place("emulator")), attempt.place("adapter")
+    """Yield the systems that the recipe makes, without the controls, in the table's order."""
+    base, emulator, adapter = recipe.model.base, str(attempt.directory("emulator")), attempt.directory("adapter")
     yield System(name="base", model=base)
     if not recipe.makes_emulator:
         yield System(name="base+lora", model=base, adapter=adapter)
@@ -281,8 +286,8 @@ def _systems(recipe: Recipe, attempt: Attempt) -> Iterable[System]:
     yield System(name="emulator", model=emulator)
     yield System(name="emulator+lora", model=emulator, adapter=adapter)
     yield System(name="base+uncorrected", model=base, adapter=adapter)
-    yield System(name="base+corrected", model=base, adapter=attempt.place("corrected"))
+    yield System(name="base+corrected", model=base, adapter=attempt.directory("corrected"))
     if recipe.polish:
-        yield System(name="base+polished", model=base, adapter=attempt.place("polished"))
-    elif recipe.merge:  # after polishing it would be what base+polished is, once more
-        yield System(name="merged", model=str(attempt.place("merged")))
+        yield System(name="base+polished", model=base, adapter=attempt.directory("polished"))
+    elif recipe.merge:  # after polishing it would repeat base+polished
+        yield System(name="merged", model=str(attempt.directory("merged")))

@@ -1,7 +1,7 @@
-"""From a model and rows to a tuned model in one call: a recipe is written by the plan, and run.
+"""From a model and rows to a tuned model in one call: the plan writes a recipe, which is run.
 
-The directory holds the recipe, what was asked for, the rows that are held out, and the outputs of all stages. The same
-call resumes; ``emloc run DIRECTORY/recipe.toml`` runs the recipe as you have edited it.
+The directory holds the recipe, the request, the held-out rows, and the outputs of all stages. The same call resumes;
+``emloc run DIRECTORY/recipe.toml`` runs the recipe as you have edited it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -41,10 +41,10 @@ from emloc_core.requests import COLUMNS, SKIP, EvalRows, Rows
 from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
 
 RECIPE, PAGE = "recipe.toml", "report.html"
-#: What is written of them, before what was asked for is.
+#: What is written for them, before the request is.
 _OF_ROWS = {ROWS, EVALUATED, SKIPPED, IMAGES}
 _ELSEWHERE = "Choose another output directory, or remove this one."
-#: Rows that are never tuned on, and answered before and after.
+#: Number of rows that are never tuned on, and answered before and after.
 _ANSWERED = 5
 #: What may be beside the stages' directories, besides the final one.
 _HERE = {
@@ -57,9 +57,9 @@ _HERE = {
 
 
 class Tune(Settings):
-    """What ``emloc tune`` is asked for.
+    """The request of ``emloc tune``.
 
-    ``memory`` may be ``free``: what is free of the device that this machine tunes on.
+    ``memory`` may be ``free``: the free memory of the device that this machine tunes on.
     """
 
     model: str = Field(description="Directory or hub id.")
@@ -83,11 +83,11 @@ class Tune(Settings):
         return rows
 
     def run(self, tell: Callable[[str], None] = lambda _: None, **reporting: Any) -> dict[str, Any]:
-        """Plan and write the recipe, or take the one that is there; run it; return what :func:`run_recipe` does.
+        """Plan and write the recipe, or take the existing one; run it; return the results of :func:`run_recipe`.
 
         Args:
             tell: called with each line that says what is decided, and why.
-            reporting: ``announce`` and ``progress``, see there.
+            reporting: ``announce`` and ``progress`` of :func:`run_recipe`.
 
         Raises:
             EmlocError: something else is in the directory, the model or the rows cannot be used, no way to tune fits,
@@ -104,15 +104,15 @@ class Tune(Settings):
         return results
 
     def started(self) -> Recipe | None:
-        """Return the recipe that is there, as it may have been edited; None where nothing is.
+        """Return the existing recipe, which may have been edited; None if there is none.
 
         Raises:
-            EmlocError: something else is there.
+            EmlocError: the directory holds something else.
         """
-        require_place(self.output)
-        if not (self.output / RECIPE).is_file():  # nothing is, or it was killed before it had begun
+        require_own(self.output)
+        if not (self.output / RECIPE).is_file():  # nothing is there, or it was killed before it began
             return None
-        before, now = read_json(self.output / ASKED), self._asked()
+        before, now = read_json(self.output / ASKED), self._request()
         differing = [f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in now
                      if before.get(name) != now[name]]  # fmt: skip
         if differing:
@@ -121,25 +121,25 @@ class Tune(Settings):
         return load_recipe(self.output / RECIPE)
 
     def plan(self) -> tuple[Recipe, list[str]]:
-        """Return the recipe with what is decided for the memory, and that in lines; nothing is written.
+        """Return the recipe with what is decided for the memory, and lines that explain it; nothing is written.
 
         Raises:
-            EmlocError: see :meth:`run`; or there is one row alone, or no answer that is wanted.
+            EmlocError: see :meth:`run`; or there is only one row, or no desirable answer.
         """
         skipped: list[Skipped] = []
-        rows = self._rows(skipped)  # what is wrong with a row is said at once, too
+        rows = self._rows(skipped)  # bad rows are reported at once, too
         if len({row.key for row in rows}) == 1:
             raise EmlocError(
                 "There is only one distinct row, and one is held out to be answered before and after tuning.",
                 "Give more rows, or use `emloc train`.",
             )
-        if not _wanted(rows):
+        if not _desirable(rows):
             raise EmlocError("No row has a wanted answer: every `label` is false.", "Add rows whose label is true.")
         lines = told(skipped)
         emulator = {"compress": CompressSettings(paper=True)} if self.paper else {}
         content = {
             "output": str(self.output.absolute()),
-            "model": ModelSection(base=_place(self.model), memory=self.memory, headroom=self.headroom),
+            "model": ModelSection(base=_absolute(self.model), memory=self.memory, headroom=self.headroom),
             "data": DataSection(
                 train=self._sources(),
                 split=self.split,
@@ -159,14 +159,14 @@ class Tune(Settings):
         return decided(recipe, lines.append, adds_polish=True), lines
 
     def _rows(self, skipped: list[Skipped]) -> list[Row]:
-        """Return the rows; what is skipped is added to the list, if anything may be."""
+        """Return the rows; rows that are skipped, if any may be, are added to the list."""
         return load_rows(self.data, self.split, columns=self.columns, skipped=skipped if self.skip_bad_rows else None)
 
     def _write(self, recipe: Recipe, lines: Iterable[str]) -> None:
-        """Write what was asked for, the rows that are held out, and at last the recipe, with paths relative to it."""
+        """Write the request, the held-out rows, and finally the recipe, with paths relative to it."""
         self.output.mkdir(parents=True, exist_ok=True)
-        write_json(self.output / ASKED, self._asked())
-        rows = _wanted(self._rows([]))
+        write_json(self.output / ASKED, self._request())
+        rows = _desirable(self._rows([]))
         few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
         write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
         content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
@@ -178,32 +178,32 @@ class Tune(Settings):
         write_text(self.output / RECIPE, head + tomli_w.dumps(content))
 
     def _sources(self) -> Any:
-        """Return the rows as a recipe names them."""
+        """Return the sources of the rows as a recipe names them."""
         if (several := weights(self.data)) is not None:
-            return {_place(name): weight for name, weight in several.items()}
-        return _place(self.data)
+            return {_absolute(name): weight for name, weight in several.items()}
+        return _absolute(self.data)
 
     def _evaluated(self) -> str | None:
-        return self.evaluation.data and _place(self.evaluation.data)
+        return self.evaluation.data and _absolute(self.evaluation.data)
 
-    def _asked(self) -> dict[str, Any]:
-        """Return what was asked for, in JSON values."""
-        own = self.model_dump(mode="json", exclude={"model", "data", "output", "settings"})
-        own["evaluation"]["data"] = self._evaluated()
-        given = self.settings.model_dump(mode="json", exclude_unset=True)
-        return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
+    def _request(self) -> dict[str, Any]:
+        """Return the request as JSON values."""
+        content = self.model_dump(mode="json", exclude={"model", "data", "output", "settings"})
+        content["evaluation"]["data"] = self._evaluated()
+        settings = self.settings.model_dump(mode="json", exclude_unset=True)
+        return {"model": _absolute(self.model), "data": self._sources(), **content, "settings": settings}
 
 
-def _wanted(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows with answers that are wanted."""
+def _desirable(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows with desirable answers."""
     return [row for row in rows if row.label is not False]
 
 
-def require_place(output: Path) -> None:
-    """Refuse an output that is there, and was not written by ``emloc tune``."""
+def require_own(output: Path) -> None:
+    """Refuse an existing output that ``emloc tune`` did not write."""
     if not output.exists() or (output / ASKED).is_file():
         return
-    # Hidden files, such as one that was being written, are left as they are.
+    # Hidden files, such as unfinished ones, are ignored.
     if not output.is_dir() or {path.name for path in output.glob("[!.]*")} - _OF_ROWS:
         raise EmlocError(f"{output} exists and was not written by `emloc tune`.", _ELSEWHERE, code="exists")
 
@@ -217,16 +217,16 @@ def by_name(
     skip_bad_rows: bool = False,
     name: str = ROWS,
 ) -> Any:
-    """Return rows by the names of their files or data sets; those in memory are written to a file of the output first.
+    """Return the names of the rows' files or data sets; rows in memory are first written to a file of the output.
 
     Raises:
-        EmlocError: the rows cannot be read, or others, or something else, are there.
+        EmlocError: the rows cannot be read, or the output holds other rows or something else.
     """
     if isinstance(data, str | PathLike):
         return fspath(data)
     if weights(data) is not None:
         return data
-    require_place(output)
+    require_own(output)
     skipped: list[Skipped] = []
     rows = load_rows(data, split, columns=columns, skipped=skipped if skip_bad_rows else None)
     file = output / name
@@ -241,19 +241,22 @@ def by_name(
     return str(file)
 
 
-def _place(name: str) -> str:
-    """Return a path that is there as an absolute one, the same from every directory, and anything else as it is."""
+def _absolute(name: str) -> str:
+    """Return an existing path as an absolute one, and anything else unchanged."""
     path = Path(name)
     return str(path.parent.resolve() / path.name) if path.exists() else name
 
 
 def write_overview(run: Path, final: str) -> None:
-    """Write the card of the final output as that of the whole directory.
+    """Write the card of the final output as the card of the whole directory.
 
     Args:
-        final: name of the final output's directory in it, which has a card.
+        final: name of the final output's directory in ``run``, which has a card.
     """
     text = (run / final / CARD).read_text(encoding="utf-8").replace("DIRECTORY", final)
-    listed = {final: "the result", **{name: what for name, what in _HERE.items() if (run / name).is_file()}}
-    lines = "".join(f"- `{name}`: {what}\n" for name, what in listed.items())
+    listed = {
+        final: "the result",
+        **{name: description for name, description in _HERE.items() if (run / name).is_file()},
+    }
+    lines = "".join(f"- `{name}`: {description}\n" for name, description in listed.items())
     (run / CARD).write_text(f"{text}\n## In this directory\n\n{lines}", encoding="utf-8")

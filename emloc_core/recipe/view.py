@@ -30,9 +30,9 @@ PURPOSES = {
     "exact_alone": "control: exact steps alone",
     "evaluation": "all compared",
 }
-#: The losses in a log, and what they are of.
+#: The losses in a log, and the rows that they are for.
 LOSSES = {"loss": "rows of the step", "eval_loss": "held-out rows", "eval_base_loss": "held-out rows, on the base"}
-#: Whose versions are shown, and the kind of device.
+#: The versions that are shown, and the kind of device.
 _VERSIONS = ("emloc", "python", "torch", "transformers", "peft", "trl", "device")
 #: Standard errors in half of a 95 % interval.
 _HALF = 1.96
@@ -43,8 +43,8 @@ class StageView:
     """One stage that is finished.
 
     Attributes:
-        log: of tuning: entries with a step, and losses or a margin.
-        planned: bytes by the memory plan; None where there is none.
+        log: entries of tuning with a step, and losses or a margin.
+        planned: bytes according to the memory plan; None without one.
     """
 
     name: str
@@ -56,12 +56,12 @@ class StageView:
     @property
     def purpose(self) -> str:
         """What it did."""
-        known = (text for name, text in PURPOSES.items() if self.name == name or self.name.startswith(f"{name}_"))
-        return next(known, self.name)
+        purposes = (text for name, text in PURPOSES.items() if self.name == name or self.name.startswith(f"{name}_"))
+        return next(purposes, self.name)
 
     @property
     def settings(self) -> list[tuple[str, Any]]:
-        """The settings that it had, by name."""
+        """Its settings, by name."""
         settings = self.manifest.get("request", {}).get("settings", {})
         return [(name, value) for name, value in settings.items() if value not in (None, {}, [])]
 
@@ -74,12 +74,12 @@ class StageView:
 
     @property
     def unit(self) -> str:
-        """What its losses are in: those of answers in nats per token, others in units of their own."""
+        """The unit of its losses: nats per token for answers; other objectives have none."""
         return "nats per token" if dict(self.settings).get("objective", "sft") == "sft" else "loss"
 
     @property
     def margins(self) -> list[Line]:
-        """By how much the reward of chosen answers exceeds that of rejected ones, where preferences were learned."""
+        """By how much the reward of chosen answers exceeds that of rejected ones, if preferences were learned."""
         points = self._logged("rewards/margins")
         return [Line("margin", points)] if points else []
 
@@ -88,7 +88,7 @@ class StageView:
 
     @property
     def peak(self) -> int | None:
-        """The memory that it took: of the GPU, or of the process."""
+        """Its peak memory: of the GPU, or of the process."""
         return peak_memory(self.timing)
 
 
@@ -97,9 +97,9 @@ class RunView:
     """A finished run, ready to be shown.
 
     Attributes:
-        stages: those that are finished, in order.
+        stages: the finished stages, in order.
         results: the content of ``results.json``; empty without one.
-        answers: to a few held-out rows, before tuning and after it.
+        answers: answers to a few held-out rows, before and after tuning.
     """
 
     name: str
@@ -108,7 +108,7 @@ class RunView:
     answers: list[Mapping[str, str]]
 
     @classmethod
-    def read(cls, run: Path, *, whole: bool = True) -> "RunView":
+    def read(cls, run: Path, *, complete: bool = True) -> "RunView":
         """Read the directory that ``emloc run`` wrote to.
 
         Args:
@@ -117,18 +117,20 @@ class RunView:
         Raises:
             EmlocError: no stage is finished there.
         """
-        made = sorted(run.iterdir(), key=_order) if run.is_dir() else []
-        finished = {path.name: path for path in made if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()}
-        if whole and not finished:
+        paths = sorted(run.iterdir(), key=_order) if run.is_dir() else []
+        finished = {
+            path.name: path for path in paths if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()
+        }
+        if complete and not finished:
             raise EmlocError(
                 f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
             )
         results = _read(run / "results.json")
         tried = results.get("selection_losses", [FIRST])
-        # Those of the kept emulator come last: the plans of the base's stages are theirs.
+        # The kept emulator comes last: its plans of the base's stages count.
         order = sorted(tried, key=lambda name: name == results.get("kept"))
         planned = {
-            name: size for each in order if whole for name, size in planned_bytes(finished, suffix(each)).items()
+            name: size for name in order if complete for name, size in planned_bytes(finished, suffix(name)).items()
         }
         stages = [
             StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
@@ -138,17 +140,17 @@ class RunView:
 
     @property
     def suffix(self) -> str:
-        """What the names of the kept emulator's directories end with."""
+        """The suffix of the names of the kept emulator's directories."""
         return suffix(self.results.get("kept", FIRST))
 
     @property
     def selection_losses(self) -> Mapping[str, float]:
-        """The loss of the base on the selection rows by emulator, where several were tried."""
+        """The loss of the base on the selection rows by emulator, if several were tried."""
         return self.results.get("selection_losses", {})
 
     @property
     def kinds(self) -> Mapping[str, str]:
-        """The kind by emulator, where several were tried; nothing of runs of older versions."""
+        """The kind by emulator, if several were tried; empty for runs of older versions."""
         return self.results.get("kinds", {})
 
     def stage(self, name: str) -> StageView | None:
@@ -157,7 +159,7 @@ class RunView:
 
     @property
     def seconds(self) -> float:
-        """How long all stages took."""
+        """Time of all stages."""
         return sum(stage.timing.get("seconds", 0) for stage in self.stages)
 
     @property
@@ -174,43 +176,46 @@ class RunView:
 
     @property
     def top_error(self) -> float:
-        """The largest of these."""
+        """The largest of these errors."""
         return max((value for strip in self.errors for value in finite(strip.values)), default=0)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """What the run is of: base, data, emulator, LoRA, device and versions, as far as the files say."""
+        """Base, data, emulator, LoRA, device and versions of the run, as far as the files say."""
         emulator, adapter = (self._manifest(f"{name}{self.suffix}") for name in ("emulator", "adapter"))
-        inputs, made = emulator.get("inputs", {}), emulator.get("request", {}).get("settings", {})
+        inputs, settings = emulator.get("inputs", {}), emulator.get("request", {}).get("settings", {})
         lora, tuned = adapter.get("request", {}).get("settings", {}), adapter.get("inputs", {})
         targets = ", ".join(map(str, adapter.get("result", {}).get("target_modules", [])))
-        ratio = f", ratio {made['ratio']:g}" if isinstance(made.get("ratio"), int | float) else ""
+        ratio = f", ratio {settings['ratio']:g}" if isinstance(settings.get("ratio"), int | float) else ""
         used = [stage.manifest.get("versions", {}) for stage in self.stages]
-        versions = {name: list(dict.fromkeys(str(each[name]) for each in used if name in each)) for name in _VERSIONS}
+        versions = {
+            name: list(dict.fromkeys(str(packages[name]) for packages in used if name in packages))
+            for name in _VERSIONS
+        }
         facts = {
             "base": _name(inputs.get("base") or tuned.get("model", "")),
             "data": _name(tuned.get("data") or inputs.get("data", "")),
-            "emulator": f"{made['kind']}{ratio}" if made.get("kind") else "",
+            "emulator": f"{settings['kind']}{ratio}" if settings.get("kind") else "",
             "LoRA": f"rank {lora['lora_rank']}" + (f" on {targets}" if targets else "")
             if lora.get("lora_rank")
             else "",
-            "versions": ", ".join(f"{name} {' and '.join(each)}" for name, each in versions.items() if each),
+            "versions": ", ".join(f"{name} {' and '.join(values)}" for name, values in versions.items() if values),
         }
         return [(name, value) for name, value in facts.items() if value]
 
     @property
     def verdict(self) -> str:
-        """What the correction came to; empty without one."""
+        """The outcome of the correction; empty without one."""
         result = self._result(f"corrected{self.suffix}")
         return verdict(result) if "clamp" in result else ""
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
-        """What the correction compared, each with whether it was chosen."""
+        """The candidates that the correction compared, each with whether it was chosen."""
         result = self._result(f"corrected{self.suffix}")
         chosen = result.get("clamp"), result.get("scale", 1)
-        compared = [{"scale": 1, **each} for each in result.get("candidates", [])]
-        return [{**each, "chosen": (each["clamp"], each["scale"]) == chosen} for each in compared]
+        compared = [{"scale": 1, **candidate} for candidate in result.get("candidates", [])]
+        return [{**candidate, "chosen": (candidate["clamp"], candidate["scale"]) == chosen} for candidate in compared]
 
     @property
     def scores(self) -> list[dict[str, Any]]:
@@ -241,7 +246,7 @@ class RunView:
 
 
 def _order(path: Path) -> tuple[int, str]:
-    """Return the place of a stage's directory among the stages."""
+    """Return a key that sorts the stages' directories."""
     for index, name in enumerate(PURPOSES):
         if path.name == name or path.name.startswith(f"{name}_"):
             return index, path.name
@@ -256,6 +261,6 @@ def _log(stage: Path) -> list[dict[str, Any]]:
     return read_json(stage / "log.json") if (stage / "log.json").is_file() else []
 
 
-def _name(given: str) -> str:
+def _name(name: str) -> str:
     """Return a hub id, or the last part of a path, since pages are made to be sent."""
-    return Path(given).name if Path(given).is_absolute() else given
+    return Path(name).name if Path(name).is_absolute() else name

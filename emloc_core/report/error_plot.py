@@ -1,4 +1,4 @@
-"""The error of every Linear as small plots: inline SVG, made of numbers alone, so nothing needs escaping."""
+"""The error of every Linear as small plots: inline SVG, made of numbers only, so nothing needs escaping."""
 
 import math
 import re
@@ -24,8 +24,8 @@ class Strip:
     Attributes:
         tower: path of the blocks: ``model.layers``.
         kind: path within a block: ``mlp.down_proj``; numbers in it, of experts, are ``*``.
-        label: the shortest end of the kind that no other one of the tower has: ``q_proj``, ``experts.down_proj``.
-        values: relative error a block (the median over experts); None is dense, NaN not a number.
+        label: the shortest end of the kind that is unique in the tower: ``q_proj``, ``experts.down_proj``.
+        values: relative error per block (the median over experts); None for dense, NaN for not a number.
     """
 
     tower: str
@@ -35,53 +35,53 @@ class Strip:
 
     @property
     def middle(self) -> float | None:
-        """The median over the blocks where there is a number; None where there is none."""
+        """The median over the blocks with a finite error; None without any."""
         numbers = finite(self.values)
         return median(numbers) if numbers else None
 
     @property
     def broken(self) -> int:
-        """In how many blocks it is not a number."""
+        """The number of blocks whose error is not a number."""
         return sum(map(_is_broken, self.values))
 
     @property
     def text(self) -> str:
         """The plot in words."""
         numbers = finite(self.values)
-        said = [f"{self.kind}, {len(self.values)} blocks"]
+        phrases = [f"{self.kind}, {len(self.values)} blocks"]
         if numbers:
-            said.append(f"{min(numbers):.3g} to {max(numbers):.3g}, median {median(numbers):.3g}")
+            phrases.append(f"{min(numbers):.3g} to {max(numbers):.3g}, median {median(numbers):.3g}")
         if self.broken:
-            said.append(f"not a number in {self.broken}")
-        return ": ".join(said[:2]) + "".join(f"; {more}" for more in said[2:])
+            phrases.append(f"not a number in {self.broken}")
+        return ": ".join(phrases[:2]) + "".join(f"; {more}" for more in phrases[2:])
 
 
 def strips(errors: Mapping[str, float | None]) -> list[Strip]:
     """Return the errors of all Linears, by path, as one strip for each tower and kind, in the order of the paths."""
-    found: dict[tuple[str, str], dict[int, list[float | None]]] = {}
+    by_kind: dict[tuple[str, str], dict[int, list[float | None]]] = {}
     blocks: dict[str, int] = {}
     for path, error in errors.items():
         match = _PATH.fullmatch(path)
         tower, block, kind = (match["tower"], int(match["block"]), match["kind"]) if match else ("", 0, path)
         kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)
-        found.setdefault((tower, kind), {}).setdefault(block, []).append(error)
+        by_kind.setdefault((tower, kind), {}).setdefault(block, []).append(error)
         blocks[tower] = max(blocks.get(tower, 0), block + 1)
     return [
         Strip(
             tower,
             kind,
-            _short(kind, [other for beside, other in found if beside == tower and other != kind]),
-            [_middle(at.get(block, [])) for block in range(blocks[tower])],
+            _short(kind, [other for beside, other in by_kind if beside == tower and other != kind]),
+            [_middle(by_block.get(block, [])) for block in range(blocks[tower])],
         )
-        for (tower, kind), at in found.items()
+        for (tower, kind), by_block in by_kind.items()
     ]
 
 
 def _short(kind: str, others: Sequence[str]) -> str:
-    """Return the shortest end of a path that no other one has, by whole parts."""
+    """Return the shortest end of a path, in whole parts, that no other path has."""
     parts = kind.split(".")
     ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
-    return next((end for end in ends if not any(f".{each}".endswith(f".{end}") for each in others)), kind)
+    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), kind)
 
 
 def sparkline(values: Values, top: float) -> Markup:
@@ -100,24 +100,24 @@ def band(strips: Sequence[Strip], top: float) -> Markup:
         within = [strip.values for strip in strips if strip.tower == tower]
         columns += [list(column) for column in zip(*within, strict=True)]
     steps = _steps(len(columns))
-    known = {x: numbers for x, column in zip(steps, columns, strict=True) if (numbers := finite(column))}
-    over = [_point(x, max(numbers), top) for x, numbers in known.items()]
-    under = [_point(x, min(numbers), top) for x, numbers in reversed(known.items())]
-    middle = [_point(x, median(known[x]) if x in known else None, top) for x in steps]
+    by_step = {x: numbers for x, column in zip(steps, columns, strict=True) if (numbers := finite(column))}
+    highest = [_point(x, max(numbers), top) for x, numbers in by_step.items()]
+    lowest = [_point(x, min(numbers), top) for x, numbers in reversed(by_step.items())]
+    middle = [_point(x, median(by_step[x]) if x in by_step else None, top) for x in steps]
     broken = [next(filter(_is_broken, column), None) for column in columns]
-    return _svg(area=_line([*over, *under]), line=_line(middle), nan=_marks(broken))
+    return _svg(area=_line([*highest, *lowest]), line=_line(middle), nan=_marks(broken))
 
 
 def finite(values: Iterable[Any]) -> list[float]:
-    """Return the finite numbers among them."""
+    """Return the finite numbers among the values."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def _middle(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    if len(known) > len(finite(known)):
+    present = [value for value in values if value is not None]
+    if len(present) > len(finite(present)):
         return math.nan
-    return median(known) if known else None
+    return median(present) if present else None
 
 
 def _is_broken(value: float | None) -> bool:
@@ -137,13 +137,13 @@ def _point(x: int, value: float | None, top: float) -> tuple[int, int] | None:
 
 
 def _line(points: Iterable[tuple[int, int] | None]) -> str:
-    """Return the path of a line with gaps; a point alone is a dash."""
+    """Return the path of a line with gaps; a single point is a dash."""
     parts = []
     for is_known, run in groupby(points, key=bool):
         if is_known:
-            known = [point for point in run if point]
-            (x, y), steps = known[0], pairwise(known)
-            parts.append(f"M{x} {y}" if len(known) > 1 else f"M{x - _EDGE} {y}h{2 * _EDGE}")
+            run_points = [point for point in run if point]
+            (x, y), steps = run_points[0], pairwise(run_points)
+            parts.append(f"M{x} {y}" if len(run_points) > 1 else f"M{x - _EDGE} {y}h{2 * _EDGE}")
             parts += [f"l{after[0] - before[0]} {after[1] - before[1]}" for before, after in steps]
     return "".join(parts).replace(" -", "-")
 

@@ -94,17 +94,17 @@ def conclusion(results: Mapping[str, Any]) -> str:
     if column is None or not values.keys() >= {"base", "base+corrected"}:
         return ""
     base, full = values["base"], values.get("full_lora")
-    told = []
+    gains = []
     for name in ("base+polished", "base+corrected", "base+uncorrected"):
         if name in values:
             share = f", {(base - values[name]) / (base - full):.0%} of it" if full not in (None, base) else ""
-            told.append(f"{name} {_text(column, values[name])}{share}")
+            gains.append(f"{name} {_text(column, values[name])}{share}")
     start = f"{_heading(column, metrics)}: base {_text(column, base)}"
     end = f", full LoRA {_text(column, full)} (the whole gain)" if full is not None else ""
     correction = results.get("correction", {})
-    kept = correction.get("clamp") == 0 and correction.get("scale", 1) == 1
-    uncorrected = " The clamp chosen is 0: no correction did better on the held-out rows." if kept else ""
-    return f"{start}{end}; {'; '.join(told)}.{uncorrected}"
+    is_uncorrected = correction.get("clamp") == 0 and correction.get("scale", 1) == 1
+    uncorrected = " The clamp chosen is 0: no correction did better on the held-out rows." if is_uncorrected else ""
+    return f"{start}{end}; {'; '.join(gains)}.{uncorrected}"
 
 
 def _columns(systems: Systems) -> list[str]:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 
-def place(path: str) -> tuple[str, int | None, str]:
+def split_path(path: str) -> tuple[str, int | None, str]:
     """Return the path of a Linear's list of blocks, the number of its block, and the last part of its path.
 
-    Outside blocks these are an empty path and None.
+    Outside blocks, the first two are an empty path and None.
     """
     parts = path.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)

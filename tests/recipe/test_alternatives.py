@@ -19,7 +19,7 @@ from emloc_core.model.opened import OpenModel
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.stages import attempts, kept, rest, stages
+from emloc_core.recipe.stages import attempts, final_stages, kept, stages
 from emloc_core.recipe.view import RunView
 
 RECIPE = """
@@ -86,7 +86,7 @@ def test_the_lora_that_serves_the_base_best_is_kept_once_all_are_known(write):
     assert kept(recipe).name == "compress"
     record(recipe, corrected_levels=0.4)
     assert kept(recipe).name == "small"
-    polish, merge = (stage.request for stage in rest(recipe))
+    polish, merge = (stage.request for stage in final_stages(recipe))
     assert polish.adapter.name == "corrected_small"
     assert merge.adapter == polish.output
     assert (polish.output.name, merge.output.name) == ("polished_small", "merged_small")

@@ -4,7 +4,7 @@ import json
 
 from emloc_core.cli.stage import summary
 from emloc_core.files.manifest import MANIFEST
-from emloc_core.report.towers import place, short_names
+from emloc_core.report.towers import short_names, split_path
 from emloc_core.requests import make_request
 from emloc_core.stages.result import Result
 
@@ -12,8 +12,8 @@ TOWERS = ["model.vision_tower.encoder.layer", "model.language_model.layers"]
 
 
 def test_a_path_says_tower_block_and_kind():
-    assert place("model.layers.3.mlp.experts.7.down_proj") == ("model.layers", 3, "down_proj")
-    assert place("model.projector.linear_1") == ("", None, "linear_1")
+    assert split_path("model.layers.3.mlp.experts.7.down_proj") == ("model.layers", 3, "down_proj")
+    assert split_path("model.projector.linear_1") == ("", None, "linear_1")
 
 
 def test_towers_are_called_by_what_tells_them_apart():

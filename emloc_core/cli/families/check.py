@@ -50,17 +50,17 @@ def _families(names: tuple[str, ...]) -> "list[Family]":
     installed = {family.name: family for family in plugin_manager().families()}
     for name in names:
         if name not in installed:
-            known = list(installed)
             raise EmlocError(
-                f"No installed plugin declares a family {name!r}: {', '.join(known)}.{did_you_mean(name, known)}",
+                f"No installed plugin declares a family {name!r}: {', '.join(installed)}."
+                f"{did_you_mean(name, list(installed))}",
                 "`emloc families` lists all plugins, and the errors of broken ones.",
             )
     return [installed[name] for name in names or installed]
 
 
 def _show(results: "list[CheckResult]") -> None:
-    for (family, config), found in groupby(results, key=lambda result: (result.family, result.config)):
-        checks = list(found)
+    for (family, config), group in groupby(results, key=lambda result: (result.family, result.config)):
+        checks = list(group)
         passed = sum(result.passed for result in checks)
         click.echo(f"{family}, {config}: {passed} of {len(checks)} checks passed")
         for result in checks:

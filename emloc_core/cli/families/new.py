@@ -39,14 +39,14 @@ def command(name: str, model_types: tuple[str, ...], model: str | None, output: 
 
     directory = output or Path(f"emloc-{name}".replace("_", "-"))
     draft = _draft(model) if model else None
-    written = write_plugin(name, directory, model_types, draft)
+    paths = write_plugin(name, directory, model_types, draft)
     commands = ["pip", "install", "--editable", directory], ["emloc", "families", "check", name], ["pytest", directory]
     steps = [shlex.join(map(str, command)) for command in commands]
     notes = draft.notes if draft else []
     if as_json:
-        print_json({"name": name, "output": str(directory), "files": written, "notes": notes, "next": steps})
+        print_json({"name": name, "output": str(directory), "files": paths, "notes": notes, "next": steps})
         return
-    for path in written:
+    for path in paths:
         click.echo(directory / path)
     click.echo(f"\nRead {directory / f'emloc_{name}' / '__init__.py'}, and change what differs in your model.")
     for note in notes:

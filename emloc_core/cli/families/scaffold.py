@@ -49,6 +49,6 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
         click.echo(f"{output}: {draft.summary}")
     if check and not faults:
         click.echo("The draft passes every check of the conformance kit.", err=True)
-    if not any(each.model_types & draft.family.model_types for each in plugin_manager().families()):
+    if not any(family.model_types & draft.family.model_types for family in plugin_manager().families()):
         following = join("families", "new", draft.family.name, "--from", model)
         click.echo(f"Next: `{following}` writes a package that declares this.", err=True)

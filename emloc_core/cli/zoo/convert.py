@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, print_json, progress
-from emloc_core.cli.options import given, options
+from emloc_core.cli.options import explicit, options
 from emloc_core.cli.zoo.records import line, totals
 from emloc_core.errors import EmlocError, validated
 from emloc_core.settings import CompressSettings
@@ -84,7 +84,7 @@ def command(
     time_limit = values.pop("time_limit")
     seconds = parse_seconds(time_limit) if time_limit else None
     limits = Limits(values.pop("retries"), seconds, room, elsewhere=storage is not None)
-    settings, others = given(CompressSettings, values)
+    settings, others = explicit(CompressSettings, values)
     validated(CompressSettings, settings, "See --help.")
     defaults = Defaults(compress=settings, **others)
     jobs = resolve(sources, defaults)
@@ -112,14 +112,14 @@ def _convert(
     from emloc_core.zoo.convert import convert
 
     tried: set[str] = set()
-    with progress("Planning") as advance, _told() as show:
+    with progress("Planning") as advance, _reporting() as show:
 
-        def tell(name: str, state: str, message: str) -> None:
+        def notify(name: str, state: str, message: str) -> None:
             tried.add(name)
             show(name, state, message)
 
-        records = convert(jobs, zoo, make_engine, limits, tell, advance)
-    # What failed before and is not asked for any more is no failure of this command.
+        records = convert(jobs, zoo, make_engine, limits, notify, advance)
+    # A job that failed before and was not tried now is no failure of this command.
     failed = [record for record in records if record.state == "failed" and record.job.name in tried]
     if as_json:
         print_json({"zoo": str(zoo), "jobs": [record.to_dict() for record in records]})
@@ -135,7 +135,7 @@ def _convert(
 
 
 @contextmanager
-def _told() -> Iterator[Callable[[str, str, str], None]]:
+def _reporting() -> Iterator[Callable[[str, str, str], None]]:
     """Show progress on stderr: one line per running job on a terminal, one line per event elsewhere."""
     from rich.console import Console
     from rich.markup import escape
@@ -146,7 +146,7 @@ def _told() -> Iterator[Callable[[str, str, str], None]]:
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bars:
 
-        def tell(name: str, state: str, message: str) -> None:
+        def notify(name: str, state: str, message: str) -> None:
             if state == "running":
                 lines[name] = bars.add_task(escape(name), total=None)
                 if bars.disable:
@@ -156,7 +156,7 @@ def _told() -> Iterator[Callable[[str, str, str], None]]:
                 bars.remove_task(lines.pop(name))
             bars.console.print(f"{escape(name)}: {state}{f' ({escape(message)})' if message else ''}")
 
-        yield tell
+        yield notify
 
 
 def _describe(jobs: "list[ZooJob]", zoo: Path, limits: "Limits", memory: int | None, as_json: bool) -> None:
@@ -165,39 +165,39 @@ def _describe(jobs: "list[ZooJob]", zoo: Path, limits: "Limits", memory: int | N
     with progress("Planning") as advance:
         previews = preview(jobs, zoo, advance)
     # Duplicates and finished jobs are not tried.
-    refused = {each.name: _refused(each.job, each.needs, memory) for each in previews if each.state == "to do"}
+    refused = {item.name: _refused(item.job, item.needs, memory) for item in previews if item.state == "to do"}
     refused = {name: reason for name, reason in refused.items() if reason}
-    known = [each.seconds for each in previews if each.state == "to do"]
-    total = sum(seconds for seconds in known if seconds is not None) if None not in known else None
+    times = [item.seconds for item in previews if item.state == "to do"]
+    total = sum(seconds for seconds in times if seconds is not None) if None not in times else None
     if as_json:
         content = [
-            {"name": each.name, "state": each.state, "needs": asdict(each.needs), "seconds": each.seconds,
-             "refused": refused.get(each.name, ""), "note": each.note}
-            for each in previews
+            {"name": item.name, "state": item.state, "needs": asdict(item.needs), "seconds": item.seconds,
+             "refused": refused.get(item.name, ""), "note": item.note}
+            for item in previews
         ]  # fmt: skip
         print_json({"jobs": content, "seconds": total})
     else:
-        width = max(len(each.name) for each in previews)
-        for number, each in enumerate(previews, 1):
-            needs = each.needs
+        width = max(len(item.name) for item in previews)
+        for number, item in enumerate(previews, 1):
+            needs = item.needs
             sizes = [
-                f"{what} {'unknown' if size is None else human_bytes(size)}"
-                for what, size in (("base", needs.base), ("emulator", needs.emulator), ("disk", needs.disk),
+                f"{label} {'unknown' if size is None else human_bytes(size)}"
+                for label, size in (("base", needs.base), ("emulator", needs.emulator), ("disk", needs.disk),
                                    ("memory", needs.memory))
             ]  # fmt: skip
-            sizes.append(f"time {'unknown' if each.seconds is None else human_seconds(each.seconds)}")
-            reasons = "; ".join(filter(None, (needs.reason, refused.get(each.name), each.note)))
+            sizes.append(f"time {'unknown' if item.seconds is None else human_seconds(item.seconds)}")
+            reasons = "; ".join(filter(None, (needs.reason, refused.get(item.name), item.note)))
             reason = f" ({reasons})" if reasons else ""
-            click.echo(f"{number:>3}. {each.name:<{width}}  {each.state:<6}  {', '.join(sizes)}{reason}")
+            click.echo(f"{number:>3}. {item.name:<{width}}  {item.state:<6}  {', '.join(sizes)}{reason}")
         click.echo(f"time for all, one after another: {'unknown' if total is None else human_seconds(total)}")
     needed, room = require_room(previews, zoo, limits)
     if not as_json:
         click.echo(f"disk: {human_bytes(needed)}{'' if room is None else f' of {human_bytes(room)}'}")
     if refused:
-        named = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        examples = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise EmlocError(
-            f"{len(refused)} of {len(previews)} jobs would fail. {named}{more}.",
+            f"{len(refused)} of {len(previews)} jobs would fail. {examples}{more}.",
             "Give --data for those without rows, more --memory if there is more, or leave them out.",
         )
 

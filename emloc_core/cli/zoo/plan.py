@@ -63,19 +63,19 @@ def command(
         for number, entry in enumerate(entries):
             advance(entry.id, number, len(entries))
             try:
-                found = fit(
+                planned_entry = fit(
                     entry, budget, preset=preset, batch_size=batch_size, length=length, kind=kind, device=device
                 )
             except EmlocError as error:  # the others are still planned
-                found = EntryFit(entry.id, entry.family, error=str(error))
-            planned.append(found)
+                planned_entry = EntryFit(entry.id, entry.family, error=str(error))
+            planned.append(planned_entry)
         advance("", len(entries), len(entries))
     if as_json:
         sizes = {"memory": budget and budget.memory, "headroom": budget and budget.headroom}
-        print_json({**sizes, "preset": preset, "device": device, "models": [asdict(each) for each in planned]})
+        print_json({**sizes, "preset": preset, "device": device, "models": [asdict(entry) for entry in planned]})
     else:
         _show(planned, budget)
-    if failed := [each for each in planned if each.error]:
+    if failed := [entry for entry in planned if entry.error]:
         raise EmlocError(f"{len(failed)} of {len(planned)} models could not be planned.", "Each says why.")
 
 
@@ -84,16 +84,16 @@ def _show(planned: "list[EntryFit]", budget: "Budget | None") -> None:
     print_rows(
         {"model": "left", "parameters": "right", "rows x tokens": "right", "inference": "right", "LoRA": "right",
          f"EMLoC {allowed}": "right", "kind": "left", "ratio": "right", "emulator": "right"},
-        [_row(each) for each in planned],
+        [_row(entry) for entry in planned],
     )  # fmt: skip
-    for each in planned:
-        if each.error:
-            click.echo(f"{each.id}: {each.error}")
+    for entry in planned:
+        if entry.error:
+            click.echo(f"{entry.id}: {entry.error}")
     if budget:
         click.echo(f"Of {budget}.")
-    if any(each.kind is None and not each.error for each in planned):
+    if any(entry.kind is None and not entry.error for entry in planned):
         click.echo("-: no emulator's tuning fits; `emloc plan ID --memory SIZE` says what would.")
-    if any(_fits_itself(each) for each in planned):
+    if any(_fits_itself(entry) for entry in planned):
         click.echo("*: a LoRA on the model itself fits too; no emulator is needed.")
 
 

@@ -23,8 +23,8 @@ def command(model: str, registry: tuple[Path, ...], as_json: bool) -> None:
 
     entry, *others = find(model, load_entries(registry))
     if others:
-        known = ", ".join(each.id for each in (entry, *others))
-        raise EmlocError(f"{model!r} matches several models: {known}.", "Name one; `emloc zoo list` lists several.")
+        names = ", ".join(match.id for match in (entry, *others))
+        raise EmlocError(f"{model!r} matches several models: {names}.", "Name one; `emloc zoo list` lists several.")
     if as_json:
         print_json({**entry.model_dump(), "file": str(entry.file), "fingerprint": entry.fingerprint})
         return
@@ -42,12 +42,12 @@ def _facts(entry: "Entry") -> list[tuple[str, Any]]:
         ("checkpoint", entry.checkpoint),
     ]
     if entry.parameters:
-        said = entry.parameters
-        twice = "; it counts the tied output projection twice" if said.tied_twice else ""
-        facts += [("size", f"{said.published} ({said.source}){twice}"), ("", said.note)]
+        parameters = entry.parameters
+        twice = "; it counts the tied output projection twice" if parameters.tied_twice else ""
+        facts += [("size", f"{parameters.published} ({parameters.source}){twice}"), ("", parameters.note)]
     for name, preset in entry.presets.items():
-        given = preset.model_dump(exclude_none=True)
-        facts.append(("preset", f"{name}: " + ", ".join(f"{key} {_shown(value)}" for key, value in given.items())))
+        settings = preset.model_dump(exclude_none=True)
+        facts.append(("preset", f"{name}: " + ", ".join(f"{key} {_shown(value)}" for key, value in settings.items())))
     if entry.data:
         facts += [(f"data {name}", _shown(value)) for name, value in entry.data.model_dump().items() if value]
     facts += [(f"{name} from", source) for name, source in entry.sources.items()]
@@ -57,8 +57,8 @@ def _facts(entry: "Entry") -> list[tuple[str, Any]]:
 
 def _config(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return the config as lines: one for its own fields and one for each nested config."""
-    own = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    facts = [(prefix or "config", ", ".join(f"{key} {_shown(value)}" for key, value in own.items()))]
+    fields = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    facts = [(prefix or "config", ", ".join(f"{key} {_shown(value)}" for key, value in fields.items()))]
     for key, value in config.items():
         if isinstance(value, dict):
             facts += _config(value, key)
