@@ -58,7 +58,7 @@ Name = str | PathLike[str]
 ColumnNames = Mapping[str, str]
 OnProgress = Callable[[ProgressEvent], Any]
 
-#: Stages whose trainer shows a bar of its own.
+#: Stages whose trainer shows its own progress bar.
 _WITH_A_BAR = {"train", "polish"}
 
 
@@ -151,10 +151,10 @@ def train(  # noqa: PLR0913 - all by keyword
     """
     content = {"model": model, "output": output, **_rows(data, exclude, split, columns, skip_bad_rows=skip_bad_rows)}
     more = {"exact": exact, "limits": dict(limits or {}), "evaluation": dict(evaluation or {})}
-    given = _with_extra(settings)
+    values = _with_extra(settings)
     if peft_config is not None:
-        given = _with_lora(given, peft_config)
-    return _perform(make_request("train", given, **content, **more), progress, callbacks)
+        values = _with_lora(values, peft_config)
+    return _perform(make_request("train", values, **content, **more), progress, callbacks)
 
 
 def correct(
@@ -330,10 +330,10 @@ def evaluate(  # noqa: PLR0913 - all by keyword
     from emloc_core.evaluation.evaluate import canonical_systems
 
     names = [tasks] if isinstance(tasks, str | PathLike) else list(tasks)
-    known = canonical_systems(base, emulator, adapter, corrected, polished, merged, full_lora)
+    canonical = canonical_systems(base, emulator, adapter, corrected, polished, merged, full_lora)
     others = [_system(name, value) for name, value in (systems or {}).items()]
     request = make_request(
-        "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*known, *others), **settings
+        "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*canonical, *others), **settings
     )
     return _perform(request, progress)
 
@@ -536,12 +536,12 @@ def tune(  # noqa: PLR0913 - all by keyword
     settle()
     with quiet() if progress else nullcontext():
         evaluated: dict[str, Any] = dict(evaluation or {})
-        others: Any = evaluated.get("data", data)
-        if is_splits(others) and evaluated.get("split") in others:
-            evaluated["data"] = others[evaluated.pop("split")]
+        rows: Any = evaluated.get("data", data)
+        if is_splits(rows) and evaluated.get("split") in rows:
+            evaluated["data"] = rows[evaluated.pop("split")]
         if evaluated.get("data") is not None:
             evaluated["data"] = by_name(evaluated["data"], Path(output), columns=columns or {}, name=EVALUATED)
-        given = {
+        arguments = {
             "model": fspath(model),
             "data": by_name(data, Path(output), split, columns or {}, skip_bad_rows=skip_bad_rows),
             "output": Path(output),
@@ -555,13 +555,13 @@ def tune(  # noqa: PLR0913 - all by keyword
             "paper": paper,
             "settings": _with_extra(settings),
         }
-        asked = validated(Tune, given, "See `emloc tune --help`.")
-        asked.run(tell=logging.getLogger("emloc.tune").info, progress=progress)
+        request = validated(Tune, arguments, "See `emloc tune --help`.")
+        request.run(tell=logging.getLogger("emloc.tune").info, progress=progress)
     return RunResult(Path(output))
 
 
 def load_family(model: Name) -> "Family":
-    """Return the family that declares a model: its towers, its input groups, what it keeps dense.
+    """Return the family that declares a model: its towers, its input groups, and what it keeps dense.
 
     Raises:
         EmlocError: no installed plugin declares it.
@@ -573,7 +573,7 @@ def load_family(model: Name) -> "Family":
 
 
 def _beside(adapter: Name, word: str) -> Path:
-    """Return the path of what is made of an adapter, where none is given."""
+    """Return the default output for something that is made from an adapter, beside it."""
     path = Path(adapter)
     if path.name in ("", ".."):  # the current directory, or one above it
         path = path.resolve()
@@ -583,9 +583,9 @@ def _beside(adapter: Name, word: str) -> Path:
 def _rows(
     data: Rows, exclude: Iterable[Name], split: str, columns: ColumnNames | None, *, skip_bad_rows: bool
 ) -> dict[str, Any]:
-    """Return what a request says of its rows."""
-    said = {"data": data, "exclude": tuple(exclude), "split": split, "columns": columns or {}}
-    return {**said, "skip_bad_rows": skip_bad_rows}
+    """Return the fields of a request for its rows."""
+    rows = {"data": data, "exclude": tuple(exclude), "split": split, "columns": columns or {}}
+    return {**rows, "skip_bad_rows": skip_bad_rows}
 
 
 def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result[Any]:
@@ -608,24 +608,24 @@ def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence[
 
 
 def _with_extra(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with the fields of the trainer's config where the request has them."""
+    """Return settings with the fields of the trainer's config moved into ``extra``."""
     fields = {name: value for name, value in settings.items() if name in TrainerFields.__annotations__}
-    own = {name: value for name, value in settings.items() if name not in fields}
-    return {**own, "extra": {**own.get("extra", {}), **fields}} if fields else own
+    remaining = {name: value for name, value in settings.items() if name not in fields}
+    return {**remaining, "extra": {**remaining.get("extra", {}), **fields}} if fields else remaining
 
 
 def _with_lora(settings: Mapping[str, Any], config: "LoraConfig") -> dict[str, Any]:
-    """Return settings with those that PEFT's config says.
+    """Return settings with those of PEFT's config.
 
     Raises:
-        EmlocError: the config says something that is no setting, or that is given as a setting too.
+        EmlocError: the config sets something that has no setting, or that is also given as one.
     """
     from emloc_core.tuning.trl import lora_settings
 
-    found = lora_settings(config)
-    if both := sorted(found.keys() & settings.keys()):
+    lora = lora_settings(config)
+    if both := sorted(lora.keys() & settings.keys()):
         raise EmlocError(f"peft_config also sets {', '.join(both)}.", "Give it once.")
-    return {**settings, **found}
+    return {**settings, **lora}
 
 
 def _system(name: str, value: Name | tuple[Name, Name]) -> System:

@@ -1,7 +1,7 @@
-"""Checks an installation: versions, GPU, memory, disk, caches, plugins. Works where a dependency is broken.
+"""Checks an installation: versions, GPU, memory, disk, caches, plugins. Works even if a dependency is broken.
 
-It imports the standard library alone; what may fail is tried in another process. ``python -m emloc_core.doctor`` is the
-same without the command line's own dependencies.
+It imports only the standard library; what may fail is tried in another process. ``python -m emloc_core.doctor`` does
+the same without the command line's dependencies.
 """
 
 import gc
@@ -23,11 +23,11 @@ from emloc_core.compat.tested import TESTED
 from emloc_core.processes.group import within_group
 from emloc_core.processes.lifetime import run_to_end
 
-#: Modules whose names are not those of their packages.
+#: Modules whose names differ from their packages'.
 _MODULES = {"pillow": "PIL", "protobuf": "google.protobuf"}
 #: Extras whose packages are for developers.
 _DEVELOPMENT = {"bench", "demo", "dev", "docs"}
-#: Seconds in which what is tried in another process has to end.
+#: Time limit in seconds for what is tried in another process.
 _PATIENCE = 300
 #: Bytes below which there is hardly room for a model.
 _LITTLE = 10 << 30
@@ -37,11 +37,11 @@ State = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True)
 class Check:
-    """What was found about one thing.
+    """The result of one check.
 
     Attributes:
         group: ``system``, ``packages``, ``gpu``, ``room`` or ``plugins``.
-        state: ``error`` if EMLoC does not work with it, ``warning`` if it may not, ``note`` for what it does without.
+        state: ``error`` if EMLoC does not work like this, ``warning`` if it may not, ``note`` if it works without it.
         text: what was found, and what to do.
     """
 
@@ -66,12 +66,12 @@ def examine() -> list[Check]:
 
 
 def _required() -> Iterator[tuple[str, str, str | None]]:
-    """Yield the packages that the installed EMLoC asks for: name, least version, and extra."""
-    seen = set()
+    """Yield the packages that the installed EMLoC requires: name, least version, and extra."""
+    names = set()
     for text in requires("emloc") or []:
         match = re.match(r"([\w.-]+)(\[[\w,]+\])?([^;]*)(?:;.*extra\s*==\s*.(\w+).)?", text)
-        if match and not match[2] and match[1] not in seen and match[4] not in _DEVELOPMENT:
-            seen.add(match[1])
+        if match and not match[2] and match[1] not in names and match[4] not in _DEVELOPMENT:
+            names.add(match[1])
             least = re.search(r">=\s*([\w.]+)", match[3])
             yield match[1].replace("_", "-"), least[1] if least else "0", match[4]
 
@@ -84,7 +84,7 @@ def _installed(name: str) -> str | None:
 
 
 def _module(name: str) -> str:
-    """Return the module that a package is imported by."""
+    """Return the name of a package's module."""
     return _MODULES.get(name, name.replace("-", "_"))
 
 
@@ -122,9 +122,9 @@ def _gpu(gpus: Any) -> Iterator[Check]:
     if isinstance(gpus, str):  # torch does not even import, which is said already
         yield Check("gpu", "torch", "error", f"cannot query the GPUs: {gpus}")
         return
-    for each in gpus.get("devices", []):
-        size = f"{_size(each['free'])} of {_size(each['total'])} free"
-        yield Check("gpu", each["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
+    for device in gpus.get("devices", []):
+        size = f"{_size(device['free'])} of {_size(device['total'])} free"
+        yield Check("gpu", device["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
     if gpus.get("devices"):
         if not gpus["compiles"]:
             missing = "kernels cannot be compiled, so emulators take longer to make: install gcc and python3-dev"
@@ -140,10 +140,10 @@ def _driver() -> str | None:
     """Return the version of NVIDIA's driver, if there is a GPU."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return next(iter(done.stdout.split()), None)
+    return next(iter(process.stdout.split()), None)
 
 
 def _room() -> Iterator[Check]:
@@ -152,10 +152,10 @@ def _room() -> Iterator[Check]:
         free, total = memory
         yield Check("room", "memory", "ok", f"{_size(free)} of {_size(total)} free")
     cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    for name, place in (("disk here", Path.cwd()), ("models' cache", cache.expanduser())):
-        existing = next(each for each in (place, *place.parents) if each.exists())
+    for name, path in (("disk here", Path.cwd()), ("models' cache", cache.expanduser())):
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
-        text = f"{place}: {_size(free)} free"
+        text = f"{path}: {_size(free)} free"
         if not os.access(existing, os.W_OK):
             yield Check("room", name, "error", f"{text}, and it cannot be written to")
         elif free < _LITTLE:
@@ -167,7 +167,7 @@ def _room() -> Iterator[Check]:
 
 
 def _memory() -> tuple[int, int] | None:
-    """Return the bytes of memory that are free and that there are, within a container's limit; None off Linux."""
+    """Return the free and the total bytes of memory, within a container's limit; None if not on Linux."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
@@ -181,10 +181,10 @@ def _plugins(reports: Any) -> Iterator[Check]:
     if isinstance(reports, str):
         yield Check("plugins", "all", "error", f"cannot be loaded: {reports}")
         return
-    for each in reports:
-        state: State = "error" if each["error"] else "ok"
-        told = each["error"] or ", ".join(each["families"]) or "no families"
-        yield Check("plugins", each["name"], state, f"{each['distribution']}: {told}")
+    for report in reports:
+        state: State = "error" if report["error"] else "ok"
+        details = report["error"] or ", ".join(report["families"]) or "no families"
+        yield Check("plugins", report["name"], state, f"{report['distribution']}: {details}")
 
 
 def _size(count: int) -> str:
@@ -192,7 +192,7 @@ def _size(count: int) -> str:
 
 
 def probe(names: Iterable[str]) -> dict[str, Any]:
-    """Return what :func:`_probes` finds in a process of its own, and how it ended for what ended it.
+    """Return what :func:`_probes` finds in another process; for a probe that ended it, how it ended.
 
     Args:
         names: modules to import, ``plugins`` and ``gpus``.
@@ -201,23 +201,23 @@ def probe(names: Iterable[str]) -> dict[str, Any]:
     while waiting:
         command = [sys.executable, "-m", "emloc_core.doctor", "--probe", *waiting]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
-            output, how = done.stdout, f"the process ended with code {done.returncode}"
+            process = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+            output, how = process.stdout, f"the process ended with code {process.returncode}"
         except subprocess.TimeoutExpired as error:
             output, how = (error.stdout or b"").decode(), f"it took more than {_PATIENCE} seconds"
         for line in output.splitlines():
             if line.startswith('{"probed":'):
-                told = json.loads(line)
-                answers[told["probed"]] = told["found"]
-        left = [name for name in waiting if name not in answers]
-        if left:
-            answers[left[0]] = how
-        waiting = left[1:]
+                answer = json.loads(line)
+                answers[answer["probed"]] = answer["found"]
+        remaining = [name for name in waiting if name not in answers]
+        if remaining:
+            answers[remaining[0]] = how
+        waiting = remaining[1:]
     return answers
 
 
 def _probes(names: Iterable[str]) -> None:
-    """Try each in this process, and print what was found: the error of a module's import, or None."""
+    """Try each name in this process, and print what was found: the error of a module's import, or None."""
     gc.disable()  # a fifth of the time of imports
     for name in names:
         answer: Any = None
@@ -258,7 +258,7 @@ def lines(checks: Iterable[Check]) -> Iterator[str]:
 
 
 def is_healthy(checks: Iterable[Check]) -> bool:
-    """Return whether nothing is wrong; notes and warnings are not."""
+    """Return whether no check is an error; notes and warnings are allowed."""
     return all(check.state != "error" for check in checks)
 
 
@@ -266,6 +266,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--probe"]:
         run_to_end(lambda: _probes(sys.argv[2:]))
     else:
-        made = examine()
-        print(*lines(made), sep="\n")  # noqa: T201 - it is a command
-        sys.exit(not is_healthy(made))
+        checks = examine()
+        print(*lines(checks), sep="\n")  # noqa: T201 - it is a command
+        sys.exit(not is_healthy(checks))

@@ -1,4 +1,4 @@
-"""The exception that users see, its subclass for full disks, and what other exceptions say, pydantic's too."""
+"""The exception that users see, its subclass for full disks, and the messages of other exceptions, also pydantic's."""
 
 import errno
 import re
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="BaseModel")
 
-#: What torch prints of a module after its class, over several lines.
+#: What torch prints after a module's class, over several lines.
 _REPR = re.compile(r"\(\n(?: .*\n)+\)")
 #: Error codes, for programs, with their meanings.
 CODES = {
@@ -32,9 +32,9 @@ CODES = {
 }
 
 
-#: What torch says, on the CPU and of mapped files, where it raises a plain RuntimeError.
+#: Phrases of torch's plain RuntimeErrors on the CPU and for mapped files.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
-#: Numbers of the errors of a disk, a quota or a file system without room.
+#: Error numbers for a full disk, quota or file system.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -47,8 +47,8 @@ class EmlocError(Exception):
     Attributes:
         code: the kind of error, one of :data:`CODES`.
         fix: what to do, unless the message says it all.
-        resumable: the request is not at fault (memory ran out, say): the unfinished output is kept, and the same
-            command resumes. Otherwise fixing the error changes the request, and the unfinished output is dropped.
+        resumable: the request is not at fault (for example, memory ran out): the unfinished output is kept, and the
+            same command resumes. Otherwise fixing the error changes the request, and the unfinished output is dropped.
     """
 
     def __init__(self, message: str, fix: str | None = None, *, code: str = "invalid", resumable: bool = False) -> None:
@@ -75,22 +75,22 @@ class DiskFullError(EmlocError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception, of Python or of torch, says that memory ran out."""
+    """Return whether an exception, Python's or torch's, says that memory ran out."""
     if isinstance(error, MemoryError) or "OutOfMemoryError" in class_names(error):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    said = str(error).lower()
-    return any(phrase in said for phrase in _NO_MEMORY)
+    message = str(error).lower()
+    return any(phrase in message for phrase in _NO_MEMORY)
 
 
 def class_names(error: BaseException) -> set[str]:
-    """Return the names of an exception's classes: torch and click need not be imported to know theirs."""
+    """Return the names of an exception's classes, so that torch and click need not be imported to compare them."""
     return {kind.__name__ for kind in type(error).__mro__}
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if the message is empty; of a module, its class."""
+    """Return the first line of an exception's message, or its type if empty; a module is reduced to its class."""
     return (_REPR.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -102,22 +102,25 @@ def typed_line(error: BaseException) -> str:
 
 def printable(text: object) -> str:
     """Return ``str(text)`` on one line, with everything escaped that a terminal would act on."""
-    return "".join(each if each.isprintable() else " " if each == "\n" else _escaped(each) for each in str(text))
+    return "".join(
+        character if character.isprintable() else " " if character == "\n" else _escaped(character)
+        for character in str(text)
+    )
 
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known word closest to ``word``, or an empty string."""
+def did_you_mean(word: str, candidates: list[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the candidate closest to ``word``, or an empty string."""
     import difflib
 
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word, candidates, n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-#: Names that the command line or other tools have for settings.
+#: Names of settings on the command line or in other tools.
 _SHORT = {
     "lr": "learning_rate",
     "rank": "lora_rank",
@@ -137,12 +140,12 @@ _MEMBERS = ("literal[", "constrained-", "float", "function-", "bool")
 
 
 def validated(model: type[Model], values: Mapping[str, Any], remedy: str, where: str = "") -> Model:
-    """Return a model of values by name.
+    """Return a pydantic model of values by name.
 
     Args:
-        values: what is said of its fields; the rest have their defaults.
+        values: values of its fields; the others have their defaults.
         remedy: what to do about the error, a sentence.
-        where: the file that they were read from, if there is one.
+        where: the file that they were read from, if any.
 
     Raises:
         EmlocError: names or values are wrong; the message lists them all.
@@ -161,25 +164,25 @@ def explain(error: "ValidationError", model: type["BaseModel"]) -> str:
     for problem in error.errors():
         # Users need not know which member of a union pydantic tried.
         steps = [str(step) for step in problem["loc"] if not str(step).startswith(_MEMBERS)]
-        where = ".".join(steps) or "settings"
+        name = ".".join(steps) or "settings"
         if problem["type"] == "extra_forbidden":
-            known = list(_section(model, steps[:-1]).model_fields)
+            names = list(_section(model, steps[:-1]).model_fields)
             short = _SHORT.get(steps[-1])
-            meant = f" Did you mean '{short}'?" if short in known else did_you_mean(steps[-1], known)
-            text = f"there is no setting {where!r}.{meant}".removesuffix(".")
+            suggestion = f" Did you mean '{short}'?" if short in names else did_you_mean(steps[-1], names)
+            text = f"there is no setting {name!r}.{suggestion}".removesuffix(".")
         elif problem["type"] == "model_type":
             fields = ", ".join(_section(model, steps).model_fields)
-            text = f"{where} = {problem['input']!r}: this is a section, with {fields}"
+            text = f"{name} = {problem['input']!r}: this is a section, with {fields}"
         elif problem["type"] == "missing":
-            text = f"{where} is missing"
+            text = f"{name} is missing"
         elif problem["type"] == "value_error":  # about several settings together: the input is all of them
-            text = (f"{where}: " if steps else "") + problem["msg"].removeprefix("Value error, ")
+            text = (f"{name}: " if steps else "") + problem["msg"].removeprefix("Value error, ")
         else:
-            text = f"{where} = {problem['input']!r}: {problem['msg']}"
+            text = f"{name} = {problem['input']!r}: {problem['msg']}"
         if text not in texts:
             texts.append(text)
-    told = "; ".join(texts)
-    return told if told.endswith(("?", ".")) else f"{told}."
+    message = "; ".join(texts)
+    return message if message.endswith(("?", ".")) else f"{message}."
 
 
 def _section(model: type["BaseModel"], steps: list[str]) -> type["BaseModel"]:

@@ -35,7 +35,7 @@ class Tower:
     """One stack of repeated layers.
 
     Attributes:
-        name: ``language`` or ``vision``, say.
+        name: for example ``language`` or ``vision``.
         blocks: module path of the list of blocks, in execution order (``model.layers``).
         input_groups: paths of Linears within a block. The Linears of one group read the same input, so their
             statistics are gathered once. Every compressed Linear is in exactly one group; paths that a given model
@@ -55,7 +55,7 @@ class Tower:
     experts: Sequence[str] = ()
 
     def targets(self) -> set[str]:
-        """Return what a LoRA is put on by default: ends of module paths."""
+        """Return the default targets of a LoRA: ends of module paths."""
         if self.lora_targets is not None:
             return set(self.lora_targets)
         return {path.rpartition(".")[2] for group in self.input_groups for path in group}
@@ -73,8 +73,8 @@ class Family:
         modality: what the model reads, ``text`` or ``image-text``; or ``text-to-image``, if it makes pictures.
         objective: what its models learn: ``tokens``, or one that a plugin provides (``emloc_objectives``).
         keep_dense: glob patterns of module paths that are never compressed, each with its reason.
-        taps: glob pattern of module path -> how the activations of these Linears are captured, where the default
-            (the cheaper of input and output) would be wrong.
+        taps: glob pattern of module path -> how the activations of these Linears are captured, if the default (the
+            cheaper of input and output) would be wrong.
         nested: models of other families inside this one: part of the config (``text_config``) -> module path
             (``model.language_model``) that replaces the first part of the other family's block paths, usually
             ``model``. The other family's towers follow this family's own; its ``keep_dense`` and ``taps`` apply to its
@@ -83,8 +83,8 @@ class Family:
             least one per model type.
         tiny_inputs: given a tiny model's config, returns the keyword arguments of a forward pass of one row with an
             image, if the conformance kit cannot make them up: tensors, including ``input_ids`` of shape (1, T).
-        observed: records of what no plugin declares of it (:mod:`emloc_core.observed.record`); they go into the
-            ``emloc.json`` of all that is made with it.
+        observed: records of what was observed because no plugin declares it (:mod:`emloc_core.observed.record`); they
+            go into the ``emloc.json`` of everything that is made with the family.
     """
 
     __pydantic_config__ = CHECKED
@@ -105,7 +105,7 @@ class Family:
     def with_nested(self, inner: "Family", path: str) -> "Family":
         """Return the family with the declaration of ``inner`` added; its model without head is at ``path`` here.
 
-        In ``inner`` itself, that model is the first part of its block paths: ``model``, say, or ``gpt_neox``.
+        In ``inner`` itself, that model is the first part of its block paths, such as ``model`` or ``gpt_neox``.
         """
         bases = {tower.blocks.partition(".")[0] for tower in inner.towers}
 

@@ -27,9 +27,9 @@ hookimpl = pluggy.HookimplMarker("emloc")
 def emloc_families(config: "Mapping[str, Any] | None") -> "Sequence[Family]":  # type: ignore[empty-body]
     """Declare model families. Called when the plugin is loaded, with None: import nothing heavy then.
 
-    A plugin that takes ``config`` is called again for a model whose type no plugin declares. The first that returns a
-    family for it is believed; the last one asked is emloc's own, which looks at a tiny model of that config. One that
-    raises, an EmlocError too, is reported as broken, and the next one is asked.
+    A plugin that takes ``config`` is called again for a model whose type no plugin declares. The first one that returns
+    a family for it decides; the last one is emloc's own, which observes a tiny model of that config. One that raises,
+    even an EmlocError, is reported as broken, and the next one is asked.
 
     Args:
         config: the content of the model's ``config.json``.
@@ -51,7 +51,7 @@ def emloc_layouts() -> "Sequence[Layout]":  # type: ignore[empty-body]
 
 @hookspec
 def emloc_gguf() -> "Sequence[Gguf]":  # type: ignore[empty-body]
-    """Declare how text models are written for llama.cpp, by ``emloc export --gguf``. Called when one is.
+    """Declare how text models are written for llama.cpp, by ``emloc export --gguf``. Called when one is written.
 
     Returns:
         Declarations, as ``emloc_core.layout.Gguf``; the first that names a model type is taken.
@@ -95,9 +95,9 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
 
     Returns:
         By name, ``f(weight, emulated, lora, clamps) -> loras``, like
-        ``emloc_core.algorithms.correction.correct_lora``. ``weight`` is the base's, (m, n), ``emulated`` is what stands
-        in for it, an ``emloc_core.standins.StandIn``, ``lora`` is an ``emloc_core.algorithms.Lora``, ``clamps`` are the
-        limits of the correction (0: ``lora`` as it is; None: no limit), and ``loras`` has one Lora per clamp.
+        ``emloc_core.algorithms.correction.correct_lora``. ``weight`` is the base's, (m, n), ``emulated`` is its
+        ``emloc_core.standins.StandIn``, ``lora`` is an ``emloc_core.algorithms.Lora``, ``clamps`` are the limits of the
+        correction (0: ``lora`` unchanged; None: no limit), and ``loras`` has one Lora per clamp.
 
     Example:
         ```python

@@ -56,7 +56,7 @@ class Layout:
     splits: Sequence[Split] = ()
     files: Callable[[Mapping[str, Any], Path], Mapping[str, dict[str, Any] | str | None]] = lambda _config, _path: {}
 
-    def place(self, key: str) -> tuple[list[str], Split | None] | None:
+    def native_keys(self, key: str) -> tuple[list[str], Split | None] | None:
         """Return the native keys for the tensor ``key``, and how to split it; None for an unknown tensor."""
         for split in self.splits:
             if match := re.fullmatch(split.pattern, key):
@@ -69,13 +69,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Gguf:
-    """What llama.cpp calls the parts of a text model, for ``emloc export --gguf``.
+    """How a text model is written for llama.cpp by ``emloc export --gguf``.
 
     Attributes:
         architectures: ``model_type`` -> llama.cpp's name of the architecture, as in the package ``gguf``.
-        paired: ends of the paths of Linears whose outputs llama.cpp rotates in adjacent pairs, where transformers
+        paired: ends of the paths of Linears whose outputs llama.cpp rotates in adjacent pairs, while transformers
             rotates the halves of a head: their rows are reordered.
-        splits: how a byte-level tokenizer splits text before BPE -> llama.cpp's name for that. The key joins the
+        splits: how a byte-level tokenizer splits text before BPE -> llama.cpp's name for it. The key joins the
             pre-tokenizer's parts by ``+``: the regular expression of a split, ``digits``, and ``words`` for GPT-2's.
     """
 

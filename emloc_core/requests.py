@@ -92,7 +92,7 @@ class CompressRequest(RowsRequest):
         if self.memory is not None and "ratio" in self.settings.model_fields_set:
             raise ValueError("ratio and memory both set the emulator's size; give one of them")
         if self.memory not in (None, FREE):
-            parse_bytes(self.memory)  # a unit that is missing is said at once
+            parse_bytes(self.memory)  # reports a missing unit at once
         if self.memory is None and self.headroom is not None:
             raise ValueError("headroom has no effect without memory; give both, or leave it out")
         _require_use(self.tuning, "memory", used=self.memory is not None)
@@ -239,7 +239,7 @@ def make_request(stage: str, settings: Mapping[str, Any] | None = None, **conten
     """Return the request of a stage.
 
     Args:
-        settings: settings by name; the rest have their defaults.
+        settings: settings by name; the others have their defaults.
         content: the other fields.
 
     Raises:
@@ -253,8 +253,8 @@ def make_request(stage: str, settings: Mapping[str, Any] | None = None, **conten
 
 
 def _require_use(settings: Settings, owner: str, *, used: bool) -> None:
-    """Refuse settings that are given, but not what they are for."""
-    given = sorted(settings.model_fields_set)
-    if given and not used:
-        have, them = ("has", "it") if len(given) == 1 else ("have", "them")
-        raise ValueError(f"{' and '.join(given)} {have} no effect without {owner}; give both, or leave {them} out")
+    """Refuse settings that are given without the option that they belong to."""
+    names = sorted(settings.model_fields_set)
+    if names and not used:
+        have, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        raise ValueError(f"{' and '.join(names)} {have} no effect without {owner}; give both, or leave {them} out")

@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-#: In place of a kind of emulator: the one that is recommended for the memory.
+#: Instead of a kind of emulator: the one that is recommended for the memory.
 AUTO = "auto"
-#: In place of a memory: what is free of the device that this machine tunes on.
+#: Instead of a memory: the free memory of the device that this machine tunes on.
 FREE = "free"
-#: The kind whose size is a ratio and nothing else, as in the paper; and what is recommended where no memory is given.
+#: The paper's kind, whose size is only a ratio; and the kind that is recommended without a memory.
 FACTORS, FOUR_BITS = "low-rank", "nf4"
 #: How the paper makes an emulator, and how far it lets a correction go.
 PAPER, PAPER_CLAMP = {"kind": FACTORS, "calibration": "base", "allocator": "uniform"}, 3.0
-#: How ranks are shared out among the Linears.
+#: How ranks are distributed among the Linears.
 Allocator = Literal["uniform", "global"]
 #: Which answers of a conversation count in the loss.
 Loss = Literal["last", "all"]
@@ -34,20 +34,20 @@ SplitOrShare = Annotated[
 
 
 def parse_pairs(value: Any) -> Any:
-    """Parse ``name=value,name=value``; return anything but text as it is.
+    """Parse ``name=value,name=value``; return anything but text unchanged.
 
     Raises:
-        ValueError: it is no list of pairs.
+        ValueError: it is not a list of pairs.
     """
     if not isinstance(value, str):
         return value
     pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
-    if not all(name.strip() and equals and own.strip() for name, equals, own in pairs):
+    if not all(name.strip() and equals and target.strip() for name, equals, target in pairs):
         raise ValueError("write pairs, as in name=value,name=value")
-    return {name.strip(): own.strip() for name, _, own in pairs}
+    return {name.strip(): target.strip() for name, _, target in pairs}
 
 
-#: Names that the user's rows have for columns, by the usual names; or both as text, as on the command line.
+#: The user's names of columns, by the usual names; or both as text, as on the command line.
 Columns = Annotated[dict[str, str], BeforeValidator(parse_pairs, json_schema_input_type=str | dict[str, str])]
 
 
@@ -56,13 +56,13 @@ def _numbers(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return value
-    found: list[int] = []
+    numbers: list[int] = []
     for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) - int(first) >= _MOST_NUMBERS:
             raise ValueError("write numbers and ranges, as in 0-3,7")
-        found += range(int(first), int(last or first) + 1)
-    return found
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 _MOST_NUMBERS = 1 << 20
@@ -82,7 +82,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-#: Calibration rows that every kind takes at least, where the user does not say.
+#: Least number of calibration rows of every kind, unless the user says otherwise.
 SAMPLES = 64
 
 
@@ -145,19 +145,21 @@ class CompressSettings(Settings):
     def _of_the_paper(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not values.get("paper"):
             return values
-        if other := [name for name, value in PAPER.items() if values.get(name) not in (None, AUTO, value)]:
-            raise ValueError(f"the paper's way has {other[0]} = {PAPER[other[0]]!r}; leave out {other[0]} or paper")
+        if conflicting := [name for name, value in PAPER.items() if values.get(name) not in (None, AUTO, value)]:
+            raise ValueError(
+                f"the paper's way has {conflicting[0]} = {PAPER[conflicting[0]]!r}; leave out {conflicting[0]} or paper"
+            )
         return values | PAPER
 
     def settled(self) -> Self:
-        """Return the settings with a kind where no memory chooses it."""
+        """Return the settings with a definite kind, for when no memory chooses it."""
         if self.kind != AUTO:
             return self
         factors = self.ratio is not None or self.allocator is not None
         return self.model_copy(update={"kind": FACTORS if factors else FOUR_BITS})
 
     def for_tuning(self, tuning: "TrainSettings") -> Self:
-        """Return the settings of an emulator that is tuned like this: what is trained itself stays dense."""
+        """Return the settings for an emulator that is tuned like this: modules that are trained in full stay dense."""
         return self.model_copy(update={"keep": "head"}) if tuning.trains_modules else self
 
 
@@ -195,22 +197,22 @@ class StepSettings(Settings):
 
     @property
     def learns_preferences(self) -> bool:
-        """Whether a chosen answer is learned to be preferred to a rejected one."""
+        """Whether training learns to prefer chosen answers to rejected ones."""
         return False
 
     @property
     def learns_labels(self) -> bool:
-        """Whether answers are learned one by one, each with a label: wanted or not."""
+        """Whether training learns from single answers, each with a label: wanted or not."""
         return False
 
     @property
     def trains_modules(self) -> bool:
-        """Whether embeddings or the output layer are trained themselves."""
+        """Whether embeddings or the output layer are trained in full."""
         return False
 
     @property
     def can_be_exact(self) -> bool:
-        """Whether exact steps could train the same: they know the likelihood of answers, and LoRAs alone."""
+        """Whether exact steps could train the same: they support only the likelihood of answers, and only LoRAs."""
         return not (self.learns_preferences or self.trains_modules)
 
 
@@ -266,26 +268,26 @@ class TrainSettings(StepSettings):
 
     @property
     def trains_modules(self) -> bool:
-        """Whether embeddings or the output layer are trained themselves."""
+        """Whether embeddings or the output layer are trained in full."""
         return bool(self.modules_to_save or self.trainable_token_indices)
 
     @property
     def learns_preferences(self) -> bool:
-        """Whether answers are learned to be preferred to others, rather than learned."""
+        """Whether training learns to prefer answers to others, rather than to give them."""
         return self.objective != "sft"
 
     @property
     def learns_labels(self) -> bool:
-        """Whether answers are learned one by one, each with its label, as KTO does."""
+        """Whether training learns from single answers, each with a label, as KTO does."""
         return self.objective == "kto"
 
     @field_validator("target_modules", "modules_to_save", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _between_commas(cls, value: Any) -> Any:
-        given = [value] if isinstance(value, str) else value
-        if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             return value
-        names = [name.strip() for each in given for name in each.split(",") if name.strip()]
+        names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
         if ALL_LINEAR in names and len(set(names)) > 1:
             raise ValueError(f"{ALL_LINEAR} cannot be combined with other targets")
         return names

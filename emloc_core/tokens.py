@@ -1,6 +1,6 @@
-"""The core's own objective: tokens, each predicted from those before it, by models of transformers.
+"""The core's objective: tokens, each predicted from the ones before it, by transformers' models.
 
-Everything is imported where it is used, since the objective of every config is asked for.
+Everything is imported where it is used, because every command asks for a model's objective.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class TokenObjective:
         return load_config(path)
 
     def build(self, family: "Family", config: Any, dtype: "torch.dtype") -> Any:
-        """Return a model of transformers.
+        """Return one of transformers' models.
 
         Raises:
             EmlocError: transformers does not have the class that the family declares, or cannot build it.
@@ -57,13 +57,13 @@ class TokenObjective:
         return new_model(family.auto_class, config, dtype)
 
     def tensor_loader(self, model: Any, conversions: Sequence[Any]) -> Any:
-        """Return what maps and converts tensors as ``from_pretrained`` does."""
+        """Return a loader that maps and converts tensors as ``from_pretrained`` does."""
         from emloc_core.compat.transformers import TensorLoader
 
         return TensorLoader(model, conversions)
 
     def require_rows(self, rows: "Sequence[Row]", family: "Family") -> None:
-        """Refuse pictures where models read only text."""
+        """Refuse pictures if the models read only text."""
         from emloc_core.data.tokenize import require_readable
 
         require_readable(rows, family)
@@ -71,7 +71,7 @@ class TokenObjective:
     def samples(
         self, model: "OpenModel", rows: "Sequence[Row]", max_length: int | None, purpose: Purpose
     ) -> Sequence[Sample]:
-        """Return a sample per row; of those that are evaluated, rows whose answer is cut away are left out."""
+        """Return a sample per row; rows to evaluate whose answer is cut away are left out."""
         from emloc_core.data.tokenize import encode, tokenized
 
         how = (model.processing(rows), max_length, model.limits, model.skeleton.dtype)
@@ -83,8 +83,8 @@ class TokenObjective:
         """Copy the tokenizer."""
         checkpoint.copy_processing(adapter)
 
-    def elsewhere(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
-        """Refuse: the tools that have other names read GGUF."""
+    def foreign_tensors(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
+        """Refuse: tools with other names read GGUF."""
         from emloc_core.errors import EmlocError
 
         raise EmlocError(
@@ -92,7 +92,7 @@ class TokenObjective:
         )
 
     def usage(self, kind: str, class_name: str, base: str) -> str | None:
-        """Return None: cards know transformers."""
+        """Return None, for transformers' code."""
         return None
 
     def check(self, settings: "StepSettings") -> None:
@@ -104,7 +104,7 @@ class TokenObjective:
     def measure(
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
     ) -> dict[str, Any]:
-        """Return how long rows are; see :func:`emloc_core.tuning.dataset.measure`."""
+        """Return the lengths of rows; see :func:`emloc_core.tuning.dataset.measure`."""
         from emloc_core.tuning.dataset import measure
 
         return measure(rows, model.processing([*rows, *evaluated]), settings, model.config)
@@ -135,7 +135,7 @@ class TokenObjective:
         settings: "StepSettings",
         arguments: "TrainingArguments",
     ) -> Datasets:
-        """Return tokenized rows, or with images what TRL's collator takes."""
+        """Return tokenized rows; with images, rows for TRL's collator."""
         from contextlib import nullcontext
         from functools import partial
 
@@ -158,7 +158,7 @@ class TokenObjective:
         return Datasets(train, held_out, sizes, processing)
 
     def trainer(
-        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **given: Any
+        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **options: Any
     ) -> "LoraSteps":
         """Return TRL's trainer.
 
@@ -178,7 +178,7 @@ class TokenObjective:
         balance_no_experts(loaded.config)
         with refusing(SETTINGS):
             trainer = TRAINERS[settings.objective](
-                loaded, args=arguments, peft_config=lora_config(settings, list(targets), self.task, loaded), **given
+                loaded, args=arguments, peft_config=lora_config(settings, list(targets), self.task, loaded), **options
             )
         if arguments.use_cpu:  # the loss follows, with the peak
             backbone: Any = trainer.lora.get_base_model().base_model
@@ -186,36 +186,36 @@ class TokenObjective:
         return trainer
 
     def exact_trainer(self) -> type[Any]:
-        """Return TRL's trainer, streamed."""
+        """Return TRL's trainer with streamed blocks."""
         from emloc_core.tuning.exact import StreamedTrainer
 
         return StreamedTrainer
 
     def exact_steps(self) -> type[Any]:
-        """Return what computes the loss of tokens in pieces."""
+        """Return the class that computes the loss of tokens in pieces."""
         from emloc_core.exact.steps import ExactSteps
 
         return ExactSteps
 
     def vocabulary(self, config: Any) -> int:
-        """Return the number of words."""
+        """Return the vocabulary's size."""
         return config.get_text_config().vocab_size
 
     def dtype(self, config_file: Path) -> str | None:
-        """Return None."""
+        """Return None: configs name the dtype."""
         return None
 
     def longest(
         self, config_file: Path, family: "Family", rows: "Sequence[Row]", length: int | None, limits: "Limits"
     ) -> Longest:
-        """Return how long the longest row is, and the images of the one with most."""
+        """Return the length of the longest row, and the images of the row with most."""
         from emloc_core.memory.known import known
         from emloc_core.memory.tokens import longest
 
         return longest(config_file, family, known(config_file).outline.config, rows, length, limits)
 
     def step(self, memory: "MemoryModel") -> Step:
-        """Return rows of tokens."""
+        """Return a step of token rows."""
         from emloc_core.memory.tokens import TokenStep
 
         return TokenStep(memory)
@@ -223,13 +223,13 @@ class TokenObjective:
     def answers(
         self, base: str, adapter: Path, rows: "Sequence[Row]", *, max_new_tokens: int, guidance: float | None
     ) -> list[dict[str, str]]:
-        """Return what the model says, greedily."""
+        """Return the model's greedy answers."""
         from emloc_core.evaluation.answers import answers
 
         return answers(base, adapter, rows, max_new_tokens)
 
     def trial(self) -> Trial:
-        """Return what makes tiny models of transformers."""
+        """Return the trial of transformers' tiny models."""
         from emloc_core.conformance.trial import TokenTrial
 
         return TokenTrial()

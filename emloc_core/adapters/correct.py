@@ -33,7 +33,7 @@ from emloc_core.files.manifest import CONTENT, made_from
 from emloc_core.files.output import Output
 from emloc_core.model.opened import open_original
 from emloc_core.model.streaming import Stream
-from emloc_core.plugins.builtin import named
+from emloc_core.plugins.builtin import naming_errors
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import CorrectRequest
@@ -190,7 +190,7 @@ class Correct(Job):
     ) -> list[Lora]:
         if emulated is None:  # also dense on the emulator: nothing to correct
             return [lora] * len(clamps)
-        with named(f"The correction {self.settings.correction!r}, on {path},"):
+        with naming_errors(f"The correction {self.settings.correction!r}, on {path},"):
             corrected: Any = self.correct(weight, emulated, lora.to(weight.device), clamps)
         if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
             raise EmlocError(

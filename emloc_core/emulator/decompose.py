@@ -36,7 +36,7 @@ from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.objective import Sample
-from emloc_core.plugins.builtin import named
+from emloc_core.plugins.builtin import naming_errors
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins import Format, StandIn
 from emloc_core.standins.standin import Fitted
@@ -244,7 +244,7 @@ class Decomposition:
         paths = ", ".join(linear.path for linear in linears)
         if self.format.narrow:
             gram.narrow()
-        with named(f"The kind {self.format.name!r}, on {paths},"):
+        with naming_errors(f"The kind {self.format.name!r}, on {paths},"):
             found = self.format.fit(weights, gram, [linear.rank for linear in linears])
         if len(found) != len(linears):
             raise EmlocError(

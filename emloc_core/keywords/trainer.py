@@ -1,6 +1,6 @@
 """The fields of TRL's configs as keywords of ``train`` and ``polish``, for editors and type checkers.
 
-Those of ``SFTConfig`` and ``DPOConfig`` that are no settings of their own and that a stage does not set itself. A field
+Those of ``SFTConfig`` and ``DPOConfig`` that are not settings of EMLoC, and that a stage does not set itself. A field
 that a later version of TRL adds goes into ``extra``.
 """
 

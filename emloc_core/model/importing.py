@@ -101,7 +101,7 @@ class Import(Job):
         return sum(place.split is not None for place in self._places.values())
 
     def _place(self, tensor: TensorInfo) -> _Place:
-        found = self.layout.place(tensor.key)
+        found = self.layout.native_keys(tensor.key)
         if found is None:
             raise EmlocError(
                 f"{tensor.shard} holds {tensor.key}, which the layout {self.layout.name!r} does not know.",

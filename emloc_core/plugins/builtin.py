@@ -42,8 +42,8 @@ ALGORITHMS = {
 
 
 @contextmanager
-def named(what: str) -> Iterator[None]:
-    """Name the algorithm, perhaps a plugin's, that raises within the context.
+def naming_errors(label: str) -> Iterator[None]:
+    """Name the algorithm, which may be a plugin's, in errors that it raises within the context.
 
     Raises:
         EmlocError: replaces any other exception. An unfinished output is kept: memory may have run out.
@@ -54,7 +54,7 @@ def named(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise EmlocError(
-            f"{what} failed ({typed_line(error)}).",
+            f"{label} failed ({typed_line(error)}).",
             "If memory ran out, free some and the same command resumes; otherwise choose another or update its plugin.",
             code="plugin",
             resumable=True,
@@ -63,12 +63,12 @@ def named(what: str) -> Iterator[None]:
 
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
-    """Offer factors as in the paper, in four bits and in two, weights in four bits and on a few levels."""
+    """Provide factors as in the paper, in four and in two bits, and weights in four bits and on a few levels."""
     from emloc_core import standins
 
     factors = (standins.LowRank, standins.FourBitLowRank, standins.TwoBitLowRank)
-    found = (*factors, standins.NF4, standins.RepairedThreeLevels, standins.SixLevels)
-    return {of.name: of for of in found}
+    formats = (*factors, standins.NF4, standins.RepairedThreeLevels, standins.SixLevels)
+    return {format.name: format for format in formats}
 
 
 @hookimpl
@@ -81,5 +81,5 @@ def emloc_corrections() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def emloc_objectives() -> dict[str, Callable[..., Any]]:
-    """Provide tokens, which know of everything above this module."""
+    """Provide tokens; imported by name, because that module is in a higher layer."""
     return {"tokens": import_module("emloc_core.tokens").TokenObjective}

@@ -33,9 +33,9 @@ PROJECT = GROUP = "emloc"
 STRICT = "EMLOC_STRICT_FAMILIES"
 #: The core's own objective.
 TOKENS = "tokens"
-#: The plugin that declares a model by looking at it, where no other does.
+#: The plugin that declares a model by observing it, if no other does.
 OBSERVED = EntryPoint("observed", "emloc_core.observed.plugin", GROUP)
-#: What to do about a model type that no family declares: where transformers has it, and where it does not.
+#: What to do about a model type that no family declares: if transformers has it, and if not.
 _DECLARE = (
     "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, `emloc "
     "families new NAME` writes the package around it (docs/plugins.md)."
@@ -58,7 +58,7 @@ class PluginManager(pluggy.PluginManager):
         self._layouts: dict[str, Layout] = {}
         self._commands: dict[str, click.Command] = {}
         self._objectives: dict[str, Objective] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         if is_on("EMLOC_TRACE_PLUGINS"):
             self.trace.root.setwriter(lambda text: click.echo(f"emloc: {text}", err=True, nl=False))
             self.enable_tracing()
@@ -79,7 +79,7 @@ class PluginManager(pluggy.PluginManager):
             self.reports.append(report)
 
     def add(self, plugin: Any, name: str) -> list[Family]:
-        """Register a plugin with all that it declares; return its families.
+        """Register a plugin with all its declarations; return its families.
 
         Raises:
             BaseException: whatever the plugin raises, or what is wrong with it; it is not registered then.
@@ -92,7 +92,7 @@ class PluginManager(pluggy.PluginManager):
             families = self._declared(plugin, "emloc_families", Family, config=None)
             layouts = self._declared(plugin, "emloc_layouts", Layout, families)
             commands = self._commands_of(plugin)
-            objectives = {name: of() for name, of in self._offered(plugin, "objectives", self._objectives).items()}
+            objectives = {name: make() for name, make in self._offered(plugin, "objectives", self._objectives).items()}
         except BaseException:
             self.unregister(plugin)
             raise
@@ -108,38 +108,38 @@ class PluginManager(pluggy.PluginManager):
         return self.subset_hook_caller(hook, others)(**arguments)
 
     def _check_hook_names(self, plugin: Any) -> None:
-        known = [name for name in vars(hookspecs) if name.startswith("emloc_")]
+        hooks = [name for name in vars(hookspecs) if name.startswith("emloc_")]
         for caller in self.get_hookcallers(plugin) or []:
-            if caller.name not in known:
-                raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, known)}")
+            if caller.name not in hooks:
+                raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, hooks)}")
 
     def _declared(
         self, plugin: Any, hook: str, kind: type[Declared], own: Sequence[Family] = (), **arguments: Any
     ) -> list[Declared]:
-        """Return a plugin's declarations: neither their names nor their model types stand in others, or its ``own``."""
-        taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values(), *own]
+        """Return a plugin's declarations; names and model types must differ from all others, and from ``own`` ones."""
+        existing: list[Family | Layout] = [*self._families.values(), *self._layouts.values(), *own]
         declared = self._returned(plugin, hook, kind, **arguments)
         for item in declared:
-            for other in taken:
+            for other in existing:
                 if isinstance(other, kind) and item.name == other.name:
                     raise ValueError(f"the {kind.__name__.lower()} {item.name!r} is already declared")
                 if shared := item.model_types & other.model_types:
                     raise ValueError(f"{other.name!r} already declares the model types {sorted(shared)}")
-            taken.append(item)
+            existing.append(item)
         return declared
 
     def _returned(self, plugin: Any, hook: str, kind: type[Declared], **arguments: Any) -> list[Declared]:
-        """Return what a plugin's hook returns, which is of this kind."""
-        found = [item for items in self._call(plugin, hook, **arguments) for item in items]
-        for item in found:
+        """Return what a plugin's hook returns, which must be of this kind."""
+        returned = [item for items in self._call(plugin, hook, **arguments) for item in items]
+        for item in returned:
             if not isinstance(item, kind):
                 raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
             require_types(item)
-        return found
+        return returned
 
     def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
         commands: dict[str, click.Command] = {}
-        for command in (command for found in self._call(plugin, "emloc_commands") for command in found):
+        for command in (command for group in self._call(plugin, "emloc_commands") for command in group):
             if not isinstance(command, click.Command) or not command.name:
                 raise TypeError(f"emloc_commands returned {command!r}, not a command with a name")
             if command.name in {*COMMANDS, *self._commands, *commands}:
@@ -165,11 +165,11 @@ class PluginManager(pluggy.PluginManager):
     def family_for(self, config: Mapping[str, Any], *, observe: bool = True, where: str = "") -> Family:
         """Return the family that declares the ``model_type`` of a config, including the models nested in it.
 
-        Where none does, plugins are asked for a declaration of this very config: the last one observes a tiny model.
+        If none does, plugins are asked for a declaration of this very config: the last one observes a tiny model.
 
         Args:
             config: the content of a ``config.json``.
-            observe: whether to ask for it; else only what is declared by model type counts.
+            observe: whether to ask for it; otherwise only declarations by model type count.
             where: which part of another config this is, for messages.
 
         Raises:
@@ -194,7 +194,7 @@ class PluginManager(pluggy.PluginManager):
                 missing, remedy = ", and transformers has no such model type", _FOREIGN
             raise EmlocError(
                 f"No installed family declares the model type {model_type!r}{where}{missing}. "
-                f"{_known(self._families.values())}.",
+                f"{_list(self._families.values())}.",
                 remedy,
                 code="unsupported",
             )
@@ -205,21 +205,21 @@ class PluginManager(pluggy.PluginManager):
                     f"The config of this {model_type!r} has no {part}, which describes the model inside it.",
                     "Save the model again with transformers, which writes that part in full.",
                 )
-            told = f", the {part} of this {model_type!r}"
-            family = family.with_nested(self.family_for(inner, observe=observe, where=told), path)
+            label = f", the {part} of this {model_type!r}"
+            family = family.with_nested(self.family_for(inner, observe=observe, where=label), path)
         return family
 
     def _observed(self, config: Mapping[str, Any]) -> Family | None:
-        """Return the family that a plugin declares of this very config, if one does; they are asked as pluggy does.
+        """Return the family that a plugin declares for this very config, if one does, in pluggy's order of plugins.
 
-        It may have the name of another: it is not looked up by it.
+        It may have the name of another family: it is not looked up by name.
         """
         for plugin in reversed(self.hook.emloc_families.get_hookimpls()):
             if "config" in plugin.argnames:
-                # The observer's errors are what it says of the model.
+                # The observer's errors are about the model.
                 with nullcontext() if plugin.plugin_name == OBSERVED.name else self.isolated(plugin.plugin_name):
-                    found = self._returned(plugin.plugin, "emloc_families", Family, config=config)
-                    if family := _of_type(found, config["model_type"]):
+                    families = self._returned(plugin.plugin, "emloc_families", Family, config=config)
+                    if family := _of_type(families, config["model_type"]):
                         return family
         return None
 
@@ -238,17 +238,17 @@ class PluginManager(pluggy.PluginManager):
                 "Use it with the other commands directly.",
             )
         raise EmlocError(
-            f"No installed plugin imports checkpoints of model type {model_type!r}. {_known(self._layouts.values())}.",
+            f"No installed plugin imports checkpoints of model type {model_type!r}. {_list(self._layouts.values())}.",
             "Install a plugin that declares the layout (the hook emloc_layouts).",
             code="unsupported",
         )
 
     def gguf_for(self, model_type: str) -> Gguf | None:
-        """Return how models of a type are written as GGUF; None where no plugin says."""
+        """Return how models of a type are written as GGUF; None if no plugin says."""
         for owner, plugin in self.list_name_plugin():
             with self.isolated(owner):
-                found = [each for declared in self._call(plugin, "emloc_gguf") for each in declared]
-                if layout := next((each for each in found if model_type in each.architectures), None):
+                layouts = [item for declared in self._call(plugin, "emloc_gguf") for item in declared]
+                if layout := next((item for item in layouts if model_type in item.architectures), None):
                     return layout
         return None
 
@@ -273,16 +273,16 @@ class PluginManager(pluggy.PluginManager):
         return offered[name]
 
     def objectives(self) -> list[Objective]:
-        """Return what models may learn."""
+        """Return all objectives."""
         return list(self._objectives.values())
 
     def objective_for(self, config: Mapping[str, Any]) -> Objective:
-        """Return what models with such a config learn, by the key in it that names their architecture."""
+        """Return the objective of models with such a config, by the key in it that names their architecture."""
         others = (objective for name, objective in self._objectives.items() if name != TOKENS)
-        return next((each for each in others if each.type_key in config), self._objectives[TOKENS])
+        return next((objective for objective in others if objective.type_key in config), self._objectives[TOKENS])
 
     def objective_of(self, family: Family) -> Objective:
-        """Return what the models of a family learn.
+        """Return the objective of a family's models.
 
         Raises:
             EmlocError: no plugin provides it.
@@ -292,7 +292,7 @@ class PluginManager(pluggy.PluginManager):
         return self._objectives[family.objective]
 
     def require(self, hook: str, name: str) -> None:
-        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins."""
+        """Refuse the name of an algorithm that no plugin provides; imports torch only to ask other plugins."""
         if name in ALGORITHMS[hook]:
             return
         if any(caller.plugin is not builtin for caller in getattr(self.hook, f"emloc_{hook}").get_hookimpls()):
@@ -300,17 +300,17 @@ class PluginManager(pluggy.PluginManager):
         else:
             raise _not_offered(hook, name, ALGORITHMS[hook])
 
-    def _offered(self, plugin: Any, hook: str, taken: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a plugin offers by name; none of the names is taken."""
-        found: dict[str, Any] = {}
+    def _offered(self, plugin: Any, hook: str, existing: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a plugin offers, by name; no name may be among the ``existing`` ones."""
+        offered: dict[str, Any] = {}
         for algorithms in self._call(plugin, f"emloc_{hook}"):
             for name, algorithm in algorithms.items():
                 if not callable(algorithm):
                     raise TypeError(f"emloc_{hook} returned {algorithm!r} as {name!r}, which cannot be called")
-                if name in taken:
+                if name in existing:
                     raise ValueError(f"another plugin already provides {name!r} among the {hook}")
-                found[name] = algorithm
-        return found
+                offered[name] = algorithm
+        return offered
 
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call the observers of ``hook``, such as ``emloc_block_done``; one that raises does not affect the others.
@@ -329,45 +329,45 @@ class PluginManager(pluggy.PluginManager):
         for owner, plugin in self.list_name_plugin():
             paths: list[Path] = []
             with self.isolated(owner):
-                paths = [Path(path) for found in self._call(plugin, "emloc_registry") for path in found]
+                paths = [Path(path) for group in self._call(plugin, "emloc_registry") for path in group]
             if paths:
                 yield owner, paths
 
     @contextmanager
     def isolated(self, owner: str) -> Iterator[None]:
-        """Set a plugin aside that raises within the context: its report has the error, which is told once on stderr."""
+        """Isolate a plugin that raises within the context: its report gets the error, printed once on stderr."""
         try:
             yield
         except (Exception, SystemExit) as error:
             reports = {report.name: report for report in self.reports}
             broken = reports.get(owner, PluginReport(owner, "unknown")).broken(error)
-            if owner not in self._told:
-                self._told.add(owner)
+            if owner not in self._reported:
+                self._reported.add(owner)
                 click.echo(f"emloc: the plugin {owner!r} of {broken.distribution} is broken: {broken.error}", err=True)
                 self.reports = [broken if report.name == owner else report for report in self.reports]
 
 
 def _of_type(declared: Iterable[Declared], model_type: Any) -> Declared | None:
     """Return the declaration that covers a model type, if one does."""
-    return next((each for each in declared if model_type in each.model_types), None)
+    return next((item for item in declared if model_type in item.model_types), None)
 
 
-def _known(declared: Iterable[Family | Layout]) -> str:
-    """Return a list of what is declared, with its model types."""
-    found = sorted(f"{each.name} ({', '.join(sorted(each.model_types))})" for each in declared)
-    return f"Known: {'; '.join(found) or 'none'}"
+def _list(declared: Iterable[Family | Layout]) -> str:
+    """Return the names of all declarations as text, with their model types."""
+    lines = sorted(f"{item.name} ({', '.join(sorted(item.model_types))})" for item in declared)
+    return f"Known: {'; '.join(lines) or 'none'}"
 
 
 def _not_offered(hook: str, name: str, offered: Iterable[str]) -> EmlocError:
-    known = sorted(offered)
+    names = sorted(offered)
     return EmlocError(
-        f"There is no {name!r} among the {hook}: {', '.join(known)}.{did_you_mean(name, known)}",
+        f"There is no {name!r} among the {hook}: {', '.join(names)}.{did_you_mean(name, names)}",
         "Choose one of these, or install the plugin that provides it.",
     )
 
 
 def _order(entry: EntryPoint) -> tuple[bool, str]:
-    """Sort emloc's own plugins first: if two declare the same, the later one is broken, which is then never ours."""
+    """Sort emloc's own plugins first: if two declare the same, the later one, never emloc's, counts as broken."""
     return (_distribution(entry) != PROJECT, entry.name)
 
 

@@ -22,7 +22,7 @@ from emloc_core.requests import ExportRequest
 from emloc_core.serving.gguf_files import GgufFile, lora_file, model_file
 from emloc_core.serving.plain import plain, plain_config, warnings
 
-#: Said of a template that begins answers as no tuned one begins.
+#: Warning about a chat template that begins answers with text that tuning never shows.
 _STARTS = (
     "The model's chat template begins every answer with {!r}, which tuning does not show: serve it with a template "
     "that leaves this out, as `emloc chat` and `eval` do."
@@ -36,8 +36,8 @@ class Export(Job):
         request: which adapter or model is written, and in which format.
 
     Attributes:
-        adapter: None where the model itself is exported.
-        model: it, or the model that the adapter is for.
+        adapter: None if the model itself is exported.
+        model: the model that is exported, or that the adapter is for.
 
     Raises:
         EmlocError: the adapter does not fit the model, or they cannot be written in this format.
@@ -80,12 +80,12 @@ class Export(Job):
             self.gguf = lora_file(self.loras, self.model, dtype)
         elif self.settings.gguf:
             self.gguf = model_file(self.model, self.settings.dtype)
-        #: Tensors by the names that other tools have.
-        self.named = self.model.objective.elsewhere(self.model, self.loras) if self.settings.comfyui else {}
+        #: Tensors by the names that other tools use.
+        self.renamed = self.model.objective.foreign_tensors(self.model, self.loras) if self.settings.comfyui else {}
 
     @cached_property
     def output(self) -> Output:
-        """The directory. The files of the inputs are hashed on first access.
+        """The output directory. The files of the inputs are hashed on first access.
 
         Raises:
             EmlocError: the adapter does not belong to the base.
@@ -96,23 +96,23 @@ class Export(Job):
             require_base(self.adapter, self.base, files, allow_uncorrected=self.request.allow_uncorrected)
             request["adapter"] = self.adapter.fingerprint(files)
             if emulator := self.adapter.manifest.get("request", {}).get("emulator"):
-                request["emulator"] = emulator  # which tells it from a copy of what was trained on the base
+                request["emulator"] = emulator  # unlike a LoRA that was trained on the base
             inputs["adapter"] = str(self.adapter.directory.absolute())
         kind = "gguf" if self.settings.gguf else "comfyui" if self.settings.comfyui else "served-adapter"
         return Output(self.request.output, kind, request, inputs=inputs, files=files, family=self.model.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""
-        found: dict[str, Any] = {"output": str(self.request.output), **self.settings.model_dump()}
+        content: dict[str, Any] = {"output": str(self.request.output), **self.settings.model_dump()}
         if self.adapter is not None:
-            found |= {"linears": len(self.loras), "warnings": self._warnings()}
-        return {**found, "finished": self.output.is_finished()}
+            content |= {"linears": len(self.loras), "warnings": self._warnings()}
+        return {**content, "finished": self.output.is_finished()}
 
     def _warnings(self) -> list[str]:
         start = ""
         with suppress(EmlocError):  # it has no tokenizer
             start = untuned_start(load_tokenizer(self.base.directory))
-        # Of vLLM and its like: what the other formats cannot hold is refused.
+        # Only for servers such as vLLM: what the other formats cannot hold is refused.
         of_servers = [] if self.settings.gguf or self.settings.comfyui else warnings(self.loras, self.model.family)
         return [*of_servers, *([_STARTS.format(start)] if start else [])]
 
@@ -123,7 +123,7 @@ class Export(Job):
             result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
             result["warnings"] = self._warnings()
         if self.settings.comfyui:
-            save_file(self.named, staging / "lora.safetensors", {"format": "pt"})
+            save_file(self.renamed, staging / "lora.safetensors", {"format": "pt"})
             progress("adapter", 1, 1)
         elif self.gguf:
             result["tensors"] = self.gguf.write(staging / f"{'adapter' if self.adapter else 'model'}.gguf", progress)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: Name of a tensor in the file, its shape, and a function that reads it.
 _Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
-_BLOCK = 32  # numbers that q8_0 scales together
-#: What YaRN can set besides, and the values that readers take.
+_BLOCK = 32  # numbers that share a scale in q8_0
+#: Other parameters of YaRN, with the values that readers assume.
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
 _ONLY = "Only byte-level BPE can be written, from tokenizer.json."
 
@@ -94,7 +94,7 @@ def model_file(model: OpenModel, dtype: str) -> GgufFile:
 
     Args:
         model: the model, unquantised.
-        dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        dtype: dtype of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
 
     Raises:
         EmlocError: the model or its tokenizer has something that the format does not express, or see
@@ -116,7 +116,7 @@ def lora_file(loras: Mapping[str, Lora], base: OpenModel, dtype: str) -> GgufFil
 
     Args:
         loras: by module path, as :func:`emloc_core.serving.plain.plain` returns them.
-        dtype: of the matrices: ``f32``, ``f16`` or ``bf16``.
+        dtype: dtype of the matrices: ``f32``, ``f16`` or ``bf16``.
 
     Raises:
         EmlocError: a LoRA is on a Linear that the format does not name, or see :func:`require_gguf`.
@@ -130,7 +130,7 @@ def lora_file(loras: Mapping[str, Lora], base: OpenModel, dtype: str) -> GgufFil
     names = _Names(layout, config)
     tensors: list[_Tensor] = []
     for path, lora in loras.items():
-        name = names.of(f"{path}.weight")
+        name = names.name_for(f"{path}.weight")
         b = _paired(lora.b, path, layout, config)
         tensors += [(f"{name}.lora_a", tuple(lora.a.shape), lambda a=lora.a: a)]  # type: ignore[misc]
         tensors += [(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)]  # type: ignore[misc]
@@ -144,7 +144,7 @@ def _writer(layout: Gguf, config: Any) -> "GGUFWriter":
 
 
 def _add_sizes(writer: "GGUFWriter", config: Any, dtype: str) -> None:
-    """Add what the config says, in GGUF's terms."""
+    """Add the config's sizes, in GGUF's terms."""
     from gguf import LlamaFileType, RopeScalingType
 
     head, rope = _head_size(config), config.rope_parameters
@@ -168,8 +168,8 @@ def _add_sizes(writer: "GGUFWriter", config: Any, dtype: str) -> None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         if kind == "yarn":
-            if given := [name for name, usual in _YARN.items() if rope.get(name) not in (None, usual)]:
-                raise unsupported(f"The model sets {', '.join(given)} of YaRN, which cannot be written here.")
+            if changed := [name for name, usual in _YARN.items() if rope.get(name) not in (None, usual)]:
+                raise unsupported(f"The model sets {', '.join(changed)} of YaRN, which cannot be written here.")
             original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(int(original))
     elif kind not in ("default", "llama3"):
@@ -204,29 +204,29 @@ def _model_tensors(model: Checkpoint, layout: Gguf, config: Any) -> Iterator[_Te
             with model.slices([key]) as slices:
                 return _paired(slices[key][...], key.rpartition(".")[0], layout, config)
 
-        yield names.of(key), tensor.shape, read
+        yield names.name_for(key), tensor.shape, read
 
 
 class _Names:
-    """What GGUF calls the tensors of a model."""
+    """GGUF's names of a model's tensors."""
 
     def __init__(self, layout: Gguf, config: Any) -> None:
         from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
         name = layout.architectures[config.model_type]
-        architecture = next(each for each in MODEL_ARCH if MODEL_ARCH_NAMES[each] == name)
+        architecture = next(member for member in MODEL_ARCH if MODEL_ARCH_NAMES[member] == name)
         self._names = get_tensor_name_map(architecture, config.num_hidden_layers)
 
-    def of(self, key: str) -> str:
+    def name_for(self, key: str) -> str:
         """Return the name of the tensor at a key of the checkpoint."""
-        found = self._names.get_name(key, (".weight", ".bias"))
-        if found is None:
+        name = self._names.get_name(key, (".weight", ".bias"))
+        if name is None:
             raise unsupported(f"GGUF has no name for {key}.")
-        return found
+        return name
 
 
 def _paired(tensor: torch.Tensor, path: str, layout: Gguf, config: Any) -> torch.Tensor:
-    """Return a tensor of m rows with those of each head's halves interleaved, where llama.cpp rotates pairs of them."""
+    """Return a tensor of m rows, with the rows of each head's halves interleaved if llama.cpp rotates pairs of them."""
     if not path.endswith(tuple(f".{end}" for end in layout.paired)):
         return tensor
     halves = tensor.reshape(-1, 2, _head_size(config) // 2, *tensor.shape[1:])
@@ -246,7 +246,7 @@ def add_vocabulary(writer: Any, directory: Path, size: int, layout: Gguf) -> Non
         size: number of token ids of the model, which may be more than the tokenizer has.
 
     Raises:
-        EmlocError: the tokenizer is of another kind, or splits text as the family's declaration does not know.
+        EmlocError: the tokenizer is of another kind, or splits text in a way that the family does not declare.
     """
     from gguf import SpecialVocab, TokenType
 
@@ -278,13 +278,13 @@ def add_vocabulary(writer: Any, directory: Path, size: int, layout: Gguf) -> Non
     SpecialVocab(directory, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
 
 
-def _parts(found: Any) -> Iterator[dict[str, Any]]:
+def _parts(step: Any) -> Iterator[dict[str, Any]]:
     """Yield the steps of a pre-tokenizer."""
-    yield from (found or {}).get("pretokenizers", [found] if found else [])
+    yield from (step or {}).get("pretokenizers", [step] if step else [])
 
 
 def _key(part: dict[str, Any]) -> str | None:
-    """Return what a step does to the text; see :class:`emloc_core.layout.Gguf`."""
+    """Return how a step splits text; see :class:`emloc_core.layout.Gguf`."""
     if part["type"] == "Split":
         return str(part["pattern"].get("Regex", part["pattern"]))
     if part["type"] == "ByteLevel":

@@ -1,4 +1,4 @@
-"""A LoRA in the plainest form: one rank, no patterns, and no scale, which servers read in different ways."""
+"""A LoRA in the plainest form: one rank, no patterns, and no scale, because servers read these differently."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -10,12 +10,12 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 
-#: vLLM's default of ``--max-lora-rank``, and the ranks that it takes.
+#: vLLM's default for ``--max-lora-rank``, and the values that it allows.
 VLLM_RANK, VLLM_RANKS = 16, (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def plain(loras: Mapping[str, Lora]) -> dict[str, Lora]:
-    """Return LoRAs that add the same, all of the largest rank and with a scale of 1.
+    """Return equivalent LoRAs, all of the largest rank and with a scale of 1.
 
     Halves of a lower rank get zeros; B takes the scale, in fp32 at least.
     """
@@ -32,11 +32,11 @@ def _plain(lora: Lora, rank: int) -> Lora:
 
 
 def plain_config(loras: Mapping[str, Lora], base: str, modules: Iterable[str]) -> dict[str, Any]:
-    """Return PEFT's config for what :func:`plain` returns.
+    """Return PEFT's config for the LoRAs from :func:`plain`.
 
     Args:
         base: path or hub id of the model.
-        modules: paths of all of its modules.
+        modules: paths of all its modules.
     """
     rank = next(iter(loras.values())).rank
     stacks = sorted(path for path, lora in loras.items() if lora.is_stacked)
@@ -60,19 +60,19 @@ def plain_config(loras: Mapping[str, Lora], base: str, modules: Iterable[str]) -
 
 
 def _targets(loras: Collection[str], modules: Iterable[str]) -> list[str]:
-    """Return the last parts of the paths, or the paths where these would match other modules too."""
+    """Return the last parts of the paths; the whole paths if the last parts would match other modules too."""
     ends = {path.rpartition(".")[2] for path in loras}
     matched = {path for path in modules if path.rpartition(".")[2] in ends}
     return sorted(ends if matched == set(loras) else loras)
 
 
 def warnings(loras: Mapping[str, Lora], family: Family) -> Iterator[str]:
-    """Yield what servers will not take as it is, each with what to do."""
+    """Yield what servers will not accept, each with what to do."""
     rank = next(iter(loras.values())).rank
     if rank > VLLM_RANK:
-        enough = next((each for each in VLLM_RANKS if each >= rank), None)
+        limit = next((size for size in VLLM_RANKS if size >= rank), None)
         yield f"Its rank is {rank}, above vLLM's default of {VLLM_RANK}: " + (
-            f"start it with --max-lora-rank {enough}." if enough else "vLLM supports no such rank; merge it instead."
+            f"start it with --max-lora-rank {limit}." if limit else "vLLM supports no such rank; merge it instead."
         )
     if any(lora.is_stacked for lora in loras.values()):
         yield "It has LoRAs on experts, which few servers take. Merge the adapter, and serve the merged model."

@@ -75,7 +75,7 @@ class FlowMatching:
 
         write_for_pipelines(adapter)
 
-    def elsewhere(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
+    def foreign_tensors(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
         """Return it as ComfyUI and kohya's scripts read it."""
         from emloc_diffusers.comfyui import renamed
 
