@@ -55,8 +55,8 @@ def command(
     if new_task is not None:
         context = click.get_current_context()
         assert context is not None
-        given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        if given - {"new_task", "data", "output"}:
+        used = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        if used - {"new_task", "data", "output"}:
             raise EmlocError("--new-task only writes a task file.", "Give only --data and -o with it.")
         _write_task(new_task, data, options["output"])
         return

@@ -233,9 +233,10 @@ def _paired(tensor: torch.Tensor, path: str, layout: Gguf, config: Any) -> torch
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def unsupported(what: str) -> EmlocError:
+def unsupported(message: str) -> EmlocError:
     """Return the error for something that a GGUF file of ours cannot hold."""
-    return EmlocError(what, "Convert the merged model with llama.cpp's own convert_hf_to_gguf.py.", code="unsupported")
+    fix = "Convert the merged model with llama.cpp's own convert_hf_to_gguf.py."
+    return EmlocError(message, fix, code="unsupported")
 
 
 def add_vocabulary(writer: Any, directory: Path, size: int, layout: Gguf) -> None:
