@@ -7,7 +7,7 @@ functions that it names, the data and their pictures.
 
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def find_task(task: str, inputs: Inputs) -> TaskSpec:
     path = Path(task)
     if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) > 1:
         return _find_file(path, inputs)
-    return TaskSpec(_check_bundled(task), None, "lm-eval")
+    require_bundled([task])
+    return TaskSpec(task, None, "lm-eval")
 
 
 def load_task(spec: TaskSpec) -> list[Any]:
@@ -234,14 +235,15 @@ def _function_file(name: str, path: Path) -> Path:
     return path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py"
 
 
-def _check_bundled(name: str) -> str:
+def require_bundled(tasks: Sequence[str]) -> None:
+    """Refuse names of tasks that lm-eval does not have, whose own it takes seconds to list."""
     from lm_eval.tasks import TaskManager
 
     known = TaskManager().all_tasks
-    if name not in known:
-        raise EmlocError(
-            f"There is no task file {name}, and lm-eval has no task of that name.{did_you_mean(name, known)}",
-            "Give the path of a task file, or a name that `lm-eval ls tasks` prints.",
-            code="missing",
-        )
-    return name
+    for name in tasks:
+        if name not in known:
+            raise EmlocError(
+                f"There is no task file {name}, and lm-eval has no task of that name.{did_you_mean(name, known)}",
+                "Give the path of a task file, or a name that `lm-eval ls tasks` prints.",
+                code="missing",
+            )

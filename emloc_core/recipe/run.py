@@ -36,7 +36,7 @@ from emloc_core.stages.progress import ProgressEvent
 
 #: Functions that run, describe and check a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.stages.perform:describe"
-CHECK = "emloc_core.tuning.targets:check"
+CHECK, BUNDLED = "emloc_core.tuning.targets:check", "emloc_core.evaluation.tasks:require_bundled"
 #: Settings of tuning that name parts of the model or of TRL.
 _NAMING = ("extra", "target_modules", "lora_experts", "rank_pattern", "layers_to_transform", "modules_to_save")
 
@@ -135,15 +135,19 @@ def _perform(
 
 
 def require_named(recipe: Recipe) -> None:
-    """Refuse a recipe that names missing files or corrections, which the last stages would find hours later."""
+    """Refuse a recipe that names missing files, tasks or corrections, which the last stages would find hours later."""
     from emloc_core.evaluation.tasks import require_task_file
 
-    for task in recipe.eval.tasks if recipe.eval else ():
-        if Path(task).is_absolute():  # others are lm-eval's own
+    tasks = recipe.eval.tasks if recipe.eval else []
+    bundled = [task for task in tasks if not Path(task).is_absolute()]
+    for task in tasks:
+        if task not in bundled:
             require_task_file(Path(task))
     check_names(recipe.correct)
     for rows in (recipe.data.train, recipe.answers and recipe.answers.rows):
         check_rows(rows)
+    if bundled:
+        list(call(BUNDLED, {"tasks": bundled}))
 
 
 def require_tuning(recipe: Recipe) -> None:

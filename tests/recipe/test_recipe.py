@@ -1,5 +1,7 @@
 """Recipes: which texts are paths, and what is refused before a stage runs."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from emloc_core.errors import EmlocError
@@ -115,8 +117,9 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
 )
 @pytest.mark.usefixtures("calls_here")
 def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, told, dry_run, emloc, shallow_model):
-    path = write(base=shallow_model, train="org/rows")
-    code, _, err = emloc("run", path, *dry_run, "--set", "eval.tasks=['hellaswag']", "--set", override)
+    path = write(base=shallow_model, train="org/rows", task="task.yaml")
+    (path.parent / "task.yaml").touch()
+    code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1
     assert told in err
     assert not (path.parent / "emloc-run").exists()
@@ -139,6 +142,19 @@ def test_what_is_missing_is_named_before_the_first_stage(write, override, told, 
     code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1, err
     assert told in err
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.usefixtures("calls_here")
+def test_a_task_that_lm_eval_lacks_is_named_before_the_first_stage(
+    write, dry_run, emloc, monkeypatch, shallow_model, rows_file
+):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: SimpleNamespace(all_tasks=["hellaswag"]))
+    path = write(base=shallow_model, train=rows_file, task="hellaswagg")
+    code, _, err = emloc("run", path, *dry_run)
+    assert code == 1, err
+    assert "lm-eval has no task of that name. Did you mean 'hellaswag'?" in err
+    assert not (path.parent / "emloc-run").exists()
 
 
 def test_a_recipe_may_be_edited_while_it_runs(write, emloc, monkeypatch):
