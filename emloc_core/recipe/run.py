@@ -31,6 +31,7 @@ from emloc_core.recipe.stages import (
     stages_of,
     tried,
 )
+from emloc_core.settings import PolishSettings
 from emloc_core.stages.precheck import check_names, check_rows
 from emloc_core.stages.progress import ProgressEvent
 
@@ -151,11 +152,12 @@ def require_named(recipe: Recipe) -> None:
 
 
 def require_tuning(recipe: Recipe) -> None:
-    """Refuse settings of tuning that name what the model or TRL lacks, before hours are spent on the emulator."""
-    polish = recipe.polish.extra if recipe.polish else {}
-    if polish or any(getattr(recipe.train, name) for name in _NAMING):
-        settings = recipe.train.model_dump(mode="json", exclude_unset=True)
-        list(call(CHECK, {"model": recipe.model.base, "settings": settings, "polish": polish}))
+    """Refuse settings of tuning that name what the model, TRL or this machine lacks, before the emulator is made."""
+    polish = recipe.polish or PolishSettings()
+    tracked = any(part.report_to != "none" for part in (recipe.train, polish))
+    if tracked or polish.extra or any(getattr(recipe.train, name) for name in _NAMING):
+        settings, after = (part.model_dump(mode="json", exclude_unset=True) for part in (recipe.train, polish))
+        list(call(CHECK, {"model": recipe.model.base, "settings": settings, "polish": after}))
 
 
 def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:

@@ -16,18 +16,19 @@ from emloc_core.settings import ALL_LINEAR, PolishSettings, TrainSettings
 from emloc_core.standins.expert_loras import expert_stacks
 from emloc_core.standins.transfer import module_problems, require
 from emloc_core.standins.vocabulary import packed_layers
-from emloc_core.tuning.trl import lora_config
+from emloc_core.tuning.trl import lora_config, require_tracker
 
 
 def check(model: str, settings: Mapping[str, Any], polish: Mapping[str, Any]) -> None:
     """Refuse settings that name what a model or its trainer does not have. Reads no weights.
 
     Args:
-        polish: further fields of the trainer, for exact steps.
+        polish: those of exact steps, if any follow.
     """
     opened, train = open_model(model, "cpu"), TrainSettings(**settings)
-    opened.objective.check(train)
-    opened.objective.check(PolishSettings(extra=dict(polish)))
+    for each in (train, PolishSettings(**polish)):
+        opened.objective.check(each)
+        require_tracker(each)
     choose_targets(opened, train)
 
 

@@ -42,6 +42,7 @@ from emloc_core.tuning.launcher import require_processes, require_room
 from emloc_core.tuning.rows import tuning_rows
 from emloc_core.tuning.start import GivenLora, NewLora
 from emloc_core.tuning.trainer import DIVERGED, SETTINGS, LoraSteps, refusing
+from emloc_core.tuning.trl import require_tracker
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
@@ -72,6 +73,7 @@ class Train(Job):
         without_weights = self._without_weights()
         find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
         self.model.objective.check(self.settings)
+        require_tracker(self.settings)
         self.targets = start.targets(without_weights)
         self.rows, self.eval_rows, self.excluded, self.skipped = tuning_rows(request, self.model, self.settings)
         self.base = self._base()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.compat.transformers import use_one_gpu
-from emloc_core.errors import EmlocError, did_you_mean
+from emloc_core.errors import EmlocError, did_you_mean, first_line
 from emloc_core.settings import ALL_LINEAR, DEFAULT_EPOCHS, StepSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -77,6 +77,20 @@ def check_extra(settings: StepSettings) -> None:
         if name not in known:
             told = f"{kind.__name__} has no field {name!r}.{did_you_mean(name, known)}"
             raise EmlocError(told, f"See TRL's {kind.__name__}.")
+
+
+def require_tracker(settings: StepSettings) -> None:
+    """Refuse a tracker that is not known or not installed, which a trainer does only when it has its model."""
+    if settings.report_to == "none":
+        return
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for tracker in get_reporting_integration_callbacks(settings.report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        told = f"The tracker {settings.report_to!r} cannot be used: {first_line(error)}"
+        raise EmlocError(told, "Install it, or choose another.", code="unavailable") from error
 
 
 def _config_class(settings: StepSettings) -> Any:

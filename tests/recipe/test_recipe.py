@@ -113,6 +113,8 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
         ("train.target_modules=['nope']", "no module 'nope'"),
         ("train.extra={foo=1}", "no field 'foo'"),
         ("polish={extra={foo=1}}", "no field 'foo'"),
+        ("train.report_to='nowhere'", "The tracker 'nowhere' cannot be used"),
+        ("polish={report_to='nowhere'}", "The tracker 'nowhere' cannot be used"),
     ],
 )
 @pytest.mark.usefixtures("calls_here")

@@ -416,7 +416,6 @@ def test_bad_options_are_one_error(given, complaint, tiny_model, rows_file, tmp_
         ({"target_modules": ["query"]}, r"The model has no module 'query'"),
         ({"target_modules": ["q_proj", "vproj"]}, "The model has no module 'vproj'. Did you mean 'v_proj'"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' matches model.embed_tokens"),
-        ({"report_to": "nowhere"}, "training settings do not work: nowhere"),
         ({"learning_rate": 1e30}, r"The loss at step \d+ is nan.*Lower the learning rate"),
         ({"learning_rate": 1e38, "steps": 1, "extra": {"weight_decay": 1e10}}, "After the last step .* is not finite"),
         ({"extra": {"optim": "galore_adamw"}}, r"do not work: You need to install `galore_torch`.*choose another"),
@@ -428,6 +427,11 @@ def test_settings_that_cannot_work_are_one_error(changes, complaint, tiny_model,
         finetune(tiny_model, str(rows_file), tmp_path / "a", settings(**changes))
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / ".a.partial").exists()
+
+
+def test_an_unknown_tracker_is_refused_before_training(tiny_model, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match="The tracker 'nowhere' cannot be used: nowhere is not supported"):
+        train_job(tiny_model, rows_file, tmp_path / "a", settings(report_to="nowhere"))
 
 
 def test_a_model_without_a_loss_is_told_from_steps_that_diverge(tiny_model, rows_file, tmp_path):
