@@ -180,9 +180,12 @@ def _commands(way: "Way", planned: "MemoryPlan", arguments: Mapping[str, Any]) -
     batch = flags({name: value for name, value in shape.items() if value != getattr(usual, name)})
     other = {name: value for name, value in explicit.items() if name not in shape}
     batch += [*flags(other), *length]
+    model, commands = planned.name, []
+    if planned.layout:
+        model, commands = "base", [join("import", planned.name, "-o", "base")]
     if way.name in (EXACT, ORDINARY):
         exact = ["--exact"] if way.name == EXACT else []
-        return [join("train", planned.name, *data, *exact, *batch, "-o", "adapter")]
+        return [*commands, join("train", model, *data, *exact, *batch, "-o", "adapter")]
     size = ["--ratio", f"{way.ratio:g}"] if way.ratio is not None else []
     needs = {need.stage: need.total for need in planned.needs}
 
@@ -190,9 +193,8 @@ def _commands(way: "Way", planned: "MemoryPlan", arguments: Mapping[str, Any]) -
         """Stages that stream run on the CPU if that was planned, or if they do not fit in the GPU's memory."""
         return ["--device", "cpu"] if arguments["device"] == "cpu" or needs[stage] > planned.budget.usable else []
 
-    commands = [
-        join("compress", planned.name, *data, "--kind", way.kind, *size, *length, *device("compress"), "-o",
-             "emulator"),
+    commands += [
+        join("compress", model, *data, "--kind", way.kind, *size, *length, *device("compress"), "-o", "emulator"),
         join("train", "emulator", *data, *batch, "-o", "adapter"),
         join("correct", "adapter", *device("correct"), "-o", "corrected"),
     ]  # fmt: skip

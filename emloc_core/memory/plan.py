@@ -23,6 +23,7 @@ class MemoryPlan:
         plan: the emulator's ranks; None without an emulator.
         advice: what would fit, where no way does.
         card: name of the GPU whose published figures times are computed from; None: this machine's.
+        layout: what ``emloc import`` has to rewrite first; None: nothing.
     """
 
     name: str
@@ -32,6 +33,7 @@ class MemoryPlan:
     plan: RankPlan | None
     advice: Sequence[str]
     card: str | None = None
+    layout: str | None = None
 
     @property
     def model(self) -> MemoryModel:
@@ -67,6 +69,7 @@ class MemoryPlan:
             weights["emulator"] = model.emulator_bytes(self.plan)
         return {
             "model": self.name,
+            "layout": self.layout,
             "family": model.family.name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "in_four_bits": bool(model.packed),
@@ -107,7 +110,9 @@ class MemoryPlan:
         }
 
 
-def make_plan(name: str, decision: Decision, *, card: str | None = None, advise: bool = True) -> MemoryPlan:
+def make_plan(
+    name: str, decision: Decision, *, card: str | None = None, layout: str | None = None, advise: bool = True
+) -> MemoryPlan:
     """Return the plan that a decision makes for a model.
 
     Args:
@@ -122,4 +127,4 @@ def make_plan(name: str, decision: Decision, *, card: str | None = None, advise:
     if way.name in (POLISHED, EXACT):
         needs.append(streamed.exact(model))
     advice = [] if decision.way or not advise else decision.advice()
-    return MemoryPlan(name, decision, way, [*needs, streamed.merge(model)], plan, advice, card)
+    return MemoryPlan(name, decision, way, [*needs, streamed.merge(model)], plan, advice, card, layout)

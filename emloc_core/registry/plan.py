@@ -66,4 +66,5 @@ def plan_model(
             speed = gpu.speed if gpu else measured(workload.device, file.parent) if measure else None
             emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
             decision = decide(file, workload, budget, emulator, speed)
-            return make_plan(argument_of(model), decision, card=gpu.name if gpu else None, advise=ratio is None)
+            name, layout = argument_of(model)
+            return make_plan(name, decision, card=gpu.name if gpu else None, layout=layout, advise=ratio is None)

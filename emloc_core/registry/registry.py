@@ -124,11 +124,15 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
             yield file
 
 
-def argument_of(model: str) -> str:
-    """Return the MODEL argument of the other commands for what :func:`config_of` takes."""
+def argument_of(model: str) -> tuple[str, str | None]:
+    """Return the MODEL argument of the other commands for what :func:`config_of` takes.
+
+    Returns:
+        The argument, and the layout that ``emloc import`` has to rewrite first, if an entry says so.
+    """
     if entry := entry_of(model):
-        return entry.model
-    return str(Path(model).parent) if Path(model).is_file() else model
+        return entry.model, entry.layout
+    return (str(Path(model).parent) if Path(model).is_file() else model), None
 
 
 def entry_of(model: str) -> Entry | None:

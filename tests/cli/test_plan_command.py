@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from click.testing import CliRunner, Result
 from emloc_llama import LLAMA
 from emloc_qwen import QWEN_VL
@@ -358,6 +359,19 @@ def test_a_config_is_enough(shallow_model: Path, tmp_path: Path) -> None:
     alone = plan(file, "--ratio", 0.5)
     assert alone["stages"] == plan(shallow_model, "--ratio", 0.5)["stages"]
     assert alone["workload"]["length"] == 256  # the model takes no more
+
+
+def test_the_commands_import_a_model_of_another_layout_first(shallow_model: Path, tmp_path: Path) -> None:
+    config = {name: value for name, value in read_json(shallow_model / "config.json").items() if value is not None}
+    entry = {"id": "org/own", "family": "llama", "layout": "theirs", "presets": {"default": {"ratio": 0.5}}}
+    (tmp_path / "own.toml").write_text(tomli_w.dumps({**entry, "config": config}))
+    assert plan(tmp_path / "own.toml", "--memory", "4GiB")["layout"] == "theirs"
+    for kind, following in (("auto", "train"), ("low-rank", "compress")):
+        shown = run("plan", tmp_path / "own.toml", "--memory", "4GiB", "--kind", kind, "--no-measure").stdout
+        first, second, *others = (line for line in shown.splitlines() if line.startswith("  emloc "))
+        assert first == "  emloc import org/own -o base"
+        assert second.startswith(f"  emloc {following} base ")
+        assert not any("org/own" in line for line in others)
 
 
 def test_what_is_refused(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
