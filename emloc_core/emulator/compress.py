@@ -49,13 +49,13 @@ class Compress(Job):
     def __init__(self, request: CompressRequest) -> None:
         self.request = request
         self.base = open_original(request.model, request.device)
-        asked = request.settings.for_tuning(request.tuning).settled()
-        format = format_named(asked.kind)
-        format.check(asked)
+        requested = request.settings.for_tuning(request.tuning).settled()
+        format = format_named(requested.kind)
+        format.check(requested)
         model = self.base.skeleton.model
         linears = find_linears(model, self.base.family, format)
         rows, _, self.skipped = asked_rows(request, request.settings.loss)
-        self.method = method_of(asked, format, linears, model, rows=len({row.key for row in rows}))
+        self.method = method_of(requested, format, linears, model, rows=len({row.key for row in rows}))
         self.format, self.settings = self.method.format, self.method.settings
         self.plan: RankPlan = self.method.plan()
         # Weights alone need no calibration: its rows are left for tuning.
@@ -82,7 +82,7 @@ class Compress(Job):
     def output(self) -> Output:
         """The emulator's directory. The base's files are hashed on first access."""
         base, files = self.base.checkpoint, Inputs(self.request.output.resolve().parent)
-        linears = json.dumps([each.describe() for each in self.method.linears.planned])
+        linears = json.dumps([linear.describe() for linear in self.method.linears.planned])
         request = {
             "base": base.fingerprint(files),
             "linears": hashlib.sha256(linears.encode()).hexdigest(),  # a plugin may change while the model does not
@@ -98,9 +98,9 @@ class Compress(Job):
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, the rank of every Linear, rows."""
         base, dtype = self.base.checkpoint, self.base.skeleton.dtype
-        replaced = [each for each in self.plan.planned if each.is_replaced]
-        saved = sum(self._stored(each) - each.nbytes(self.format, dtype) for each in replaced)
-        saved += sum(each.saved(dtype) for each in self.plan.vocabulary)
+        replaced = [linear for linear in self.plan.planned if linear.is_replaced]
+        saved = sum(self._stored(linear) - linear.nbytes(self.format, dtype) for linear in replaced)
+        saved += sum(matrix.saved(dtype) for matrix in self.plan.vocabulary)
         return {
             "output": str(self.request.output),
             "kind": self.format.name,
@@ -108,8 +108,8 @@ class Compress(Job):
             "base": str(base.directory),
             "base_bytes": base.nbytes,
             "emulator_bytes": base.nbytes - saved,
-            "linears": [each.describe() for each in self.plan.planned],
-            "vocabulary": [each.describe() for each in self.plan.vocabulary],
+            "linears": [linear.describe() for linear in self.plan.planned],
+            "vocabulary": [matrix.describe() for matrix in self.plan.vocabulary],
             "kept_dense": [vars(kept) for kept in self.plan.kept],
             "summary": self.plan.lines(self.format),
             "calibration": self.settings.calibration,
@@ -123,7 +123,7 @@ class Compress(Job):
         }
 
     def _stored(self, planned: LinearPlan) -> int:
-        """Return the bytes that the base has for it."""
+        """Return the bytes of a Linear or a stack in the base."""
         keys = self.base.skeleton.sources(planned.path)
         if self.base.skeleton.unpacks(keys):
             return sum(self.base.checkpoint.tensors[key].nbytes for key in keys)
@@ -142,7 +142,7 @@ class Compress(Job):
         return [*self.coverage.warnings, *told(self.skipped), few]
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
-        """Make the emulator; of one that is finished, note what it was planned for now."""
+        """Make the emulator; for a finished one, note what it is planned for now."""
         if self.output.is_finished() and (tuning := self._tuning()):
             self.output.note("tuning", tuning)
         return super().run(progress)
@@ -155,7 +155,7 @@ class Compress(Job):
             plan = self._allocated(staging, first)
         files = EmulatorFiles(self.base.skeleton, plan, staging, self.format)
         calibrated = self.settings.calibration != "none"
-        pack_vocabulary(files, [each for each in plan.vocabulary if not (calibrated and each.is_fitted)])
+        pack_vocabulary(files, [matrix for matrix in plan.vocabulary if not (calibrated and matrix.is_fitted)])
         if self.settings.calibration == "none":
             pack_blocks(files, progress)
         elif self.settings.calibration == "propagated":
@@ -163,27 +163,27 @@ class Compress(Job):
         else:
             self._decomposition(plan, progress, staging).run(files)
         self._write_rows(staging)
-        known = {"family": self.base.family.name, "coverage": self.coverage.describe()}
-        known |= {"tuning": tuning} if (tuning := self._tuning()) else {}
+        result = {"family": self.base.family.name, "coverage": self.coverage.describe()}
+        result |= {"tuning": tuning} if (tuning := self._tuning()) else {}
         left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
-        self.output.result = {**known, **left_out, **files.finish(self._tokens)}
+        self.output.result = {**result, **left_out, **files.finish(self._tokens)}
         self.output.made = described(self.settings, self.output.result)
 
     def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
         """Return the plan with ranks by spectra, which are gathered unless an interrupted run has."""
-        place = staging / ".spectra"  # hidden: removed when the emulator is published
-        spectra = Spectra(self.base.skeleton.blocks, place)
+        directory = staging / ".spectra"  # hidden: removed when the emulator is published
+        spectra = Spectra(self.base.skeleton.blocks, directory)
         if not spectra.are_complete:
             ranking = self.format.ranking()
-            found = find_linears(self.base.skeleton.model, self.base.family, ranking).without_experts(NO_EXPERTS)
-            found = found.without_vocabulary()
-            how = (allocated(found, RATIO), self.samples, ranking, progress)
-            Decomposition(self.base.skeleton, *how).run(spectra, PROBES)
+            linears = find_linears(self.base.skeleton.model, self.base.family, ranking).without_experts(NO_EXPERTS)
+            linears = linears.without_vocabulary()
+            arguments = (allocated(linears, RATIO), self.samples, ranking, progress)
+            Decomposition(self.base.skeleton, *arguments).run(spectra, PROBES)
         return self.method.plan(spectra=(spectra.reached(self.method.linears), spectra.spectrum))
 
     def _decomposition(self, plan: RankPlan, progress: Progress, staging: Path) -> Decomposition:
-        how = (plan, self.samples, self.format, progress, self.settings.refine, staging)
-        return Decomposition(self.base.skeleton, *how)
+        arguments = (plan, self.samples, self.format, progress, self.settings.refine, staging)
+        return Decomposition(self.base.skeleton, *arguments)
 
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)
@@ -203,17 +203,17 @@ class Compress(Job):
 
 
 def described(settings: CompletedSettings, result: Mapping[str, Any]) -> str:
-    """Return what the card of an emulator says of it."""
-    errors = [each["relative_error"] for each in result["linears"] if each["relative_error"] is not None]
-    told = f"Emulator: {settings.kind}"
+    """Return the text of an emulator for model cards."""
+    errors = [linear["relative_error"] for linear in result["linears"] if linear["relative_error"] is not None]
+    text = f"Emulator: {settings.kind}"
     if settings.ratio:
-        told += f", ratio {settings.ratio}, ranks by `{settings.allocator}`"
-    told += f"; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
+        text += f", ratio {settings.ratio}, ranks by `{settings.allocator}`"
+    text += f"; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
     if errors:
         rows = f"relative output error on {settings.samples} calibration rows"
-        of = "relative error of the weights" if settings.calibration == "none" else rows
-        told += f"; {of} {sum(errors) / len(errors):.3f} (mean), {max(errors):.3f} (worst)"
-    return f"{told}."
+        label = "relative error of the weights" if settings.calibration == "none" else rows
+        text += f"; {label} {sum(errors) / len(errors):.3f} (mean), {max(errors):.3f} (worst)"
+    return f"{text}."
 
 
 def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:

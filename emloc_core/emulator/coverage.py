@@ -60,19 +60,19 @@ class Coverage:
     @property
     def warnings(self) -> list[str]:
         """Sentences that the user of an emulator has to read."""
-        found = []
+        warnings = []
         if self.undeclared:
-            found.append(
+            warnings.append(
                 f"the family {self.family!r} does not mention {_listed(self.undeclared)}, which stay dense: add them "
                 "to its input_groups, or to keep_dense with the reason (docs/plugins.md)"
             )
         if self.compressible < SMALL:
-            found.append(
+            warnings.append(
                 f"only {self.compressible:.1%} of the parameters are in Linears that can be compressed, so an emulator "
                 f"of any ratio keeps at least {1 - self.compressible:.1%}; what stays dense: {_listed(self.dense)}. If "
                 "tuning that does not fit, `emloc train MODEL --exact` tunes the base, a few blocks in memory at a time"
             )
-        return found
+        return warnings
 
     def describe(self) -> dict[str, Any]:
         """Return the coverage as JSON values."""
@@ -92,22 +92,23 @@ def coverage(model: nn.Module, family: Family, plan: RankPlan) -> Coverage:
     for name, parameter in model.named_parameters():
         sizes[name.rpartition(".")[0]] += parameter.numel()
         total += parameter.numel()
-    experts = [each for each in plan.experts if each.is_replaced]
-    compressed = {linear.path for linear in plan.candidates} | {each.owner for each in experts}
+    experts = [stack for stack in plan.experts if stack.is_replaced]
+    compressed = {linear.path for linear in plan.candidates} | {stack.owner for stack in experts}
     compressed |= packings(plan.vocabulary).keys()
-    held = sum(each.numbers for each in (*plan.candidates, *experts)) + sum(each.numbers for each in plan.vocabulary)
-    rest = {path: size for path, size in sizes.items() if path not in compressed}
+    numbers = sum(linear.numbers for linear in (*plan.candidates, *experts))
+    numbers += sum(matrix.numbers for matrix in plan.vocabulary)
+    dense = {path: size for path, size in sizes.items() if path not in compressed}
     open_ = {path: sizes.get(path, 0) for path in undeclared(model, family, plan.planned)}
-    return Coverage(family.name, held / total if total else 0.0, _parts(open_, total), _parts(rest, total))
+    return Coverage(family.name, numbers / total if total else 0.0, _parts(open_, total), _parts(dense, total))
 
 
 def undeclared(model: nn.Module, family: Family, planned: Sequence[LinearPlan]) -> list[str]:
     """Return the paths of Linears and of fused experts that are in no input group and kept dense by no pattern.
 
-    The output layer is no family's affair.
+    Families do not declare the output layer.
     """
-    known = {path for each in planned for path in (each.path, *each.group)} | vocabulary_layers(model).keys()
-    return [path for path in matrices(model) if path not in known and kept_by(path, family) is None]
+    declared = {path for linear in planned for path in (linear.path, *linear.group)} | vocabulary_layers(model).keys()
+    return [path for path in matrices(model) if path not in declared and kept_by(path, family) is None]
 
 
 def matrices(model: nn.Module) -> Iterator[str]:
@@ -128,8 +129,8 @@ def _parts(sizes: dict[str, int], total: int) -> tuple[Part, ...]:
     parts: dict[str, list[int]] = defaultdict(list)
     for path, size in sizes.items():
         parts[re.sub(r"\.\d+(?=\.|$)", ".*", path)].append(size)
-    found = [Part(pattern, len(of), sum(of), sum(of) / total if total else 0.0) for pattern, of in parts.items()]
-    return tuple(sorted(found, key=lambda part: -part.parameters))
+    shares = (Part(pattern, len(own), sum(own), sum(own) / total if total else 0.0) for pattern, own in parts.items())
+    return tuple(sorted(shares, key=lambda part: -part.parameters))
 
 
 def _listed(parts: Sequence[Part]) -> str:

@@ -28,7 +28,7 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
     Raises:
         EmlocError: the declaration does not fit the model.
     """
-    found: list[LinearPlan] = []
+    linears: list[LinearPlan] = []
     experts: list[ExpertsPlan] = []
     blocks = block_paths(model, family)
     if not blocks:
@@ -36,12 +36,12 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
     for tower in family.towers:
         for block in (path for path in blocks if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
-                found += _plan_group(model, family, block, group)
+                linears += _plan_group(model, family, block, group)
             for path in tower.experts:
                 experts += _plan_experts(model, family, block, path)
-    _require_one_group(found)
-    named = {linear.path for linear in found} | {each.owner for each in experts}
-    plan = RankPlan(tuple(found), tuple(_kept(model, family, named)), tuple(experts))
+    _require_one_group(linears)
+    named = {linear.path for linear in linears} | {stack.owner for stack in experts}
+    plan = RankPlan(tuple(linears), tuple(_kept(model, family, named)), tuple(experts))
     if not plan.candidates:
         raise EmlocError(
             f"The family {family.name!r} names no Linear of this model.", "Update the plugin.", code="plugin"
@@ -58,7 +58,7 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
 def all_linears(model: Any) -> list[str]:
     """Return the last parts of the paths of all Linears but the output layer, as PEFT's ``all-linear`` means them."""
     output = model.get_output_embeddings()
-    linears = (path for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not output)
+    linears = (path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output)
     return sorted({path.rpartition(".")[2] for path in linears})
 
 
@@ -93,13 +93,13 @@ def _plan_experts(model: nn.Module, family: Family, block: str, path: str) -> li
         return []
     experts = model.get_submodule(owner)
     reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(owner, pattern)), None)
-    found = []
+    planned = []
     for name in stacks(experts):
         count, m, n = matrices(experts, name).shape
-        found.append(
+        planned.append(
             ExpertsPlan(f"{owner}.{name}", block, (owner,), m, n, None, cheaper_side(m, n), reason, experts=count)
         )
-    return found
+    return planned
 
 
 def _require_one_group(linears: Sequence[LinearPlan]) -> None:

@@ -46,7 +46,7 @@ class Store(Protocol):
     """Receives what is fitted, block by block. An incomplete block must never look complete."""
 
     def is_written(self, block: str) -> bool:
-        """Return whether a block's have been written."""
+        """Return whether what was fitted for a block has been written."""
 
     def write(self, block: str, fitted: Mapping[str, Any]) -> None:
         """Store what was fitted for a block's Linears, by module path, and for its stacks of experts, by path
@@ -103,20 +103,22 @@ class Decomposition:
     def needs(self, *, propagated: bool) -> Needs:
         """Return what a pass takes of the device, as ``emloc plan`` says."""
         base, sizes = self.skeleton, [sample.size for sample in self.samples]
-        how = {"propagated": propagated, "refine": propagated and self.refine > 0}
+        options = {"propagated": propagated, "refine": propagated and self.refine > 0}
         passing = Positions(sum(sizes), max(sizes, default=0))
-        return Needs(base.model, base.family, self.plan, self.format, base.dtype, **how, passing=lambda _path: passing)
+        return Needs(
+            base.model, base.family, self.plan, self.format, base.dtype, **options, passing=lambda _path: passing
+        )
 
     def _pass(self, streams: int, store: Any, visit_block: Callable[[Any, str], Any]) -> None:
         """Pass the samples through the base, and with two streams then through the emulator."""
         propagated = streams > 1
         # Base and emulator are given the same tensors, which therefore always stay.
         own = (tensor for sample in self.samples for tensor in sample.others.values())
-        kept = [*self.skeleton.model.buffers(), *own]
-        needed = max(each.nbytes for each in self.needs(propagated=propagated))
-        self.stream = Stream(self.skeleton, Parking.on(self.skeleton.device, kept, self._directory, needed=needed))
-        vocabulary = {self._unit(each): each for each in self.plan.vocabulary}
-        head = next((each for each in vocabulary.values() if each.is_fitted and not store.is_written(each.path)), None)
+        resident = [*self.skeleton.model.buffers(), *own]
+        needed = max(need.nbytes for need in self.needs(propagated=propagated))
+        self.stream = Stream(self.skeleton, Parking.on(self.skeleton.device, resident, self._directory, needed=needed))
+        vocabulary = {self._unit(plan): plan for plan in self.plan.vocabulary}
+        head = next((plan for plan in vocabulary.values() if plan.is_fitted and not store.is_written(plan.path)), None)
         last = self._unit(head) if head else self.blocks[-1]
 
         def visit(unit: str) -> Any:
@@ -127,8 +129,8 @@ class Decomposition:
             if head and unit == last:
                 return self._fitting_head(store, head)
             if propagated and unit in vocabulary:
-                found = store.matrix(vocabulary[unit].path)
-                return looking_up(self.stream, vocabulary[unit], found, len(self.samples))
+                packed = store.matrix(vocabulary[unit].path)
+                return looking_up(self.stream, vocabulary[unit], packed, len(self.samples))
             return None
 
         self.stream.run([self._forward(sample) for sample in self.samples] * streams, visit, last)
@@ -170,7 +172,7 @@ class Decomposition:
             model, experts = self.skeleton.model, self._experts(block)
             unit = model.get_submodule(block)
             modules = {path: model.get_submodule(path) for path in tapping}
-            routed = [(model.get_submodule(path), self._keeping(path, of)) for path, of in experts.items()]
+            routed = [(model.get_submodule(path), self._keeping(path, fitting)) for path, fitting in experts.items()]
             calls = [self._call(sample) for sample in self.stream.here[:probes]]
             watching = requiring_shared_inputs(self.stream, planned, self.skeleton.family)
             products = requiring_products(self.stream, planned, len(self.samples))
@@ -179,8 +181,8 @@ class Decomposition:
             fitted: Mapping[str, Any] = self._reached(gathered)
             if calls:
                 disturbances = sensitivities(unit, calls, fitted, self._answering)
-                fitted = {path: (of, disturbances[path]) for path, of in fitted.items()}
-            stacked = {path: of for each in experts.values() for path, of in each.fit().items()}
+                fitted = {path: (factors, disturbances[path]) for path, factors in fitted.items()}
+            stacked = {path: stack for fitting in experts.values() for path, stack in fitting.fit().items()}
             store.write(block, {**fitted, **stacked})
         self._report(block)
 
@@ -192,8 +194,8 @@ class Decomposition:
         routed = {path: self.skeleton.model.get_submodule(path) for path in self.plan.experts_in_block(block)}
         if store.is_written(block):
             experts = self._emulated(block, store.read_stacks(block))
-            known = emulating(self.stream, linears, store.read(block), rows)
-            with known, emulating(self.stream, routed, experts, rows):
+            answering = emulating(self.stream, linears, store.read(block), rows)
+            with answering, emulating(self.stream, routed, experts, rows):
                 yield
         else:
             ends, stops = Ends(self.stream, block, rows, self._directory), self._experts(block)
@@ -202,18 +204,18 @@ class Decomposition:
                 requiring_products(self.stream, planned, rows),
                 ends.waiting() if self.refine else nullcontext(),
             ):
-                how = (self._fit, store.as_read, self._blame)
-                found = fit_block(self.stream, planned, stops, rows, *how, narrow=self.format.narrow)
+                arguments = (self._fit, store.as_read, self._blame)
+                fitted = fit_block(self.stream, planned, stops, rows, *arguments, narrow=self.format.narrow)
             if self.refine:
-                found = self._refined(block, found, linears, routed, ends, store)
-            store.write(block, found)
+                fitted = self._refined(block, fitted, linears, routed, ends, store)
+            store.write(block, fitted)
             yield
         self._report(block)
 
     def _refined(
         self,
         block: str,
-        found: Mapping[str, Any],
+        fitted: Mapping[str, Any],
         linears: Mapping[str, nn.Module],
         routed: Mapping[str, nn.Module],
         ends: Ends,
@@ -221,22 +223,24 @@ class Decomposition:
     ) -> dict[str, Any]:
         """Return what was fitted for a block with its Linears refined, and let the samples of the emulator pass on."""
         unit, rows = self.skeleton.model.get_submodule(block), len(self.samples)
-        stacks = {path: of for path, of in found.items() if isinstance(of, Stacked)}
-        fitted = {path: of for path, of in found.items() if path not in stacks}
-        experts = self._emulated(block, {path: of.parts for path, of in stacks.items()})
+        stacks = {path: stack for path, stack in fitted.items() if isinstance(stack, Stacked)}
+        refinable = {path: linear for path, linear in fitted.items() if path not in stacks}
+        experts = self._emulated(block, {path: stack.parts for path, stack in stacks.items()})
         with emulating(self.stream, routed, experts, rows):
-            fitted = refined(self.stream, unit, fitted, self.format, self.refine, ends)
-            stand_ins = {path: store.as_read(path, of) for path, of in fitted.items()}
+            refinable = refined(self.stream, unit, refinable, self.format, self.refine, ends)
+            stand_ins = {path: store.as_read(path, linear) for path, linear in refinable.items()}
             with errors(linears) as measured, emulating(self.stream, linears, stand_ins, rows):
                 ends.pass_on()
-        return stacks | {path: replace(cast(Any, of), error=measured()[path]) for path, of in fitted.items()}
+        return stacks | {path: replace(cast(Any, linear), error=measured()[path]) for path, linear in refinable.items()}
 
     def _emulated(
         self, block: str, stacks: Mapping[str, Mapping[str, torch.Tensor]]
     ) -> dict[str, Callable[..., torch.Tensor]]:
         """Return what computes as a block's experts in the emulator, by path, from the parts of its stacks."""
         model, planned = self.skeleton.model, self.plan.experts_in_block(block)
-        return {path: emulated(model.get_submodule(path), of, self.format, stacks) for path, of in planned.items()}
+        return {
+            path: emulated(model.get_submodule(path), plans, self.format, stacks) for path, plans in planned.items()
+        }
 
     @by_onednn()
     def _fit(self, linears: Sequence[LinearPlan], weights: Sequence[torch.Tensor], gram: Gram) -> Sequence[Fitted]:
@@ -245,33 +249,33 @@ class Decomposition:
         if self.format.narrow:
             gram.narrow()
         with naming_errors(f"The kind {self.format.name!r}, on {paths},"):
-            found = self.format.fit(weights, gram, [linear.rank for linear in linears])
-        if len(found) != len(linears):
+            stand_ins = self.format.fit(weights, gram, [linear.rank for linear in linears])
+        if len(stand_ins) != len(linears):
             raise EmlocError(
-                f"The kind {self.format.name!r} gave {len(found)} stand-ins for {paths}.",
+                f"The kind {self.format.name!r} gave {len(stand_ins)} stand-ins for {paths}.",
                 "Choose another --kind, or update the plugin.",
                 code="plugin",
             )
-        return found
+        return stand_ins
 
     def _alone(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Any:
         return self._fit([linear], [weight], gram)[0]
 
     def _reached(self, gathered: dict[str, tuple[Gram, list[LinearPlan]]]) -> dict[str, Fitted]:
-        """Fit the Linears that tokens reached, those that share a Gram together, which is given up then."""
-        found: dict[str, Fitted] = {}
+        """Fit the Linears that tokens reached, together where they share a Gram, which is freed then."""
+        reached: dict[str, Fitted] = {}
         while gathered:
             gram, linears = gathered.pop(next(iter(gathered)))
             if gram.tokens:
-                fitted = self._fit(linears, [self._weight(each.path) for each in linears], gram)
-                found.update(zip([each.path for each in linears], fitted, strict=True))
-        return found
+                fitted = self._fit(linears, [self._weight(linear.path) for linear in linears], gram)
+                reached.update(zip([linear.path for linear in linears], fitted, strict=True))
+        return reached
 
     def _experts(self, block: str) -> dict[str, ExpertFitting]:
         model, planned = self.skeleton.model, self.plan.experts_in_block(block)
         return {
-            path: ExpertFitting(model.get_submodule(path), of, self.format, self._alone, self._directory)
-            for path, of in planned.items()
+            path: ExpertFitting(model.get_submodule(path), stacks, self.format, self._alone, self._directory)
+            for path, stacks in planned.items()
         }
 
     def _keeping(self, path: str, experts: ExpertFitting) -> Callable[..., None]:
@@ -291,8 +295,8 @@ class Decomposition:
 
     def _answering(self, path: str, stand_in: StandIn) -> AbstractContextManager[None]:
         """Compute one Linear's outputs with a stand-in, for all samples."""
-        found = stand_in.to(self._weight(path))
-        return emulating(self.stream, {path: self.skeleton.model.get_submodule(path)}, {path: found}, 0)
+        stand_in = stand_in.to(self._weight(path))
+        return emulating(self.stream, {path: self.skeleton.model.get_submodule(path)}, {path: stand_in}, 0)
 
     def _weight(self, path: str) -> torch.Tensor:
         return self.skeleton.model.get_parameter(f"{path}.weight")
@@ -311,7 +315,7 @@ class Decomposition:
 
 
 def _gathered(planned: Sequence[LinearPlan], device: torch.device) -> dict[str, tuple[Gram, list[LinearPlan]]]:
-    """Return the Grams, and whose each is, by the path where it is gathered: Linears share that of their inputs."""
+    """Return Grams with the Linears that share each, by the path where it is gathered."""
     sharing: dict[Any, list[LinearPlan]] = defaultdict(list)
     for linear in planned:
         sharing[linear.path if linear.tap == "output" else linear.group].append(linear)

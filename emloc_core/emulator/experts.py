@@ -5,8 +5,8 @@ statistics of their own, which for all experts at once would take more than the 
 than its activations have features is fitted to tokens of the whole layer besides, as if they had been sent to it: as
 many as are missing, evenly spaced over all rows.
 
-Where errors are propagated, every token has an input in the base and one in the emulator. What an expert makes of
-either is defined wherever the token is sent; it is fitted to those that the base sends to it.
+Where errors are propagated, every token has an input in the base and one in the emulator. An expert has an output for
+either, wherever the token is sent; it is fitted to the tokens that the base sends to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ class Stacked:
 
 
 class Stack:
-    """The packed matrices of a stack, as they come."""
+    """Collects the packed matrices of a stack."""
 
     def __init__(self, count: int) -> None:
         self._parts: dict[str, torch.Tensor] = {}
@@ -60,8 +60,8 @@ class Stack:
             self._parts.setdefault(name, part.new_empty(self._count, *part.shape))[self._done] = part
         self._done, self._squared = self._done + 1, self._squared + error**2
 
-    def whole(self) -> Stacked:
-        """Return all of them."""
+    def stacked(self) -> Stacked:
+        """Return the complete stack."""
         return Stacked(self._parts, (self._squared / self._count) ** 0.5)
 
 
@@ -81,30 +81,30 @@ class ExpertFitting:
         fit: Callable[[LinearPlan, torch.Tensor, Gram], Fitted],
         directory: Path | None = None,
     ) -> None:
-        self._experts, self._planned = experts, {each.name: each for each in planned}
+        self._experts, self._planned = experts, {stack.name: stack for stack in planned}
         self._format, self._fit = format, fit
-        sizes = (each.out_features if each.tap == "output" else each.in_features for each in planned)
+        sizes = (stack.out_features if stack.tap == "output" else stack.in_features for stack in planned)
         #: An expert that fewer tokens reach needs others.
         self._enough = max(sizes)
         self._tokens = ScratchTensors(directory)  # by row: (streams, tokens, n)
         self._index: list[torch.Tensor] = []
-        self._stacks = {name: Stack(each.experts) for name, each in self._planned.items()}
+        self._stacks = {name: Stack(stack.experts) for name, stack in self._planned.items()}
 
-    def add(self, *given: torch.Tensor) -> None:
+    def add(self, *inputs: torch.Tensor) -> None:
         """Keep the tokens of a row.
 
         Args:
-            given: what the experts are given in the base, (tokens, n), and the experts that it sends them to,
-                (tokens, top); and where errors are propagated the same in the emulator, whose choices do not count.
+            inputs: of the experts in the base, (tokens, n), and the experts that it sends them to, (tokens, top); where
+                errors are propagated, also the same in the emulator, whose choice of experts does not count.
 
         Raises:
             EmlocError: they hold NaN or Inf; the caller adds the row.
         """
-        tokens = torch.stack(given[::2])
+        tokens = torch.stack(inputs[::2])
         if not bool(torch.isfinite(tokens).all()):
             raise EmlocError("NaN or Inf among the activations", code="not-finite")
         self._tokens[len(self._index)] = tokens
-        self._index.append(given[1].detach().clone())
+        self._index.append(inputs[1].detach().clone())
 
     def fit(self) -> dict[str, Stacked]:
         """Return what stands in for the stacks, by path; nothing where no token reaches the layer.
@@ -117,53 +117,53 @@ class ExpertFitting:
         for expert, streams in enumerate(self._sent()):
             self._fit_expert(expert, streams.unbind())
             give_back()
-        return {each.path: self._stacks[name].whole() for name, each in self._planned.items()}
+        return {stack.path: self._stacks[name].stacked() for name, stack in self._planned.items()}
 
     def _fit_expert(self, expert: int, inputs: Sequence[torch.Tensor]) -> None:
         """Fit an expert's matrices to its inputs, in the base and perhaps in the emulator."""
         up, down = stacks(self._experts)
         products = zip(self._fit_matrix(up, expert, inputs), inputs, strict=True)
-        biased = (with_bias(self._experts, up, times(of), expert) for times, of in products)
-        self._fit_matrix(down, expert, [activate(self._experts, of) for of in biased])
+        outputs = (with_bias(self._experts, up, times(x), expert) for times, x in products)
+        self._fit_matrix(down, expert, [activate(self._experts, output) for output in outputs])
 
     def _sent(self) -> Iterator[torch.Tensor]:
-        """Yield the tokens that each expert is fitted to, (streams, tokens, n); those of some experts are read at once.
+        """Yield the tokens that each expert is fitted to, (streams, tokens, n).
 
-        Every token of the layer is read once for them, so that more of them take less time.
+        They are read for several experts at once, since each time every token of the layer is read.
         """
         index = torch.cat(self._index)
-        places = [self._places(index, expert) for expert in range(self._experts.num_experts)]
+        positions = [self._positions(index, expert) for expert in range(self._experts.num_experts)]
         row = self._tokens[0]
         a_token = len(row) * row.shape[-1] * row.itemsize
-        while places:
-            sizes = accumulate(len(of) * a_token for of in places)
+        while positions:
+            sizes = accumulate(len(part) * a_token for part in positions)
             count = max(1, sum(size <= TOKENS_AT_ONCE for size in sizes))
-            yield from self._read(places[:count])
-            del places[:count]
+            yield from self._read(positions[:count])
+            del positions[:count]
 
-    def _places(self, index: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return where the tokens of an expert are among all."""
-        chosen = (index == expert).any(dim=-1).nonzero()[:, 0]
-        if len(chosen) < self._enough:
-            chosen = torch.cat([chosen, _spread(len(index), self._enough - len(chosen)).to(chosen)])
-        return chosen
+    def _positions(self, index: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return the positions of an expert's tokens among all."""
+        positions = (index == expert).any(dim=-1).nonzero()[:, 0]
+        if len(positions) < self._enough:
+            positions = torch.cat([positions, _spread(len(index), self._enough - len(positions)).to(positions)])
+        return positions
 
-    def _read(self, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the tokens at these places, for each of some experts."""
-        found: list[torch.Tensor] = []
+    def _read(self, positions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tokens at these positions, for each of several experts."""
+        gathered: list[torch.Tensor] = []
         for row, (start, stop) in enumerate(pairwise(accumulate(map(len, self._index), initial=0))):
             tokens = self._tokens[row]
-            found = found or [tokens.new_empty(len(tokens), len(of), tokens.shape[-1]) for of in places]
-            for of, here in zip(found, places, strict=True):
-                inside = ((here >= start) & (here < stop)).nonzero()[:, 0]
-                of[:, inside] = tokens[:, here[inside] - start]
-        return found
+            gathered = gathered or [tokens.new_empty(len(tokens), len(part), tokens.shape[-1]) for part in positions]
+            for own, part in zip(gathered, positions, strict=True):
+                inside = ((part >= start) & (part < stop)).nonzero()[:, 0]
+                own[:, inside] = tokens[:, part[inside] - start]
+        return gathered
 
     def settle(self) -> tuple[dict[str, Stacked], dict[str, Callable[..., torch.Tensor]]]:
         """Return what stands in for the stacks, and what computes with it in the emulator, by path of the module."""
-        planned, found = list(self._planned.values()), self.fit()
-        parts = {path: of.parts for path, of in found.items()}
-        return found, {planned[0].owner: emulated(self._experts, planned, self._format, parts)}
+        planned, fitted = list(self._planned.values()), self.fit()
+        parts = {path: stack.parts for path, stack in fitted.items()}
+        return fitted, {planned[0].owner: emulated(self._experts, planned, self._format, parts)}
 
     def _fit_matrix(self, name: str, expert: int, inputs: Sequence[torch.Tensor]) -> list[Callable[..., torch.Tensor]]:
         """Fit a matrix to its inputs, in the base and perhaps in the emulator; return what multiplies by it there."""
@@ -191,26 +191,26 @@ def emulated(
     experts: Any, planned: Sequence[ExpertsPlan], format: Format, parts: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> StandInExperts:
     """Return what computes as the experts do in the emulator, with the parts of its stacks, by their paths."""
-    found = StandInExperts(experts, format.layer, {each.name: each.rank for each in planned})
-    for each in planned:
-        device = experts.get_parameter(each.name).device
-        found.load(each.name, {name: part.to(device) for name, part in parts[each.path].items()})
-    return found
+    stand_in = StandInExperts(experts, format.layer, {stack.name: stack.rank for stack in planned})
+    for stack in planned:
+        device = experts.get_parameter(stack.name).device
+        stand_in.load(stack.name, {name: part.to(device) for name, part in parts[stack.path].items()})
+    return stand_in
 
 
 def _statistics(
     weight: torch.Tensor, tap: Any, narrow: bool, x: torch.Tensor, emulated: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Gram]:
-    """Return what to fit, the weight or what answers as it does on the emulator's inputs, and the Gram to fit it to."""
+    """Return what to fit, the weight or a target with its outputs on the emulator's inputs, and the Gram to fit to."""
     if emulated is not None:
         moments = PairedMoments([weight], narrow=narrow)
-        for some in zip(x.split(ROWS), emulated.split(ROWS), strict=True):
-            moments.add(*some)
+        for pair in zip(x.split(ROWS), emulated.split(ROWS), strict=True):
+            moments.add(*pair)
         (target,) = moments.fit()
         return target, moments.gram_for(target, tap)
     gram = Gram(tap, len(weight) if tap == "output" else weight.shape[1], device=weight.device)
-    for some in x.split(ROWS):
-        gram.add(linear(some, weight) if tap == "output" else some)
+    for rows in x.split(ROWS):
+        gram.add(linear(rows, weight) if tap == "output" else rows)
     return weight, gram
 
 

@@ -38,11 +38,11 @@ class EmulatorFiles:
     def __init__(self, skeleton: Skeleton, plan: RankPlan, staging: Path, format: Format) -> None:
         self.format = format
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
-        self._vocabulary = {each.path: each for each in plan.vocabulary}
+        self._vocabulary = {matrix.path: matrix for matrix in plan.vocabulary}
         self.blocks, self.staging = skeleton.blocks, staging
         self.units = [*self.blocks, *self._vocabulary]  # a shard for each
         self.keys = weight_keys(skeleton, plan)
-        self._planned = {each.path: each for each in plan.planned}
+        self._planned = {linear.path: linear for linear in plan.planned}
         remove_damaged(map(self._shard, self.units))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
@@ -52,28 +52,30 @@ class EmulatorFiles:
     def write(self, block: str, fitted: Mapping[str, Any]) -> None:
         """Write what stands in for the weights of a block's Linears and experts, by path, and the error of each."""
         tensors: dict[str, torch.Tensor] = {}
-        for path, found in fitted.items():
-            if isinstance(found, Stacked):
-                parts = self._checked(path, found.parts, self._planned[path].matrices)
+        for path, stand_in in fitted.items():
+            if isinstance(stand_in, Stacked):
+                parts = self._checked(path, stand_in.parts, self._planned[path].matrices)
                 tensors.update((part_name(path, name), part) for name, part in parts.items())
             elif path in self._vocabulary:
-                tensors.update(zip(self._matrix_keys(path), (found.parts[name].cpu() for name in PARTS), strict=True))
+                tensors.update(
+                    zip(self._matrix_keys(path), (stand_in.parts[name].cpu() for name in PARTS), strict=True)
+                )
             else:
                 prefix = self.keys[path].removesuffix("weight")
-                tensors.update((f"{prefix}{name}", part) for name, part in self._packed(path, found).items())
-        errors = {path: found.relative_error() for path, found in fitted.items()}
+                tensors.update((f"{prefix}{name}", part) for name, part in self._packed(path, stand_in).items())
+        errors = {path: stand_in.relative_error() for path, stand_in in fitted.items()}
         write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
 
     def read(self, block: str) -> dict[str, StandIn]:
         """Return what stands in for the weights of a block's Linears, by module path, as written."""
         tensors = load_file(self._shard(block), str(self.skeleton.device))
         keys = {linear.path: self.format.keys(self.keys[linear.path]) for linear in self.plan.in_block(block)}
-        return {path: self._stand_in(path, [tensors[key] for key in of]) for path, of in keys.items()}
+        return {path: self._stand_in(path, [tensors[key] for key in part_keys]) for path, part_keys in keys.items()}
 
     def read_stacks(self, block: str) -> dict[str, dict[str, torch.Tensor]]:
         """Return the parts of what stands in for a block's stacks of experts, by path and by name, as written."""
         tensors, names = load_file(self._shard(block), str(self.skeleton.device)), self.format.names()
-        paths = [each.path for of in self.plan.experts_in_block(block).values() for each in of]
+        paths = [stack.path for stacks in self.plan.experts_in_block(block).values() for stack in stacks]
         return {path: {name: tensors[part_name(path, name)] for name in names} for path in paths}
 
     def matrix(self, path: str) -> dict[str, torch.Tensor]:
@@ -97,16 +99,16 @@ class EmulatorFiles:
         """Return packed tensors, checked: the format may be a plugin's. Those of a stack have a leading E."""
         parts = self.format.parts(self._planned[path].shape, self._planned[path].rank, self._dtype(path))
         expected = {name: (*experts, *size) for name, (size, _) in parts.items()}
-        found = {name: tuple(part.shape) for name, part in packed.items()}
-        if packed.keys() != set(self.format.names()) or not expected.items() <= found.items():
-            raise self._refused(path, f"{found} instead of {expected}")
+        actual = {name: tuple(part.shape) for name, part in packed.items()}
+        if packed.keys() != set(self.format.names()) or not expected.items() <= actual.items():
+            raise self._refused(path, f"{actual} instead of {expected}")
         if not all(map(_is_finite, packed.values())):
             raise self._refused(path, "NaN or Inf")
         return packed
 
-    def _refused(self, path: str, what: str) -> EmlocError:
+    def _refused(self, path: str, result: str) -> EmlocError:
         return EmlocError(
-            f"The kind {self.format.name!r} gave {path} {what}.",
+            f"The kind {self.format.name!r} gave {path} {result}.",
             "Choose another --kind, or update the plugin.",
             code="plugin",
         )
@@ -150,15 +152,15 @@ class EmulatorFiles:
         write_json(self.staging / "config.json", config)
         self.base.copy_side_files(self.staging)
         before, after = plan.parameters(self.format)
-        made = Checkpoint(self.staging)
+        emulator = Checkpoint(self.staging)
         return {
             "base": self.base.name,
             "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},
-            "bytes": {"base": self.base.nbytes, "emulator": made.nbytes},
+            "bytes": {"base": self.base.nbytes, "emulator": emulator.nbytes},
             "tokens": tokens,
-            CONTENT: made.content_hash(Inputs()),
-            "linears": [{**each.describe(), "relative_error": errors.get(each.path)} for each in plan.planned],
-            "vocabulary": [{**each.describe(), "relative_error": errors[each.path]} for each in plan.vocabulary],
+            CONTENT: emulator.content_hash(Inputs()),
+            "linears": [{**linear.describe(), "relative_error": errors.get(linear.path)} for linear in plan.planned],
+            "vocabulary": [{**matrix.describe(), "relative_error": errors[matrix.path]} for matrix in plan.vocabulary],
         }
 
     def _name(self, index: int) -> str:
@@ -173,9 +175,9 @@ class EmulatorFiles:
         replaced = {self.keys[path] for path in plan.ranks if path in self.keys}
         for name in (f"{path}.weight" for path in packings(plan.vocabulary)):
             replaced.update(self.skeleton.sources(name) + self.skeleton.stored(name))
-        for each in plan.experts:
-            if each.is_replaced:
-                replaced.update(self.skeleton.sources(each.path))
+        for stack in plan.experts:
+            if stack.is_replaced:
+                replaced.update(self.skeleton.sources(stack.path))
         kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
         with ShardWriter(self.staging / self._name(len(self.units)), layout) as writer:
@@ -201,16 +203,16 @@ def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:
     Raises:
         EmlocError: the checkpoint stores one fused with other weights.
     """
-    for each in plan.experts:
-        if not each.is_replaced and skeleton.unpacks(skeleton.sources(each.path)):
+    for stack in plan.experts:
+        if not stack.is_replaced and skeleton.unpacks(skeleton.sources(stack.path)):
             raise EmlocError(
-                f"{each.path} is in MXFP4, and would stay so in the emulator ({each.reason}).",
+                f"{stack.path} is in MXFP4, and would stay so in the emulator ({stack.reason}).",
                 "Choose a kind that packs experts, or save the model in bfloat16 first, with transformers.",
                 code="unsupported",
             )
-    found = {}
-    linears = plan.ranks.keys() - {each.path for each in plan.experts}
-    for path in (*linears, *(each.path for each in plan.vocabulary)):
+    by_path = {}
+    linears = plan.ranks.keys() - {stack.path for stack in plan.experts}
+    for path in (*linears, *(matrix.path for matrix in plan.vocabulary)):
         keys = skeleton.sources(f"{path}.weight")
         shape = tuple(skeleton.model.get_parameter(f"{path}.weight").shape)
         if len(keys) != 1 or skeleton.shape_of(keys[0]) != shape:
@@ -219,5 +221,5 @@ def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:
                 "Save the model with transformers' save_pretrained first.",
                 code="unsupported",
             )
-        found[path] = keys[0]
-    return found
+        by_path[path] = keys[0]
+    return by_path

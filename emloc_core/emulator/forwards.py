@@ -22,13 +22,13 @@ from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
 from emloc_core.standins.costs import groups
 
-#: How far two ways to compute a product may lie apart, as a share; in dtypes that round more, two roundings.
+#: Largest relative difference between two ways to compute a product; in dtypes that round more, two roundings.
 _ROUNDING = 1e-5
 
 
 @contextmanager
 def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], family: Family) -> Iterator[None]:
-    """Watch the samples pass through a block, and compare what the Linears of each group are given.
+    """Watch the samples pass through a block, and compare the inputs of the Linears of each group.
 
     Args:
         stream: samples wait at the block.
@@ -43,10 +43,10 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
 
     def watching(linear: LinearPlan) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            given = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
-            given_to = seen.setdefault((stream.sample, linear.group), _Shared(members[linear.group]))
-            if not given_to.agrees(linear.path, given):
-                differing.append((given_to.first, linear))
+            inputs = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
+            calls = seen.setdefault((stream.sample, linear.group), _Shared(members[linear.group]))
+            if not calls.agrees(linear.path, inputs):
+                differing.append((calls.first, linear))
 
         return hook
 
@@ -54,8 +54,8 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
     with forward_hooks((modules(linear.path), watching(linear)) for group in shared for linear in group):
         yield
     for linear in (linear for group in shared for linear in group):
-        those = [each for (_, group), each in seen.items() if group == linear.group]
-        differing += [(each.first, linear) for each in those if not each.ran_as_often(linear.path)]
+        forwards = [calls for (_, group), calls in seen.items() if group == linear.group]
+        differing += [(calls.first, linear) for calls in forwards if not calls.ran_as_often(linear.path)]
     for first, other in differing:
         raise EmlocError(
             f"The family {family.name!r} declares that {first} and {other.path} read the same input, and in this "
@@ -67,7 +67,7 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
 
 
 class _Shared:
-    """What the Linears of a group are given in one forward.
+    """The inputs of a group's Linears in one forward.
 
     Attributes:
         first: path of the one that ran first.
@@ -77,26 +77,26 @@ class _Shared:
 
     def __init__(self, group: Sequence[str]) -> None:
         self._calls = dict.fromkeys(group, 0)
-        self._given: dict[int, tuple[torch.Tensor, int]] = {}
+        self._inputs: dict[int, tuple[torch.Tensor, int]] = {}
 
-    def agrees(self, path: str, given: torch.Tensor) -> bool:
-        """Say whether a Linear is given what the first one was given at its call of this number.
+    def agrees(self, path: str, inputs: torch.Tensor) -> bool:
+        """Say whether a Linear has the inputs that the first one had at its call of this number.
 
-        That is kept until the others have run, and not copied, which would take memory for every waiting sample: if it
-        was written into since, it is another input.
+        They are kept until the others have run, and not copied, which would take memory for every waiting sample: if
+        they were written to since, they are other inputs.
         """
         self.first = self.first or path
         call = self._calls[path]
         self._calls[path] += 1
         if path == self.first:
-            self._given[call] = (given, writes(given))
+            self._inputs[call] = (inputs, writes(inputs))
             return True
-        before, version = self._given.get(call, (None, None))
+        before, version = self._inputs.get(call, (None, None))
         if before is None or writes(before) != version:
             return False
         if min(self._calls.values()) > call:
-            del self._given[call]
-        return before is given or torch.equal(before, given)
+            del self._inputs[call]
+        return before is inputs or torch.equal(before, inputs)
 
     def ran_as_often(self, path: str) -> bool:
         """Say whether a Linear ran as often as the first one, or not at all."""
@@ -140,8 +140,8 @@ def requiring_products(stream: Stream, planned: Sequence[LinearPlan], rows: int)
 
 
 def _is_product(module: Any, args: tuple[Any, ...], output: Any) -> bool:
-    wanted = functional.linear(args[0], module.weight, module.bias)
-    if not isinstance(output, torch.Tensor) or output.shape != wanted.shape:
+    expected = functional.linear(args[0], module.weight, module.bias)
+    if not isinstance(output, torch.Tensor) or output.shape != expected.shape:
         return False
-    room = max(_ROUNDING, 2 * torch.finfo(wanted.dtype).eps)
-    return float((output - wanted).double().norm()) <= room * float(wanted.double().norm())
+    room = max(_ROUNDING, 2 * torch.finfo(expected.dtype).eps)
+    return float((output - expected).double().norm()) <= room * float(expected.double().norm())

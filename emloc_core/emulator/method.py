@@ -14,7 +14,7 @@ from emloc_core.standins import Format
 
 #: The allocator of the paper.
 UNIFORM: Allocator = "uniform"
-#: Share of the rows that kinds may take which are calibrated on more than others; the rest is tuned on.
+#: Share of the rows that kinds with more calibration rows than others may take; the rest is tuned on.
 _SHARE = 0.25
 
 
@@ -32,7 +32,7 @@ class Method:
     """How the emulator of a model is made.
 
     Attributes:
-        linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
+        linears: the Linears and experts of the model, without ranks; unsupported ones are dense.
     """
 
     format: Format
@@ -50,7 +50,7 @@ class Method:
         """Return what gets a stand-in, with ranks where the format has any.
 
         Args:
-            ratio: instead of that of the settings.
+            ratio: instead of the settings' ratio.
             spectra: the Linears that have one, and what returns it; None: ranks are those of ``uniform``, which has the
                 same budget.
 
@@ -92,7 +92,7 @@ def method_of(
     allocator = settings.allocator or (format.allocator if shared_out else UNIFORM)
     samples = settings.samples or usual_samples(format, rows)
     ratio = settings.ratio or (format.ratios.default if format.ratios else None)
-    found = {
+    values = {
         "ratio": ratio,
         "samples": samples,
         "selection": _selection(settings, rows),
@@ -100,7 +100,7 @@ def method_of(
         "allocator": allocator,
         "refine": refine or 0,
     }
-    completed = CompletedSettings(**settings.model_dump() | found)
+    completed = CompletedSettings(**settings.model_dump() | values)
     method = Method(format, completed, linears)
     if method.by_spectra:
         return replace(method, linears=linears.without_experts(NO_EXPERTS))

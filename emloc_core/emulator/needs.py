@@ -1,6 +1,6 @@
 """What stage 1 takes of a device, unit by unit, by formula from shapes: for plans, and for what a GPU keeps free.
 
-Rows that wait are not among it.
+Waiting rows are not included.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,14 @@ from emloc_core.standins.vocabulary import PACKINGS
 
 def units(model: Any, blocks: Sequence[str]) -> tuple[dict[str, int], int]:
     """Return how many numbers the blocks of a model have, by path, and the largest matrix outside them."""
-    own = {path: sum(each.numel() for each in model.get_submodule(path).parameters()) for path in blocks}
+    own = {path: sum(parameter.numel() for parameter in model.get_submodule(path).parameters()) for path in blocks}
     inside = tuple(f"{path}." for path in blocks)
-    outside = [each.numel() for name, each in model.named_parameters() if not name.startswith(inside)]
+    outside = [parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(inside)]
     return own, max(outside, default=0)
 
 
 @dataclass(frozen=True)
-class Taken:
+class PhaseNeed:
     """What a phase takes, in bytes.
 
     Attributes:
@@ -47,7 +47,7 @@ class Taken:
 
     @property
     def nbytes(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.statistics + self.stand_ins + self.inside
 
 
@@ -77,58 +77,58 @@ class Needs:
         self._inside = inside(model, family)
         self._blocks, self._outside_most = units(model, list(self._inside))
 
-    def __iter__(self) -> Iterator[Taken]:
+    def __iter__(self) -> Iterator[PhaseNeed]:
         """Yield what every phase takes."""
         for block in self._blocks:
             yield from self._block(block)
         yield from self._outside()
 
-    def _block(self, block: str) -> Iterator[Taken]:
+    def _block(self, block: str) -> Iterator[PhaseNeed]:
         weights, linears = self._blocks[block] * self._dtype.itemsize, self._plan.in_block(block)
-        how = {"propagated": self._propagated, "refine": self._refine}
+        options = {"propagated": self._propagated, "refine": self._refine}
         inside, positions = self._inside[block], self._passing(block).at_once
         layers = self._plan.experts_in_block(block).values()
         experts = sum(map(self._experts_as_read, layers))
-        for phase in self._format.phases(linears, self._dtype, **how):
+        for phase in self._format.phases(linears, self._dtype, **options):
             row = positions * (inside.backward if phase.backward else inside.forward) * self._dtype.itemsize
             stand_ins = self._propagated * (phase.stand_ins + experts)
-            yield Taken("the largest block", weights, phase.statistics, stand_ins, row)
+            yield PhaseNeed("the largest block", weights, phase.statistics, stand_ins, row)
         held = self._format.fitted_bytes(linears, self._dtype)
         read = self._propagated * self._format.reading_bytes(linears, self._dtype.itemsize, refined=False)
         for stacks in layers:
-            yield Taken("the experts of a layer", weights, held + self._fitting_experts(stacks), read)
+            yield PhaseNeed("the experts of a layer", weights, held + self._fitting_experts(stacks), read)
 
-    def _outside(self) -> Iterator[Taken]:
+    def _outside(self) -> Iterator[PhaseNeed]:
         """Yield what modules outside the blocks take: of those that stay dense, the largest matrix alone."""
         itemsize = self._dtype.itemsize
-        yield Taken("the largest matrix outside the blocks", self._outside_most * itemsize)
-        for each in self._plan.vocabulary:
-            packing, size = PACKINGS[each.packing], (each.rows, each.features, self._dtype)
-            weights, packed = each.numbers * itemsize, packing.nbytes(*size)
-            if not each.is_fitted:
-                yield Taken("packing the vocabulary", weights, packing.packing_bytes(*size), waits=False)
-                yield Taken("packed embeddings", weights, 0, self._propagated * packed)
+        yield PhaseNeed("the largest matrix outside the blocks", self._outside_most * itemsize)
+        for matrix in self._plan.vocabulary:
+            packing, size = PACKINGS[matrix.packing], (matrix.rows, matrix.features, self._dtype)
+            weights, packed = matrix.numbers * itemsize, packing.nbytes(*size)
+            if not matrix.is_fitted:
+                yield PhaseNeed("packing the vocabulary", weights, packing.packing_bytes(*size), waits=False)
+                yield PhaseNeed("packed embeddings", weights, 0, self._propagated * packed)
             else:
-                yield Taken("the output layer", weights, packing.packing_bytes(*size))
+                yield PhaseNeed("the output layer", weights, packing.packing_bytes(*size))
 
     def _experts_as_read(self, stacks: Sequence[ExpertsPlan]) -> int:
         """Return the bytes of a layer's experts as rows pass through them: packed, and some of them unpacked."""
-        unpacked = [unpacked_bytes(each.shape, each.experts, self._dtype) for each in stacks]
+        unpacked = [unpacked_bytes(stack.shape, stack.experts, self._dtype) for stack in stacks]
         return self._packed(stacks) + max(unpacked)
 
     def _packed(self, stacks: Sequence[ExpertsPlan]) -> int:
-        return sum(each.nbytes(self._format, self._dtype) for each in stacks)
+        return sum(stack.nbytes(self._format, self._dtype) for stack in stacks)
 
     def _fitting_experts(self, stacks: Sequence[ExpertsPlan]) -> int:
         """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of some.
 
-        Tokens are read for as many experts as :data:`TOKENS_AT_ONCE` allows, for one at least, as the base has them;
-        where errors are propagated as the emulator has them; as many are sent to every expert. What its first matrix
-        makes of them is there while the second is fitted. For every token of the layer there are 8 bytes for each of
-        its experts, three times: by row, of all rows, and by expert.
+        Tokens are read for as many experts as :data:`TOKENS_AT_ONCE` allows, for one at least: from the base, and where
+        errors are propagated from the emulator; every expert is assumed to get as many. The outputs of its first matrix
+        are held while the second is fitted. For every token of the layer there are 8 bytes for each of its experts,
+        three times: by row, of all rows, and by expert.
         """
         itemsize, streams = self._dtype.itemsize, 1 + self._propagated
-        hidden = max(each.out_features if each.name == "down_proj" else each.in_features for each in stacks)
+        hidden = max(stack.out_features if stack.name == "down_proj" else stack.in_features for stack in stacks)
         tokens = experts_per_token(self._model.config) * self._passing(stacks[0].path).all
         sent = streams * tokens * itemsize
         of_one = -(-sent // stacks[0].experts)

@@ -29,7 +29,7 @@ from emloc_core.standins.vocabulary import PACKINGS, packed_embedding
 
 
 def pack_blocks(files: EmulatorFiles, progress: Progress) -> None:
-    """Write what stands in for the weights of every block; blocks that are there are left.
+    """Write what stands in for the weights of every block that is not written yet.
 
     Raises:
         EmlocError: a weight is NaN or Inf; the message names the Linear.
@@ -38,10 +38,10 @@ def pack_blocks(files: EmulatorFiles, progress: Progress) -> None:
     for index, block in enumerate(files.blocks):
         if not files.is_written(block):
             paths = [linear.path for linear in files.plan.in_block(block)]
-            found: dict[str, Fitted | Stacked] = {path: _stand_in(files, path) for path in paths}
+            fitted: dict[str, Fitted | Stacked] = {path: _stand_in(files, path) for path in paths}
             for owner, planned in files.plan.experts_in_block(block).items():
-                found |= {each.path: _stack(files, owner, each.path) for each in planned}
-            files.write(block, found)
+                fitted |= {stack.path: _stack(files, owner, stack.path) for stack in planned}
+            files.write(block, fitted)
         progress(block, index + 1, total)
         plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=total)
 
@@ -54,11 +54,11 @@ def _stand_in(files: EmulatorFiles, path: str) -> Fitted:
 def _stack(files: EmulatorFiles, owner: str, path: str) -> Stacked:
     experts = files.skeleton.model.get_submodule(owner)
     with _loaded(files, path) as stack:
-        found = Stack(len(stack))
-        for each in stack:
-            rounded = files.format.round(each.T if experts.is_transposed else each)
-            found.add(files.format.pack(rounded, stack.dtype), rounded.relative_error())
-        return found.whole()
+        packed = Stack(len(stack))
+        for matrix in stack:
+            rounded = files.format.round(matrix.T if experts.is_transposed else matrix)
+            packed.add(files.format.pack(rounded, stack.dtype), rounded.relative_error())
+        return packed.stacked()
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _loaded(files: EmulatorFiles, name: str) -> Iterator[torch.Tensor]:
 
 
 def pack_vocabulary(files: EmulatorFiles, plans: Sequence[VocabularyPlan]) -> None:
-    """Pack matrices as they are, one at a time; those that are written are left.
+    """Pack matrices that are not written yet, as they are, one at a time.
 
     Raises:
         EmlocError: one holds NaN or Inf.
@@ -102,7 +102,7 @@ def fit_head(
     """Fit an output layer to the samples that wait at it. They stay there: no logits are computed.
 
     Where samples of the emulator are among them, it is fitted to give the base's logits on the emulator's hidden
-    states, as Linears are that errors are propagated to; see :mod:`emloc_core.emulator.propagation`.
+    states, as Linears are where errors are propagated; see :mod:`emloc_core.emulator.propagation`.
 
     Args:
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1``, if there are any, through the
@@ -113,13 +113,13 @@ def fit_head(
         EmlocError: hidden states hold NaN or Inf.
     """
     device, here = stream.skeleton.device, stream.here
-    # What is fitted of the identity is what any weight is multiplied by.
+    # The target of the identity is the matrix that any weight is multiplied by.
     moments = PairedMoments([torch.eye(plan.features, device=device)], narrow=True) if max(here) >= rows else None
     gram = moments.emulator if moments else Gram("input", plan.features, device=device)
     for row in (sample for sample in here if sample < rows):
-        given = [_input(stream, plan.path, sample) for sample in ((row, row + rows) if moments else (row,))]
+        inputs = [_input(stream, plan.path, sample) for sample in ((row, row + rows) if moments else (row,))]
         try:
-            (moments or gram).add(*given)
+            (moments or gram).add(*inputs)
         except EmlocError as error:
             raise blame(error, plan.path, row) from None
     stream.here = []
@@ -130,11 +130,11 @@ def fit_head(
 
 
 def _input(stream: Stream, path: str, sample: int) -> torch.Tensor:
-    """Return what a waiting sample gives a layer: the unit that it waits at, or one within that."""
-    found: list[torch.Tensor] = []
+    """Return a waiting sample's input of a layer: the unit that it waits at, or a layer within that."""
+    captured: list[torch.Tensor] = []
 
     def reached(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
+        captured.append(args[0])
         stream.pause(f"the inputs of {path}", args, inside=True)
 
     if path in stream.units:
@@ -142,7 +142,7 @@ def _input(stream: Stream, path: str, sample: int) -> torch.Tensor:
             return args[0].clone()
     with forward_hooks([(stream.skeleton.model.get_submodule(path), reached)], before=True):
         stream.step(sample)
-    return found[0]
+    return captured[0]
 
 
 @by_onednn()

@@ -78,9 +78,9 @@ class PairedMoments:
 
     @by_onednn()
     def fit(self) -> list[torch.Tensor]:
-        """Return W2, (m, n), for every weight: what answers best as the weight does on the base's inputs.
+        """Return W2, (m, n), for every weight: what comes closest to the weight's outputs on the base's inputs.
 
-        What the targets need is given up for it. They are computed in fp32, in units in which the Gram's mean diagonal
+        The sums for the targets are used up. Targets are computed in fp32, in units in which the Gram's mean diagonal
         is about 1: the ridge, a share of the heavy rows' energy too, is far above what is lost.
 
         Raises:
@@ -115,7 +115,7 @@ class PairedMoments:
         return targets
 
     def _split(self, cross: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return what was summed for each weight; for all it is the same where outputs are not crossed."""
+        """Return the sum for each weight; where outputs are not crossed, all have the same."""
         rows = [len(weight) for weight in self._weights]
         return cross.split(rows) if self._crosses_outputs else [cross] * len(rows)
 
@@ -133,18 +133,18 @@ class PairedMoments:
         return "output" if tap == "output" else "input"
 
     def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
-        """Return that Gram, on the emulator's inputs."""
+        """Return the Gram of :meth:`side`, on the emulator's inputs."""
         return self.emulator.through(fitted) if self.side(fitted, tap) == "output" else self.emulator
 
 
 class Stop(Protocol):
-    """A place in a block where rows wait until what stands in for its weights is fitted to what they bring there."""
+    """Where rows wait in a block until its stand-ins there are fitted to them."""
 
-    def add(self, *given: torch.Tensor) -> None:
-        """Take in what a row brings: what it computes with in the base, then the same in the emulator."""
+    def add(self, *inputs: torch.Tensor) -> None:
+        """Add the inputs of a row: in the base, then in the emulator."""
 
     def settle(self) -> tuple[Mapping[str, Any], Mapping[str, Callable[..., torch.Tensor]]]:
-        """Return what was fitted, by path, and what computes with it instead of modules, by theirs."""
+        """Return what was fitted, by path, and what computes with it instead of modules, by their paths."""
 
 
 class _Group:
@@ -159,11 +159,11 @@ class _Group:
         narrow: bool,
     ) -> None:
         self._members, self._fit, self._read = members, fit, read
-        weights = [model.get_parameter(f"{each.path}.weight").detach() for each in members]
+        weights = [model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
         self._moments = PairedMoments(weights, narrow=narrow)
 
-    def add(self, *given: torch.Tensor) -> None:
-        self._moments.add(*given)
+    def add(self, *inputs: torch.Tensor) -> None:
+        self._moments.add(*inputs)
 
     def settle(self) -> tuple[dict[str, Fitted], dict[str, StandIn]]:
         try:
@@ -174,15 +174,15 @@ class _Group:
                 "Check the weights up to this layer.",
                 code=error.code,
             ) from None
-        found: dict[str, Fitted] = {}
+        fitted: dict[str, Fitted] = {}
         moments, taps = self._moments, [linear.tap for linear in self._members]
-        sides = [moments.side(fitted, tap) for fitted, tap in zip(targets, taps, strict=True)]
-        shared = [at for at, side in enumerate(sides) if side == "input"]
-        for part in ([shared] if shared else []) + [[at] for at, side in enumerate(sides) if side == "output"]:
-            linears, fitted = [self._members[at] for at in part], [targets[at] for at in part]
-            made = self._fit(linears, fitted, moments.gram_for(fitted[0], linears[0].tap))
-            found.update(zip([linear.path for linear in linears], made, strict=True))
-        return found, {linear.path: self._read(linear.path, found[linear.path]) for linear in self._members}
+        sides = [moments.side(target, tap) for target, tap in zip(targets, taps, strict=True)]
+        shared = [index for index, side in enumerate(sides) if side == "input"]
+        for part in ([shared] if shared else []) + [[index] for index, side in enumerate(sides) if side == "output"]:
+            linears, part_targets = [self._members[index] for index in part], [targets[index] for index in part]
+            part_fitted = self._fit(linears, part_targets, moments.gram_for(part_targets[0], linears[0].tap))
+            fitted.update(zip([linear.path for linear in linears], part_fitted, strict=True))
+        return fitted, {linear.path: self._read(linear.path, fitted[linear.path]) for linear in self._members}
 
 
 def fit_block(
@@ -214,43 +214,43 @@ def fit_block(
     Raises:
         EmlocError: a Linear did not run, or ran twice, or its inputs are NaN or Inf.
     """
-    found: dict[str, Any] = {}
+    fitted: dict[str, Any] = {}
     done: dict[str, Any] = {}
     here = [sample for sample in stream.here if sample < rows]
     model = stream.skeleton.model
     modules = {path: model.get_submodule(path) for path in [*(linear.path for linear in planned), *experts]}
     members = {group[0].path: group for group in groups(planned)}
-    left = [*members, *experts]
+    remaining = [*members, *experts]
     brought: list[Sequence[torch.Tensor]] = []
     with (
         emulating(stream, modules, done, rows),
         _pausing(stream, modules, planned, list(experts), rows, brought.append),
     ):
-        while left:
+        while remaining:
             stop: Stop | None = None
-            place = ""  # the first of what is left that they reach, all the same one
+            path = ""  # the first of what is left that they reach, all the same one
             for row in here:
                 for sample in (row, row + rows):
                     reached = stream.step(sample)
-                    if reached is None or reached not in left or place not in ("", reached):
-                        raise _did_not_run(place or left[0])
-                    place = reached
-                stop = stop or experts.get(place) or _Group(members[place], model, fit, read, narrow)
+                    if reached is None or reached not in remaining or path not in ("", reached):
+                        raise _did_not_run(path or remaining[0])
+                    path = reached
+                stop = stop or experts.get(path) or _Group(members[path], model, fit, read, narrow)
                 try:
                     stop.add(*brought[0], *brought[1])
                 except EmlocError as error:
-                    raise blame(error, place, row) from None
+                    raise blame(error, path, row) from None
                 brought.clear()
             assert stop is not None
-            left.remove(place)
+            remaining.remove(path)
             give_back()
-            made, answers = stop.settle()
-            found.update(made)
+            settled, answers = stop.settle()
+            fitted.update(settled)
             done.update(answers)
         for row in here:
             for sample in (row, row + rows):
                 stream.step(sample)
-    return found
+    return fitted
 
 
 def _did_not_run(path: str) -> EmlocError:
@@ -272,9 +272,9 @@ def _pausing(
     It waits at the path of the group's first Linear, whichever of them runs first, or at that of the experts.
     """
     reached: set[tuple[int, Any]] = set()
-    places: dict[tuple[str, ...], str] = {}
+    stops: dict[tuple[str, ...], str] = {}
     for linear in planned:
-        places.setdefault(linear.group, linear.path)
+        stops.setdefault(linear.group, linear.path)
 
     def reaching(path: str, group: tuple[str, ...], inputs: Callable[[], Sequence[torch.Tensor]], args: Any) -> None:
         if (stream.sample, path) in reached:
@@ -286,11 +286,11 @@ def _pausing(
         first_of_group = (stream.sample, group) not in reached
         reached.update([(stream.sample, path), (stream.sample, group)])
         if first_of_group:
-            given = inputs()
-            for each in given:
-                require_own(each)
-            sink([each.clone() for each in given])
-            stream.pause(places.get(group, path), args, inside=True)
+            tensors = inputs()
+            for tensor in tensors:
+                require_own(tensor)
+            sink([tensor.clone() for tensor in tensors])
+            stream.pause(stops.get(group, path), args, inside=True)
 
     def before(path: str, group: tuple[str, ...], count: int) -> Callable[..., None]:
         return lambda _module, args: reaching(path, group, lambda: args[:count], args)
@@ -304,9 +304,11 @@ def _pausing(
 
         return hook
 
-    entering = [(modules[each.path], before(each.path, each.group, 1)) for each in planned if isinstance(each.tap, str)]
+    by_function = [linear for linear in planned if not isinstance(linear.tap, str)]
+    others = [linear for linear in planned if isinstance(linear.tap, str)]
+    entering = [(modules[linear.path], before(linear.path, linear.group, 1)) for linear in others]
     entering += [(modules[path], before(path, (path,), 2)) for path in experts]  # tokens, and where they are sent
-    leaving = [(modules[each.path], after(each)) for each in planned if not isinstance(each.tap, str)]
+    leaving = [(modules[linear.path], after(linear)) for linear in by_function]
     with forward_hooks(entering, before=True), forward_hooks(leaving):
         yield
     ran = {path for _, path in reached}

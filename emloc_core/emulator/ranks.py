@@ -127,7 +127,7 @@ class RankPlan:
     @property
     def ranks(self) -> dict[str, int | None]:
         """Rank by path, of the Linears and stacks of experts that get stand-ins."""
-        return {each.path: each.rank for each in self.planned if each.is_replaced}
+        return {linear.path: linear.rank for linear in self.planned if linear.is_replaced}
 
     def in_block(self, block: str) -> list[LinearPlan]:
         """Return the Linears of one block that get stand-ins."""
@@ -135,16 +135,16 @@ class RankPlan:
 
     def experts_in_block(self, block: str) -> dict[str, list[ExpertsPlan]]:
         """Return the stacks of a block that get stand-ins, by path of their module."""
-        found: dict[str, list[ExpertsPlan]] = defaultdict(list)
-        for each in self.experts:
-            if each.block == block and each.is_replaced:
-                found[each.owner].append(each)
-        return dict(found)
+        stacks: dict[str, list[ExpertsPlan]] = defaultdict(list)
+        for stack in self.experts:
+            if stack.block == block and stack.is_replaced:
+                stacks[stack.owner].append(stack)
+        return dict(stacks)
 
     @property
     def has_experts(self) -> bool:
         """Whether a stack of experts may become smaller."""
-        return any(each.is_replaced for each in self.experts)
+        return any(stack.is_replaced for stack in self.experts)
 
     @property
     def candidates(self) -> list[LinearPlan]:
@@ -153,35 +153,35 @@ class RankPlan:
 
     def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
         """Return the plan with ranks; Linears without one, or whose factors save nothing, stay dense."""
-        return self._each(lambda each: _with_rank(each, ranks.get(each.path)))
+        return self._map(lambda linear: _with_rank(linear, ranks.get(linear.path)))
 
-    def as_made(self, rows: Sequence[Mapping[str, Any]]) -> "RankPlan":
+    def as_described(self, rows: Sequence[Mapping[str, Any]]) -> "RankPlan":
         """Return the plan of an emulator, whose manifest describes its Linears like this."""
-        known = {row["path"]: {"rank": row["rank"], "reason": row["reason"]} for row in rows}
-        return self._each(lambda each: replace(each, **known.get(each.path, {})))
+        values = {row["path"]: {"rank": row["rank"], "reason": row["reason"]} for row in rows}
+        return self._map(lambda linear: replace(linear, **values.get(linear.path, {})))
 
     def at_caps(self) -> "RankPlan":
         """Return the plan with every rank, a uniform one, at its cap under the allocator ``global``."""
-        return self._each(lambda each: replace(each, rank=each.rank and rank_cap(each.rank, each.shape)))
+        return self._map(lambda linear: replace(linear, rank=linear.rank and rank_cap(linear.rank, linear.shape)))
 
     def dense(self, paths: Collection[str], reason: str) -> "RankPlan":
         """Return the plan with the Linears and stacks of experts at ``paths`` kept dense, for that reason."""
-        return self._each(lambda each: replace(each, rank=None, reason=reason) if each.path in paths else each)
+        return self._map(lambda linear: replace(linear, rank=None, reason=reason) if linear.path in paths else linear)
 
     def without_experts(self, reason: str) -> "RankPlan":
         """Return the plan with all experts kept dense, for that reason unless there is another one."""
-        return self.dense([each.path for each in self.experts if each.is_replaced], reason)
+        return self.dense([stack.path for stack in self.experts if stack.is_replaced], reason)
 
     def without_vocabulary(self) -> "RankPlan":
         """Return the plan with output layer and embeddings dense."""
         return replace(self, vocabulary=())
 
-    def _each(self, change: Callable[[Any], Any]) -> "RankPlan":
+    def _map(self, change: Callable[[Any], Any]) -> "RankPlan":
         return replace(self, linears=tuple(map(change, self.linears)), experts=tuple(map(change, self.experts)))
 
     def tapped(self, tap: Callable[[Any], Any]) -> "RankPlan":
         """Return the plan with activations captured in other ways."""
-        return self._each(lambda each: replace(each, tap=tap(each.tap)))
+        return self._map(lambda linear: replace(linear, tap=tap(linear.tap)))
 
     def lines(self, format: Format) -> list[str]:
         """Return lines: number, shape and stand-in of every sort of Linear, then what stays dense, and why."""
@@ -192,14 +192,14 @@ class RankPlan:
                 shape = f"{linear.experts} experts of {shape}"
             sorts[name, shape, linear.reason].append(linear.rank or 0)
         width = max((len(name) for name, *_ in sorts), default=0)
-        found = []
+        lines = []
         for (name, shape, why), ranks in sorts.items():
             least, most = min(ranks), max(ranks)
             become = f"dense: {why}" if why else format.describe(f"{least}" if least == most else f"{least} to {most}")
-            found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {become}")
-        found += [f"   1 x {each}" for each in self.vocabulary]
-        found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
-        return found
+            lines.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {become}")
+        lines += [f"   1 x {matrix}" for matrix in self.vocabulary]
+        lines += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
+        return lines
 
     def parameters(self, format: Format) -> tuple[int, int]:
         """Return the number of parameters of the named Linears and experts before and after."""
@@ -227,13 +227,13 @@ def allocated(
         return plan
     shapes = [linear.shape for linear in linears]
     ranks = global_budget(shapes, ratio, list(map(spectrum, linears))) if spectrum else uniform(shapes, ratio)
-    chosen = dict(zip((linear.path for linear in linears), ranks, strict=True))
+    by_path = dict(zip((linear.path for linear in linears), ranks, strict=True))
     # The experts of a stack share a rank in any case: they are multiplied by together.
-    chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.is_replaced}
-    found = plan.with_ranks(chosen)
-    if not found.ranks:
+    by_path |= {stack.path: _expert_rank(stack, ratio) for stack in plan.experts if stack.is_replaced}
+    ranked = plan.with_ranks(by_path)
+    if not ranked.ranks:
         raise EmlocError("At this ratio nothing becomes smaller.", "Give a smaller --ratio, or another --kind.")
-    return found
+    return ranked
 
 
 def require_ratio(ratio: float | None) -> float:

@@ -32,21 +32,21 @@ _RATE, _BETAS = 0.01, (0.9, 0.99)
 
 
 def refined(
-    stream: Stream, block: nn.Module, found: Mapping[str, Fitted], format: Format, epochs: int, ends: "Ends"
+    stream: Stream, block: nn.Module, fitted: Mapping[str, Fitted], format: Format, epochs: int, ends: "Ends"
 ) -> dict[str, Fitted]:
     """Return the stand-ins of a block after passes over the rows, or as they are if those have not helped."""
-    movables = {path: format.movable(of) for path, of in found.items()}
+    movables = {path: format.movable(stand_in) for path, stand_in in fitted.items()}
     if not movables or not Refinement(stream, block, movables, ends).run(epochs):
-        return dict(found)
-    return {path: of.settled() for path, of in movables.items()}
+        return dict(fitted)
+    return {path: movable.settled() for path, movable in movables.items()}
 
 
 class Ends:
     """Where samples come out of a block: those of the base leave a target there, those of the emulator wait.
 
     Attributes:
-        targets: what the base's block passes on, by row; in a file, if there is a directory for one.
-        change: how far what the emulator's passes on is from that; see :func:`_change`. The sum over rows.
+        targets: outputs of the base's block, by row; in a file, if there is a directory for one.
+        change: how far the outputs of the emulator's block are from these, summed over rows; see :func:`_change`.
     """
 
     def __init__(self, stream: Stream, block: str, rows: int, directory: Path | None) -> None:
@@ -56,9 +56,9 @@ class Ends:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let the samples of the emulator wait at the end of the block, at each its base's after it.
+        """Let the samples of the emulator wait at the end of the block, and those of the base leave their targets.
 
-        They wait with what the block was called with, and compute what it passes on once more when they resume.
+        They wait with the arguments of the block, and compute its outputs once more when they resume.
         """
 
         def leave(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -87,21 +87,21 @@ def errors(linears: Mapping[str, nn.Module]) -> Iterator[Callable[[], dict[str, 
     Args:
         linears: with the base's weights.
     """
-    lost, whole = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
+    lost, total = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
 
     def comparing(path: str) -> Callable[..., None]:
         @by_onednn()
-        def compare(module: nn.Module, args: tuple[Any, ...], found: torch.Tensor) -> None:
+        def compare(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
             exact = functional.linear(args[0], weight)
-            found = found if bias is None else found - bias
-            lost[path] += float((found.float() - exact.float()).square().sum(dtype=torch.float64))
-            whole[path] += float(exact.float().square().sum(dtype=torch.float64))
+            output = output if bias is None else output - bias
+            lost[path] += float((output.float() - exact.float()).square().sum(dtype=torch.float64))
+            total[path] += float(exact.float().square().sum(dtype=torch.float64))
 
         return compare
 
     with forward_hooks((linear, comparing(path)) for path, linear in linears.items()):
-        yield lambda: {path: (lost[path] / whole[path]) ** 0.5 if whole[path] else 0.0 for path in lost}
+        yield lambda: {path: (lost[path] / total[path]) ** 0.5 if total[path] else 0.0 for path in lost}
 
 
 class Refinement:
@@ -122,12 +122,12 @@ class Refinement:
 
     @by_onednn()
     def run(self, epochs: int) -> bool:
-        """Take steps for so many passes over the rows; return whether the block is nearer to the base's for them.
+        """Take steps for so many passes over the rows; return whether the block is nearer to the base's than before.
 
-        That is what the last pass has met, which saw every row before the step that it took part in.
+        This is measured in the last pass, on every row before the step that it takes part in.
         """
         steps = epochs * -(-len(self._waiting) // _ROWS)
-        optimiser = torch.optim.Adam([of.numbers for of in self._movables.values()], lr=_RATE, betas=_BETAS)
+        optimiser = torch.optim.Adam([movable.numbers for movable in self._movables.values()], lr=_RATE, betas=_BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
         dtypes = {linear.weight.dtype for linear in self._linears.values()}
         scaler = torch.amp.GradScaler(self._stream.skeleton.device.type, enabled=torch.float16 in dtypes)
@@ -148,12 +148,12 @@ class Refinement:
         return bool(change < self._ends.change)
 
     def _step(self, rows: list[int], scaler: torch.amp.GradScaler) -> torch.Tensor:
-        """Add the scaled gradient of some rows to the numbers: each row's to the weights, and theirs once to these.
+        """Add the scaled gradient of some rows to the numbers: of each row to the weights, then once from the weights.
 
         Returns:
             How far the rows were from their targets, summed.
         """
-        weights = {path: of.weight(self._linears[path].weight.dtype) for path, of in self._movables.items()}
+        weights = {path: movable.weight(self._linears[path].weight.dtype) for path, movable in self._movables.items()}
         leaves = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
         total = torch.zeros((), device=self._stream.skeleton.device)
         for row in rows:
@@ -166,13 +166,13 @@ class Refinement:
         return total
 
     def _changed(self, row: int, arguments: Arguments, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return how far a row is from its target behind the block, with these weights in place of its Linears' own."""
-        lent = {self._keys[path]: weight for path, weight in weights.items()}
-        found = hidden_states(functional_call(self._block, lent, *arguments, tie_weights=False))
-        return _change(found, self._ends.targets[row])
+        """Return how far a row is from its target after the block, with these weights in place of its Linears' own."""
+        parameters = {self._keys[path]: weight for path, weight in weights.items()}
+        output = hidden_states(functional_call(self._block, parameters, *arguments, tie_weights=False))
+        return _change(output, self._ends.targets[row])
 
 
-def _change(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _change(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the mean over tokens of how far they are from the target, squared, relative to its own length."""
-    change = (found.float() - target.float()).square().sum(-1)
+    change = (output.float() - target.float()).square().sum(-1)
     return (change / target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()

@@ -45,19 +45,19 @@ def sensitivities(
         factors: factors by module path, with at least half of the Linear's parameters.
     """
     references = [hidden_states(block(*args, **kwargs)).float() for args, kwargs in calls]
-    found = {}
-    for path, whole in factors.items():
-        rank = _telling_rank(whole)
+    by_path = {}
+    for path, linear_factors in factors.items():
+        rank = _telling_rank(linear_factors)
         changes = []
-        with answering(path, StandIn(whole.u[:, :rank], whole.v[:rank])):
+        with answering(path, StandIn(linear_factors.u[:, :rank], linear_factors.v[:rank])):
             for (args, kwargs), reference in zip(calls, references, strict=True):
                 change = (hidden_states(block(*args, **kwargs)).float() - reference).square().sum(-1)
                 changes.append(
                     (change / reference.square().sum(-1).clamp(min=torch.finfo(change.dtype).tiny)).flatten()
                 )
-        error = whole.relative_error(rank)
-        found[path] = float(torch.cat(changes).mean()) / error**2 if error >= _LEAST else 0.0
-    return found
+        error = linear_factors.relative_error(rank)
+        by_path[path] = float(torch.cat(changes).mean()) / error**2 if error >= _LEAST else 0.0
+    return by_path
 
 
 def _telling_rank(factors: Factors) -> int:
@@ -73,11 +73,11 @@ def hidden_states(output: Any) -> torch.Tensor:
 
     Streams have equally many features; any other tensor, such as the weights of attention, is none.
     """
-    given = output if isinstance(output, tuple | list) else [output]
-    tensors = [each for each in given if isinstance(each, torch.Tensor)]
+    outputs = output if isinstance(output, tuple | list) else [output]
+    tensors = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor)]
     first = tensors[0]
-    streams = [each for each in tensors if each.ndim == first.ndim and each.shape[-1] == first.shape[-1]]
-    return first if len(streams) == 1 else torch.cat([each.reshape(-1, first.shape[-1]) for each in streams])
+    streams = [tensor for tensor in tensors if tensor.ndim == first.ndim and tensor.shape[-1] == first.shape[-1]]
+    return first if len(streams) == 1 else torch.cat([tensor.reshape(-1, first.shape[-1]) for tensor in streams])
 
 
 def copied(arguments: Arguments) -> Arguments:
@@ -85,7 +85,7 @@ def copied(arguments: Arguments) -> Arguments:
     return tree_map(_copied, arguments)
 
 
-def _copied(each: Any) -> Any:
-    if isinstance(each, UserDict):  # in which transformers hands keys and values on to later blocks
-        return type(each)(tree_map(_copied, each.data))
-    return each.clone() if isinstance(each, torch.Tensor) else each
+def _copied(value: Any) -> Any:
+    if isinstance(value, UserDict):  # in which transformers hands keys and values on to later blocks
+        return type(value)(tree_map(_copied, value.data))
+    return value.clone() if isinstance(value, torch.Tensor) else value

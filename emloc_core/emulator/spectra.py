@@ -35,11 +35,11 @@ class Spectra:
 
     @property
     def are_complete(self) -> bool:
-        """Whether every block's have been written."""
+        """Whether those of every block have been written."""
         return all(map(self.is_written, self._blocks))
 
     def is_written(self, block: str) -> bool:
-        """Return whether a block's have been written."""
+        """Return whether those of a block have been written."""
         return self._shard(block).exists()
 
     def write(self, block: str, fitted: Mapping[str, tuple[Factors, float]]) -> None:
@@ -61,12 +61,12 @@ class Spectra:
         write_shard(self._shard(block), tensors)
 
     def reached(self, plan: RankPlan) -> RankPlan:
-        """Return the plan with those Linears kept dense that have no spectrum, and the experts."""
+        """Return the plan with Linears without a spectrum, and experts, kept dense."""
         headers = [read_header(self._shard(block))[0] for block in self._blocks]
-        known = {key.removesuffix(_ENERGIES) for header in headers for key in header}
-        without = [linear for linear in plan.candidates if linear.path not in known]
-        tiny = [each.path for each in without if not largest_rank(*each.shape)]
-        unreached = {each.path for each in without} - set(tiny)
+        measured = {key.removesuffix(_ENERGIES) for header in headers for key in header}
+        without = [linear for linear in plan.candidates if linear.path not in measured]
+        tiny = [linear.path for linear in without if not largest_rank(*linear.shape)]
+        unreached = {linear.path for linear in without} - set(tiny)
         return plan.dense(unreached, UNREACHED).dense(tiny, NO_SMALLER).without_experts(NO_EXPERTS)
 
     def spectrum(self, linear: LinearPlan) -> Spectrum:

@@ -31,7 +31,7 @@ class VocabularyPlan:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether it is fitted to what it is multiplied by, where rows are there."""
+        """Whether it is fitted to its inputs, where there are rows."""
         return PACKINGS[self.packing].fitted and len(self.layers) == 1
 
     @property
@@ -65,14 +65,14 @@ def find_vocabulary(model: Any, keeps: Callable[[str], Any]) -> tuple[Vocabulary
         # An outline's classes have the names of the model's own.
         if isinstance(module, nn.Embedding) or type(module).__name__ == nn.Linear.__name__:
             layers.setdefault(id(module.weight), []).append(path)
-    named = [id(each) for _, each in model.named_parameters(remove_duplicate=False)]
+    named = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     plans = []
-    for weight, of in layers.items():
-        if any(map(keeps, of)) or named.count(weight) != len(of):  # another layer has it too
+    for weight, paths in layers.items():
+        if any(map(keeps, paths)) or named.count(weight) != len(paths):  # another layer has it too
             continue
-        first = model.get_submodule(of[0])
-        packing = SHARED if len(of) > 1 else EMBEDDING if isinstance(first, nn.Embedding) else HEAD
-        plans.append(VocabularyPlan(of[0], tuple(of), packing, *first.weight.shape))
+        first = model.get_submodule(paths[0])
+        packing = SHARED if len(paths) > 1 else EMBEDDING if isinstance(first, nn.Embedding) else HEAD
+        plans.append(VocabularyPlan(paths[0], tuple(paths), packing, *first.weight.shape))
     return tuple(plans)
 
 

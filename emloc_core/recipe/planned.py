@@ -33,7 +33,7 @@ def planned_bytes(outputs: Mapping[str, Path], ending: str) -> dict[str, int]:
             rows = model.workload.batch_size
             need = streamed.exact(model, at_once=rows) if exact else model.tuning()
             return {**peaks, adapter: need.total}
-        plan = model.linears.as_made(read_json(outputs[emulator] / MANIFEST)["result"]["linears"])
+        plan = model.linears.as_described(read_json(outputs[emulator] / MANIFEST)["result"]["linears"])
         request = read_json(outputs[corrected] / MANIFEST)["request"] if corrected in outputs else {}
         return {
             **peaks,
