@@ -209,10 +209,10 @@ class TokenObjective:
         self, config_file: Path, family: "Family", rows: "Sequence[Row]", length: int | None, limits: "Limits"
     ) -> Longest:
         """Return the length of the longest row, and the images of the row with most."""
-        from emloc_core.memory.known import known
+        from emloc_core.memory.planned_model import planned_model
         from emloc_core.memory.tokens import longest
 
-        return longest(config_file, family, known(config_file).outline.config, rows, length, limits)
+        return longest(config_file, family, planned_model(config_file).outline.config, rows, length, limits)
 
     def step(self, memory: "MemoryModel") -> Step:
         """Return a step of token rows."""

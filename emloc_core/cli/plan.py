@@ -86,7 +86,7 @@ def _show(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
     click.echo(f"rows: {work['rows_per_step']} per step x {work['length']} tokens{images}; {checkpointing} gradient "
                f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
                f"{work['lora_rank']} on {', '.join(work['target_modules'])}; on {work['device']}")  # fmt: skip
-    note = "" if planned.budget.given else ", which is what inference on the base needs"
+    note = "" if planned.budget.requested else ", which is what inference on the base needs"
     click.echo(f"memory: {planned.budget}{note}")
     _show_ways(planned)
     click.echo(f"stages of {planned.way}:")
@@ -153,7 +153,7 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                 "where both fit (docs/recipes.md)."
             )
         inference = planned.model.inference().total
-        if planned.budget.given and inference > planned.budget.usable:
+        if planned.budget.requested and inference > planned.budget.usable:
             click.echo(f"  Inference on the base needs {human_bytes(inference)}: within this memory the tuned base "
                        "runs only in part on the device, as emloc chat runs it, or quantised.")  # fmt: skip
     for warning in planned.warnings:

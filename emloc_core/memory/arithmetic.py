@@ -28,13 +28,13 @@ def forward(model: MemoryModel, plan: RankPlan | None = None) -> int:
 def _matrices(model: MemoryModel, plan: RankPlan | None) -> Iterator[tuple[str, int]]:
     """Yield the path of every matrix or stack of them, and how many numbers multiply a position."""
     planned = plan or model.linears
-    known = {linear.path: linear for linear in planned.linears}
+    by_path = {linear.path: linear for linear in planned.linears}
     for path, module in model.model.named_modules():
         if isinstance(module, nn.Linear):
-            linear = known.get(path)
+            linear = by_path.get(path)
             replaced = plan and linear and linear.is_replaced
             yield path, linear.stored(model.format) if replaced and linear else module.weight.numel()
-    chosen = experts_per_token(model.config)
+    active = experts_per_token(model.config)
     for stack in planned.experts:
         replaced = plan and stack.is_replaced
-        yield stack.path, chosen * (stack.stored(model.format) if replaced else stack.numbers) // stack.experts
+        yield stack.path, active * (stack.stored(model.format) if replaced else stack.numbers) // stack.experts

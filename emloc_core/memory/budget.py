@@ -27,12 +27,12 @@ class Budget:
     Attributes:
         memory: bytes.
         headroom: bytes of it that stay free, since allocators fragment memory, and a plan is off by a few per cent.
-        given: whether the user named it; if not, it is what inference on the base needs.
+        requested: whether the user named it; if not, it is what inference on the base needs.
     """
 
     memory: int
     headroom: int = 0
-    given: bool = True
+    requested: bool = True
 
     @classmethod
     def parse(cls, memory: str, headroom: str | None = None, device: str = "auto") -> "Budget":
@@ -146,8 +146,8 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
 
     ratio, rows = model.smallest_ratio, model.workload.batch_size
     smallest = model.tuning(None if model.packed else model.plan(ratio)).total
-    what = "a LoRA on the model" if model.packed else f"the smallest emulator ({model.format.name}{sized(ratio)})"
-    yield f"tuning {what} on {rows} x {model.workload.length} tokens needs {human_bytes(smallest)}"
+    subject = "a LoRA on the model" if model.packed else f"the smallest emulator ({model.format.name}{sized(ratio)})"
+    yield f"tuning {subject} on {rows} x {model.workload.length} tokens needs {human_bytes(smallest)}"
     length, shortest = model.workload.length, max(_SHORTEST, model.least_length())
     while length > shortest:
         length = max(shortest, length // 2)

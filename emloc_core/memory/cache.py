@@ -2,7 +2,7 @@
 
 It is kept in the user's cache directory, in one file for the outline and one for the traces of each model, by a digest
 of the model's config and family, of the versions of the packages that are traced, and of this package's own code. A
-file that cannot be read or written is done without. ``EMLOC_CACHE`` names another directory; empty, nothing is kept.
+file that cannot be read or written is ignored. ``EMLOC_CACHE`` names another directory; if empty, nothing is kept.
 """
 
 import hashlib
@@ -33,29 +33,29 @@ class Cache:
     def __init__(self, name: str) -> None:
         self._name = name
         self.values: dict[str, Any] = {}
-        if place := _file(name):
+        if path := _file(name):
             with suppress(EmlocError):
-                self.values = read_object(place)
+                self.values = read_object(path)
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Keep values beside those that this or another process kept."""
         self.values.update(values)
-        place = _file(self._name)
-        if place is None:
+        path = _file(self._name)
+        if path is None:
             return
         with suppress(EmlocError, OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(EmlocError):
-                self.values = {**read_object(place), **self.values}
-            write_json(place, self.values)
-            _prune(place.parent)
+                self.values = {**read_object(path), **self.values}
+            write_json(path, self.values)
+            _prune(path.parent)
 
 
 def directory() -> Path | None:
     """Return where files are kept; None if nothing is to be."""
-    given = os.environ.get(VARIABLE)
-    if given is not None:
-        return Path(given) if given else None
+    configured = os.environ.get(VARIABLE)
+    if configured is not None:
+        return Path(configured) if configured else None
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "emloc"
     except RuntimeError:  # no home
@@ -80,12 +80,12 @@ def _plain(value: Any) -> Any:
 
 
 def _file(name: str) -> Path | None:
-    place = directory()
-    return place and place / f"{name}.json"
+    parent = directory()
+    return parent and parent / f"{name}.json"
 
 
-def _prune(place: Path) -> None:
-    files = sorted(place.glob("*.json"), key=lambda path: path.stat().st_mtime)
+def _prune(directory: Path) -> None:
+    files = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
     for path in files[:-_MOST]:
         path.unlink()
 
@@ -94,7 +94,7 @@ def _prune(place: Path) -> None:
 def _code(parts: tuple[str, ...]) -> str:
     root, total = Path(__file__).parents[1], hashlib.sha256()
     for part in parts:
-        place = root / part
-        for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
+        source = root / part
+        for path in sorted(source.glob("*.py")) if source.is_dir() else [source]:
             total.update(path.read_bytes())
     return total.hexdigest()

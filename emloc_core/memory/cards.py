@@ -57,9 +57,9 @@ def find_card(name: str) -> Card:
     def plain(text: str) -> str:
         return text.replace(" ", "").replace("-", "").lower()
 
-    found = next((card for card in CARDS.values() if plain(card.name) == plain(name)), None)
-    if found is None:
+    card = next((card for card in CARDS.values() if plain(card.name) == plain(name)), None)
+    if card is None:
         raise EmlocError(
             f"There is no card {name!r}.{did_you_mean(name, list(CARDS))}", f"Known are {', '.join(CARDS)}."
         )
-    return found
+    return card

@@ -73,29 +73,29 @@ class Decision:
         ratio = fit.ratio
         return replace(way, model=model, bytes=fit.need.total, kind=kind, ratio=ratio)
 
-    def of(self, key: str | None) -> Way:
-        """Return the best way of this key that fits; of any, by default.
+    def best(self, key: str | None) -> Way:
+        """Return the best way with this key that fits; by default, with any.
 
         Raises:
             EmlocError: none fits; the message says what would.
         """
         if key is None:
             return self.require()
-        found = [way for way in self.ways if way.key == key]
-        fitting = next((way for way in found if way.fits), None)
+        candidates = [way for way in self.ways if way.key == key]
+        fitting = next((way for way in candidates if way.fits), None)
         if fitting is None and key == "emulator":
             return self.require_emulator()
-        if not found:
+        if not candidates:
             raise EmlocError(f"The model cannot be tuned by the way {key!r}.", "Leave `way` out.", code="unsupported")
         if fitting is None:
             raise EmlocError(
-                f"{found[0]}, needs {human_bytes(found[0].bytes)}, which does not fit {self.budget}.",
+                f"{candidates[0]}, needs {human_bytes(candidates[0].bytes)}, which does not fit {self.budget}.",
                 "Leave `way` out, or give more memory.",
                 code="memory",
             )
         return fitting
 
-    def told(self, chosen: Way) -> list[str]:
+    def explain(self, chosen: Way) -> list[str]:
         """Return in three lines what will be done, and why."""
         workload, before = self.base.workload, self.ways[: self.ways.index(chosen)]
         reasons = [f"{way.name}{f' ({way.kind})' if way.kind else ''} needs {human_bytes(way.bytes)}" for way in before]
@@ -170,11 +170,11 @@ def decide(
         kinds = ()
     elif settings.ratio is not None:
         model.format.check(settings)
-    budget = budget or Budget(model.inference().total, given=False)
-    found = ways(model, kinds, budget.usable, settings.ratio, speed)
+    budget = budget or Budget(model.inference().total, requested=False)
+    candidates = ways(model, kinds, budget.usable, settings.ratio, speed)
     if settings.kind != AUTO:
-        found.sort(key=lambda way: way.kind is None)
-    return Decision(budget, model, found)
+        candidates.sort(key=lambda way: way.kind is None)
+    return Decision(budget, model, candidates)
 
 
 def _no_emulator() -> EmlocError:
@@ -232,10 +232,10 @@ def fitted(request: CompressRequest) -> CompressRequest:
     way = decision.require_emulator()
     length = way.model.workload.length
     click.echo(f"{way} of {length} tokens: {human_bytes(way.bytes)}, of {decision.budget}", err=True)
-    if whole := next((each for each in decision.ways if each.name == ORDINARY and each.fits), None):
+    if plain := next((other for other in decision.ways if other.name == ORDINARY and other.fits), None):
         click.echo(
-            f"note: an ordinary LoRA on the model itself fits too ({human_bytes(whole.bytes)}): `emloc train "
-            f"{request.model} --batch-size {whole.micro_batch} --accumulation {whole.accumulation}`, with these rows "
+            f"note: an ordinary LoRA on the model itself fits too ({human_bytes(plain.bytes)}): `emloc train "
+            f"{request.model} --batch-size {plain.micro_batch} --accumulation {plain.accumulation}`, with these rows "
             "and settings",
             err=True,
         )

@@ -30,7 +30,7 @@ class Depth:
 
     @property
     def few(self) -> int:
-        """How many are traced: a period between the outer ones and those apart, or more; all, if that is no more.
+        """How many are traced: the outer ones, those apart and a period, or more; all, if there are no more.
 
         The others are a whole number of periods.
         """
@@ -39,7 +39,7 @@ class Depth:
 
     @property
     def copies(self) -> int:
-        """How many periods are not traced; they come after the first that is, which is a copy of each."""
+        """How many periods are not traced; they follow the first traced one, and are copies of it."""
         return (self.count - self.few) // self.period
 
     @property
@@ -72,7 +72,7 @@ class Moment(NamedTuple):
 
 @dataclass
 class Copies:
-    """What each copy of a period of blocks holds, which is what the period itself does.
+    """What each copy of a period of blocks holds: the same as the period itself.
 
     Attributes:
         held: what one holds in each state.
@@ -93,20 +93,20 @@ class Copies:
 
 
 def extended(peaks: Mapping[Moment, Composition], towers: Sequence[Copies]) -> Phases:
-    """Return the peak of each phase with all blocks, from those of all moments with the few that are traced."""
+    """Return the peak of each phase with all blocks, from the peaks of all moments with the few traced ones."""
     phases: Phases = {}
     for moment, peak in peaks.items():
         for held in product(*(tower.may_hold(states) for tower, states in zip(towers, moment.states, strict=True))):
-            whole = Counter(peak)
-            for each in held:
-                whole.update(each)
-            if whole.total() > phases.get(moment.phase, Counter()).total():
-                phases[moment.phase] = whole
+            composition = Counter(peak)
+            for copies in held:
+                composition.update(copies)
+            if composition.total() > phases.get(moment.phase, Counter()).total():
+                phases[moment.phase] = composition
     return phases
 
 
 def repetition(layouts: Sequence[Any]) -> tuple[int, int]:
-    """Return how many come before a sequence repeats, and its period: the fewest together; 0 and all if none does."""
+    """Return how many layouts come before they repeat, and the period, with the least sum; 0 and all if none does."""
     kinds = [layouts.index(layout) for layout in layouts]  # numbers are quick to compare
     for both in range(1, len(kinds)):
         for apart in range(both):

@@ -9,7 +9,7 @@ class Recovery(NamedTuple):
     Attributes:
         corrected: after the correction ``auto``.
         polished: after 20 exact steps more.
-        longer: what tuning for 960 steps in place of 60 changes of the former, on two of the tasks; None: not measured.
+        longer: how tuning for 960 steps instead of 60 changes ``corrected``, on two of the tasks; None: not measured.
         longer_polished: after those and 20 exact steps more, beside a LoRA on the base that took both.
     """
 
@@ -37,9 +37,9 @@ ALTERNATIVES = {"1.6-bit+repair": "2.7-bit"}
 
 def measured(kind: str, ratio: float | None) -> Recovery | None:
     """Return what was measured of a kind at this ratio, or else at the next smaller one; None if nothing was."""
-    found = RECOVERY.get(kind, {})
-    at = [known for known in found if known <= (ratio or 0)]
-    return found[max(at)] if at else None
+    recoveries = RECOVERY.get(kind, {})
+    sizes = [size for size in recoveries if size <= (ratio or 0)]
+    return recoveries[max(sizes)] if sizes else None
 
 
 def alternative_to(kind: str, ratio: float | None) -> str | None:
@@ -49,5 +49,5 @@ def alternative_to(kind: str, ratio: float | None) -> str | None:
 
 def exact_steps_pay(kind: str, ratio: float | None) -> bool:
     """Return whether a few exact steps after the correction gave the base more, or nobody measured it."""
-    found = measured(kind, ratio)
-    return found is None or found.polished - found.corrected >= _PAYS
+    recovery = measured(kind, ratio)
+    return recovery is None or recovery.polished - recovery.corrected >= _PAYS

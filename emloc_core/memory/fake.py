@@ -44,17 +44,17 @@ def fake(inputs: Mapping[str, Any]) -> Iterator[FakeTensorMode]:
 
 def without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Parameter]:
     """Replace all parameters and buffers with fake tensors; return the parameters, each once."""
-    made: dict[int, nn.Parameter] = {}
+    replaced: dict[int, nn.Parameter] = {}
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if getattr(module, "rope_type", None) == "dynamic":  # depends on the length of the row
             module.rope_type = "default"
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(parameter) not in made:
+            if id(parameter) not in replaced:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            setattr(module, name, made[id(parameter)])
+                replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, replaced[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             real = torch.empty(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else mode.from_tensor(buffer)
             setattr(module, name, real)
-    return list(made.values())
+    return list(replaced.values())

@@ -23,7 +23,7 @@ from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.memory import cache
 from emloc_core.memory.depth import Depth, Phases, repetition
-from emloc_core.memory.known import known
+from emloc_core.memory.planned_model import planned_model
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.overhead import overhead
@@ -79,20 +79,20 @@ class MemoryModel:
 
     def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
         self.config_file, self.settings = config_file, (settings or CompressSettings(kind=FACTORS)).settled()
-        self._known = known(config_file)
-        self.family = self._known.family
+        self._planned = planned_model(config_file)
+        self.family = self._planned.family
         self.objective = plugin_manager().objective_of(self.family)
-        self.model: Any = self._known.outline
+        self.model: Any = self._planned.outline
         self.config = self.model.config
-        self.dtype = self._known.dtype
+        self.dtype = self._planned.dtype
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self._take(workload)
         self.method = self._method()
 
     def _take(self, workload: Workload) -> None:
         self.workload = workload
-        chosen = workload.train.target_modules or self.family.lora_targets()
-        self.targets = all_linears(self.model) if chosen == [ALL_LINEAR] else sorted(set(chosen))
+        targets = workload.train.target_modules or self.family.lora_targets()
+        self.targets = all_linears(self.model) if targets == [ALL_LINEAR] else sorted(set(targets))
         self.image: ImageShape | None = None
         if workload.images:
             self.image = image_shape(self.config_file, self.config, workload.image_size)
@@ -111,22 +111,22 @@ class MemoryModel:
     @property
     def packed(self) -> Sequence[str]:
         """Paths of the Linears that the base has in four bits; none of an ordinary one."""
-        return self._known.packed
+        return self._planned.packed
 
     @property
     def stored(self) -> Any:
         """The base's outline as it is stored."""
-        return self._known.stored
+        return self._planned.stored
 
     @property
     def nbytes(self) -> int:
         """Bytes of the base's weights; tied ones count once."""
         itemsize, four_bits = self.dtype.itemsize, format_named(FOUR_BITS)
-        found = self.parameters() * itemsize
+        total = self.parameters() * itemsize
         for path in self.packed:
             weight: Any = self.model.get_submodule(path).weight
-            found += four_bits.nbytes(tuple(weight.shape), None, self.dtype) - weight.numel() * itemsize
-        return found
+            total += four_bits.nbytes(tuple(weight.shape), None, self.dtype) - weight.numel() * itemsize
+        return total
 
     @property
     def smallest_ratio(self) -> float | None:
@@ -149,7 +149,7 @@ class MemoryModel:
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """
         plan = self.method.plan(ratio)
-        idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]
+        idle = [linear.path for linear in plan.planned if linear.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
 
     @cached_property
@@ -170,11 +170,11 @@ class MemoryModel:
 
     def emulator_bytes(self, plan: RankPlan) -> int:
         """Return the bytes of the emulator's weights; tied ones count once."""
-        kept = self.parameters() * self.dtype.itemsize
-        for each in plan.planned:
-            if each.is_replaced:
-                kept += each.nbytes(self.format, self.dtype) - each.numbers * self.dtype.itemsize
-        return kept - sum(each.saved(self.dtype) for each in plan.vocabulary)
+        total = self.parameters() * self.dtype.itemsize
+        for linear in plan.planned:
+            if linear.is_replaced:
+                total += linear.nbytes(self.format, self.dtype) - linear.numbers * self.dtype.itemsize
+        return total - sum(linear.saved(self.dtype) for linear in plan.vocabulary)
 
     def adapter_parameters(self) -> int:
         """Return the number of LoRA parameters: ``r (m + n)`` for each Linear, and expert's matrix, with a LoRA."""
@@ -198,7 +198,7 @@ class MemoryModel:
         return other
 
     def with_kind(self, kind: str) -> "MemoryModel":
-        """Return the same model with the default emulator of a kind; what was traced of either is known to both."""
+        """Return the same model with the default emulator of a kind; both share their traces."""
         other = copy.copy(self)
         other.settings = CompressSettings(kind=kind, keep=self.settings.keep)
         other.method = other._method()
@@ -216,14 +216,14 @@ class MemoryModel:
         )
 
     def _need_of(self, work: str, trace: Callable[[], Need]) -> Need:
-        """Return what a step needs: as kept under a digest of all that it depends on, or else traced and kept."""
-        kept = self._known.traces.values
+        """Return what a step needs: as kept under a digest of all that it depends on, or traced and then kept."""
+        traces = self._planned.traces.values
         try:
-            terms = {term: kept[work]["terms"][term] + 0 for term in TERMS if term in kept[work]["terms"]}
-            return Need(str(kept[work]["stage"]), terms, str(kept[work]["phase"]))
+            terms = {term: traces[work]["terms"][term] + 0 for term in TERMS if term in traces[work]["terms"]}
+            return Need(str(traces[work]["stage"]), terms, str(traces[work]["phase"]))
         except (KeyError, TypeError):  # it was not traced, or the file is not ours
             need = trace()
-            self._known.traces.add({work: asdict(need)})
+            self._planned.traces.add({work: asdict(need)})
             return need
 
     def _work(self, stage: str, plan: RankPlan | None) -> str:
@@ -242,15 +242,15 @@ class MemoryModel:
 
         return trace_inference(self._cut(depths), self.towers, depths, self.step)
 
-    def tuning(self, plan: RankPlan | None = None, *, made: bool = False) -> Need:
+    def tuning(self, plan: RankPlan | None = None, *, exists: bool = False) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once.
 
         Args:
             plan: the ranks; None: the base.
-            made: whether they are those of an emulator that exists. If not, and calibration will share them out,
-                activations are those of the highest ranks that a block may come to.
+            exists: whether the emulator exists. If not, and calibration will share out its ranks, activations are those
+                of the highest ranks that a block may come to.
         """
-        shared_out = self.method.by_spectra and not made
+        shared_out = self.method.by_spectra and not exists
         traced = plan.at_caps() if plan and shared_out else plan
         need = self._need_of(self._work("tuning", traced), lambda: self._trace_tuning(traced))
         if plan is None or traced is None:
@@ -276,7 +276,7 @@ class MemoryModel:
             if plan is not None:
                 self.format.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
                 replace_vocabulary(model, packings(plan.vocabulary))
-            # Every layer is planned like the few that are traced, of which none might be among those that are chosen.
+            # Every layer is planned like the few that are traced, which the choice of layers might leave out.
             train = self.workload.train.model_copy(update={"layers_to_transform": None})
             lora: Any = get_peft_model(
                 model,
@@ -308,14 +308,14 @@ class MemoryModel:
 
     def _cut(self, depths: Mapping[str, Depth]) -> nn.Module:
         """Return a copy of the model with only the first blocks of each tower."""
-        model = self._known.model
-        whole = {path: model.get_submodule(path) for path in depths}
+        model = self._planned.model
+        full = {path: model.get_submodule(path) for path in depths}
         try:
             for path, depth in depths.items():
-                model.set_submodule(path, nn.ModuleList(list(whole[path].children())[: depth.few]))
+                model.set_submodule(path, nn.ModuleList(list(full[path].children())[: depth.few]))
             cut = copy.deepcopy(model)
         finally:
-            for path, blocks in whole.items():
+            for path, blocks in full.items():
                 model.set_submodule(path, blocks)
         for path in self.packed:
             if _has(cut, path):

@@ -16,7 +16,7 @@ from emloc_core.compat.torch import children
 from emloc_core.compat.transformers import laid_out_otherwise
 from emloc_core.standins.vocabulary import vocabulary_layers
 
-#: Classes that are asked for; an outline's modules are instances of these, and have the names of their own.
+#: Classes that code asks for; an outline's modules are instances of these, under the names of their own classes.
 _CLASSES = {
     "linear": nn.Linear,
     "embedding": nn.Embedding,
@@ -42,7 +42,7 @@ class Outline(nn.Module):
         content: see :func:`described`.
 
     Attributes:
-        replaced_by_bitsandbytes: paths of modules that are others where bitsandbytes quantises the model.
+        replaced_by_bitsandbytes: paths of modules that differ where bitsandbytes quantises the model.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ def _config_values(config: Any) -> dict[str, Any]:
 
 
 def _config(values: Mapping[str, Any]) -> Config:
-    return Config(**{name: _config(each) if _is_part(each) else each for name, each in values.items()})
+    return Config(**{name: _config(value) if _is_part(value) else value for name, value in values.items()})
 
 
 def _is_part(value: Any) -> bool:
@@ -119,7 +119,7 @@ def _described(module: nn.Module, path: str, names: dict[int, str]) -> dict[str,
 def _is_plain(name: str, value: Any) -> bool:
     """Return whether an attribute is a number, a switch, or a list of numbers, such as the blocks of DeepStack."""
     numbers = value if isinstance(value, list | tuple) else [value]
-    return not name.startswith("_") and name != "training" and all(isinstance(each, int) for each in numbers)
+    return not name.startswith("_") and name != "training" and all(isinstance(number, int) for number in numbers)
 
 
 def _fill(module: nn.Module, content: Mapping[str, Any], shared: dict[str, nn.Parameter]) -> None:
@@ -134,10 +134,10 @@ def _fill(module: nn.Module, content: Mapping[str, Any], shared: dict[str, nn.Pa
         module.register_parameter("bias", None)
     for name, child in content["modules"]:
         kind = _class(child["class"], child["kind"])
-        made = kind.__new__(kind)
-        nn.Module.__init__(made)
-        module.add_module(name, made)
-        _fill(made, child, shared)
+        submodule = kind.__new__(kind)
+        nn.Module.__init__(submodule)
+        module.add_module(name, submodule)
+        _fill(submodule, child, shared)
 
 
 @cache

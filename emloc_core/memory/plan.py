@@ -89,7 +89,7 @@ class MemoryPlan:
             "memory_bytes": self.budget.memory,
             "headroom_bytes": self.budget.headroom,
             "budget_bytes": self.budget.usable,
-            "budget": "given" if self.budget.given else "inference on the base",
+            "budget": "given" if self.budget.requested else "inference on the base",
             "best": decision.way.name if decision.way else None,
             "fits": decision.way is not None,
             "card": self.card,
@@ -104,7 +104,7 @@ class MemoryPlan:
                 {"stage": need.stage, "bytes": need.total, "at": need.phase, "terms": dict(need.terms)}
                 for need in self.needs
             ],
-            "linears": [each.describe() for each in self.plan.planned] if self.plan else [],
+            "linears": [linear.describe() for linear in self.plan.planned] if self.plan else [],
             "kept_dense": [vars(kept) for kept in self.plan.kept] if self.plan else [],
             "coverage": model.coverage.describe(),
         }

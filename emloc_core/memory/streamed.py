@@ -20,7 +20,7 @@ _MERGED = 2 << 20  # bytes of a weight merged at a time
 
 
 def compress(model: MemoryModel, plan: RankPlan) -> Need:
-    """Return what stage 1 needs where it needs most: see :mod:`emloc_core.emulator.needs`.
+    """Return what stage 1 needs at its peak: see :mod:`emloc_core.emulator.needs`.
 
     - weights: the unit that is loaded then, in the model's dtype: a block, or a module outside the blocks (the
       embedding, the output projection).
@@ -40,36 +40,36 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     rows = model.step.waiting("calibration", waiting)
 
     def needs(plan: RankPlan, format: Format, *, propagated: bool, refine: bool = False) -> Iterator[Need]:
-        how = {"propagated": propagated, "refine": refine}
-        for each in Needs(model.model, model.family, plan, format, model.dtype, **how, passing=passing):
+        options = {"propagated": propagated, "refine": refine}
+        for phase in Needs(model.model, model.family, plan, format, model.dtype, **options, passing=passing):
             terms = {
-                "weights": each.weights,
-                "activations": (1 + propagated) * rows * each.waits + each.inside,
-                "statistics": each.statistics,
-                "stand-ins": each.stand_ins,
+                "weights": phase.weights,
+                "activations": (1 + propagated) * rows * phase.waits + phase.inside,
+                "statistics": phase.statistics,
+                "stand-ins": phase.stand_ins,
                 # Rows of many lengths need as many kernels as tuning.
                 "overhead": overhead(model.workload.device, tuning=True),
             }
-            yield _need("compress", terms, each.phase)
+            yield _need("compress", terms, phase.phase)
 
     def passing(path: str) -> Positions:
         row = model.step.positions(path)
         return Positions(settings.samples * row, row)
 
-    found = [*needs(plan, model.format, propagated=propagated, refine=settings.refine > 0)]
+    phases = [*needs(plan, model.format, propagated=propagated, refine=settings.refine > 0)]
     if method.by_spectra:
         ranking = model.format.ranking()
         first = _ranked(method.linears.without_vocabulary(), ranking)
-        found += needs(first, ranking, propagated=False)
-    return max(found, key=lambda need: need.total)
+        phases += needs(first, ranking, propagated=False)
+    return max(phases, key=lambda need: need.total)
 
 
 def _ranked(plan: RankPlan, ranking: Format) -> RankPlan:
-    """Return the plan of the pass before, in which activations are captured where that takes least."""
+    """Return the plan of the pass before, in which activations are captured on the cheaper side."""
 
-    def captured(each: LinearPlan) -> LinearPlan:
-        cheaper = ranking.tap(cheaper_side(each.out_features, each.in_features))
-        return replace(each, tap=cheaper) if isinstance(each.tap, str) else each
+    def captured(linear: LinearPlan) -> LinearPlan:
+        cheaper = ranking.tap(cheaper_side(linear.out_features, linear.in_features))
+        return replace(linear, tap=cheaper) if isinstance(linear.tap, str) else linear
 
     plan = allocated(plan, RATIO)
     return replace(plan, linears=tuple(map(captured, plan.linears)))
@@ -97,7 +97,7 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
         waiting = len(CANDIDATES) * model.step.waiting("selection", model.method.settings.selection)
         other = {"activations": waiting, "logits": model.step.logits * (itemsize + 2 * 4)}
     else:
-        weights = max(each.numbers + emulated(each) for each in plan.linears)
+        weights = max(linear.numbers + emulated(linear) for linear in plan.linears)
     terms = {
         "weights": weights * itemsize + _WIDENED,
         "adapter": copies * 4 * model.adapter_parameters(),
@@ -125,7 +125,7 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
     """
     rows, device = rows or model.workload.rows_per_step, model.workload.device
     tokens, patches = (
-        Positions(rows * each, at_once * each) for each in (model.step.row.tokens, model.step.row.patches)
+        Positions(rows * count, at_once * count) for count in (model.step.row.tokens, model.step.row.patches)
     )
     need = step_need(model.stored, model.family, tokens, patches, model.dtype)
     boundaries = 0 if device == "cuda" else need["boundaries"]

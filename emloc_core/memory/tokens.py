@@ -1,6 +1,6 @@
 """Rows of tokens as plans know them: see :class:`emloc_core.objective.Step`.
 
-What is known already is planned without transformers, which takes seconds to be imported.
+What is kept of earlier runs is planned without transformers, which takes seconds to import.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ class TokenStep:
             yield mode
 
     def widths(self, model: Any) -> Sequence[int]:
-        """Return the vocabulary's, and those of TRL's tiles."""
+        """Return the widths of the vocabulary and of TRL's tiles."""
         from emloc_core.compat.trl import tile_width
 
         vocabulary, tile = model.config.get_text_config().vocab_size, tile_width()
@@ -112,9 +112,9 @@ class TokenStep:
         """Return TRL's loss, with inputs and outputs."""
         from emloc_core.memory.fake import fake_inputs
 
-        given = fake_inputs(**self.inputs)
-        output = lora(**given, labels=given["input_ids"], fused_lm_head=True)
-        return -output.log_probs.sum() / given["input_ids"].numel(), (given, output)
+        inputs = fake_inputs(**self.inputs)
+        output = lora(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
+        return -output.log_probs.sum() / inputs["input_ids"].numel(), (inputs, output)
 
     def predict(self, model: Any, enter: "Callable[[torch.Tensor, str], None]") -> None:
         """Run the first forward of ``generate``: keys and values of the full prompt, logits of one token."""
@@ -124,9 +124,9 @@ class TokenStep:
         from emloc_core.memory.tracing import EnteredCache
 
         cache = EnteredCache(enter, model.config.get_text_config())
-        given = fake_inputs(**self.inputs)
-        given.setdefault("position_ids", torch.zeros_like(given["input_ids"]))  # generate passes them for every row
-        model(**given, cache=cache, use_cache=True, logits_to_keep=1)
+        inputs = fake_inputs(**self.inputs)
+        inputs.setdefault("position_ids", torch.zeros_like(inputs["input_ids"]))  # generate passes them for every row
+        model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
 
 
 def longest(

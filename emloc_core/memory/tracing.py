@@ -31,7 +31,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         phase: name of the current phase, set by the caller.
-        copies: those of every tower, whose states are set by the caller.
+        copies: of every tower; the caller sets their states.
         peaks: the largest composition of each moment so far.
         now: what is alive.
         births: how many storages there were so far.
@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
             self._alive[key] = (size, kind, self.births, weakref.ref(storage, lambda _: self._remove(key)))
             self.births += 1
             self.now[kind] += size
-        moment = Moment(self.phase, tuple(each.states for each in self.copies.values()))
+        moment = Moment(self.phase, tuple(copies.states for copies in self.copies.values()))
         if self.now.total() > self.peaks.get(moment, Counter()).total():
             self.peaks[moment] = Counter(self.now)
 
@@ -90,11 +90,11 @@ class Ledger(TorchDispatchMode):
 
     def survivors(self, births: range) -> Composition:
         """Return what is alive of the storages of these births."""
-        found: Composition = Counter()
+        alive: Composition = Counter()
         for size, kind, birth, _ in self._alive.values():
             if birth in births:
-                found[kind] += size
-        return found
+                alive[kind] += size
+        return alive
 
 
 def trace_training(
@@ -244,7 +244,7 @@ def _followed_copies(ledger: Ledger, blocks: Any, depth: Depth) -> Copies:
 def _follow_backward(
     ledger: Ledger, name: str, towers: Mapping[str, str], depths: Mapping[str, Depth]
 ) -> Callable[[torch.Tensor], None]:
-    """Return a hook for the gradient of a parameter, which tells the block that the backward pass has reached."""
+    """Return a hook for the gradient of a parameter, which records what the backward pass has reached."""
     phase, reached = "backward", ""
     states: tuple[State, ...] = (State.KEPT,)
     for path, tower in towers.items():

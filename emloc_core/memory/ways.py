@@ -85,7 +85,7 @@ class Way:
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "model"}
+        own = {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.name != "model"}
         recovery = self.recovery._asdict() if self.recovery else None
         rows = {"micro_batch": self.micro_batch, "accumulation": self.accumulation}
         return {**own, **rows, "recovery": recovery, "alternative": self.alternative}
@@ -98,7 +98,7 @@ def ways(
 
     Args:
         model: its workload's batch size and accumulation set the rows per step.
-        kinds: kinds of emulator, the best first; those after the first that fits are not tried.
+        kinds: kinds of emulator, the best first; kinds after the first that fits are not tried.
         budget: bytes that may be used.
         ratio: the emulator's; None: the largest that fits.
 
@@ -112,45 +112,45 @@ def ways(
     workload = model.workload
     sizes = [model, *(model.with_workload(workload.at_once(rows)) for rows in workload.micro_batches)]
 
-    def way(name: str, of: MemoryModel, need: int, **other: Any) -> Way:
-        known = {"flops": float(rows * passes * forward), "read_bytes": 0, **other}
-        seconds = speed.seconds(known["flops"], known["read_bytes"]) if speed else None
-        return Way(name, of, need, need <= budget, seconds=seconds, **known)
+    def way(name: str, sized: MemoryModel, need: int, **other: Any) -> Way:
+        costs = {"flops": float(rows * passes * forward), "read_bytes": 0, **other}
+        seconds = speed.seconds(costs["flops"], costs["read_bytes"]) if speed else None
+        return Way(name, sized, need, need <= budget, seconds=seconds, **costs)
 
     def ordinary() -> Way:
-        of = _most_rows(sizes, lambda of: of.fits(budget))
-        return way(ORDINARY, of, of.tuning().total)
+        sized = _most_rows(sizes, lambda size: size.fits(budget))
+        return way(ORDINARY, sized, sized.tuning().total)
 
     def emulator(kind: str) -> Way:
-        of_kind = sizes if kind == model.format.name else [each.with_kind(kind) for each in sizes]
-        of, chosen, need = _sized(of_kind, budget, ratio)
-        plan = of.plan(chosen)
-        size = chosen if of.format.ratios else None
-        polished = 0 < exact <= budget and exact_steps_pay(kind, size)
+        kind_sizes = sizes if kind == model.format.name else [size.with_kind(kind) for size in sizes]
+        sized, chosen, need = _sized(kind_sizes, budget, ratio)
+        plan = sized.plan(chosen)
+        stored = chosen if sized.format.ratios else None
+        polished = 0 < exact <= budget and exact_steps_pay(kind, stored)
         return way(
             POLISHED if polished else EMULATOR,
-            of,
+            sized,
             max(need, exact) if polished else need,
             kind=kind,
-            ratio=size,
-            flops=float(rows * passes * sequences * arithmetic.forward(of, plan)),
-            compress_bytes=streamed.compress(of, plan).total,
+            ratio=stored,
+            flops=float(rows * passes * sequences * arithmetic.forward(sized, plan)),
+            compress_bytes=streamed.compress(sized, plan).total,
         )
 
-    found = [ordinary()]
+    compared = [ordinary()]
     for kind in kinds:
-        found.append(emulator(kind))
-        if found[-1].fits:
+        compared.append(emulator(kind))
+        if compared[-1].fits:
             break
     if exact:
-        found.append(way(EXACT, sizes[-1], exact, read_bytes=2 * weights, flops=float(rows * 3 * forward)))
-    return found
+        compared.append(way(EXACT, sizes[-1], exact, read_bytes=2 * weights, flops=float(rows * 3 * forward)))
+    return compared
 
 
 def _sized(
     sizes: Sequence[MemoryModel], budget: int, ratio: float | None = None
 ) -> tuple[MemoryModel, float | None, int]:
-    """Return how the largest emulator that fits is tuned, its ratio, and what that needs; of the smallest if none fits.
+    """Return the model with the largest emulator that fits, its ratio and its need; with the smallest if none does.
 
     Args:
         sizes: the batch at once, and smaller micro-batches, which are taken where they leave more room.
@@ -158,34 +158,34 @@ def _sized(
         ratio: the emulator's, instead of the largest.
     """
 
-    def need(of: MemoryModel, at: float | None) -> int:
-        return of.tuning(of.plan(at)).total
+    def need(model: MemoryModel, ratio: float | None) -> int:
+        return model.tuning(model.plan(ratio)).total
 
     if ratio is not None:
-        of = _most_rows(sizes, lambda of: of.fits(budget, of.plan(ratio)))
-        return of, ratio, need(of, ratio)
+        model = _most_rows(sizes, lambda size: size.fits(budget, size.plan(ratio)))
+        return model, ratio, need(model, ratio)
 
-    def largest(of: MemoryModel) -> float:
-        """Return the largest ratio that fits, 1 where there is but one size, and 0 where nothing fits."""
-        fit = largest_ratio(of, budget)
+    def largest(model: MemoryModel) -> float:
+        """Return the largest ratio that fits, 1 if there is a single size, and 0 if nothing fits."""
+        fit = largest_ratio(model, budget)
         return 0.0 if fit is None else 1.0 if fit.ratio is None else fit.ratio
 
     ratios = sizes[0].format.ratios
     enough = min(_ENOUGH, ratios.largest) if ratios else 1.0
-    of = _most_rows(sizes, lambda of: largest(of) >= enough)
-    of = max(sizes[0], of, key=largest)  # the first of equal ones
-    found = largest(of) if ratios else None
-    if not largest(of):
-        of, found = sizes[-1], sizes[-1].smallest_ratio
-    return of, found, need(of, found)
+    model = _most_rows(sizes, lambda size: largest(size) >= enough)
+    model = max(sizes[0], model, key=largest)  # the first of equal ones
+    best = largest(model) if ratios else None
+    if not largest(model):
+        model, best = sizes[-1], sizes[-1].smallest_ratio
+    return model, best, need(model, best)
 
 
 def _most_rows(sizes: Sequence[MemoryModel], fits: Callable[[MemoryModel], bool]) -> MemoryModel:
     """Return the largest micro-batch that fits, or the smallest of all if none does.
 
     Args:
-        sizes: from the largest to the smallest; what fits one, fits those after it.
-        fits: whether one does; it may take a second, so few are asked, and those between only if the smallest does.
+        sizes: from the largest to the smallest; after one that fits, all do.
+        fits: whether one does; it may take a second, so few are tried, and those between only if the smallest fits.
     """
     first, *others = sizes
     if not others or fits(first):

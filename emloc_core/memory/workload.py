@@ -9,7 +9,7 @@ from emloc_core.data.columns import NO_RENAMING
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.memory.known import known
+from emloc_core.memory.planned_model import planned_model
 from emloc_core.model.device import choose_device
 from emloc_core.model.image_shape import image_shape
 from emloc_core.plugins.manager import plugin_manager
@@ -60,7 +60,7 @@ class Workload:
 
     @property
     def micro_batches(self) -> list[int]:
-        """Fewer rows at once that a step can be taken in, the most first: half of the batch, a quarter, and so on.
+        """Smaller micro-batches that a step can be taken in, the largest first: half of the batch, a quarter and so on.
 
         KTO compares the rows of a micro-batch, so it needs two.
         """
@@ -101,7 +101,7 @@ def make_workload(
     Raises:
         EmlocError: there is no tokenizer, or it cannot handle a row.
     """
-    model = known(config_file)
+    model = planned_model(config_file)
     family, config = model.family, model.outline.config
     limits = Limits.of(config)
     limit, known_rows = limits.tokens, None
@@ -109,7 +109,7 @@ def make_workload(
     if data is not None:
         rows = load_rows(data, split, columns=columns, skipped=[] if skip_bad_rows else None)
         known_rows = len(rows)
-        answers = [row for each in rows for row in (each.answers() if train.learns_preferences else (each,))]
+        answers = [answer for row in rows for answer in (row.answers() if train.learns_preferences else (row,))]
         objective = plugin_manager().objective_of(family)
         length, counted, largest = objective.longest(config_file, family, answers, length, limits)
         if images is None and image_size is None and largest is not None:

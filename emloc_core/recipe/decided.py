@@ -107,7 +107,7 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
     first, *others = [request_from_json(request) for request in requests]
     assert isinstance(first, CompressRequest)
     decision = decision_for(first)
-    chosen = decision.of(way)
+    chosen = decision.best(way)
     ways = [decision.like(chosen, request.settings) for request in others if isinstance(request, CompressRequest)]
     if chosen.kind and None in ways:
         name = others[ways.index(None)].output.name
@@ -121,7 +121,7 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
         "others": [_emulator(way.kind, way.ratio) for way in ways if way],
         "alternative": alternative and _emulator(alternative.kind, alternative.ratio),
         "polished": chosen.is_polished,
-        "lines": decision.told(chosen),
+        "lines": decision.explain(chosen),
     }
 
 

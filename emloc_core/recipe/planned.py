@@ -38,7 +38,7 @@ def planned_bytes(outputs: Mapping[str, Path], ending: str) -> dict[str, int]:
         return {
             **peaks,
             emulator: streamed.compress(model, plan).total,
-            adapter: model.tuning(plan, made=True).total,
+            adapter: model.tuning(plan, exists=True).total,
             corrected: streamed.correct(model, plan, request.get("clamp")).total,
         }
     except (EmlocError, KeyError, StopIteration, TypeError, ValueError, OSError):  # the page is useful without a plan

@@ -15,8 +15,8 @@ from emloc_core.data.row import Row
 from emloc_core.exact.memory import linears_in
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.memory.fake import fake, without_contents
-from emloc_core.memory.known import known
 from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.memory.planned_model import planned_model
 from emloc_core.model.overhead import overhead
 from emloc_core.objective import Purpose, RowSize
 from emloc_diffusers.calls import Call, call_of
@@ -55,14 +55,14 @@ class FlowStep:
     @cached_property
     def _positions(self) -> Mapping[str, int]:
         """Those of every Linear."""
-        work, kept = f"positions of {self.row.tokens}", known(self._memory.config_file).traces
+        work, kept = f"positions of {self.row.tokens}", planned_model(self._memory.config_file).traces
         if work not in kept.values:
             kept.add({work: self._followed()})
         return kept.values[work]
 
     def _followed(self) -> Mapping[str, int]:
         """Follow a forward of one row that has no contents."""
-        model: Any = copy.deepcopy(known(self._memory.config_file).model)
+        model: Any = copy.deepcopy(planned_model(self._memory.config_file).model)
         found: dict[str, int] = {}
 
         def follow(path: str) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from support.pipelines import flux_pipeline, picture_rows
 
 import emloc_core as emloc
 from emloc_core.files.checkpoint import find_config
-from emloc_core.memory import known
+from emloc_core.memory import planned_model
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload, make_workload
 from emloc_core.settings import TrainSettings
@@ -67,7 +67,7 @@ def test_a_linear_is_given_what_passes_through_it(family, tmp_path):
 @pytest.mark.thorough
 def test_a_few_blocks_are_traced_for_all(tmp_path, monkeypatch):
     def totals():
-        known._known.cache_clear()
+        planned_model._cached.cache_clear()
         model = MemoryModel(file, Workload(1, 16))
         return [need.total for need in (model.tuning(), model.tuning(model.plan(0.5)), model.inference())]
 

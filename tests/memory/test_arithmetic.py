@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from emloc_core.family import Family
 from emloc_core.memory import arithmetic
 from emloc_core.memory.fake import fake, fake_inputs, without_contents
-from emloc_core.memory.known import known
 from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.planned_model import planned_model
 from emloc_core.settings import CompressSettings
 
 
@@ -49,14 +49,14 @@ def test_a_forward_pass_is_counted_exactly(family: Family, settings: dict[str, A
     routers = [gate.weight.numel() for each in blocks for block in each for name, gate in block.named_modules()
                if name.endswith(".gate") and not isinstance(gate, torch.nn.Linear)]  # fmt: skip
     assert bool(routers) == planned.linears.has_experts
-    exact = of_a_forward(planned, copy.deepcopy(known(planned.config_file).model))
+    exact = of_a_forward(planned, copy.deepcopy(planned_model(planned.config_file).model))
     assert 2 * arithmetic.forward(planned) == exact - 2 * 2 * 48 * sum(routers)
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "1.6-bit+repair", "2.7-bit"])
 def test_an_emulator_has_its_own(kind: str, tmp_path: Path) -> None:
     planned = plan_of(INTERNVL, INTERNVL.tiny_configs[0], tmp_path / "model", kind=kind)
-    plan, model = planned.plan(0.3), copy.deepcopy(known(planned.config_file).model)
+    plan, model = planned.plan(0.3), copy.deepcopy(planned_model(planned.config_file).model)
     planned.format.replace(model, plan.ranks)
     assert 2 * arithmetic.forward(planned, plan) == of_a_forward(planned, model)
 

@@ -13,7 +13,7 @@ from support.planned import CASES, label, workload, write_config
 import emloc_core.memory.cache as kept
 from emloc_core.api import plan
 from emloc_core.family import Family
-from emloc_core.memory import known
+from emloc_core.memory import planned_model
 from emloc_core.memory.cache import VARIABLE, Cache
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.outline import Outline, described
@@ -24,7 +24,7 @@ from emloc_core.registry.registry import load_entries
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    known._known.cache_clear()
+    planned_model._cached.cache_clear()
     return tmp_path / "cache"
 
 
@@ -44,13 +44,13 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def planned(file: Path) -> dict[str, Any]:
     """Return a plan, in a process that knows no more than what is kept."""
-    known._known.cache_clear()
+    planned_model._cached.cache_clear()
     return plan(file.parent, memory="1GiB", device="cpu", length=64, batch_size=2).describe()
 
 
 def inference(file: Path) -> Need:
     """Return what an answer needs, in such a process."""
-    known._known.cache_clear()
+    planned_model._cached.cache_clear()
     return MemoryModel(file, workload()).inference()
 
 
@@ -83,7 +83,7 @@ def test_what_depends_on_something_else_is_traced(
         monkeypatch.setattr(kept, "_code", lambda _: "other")
     else:
         family = replace(MemoryModel(file, load).family, keep_dense={"model.layers.0.*": "first"})
-        monkeypatch.setattr(known.plugin_manager(), "family_for", lambda _: family)
+        monkeypatch.setattr(planned_model.plugin_manager(), "family_for", lambda _: family)
     again = MemoryModel(file, load).inference()
     assert len(traces) == 2 * traced
     assert (again == before) == (change != "rows")
@@ -175,14 +175,14 @@ def same(outline: Outline, model: Any) -> None:
 @pytest.mark.parametrize(("family", "settings"), CASES, ids=label)
 def test_an_outline_is_that_of_the_model(family: Family, settings: dict, tmp_path: Path) -> None:
     file = write_config(tmp_path / "model", family, **settings)
-    model = known.known(file).model
+    model = planned_model.planned_model(file).model
     outline = Outline(json.loads(json.dumps(described(model), sort_keys=True)))
     same(outline, model)
     images = int(family.modality == "image-text")
     load = replace(workload(batch=2, length=48, images=images), image_size=(16, 24) if family is QWEN_VL else None)
     fresh = MemoryModel(file, load)
     need = fresh.tuning(fresh.plan(0.5))
-    known._known.cache_clear()
+    planned_model._cached.cache_clear()
     again = MemoryModel(file, load)
     assert again.tuning(again.plan(0.5)) == need
     assert again.plan(0.5) == fresh.plan(0.5)
@@ -195,14 +195,14 @@ def test_an_outline_is_that_of_the_model(family: Family, settings: dict, tmp_pat
 @pytest.mark.parametrize("entry", load_entries()[::6], ids=lambda entry: entry.id)
 def test_the_outline_of_an_entry_is_that_of_its_model(entry: Any) -> None:
     with entry.config_file() as file:
-        fresh = known.known(file)
+        fresh = planned_model.planned_model(file)
         outline, model = fresh.outline, fresh.model  # the outline is made of the model, and kept
-        known._known.cache_clear()
-        read = known.known(file).outline
+        planned_model._cached.cache_clear()
+        read = planned_model.planned_model(file).outline
     same(outline, model)
     same(read, model)
-    known._known.cache_clear()
+    planned_model._cached.cache_clear()
     with entry.config_file() as file:
-        later = known.known(file)
+        later = planned_model.planned_model(file)
     same(read, later.model)  # which is built when the file is gone
     assert vars(read.config) == vars(outline.config)

@@ -26,9 +26,9 @@ from emloc_core.files.documents import read_json
 from emloc_core.memory import streamed
 from emloc_core.memory.budget import Budget, advice, largest_ratio
 from emloc_core.memory.decision import decide
-from emloc_core.memory.known import _known as known_before
 from emloc_core.memory.model import TERMS, MemoryModel
 from emloc_core.memory.plan import make_plan
+from emloc_core.memory.planned_model import _cached as planned_before
 from emloc_core.memory.workload import make_workload
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.inside import Inside
@@ -130,7 +130,7 @@ def test_what_saves_memory_is_seen_to(shallow_model: Path) -> None:
 
 
 def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known_before.cache_clear()
+    planned_before.cache_clear()
     model = MemoryModel(shallow_model / "config.json", workload())
     traces: list[str] = []
     follow = MemoryModel._follow
@@ -180,7 +180,7 @@ def test_another_kind_makes_other_parts_smaller(tmp_path: Path) -> None:
 
 
 def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known_before.cache_clear()
+    planned_before.cache_clear()
     base = MemoryModel(write_config(tmp_path, LLAMA, num_hidden_layers=1), workload(batch=1))
     traced = []
     real = MemoryModel._trace_tuning
@@ -368,9 +368,9 @@ def test_a_way_that_does_not_fit_and_one_that_is_not_there_are_told_apart(shallo
     budget = Budget(1000, 50)
     decision = decide(shallow_model / "config.json", workload(objective="dpo"), budget)
     with pytest.raises(EmlocError, match=rf"rows per step, needs .* MB, which does not fit {budget}\."):
-        decision.of("lora")
+        decision.best("lora")
     with pytest.raises(EmlocError, match=r"^The model cannot be tuned by the way 'exact'\.") as refused:
-        decision.of("exact")
+        decision.best("exact")
     assert refused.value.code == "unsupported"
 
 
@@ -403,7 +403,7 @@ def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> Non
     need = shared.tuning(plan)
     assert need.terms["weights"] == even.tuning(plan).terms["weights"] == shared.emulator_bytes(plan)
     assert need.terms["activations"] > even.tuning(plan).terms["activations"]
-    assert shared.tuning(plan, made=True) == even.tuning(plan)
+    assert shared.tuning(plan, exists=True) == even.tuning(plan)
     shapes = {each.path: (each.out_features, each.in_features) for each in plan.linears}
     draw = random.Random(0)
     for _ in range(3):
@@ -412,7 +412,7 @@ def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> Non
             for path, shape in shapes.items()
         ]
         ranks = dict(zip(shapes, global_budget(list(shapes.values()), 0.4, spectra), strict=True))
-        made = shared.tuning(plan.with_ranks(ranks), made=True)
+        made = shared.tuning(plan.with_ranks(ranks), exists=True)
         assert made.terms["weights"] <= need.terms["weights"]
         assert made.terms["activations"] <= need.terms["activations"]
 

@@ -16,7 +16,7 @@ from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import emloc_core.memory.depth
-import emloc_core.memory.known
+import emloc_core.memory.planned_model
 from emloc_core.family import Family
 from emloc_core.memory.depth import repetition
 from emloc_core.memory.model import MemoryModel, Need
@@ -213,7 +213,7 @@ def test_few_blocks_extended_equal_all_blocks(
     if images and not checkpointing:  # else what DeepStack adds to the first blocks would not be seen
         assert few[-1].phase == "language forward"
     monkeypatch.setattr(emloc_core.memory.depth, "_OUTER", 100)
-    emloc_core.memory.known._known.cache_clear()
+    emloc_core.memory.planned_model._cached.cache_clear()
     whole = needs()
     if settings["model_type"] == "qwen2_5_vl":  # the numbers that say where windows end are fewer without windows
         assert [need.total for need in few] == pytest.approx([need.total for need in whole], abs=64)

@@ -1,4 +1,4 @@
-"""What is known of a model that is planned, from this process or from earlier ones."""
+"""Models as plans see them, kept in this process and between runs."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-class Known:
+class PlannedModel:
     """A model as plans see it.
 
     Args:
@@ -47,7 +47,7 @@ class Known:
 
     @cached_property
     def outline(self) -> Outline:
-        """Its outline, as it is kept or of the model itself.
+        """Its outline, from the cache or from the model itself.
 
         Raises:
             EmlocError: the config lacks a field, or transformers cannot build the model.
@@ -80,7 +80,7 @@ class Known:
         """Paths of the Linears that its checkpoint has in four bits; none of an ordinary model.
 
         Raises:
-            EmlocError: they are packed in another way than the kind nf4 does it, or as for the outline.
+            EmlocError: they are packed in another way than the kind nf4, or as for :attr:`outline`.
         """
         settings = self.config.get("quantization_config")
         if not settings:
@@ -91,17 +91,17 @@ class Known:
 
     @cached_property
     def stored(self) -> Outline:
-        """Its outline with those Linears in four bits.
+        """Its outline with the :attr:`packed` Linears in four bits.
 
         Raises:
-            EmlocError: as for these.
+            EmlocError: as for :attr:`packed`.
         """
         if not self.packed:
             return self.outline
-        found = Outline(self._outlines.values)
+        outline = Outline(self._outlines.values)
         for path in self.packed:
-            replace_linear(found, path, FourBitLinear)
-        return found
+            replace_linear(outline, path, FourBitLinear)
+        return outline
 
     @cached_property
     def model(self) -> "PreTrainedModel":
@@ -128,24 +128,24 @@ class Known:
             ) from error
 
 
-def known(config_file: Path) -> Known:
-    """Return what is known of the model of a ``config.json``.
+def planned_model(config_file: Path) -> PlannedModel:
+    """Return the model of a ``config.json`` as plans see it.
 
     Raises:
         EmlocError: no family declares it, it is an emulator, or it is quantised and not in four bits.
     """
     raw = read_config_json(config_file)
     family = plugin_manager().family_for(raw)
-    unsaid = plugin_manager().objective_of(family).dtype(config_file)
-    if unsaid is not None:
-        raw = {"dtype": unsaid, **raw}
+    dtype = plugin_manager().objective_of(family).dtype(config_file)
+    if dtype is not None:
+        raw = {"dtype": dtype, **raw}
     if is_in_mxfp4(raw):
         raw = {name: value for name, value in raw.items() if name != "quantization_config"}
     if raw.get("quantization_config"):
         _require_base(raw, config_file)
-    found = _known(key(raw, family))
-    found.config, found.config_file, found.family = raw, config_file, family
-    return found
+    planned = _cached(key(raw, family))
+    planned.config, planned.config_file, planned.family = raw, config_file, family
+    return planned
 
 
 def _require_base(raw: Mapping[str, Any], config_file: Path) -> None:
@@ -160,8 +160,8 @@ def _require_base(raw: Mapping[str, Any], config_file: Path) -> None:
 
 
 @lru_cache(maxsize=8)
-def _known(digest: str) -> Known:
-    return Known(digest)
+def _cached(digest: str) -> PlannedModel:
+    return PlannedModel(digest)
 
 
 def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:
@@ -169,12 +169,12 @@ def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> No
     sections = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     for name, section in sections.items():
         if section is not None:
-            given = raw.get(name)
-            if name == "text_config" and given is None:  # published at the top level, which transformers accepts
-                given = raw
-            if not isinstance(given, dict):
+            values = raw.get(name)
+            if name == "text_config" and values is None:  # published at the top level, which transformers accepts
+                values = raw
+            if not isinstance(values, dict):
                 raise EmlocError(f"{config_file} has no {name}.", "Add it, or download the file again.")
-            _require_fields(config_file, given, section, f"{name}.")
+            _require_fields(config_file, values, section, f"{name}.")
     if not sections:
         _require_fields(config_file, raw, config, "")
 
