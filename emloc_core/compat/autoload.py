@@ -1,8 +1,7 @@
 """Lets transformers load emulators without an import of ours, and other imports take less time.
 
-torch has an entry point for extensions, ``torch.backends``.
-
-torch calls :func:`watch` when it has been imported, long before a model is loaded. Importing transformers then
+torch has an entry point for extensions, ``torch.backends``. It calls :func:`watch` when it has been imported, long
+before a model is loaded. Importing transformers then
 would cost every program that uses torch a second, so its import is watched for. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``
 switches all such entry points off.
 """
@@ -24,9 +23,9 @@ def register_with(library: str, importer: str, module: str) -> None:
     """Import a module of ours, which registers emulators, as soon as the quantizers of a library have been imported.
 
     Args:
-        library: the library. It has a package ``quantizers``.
-        importer: what imports that package, and is imported before any model is loaded.
-        module: ours.
+        library: a library with a package ``quantizers``.
+        importer: module that imports that package, and is imported before any model is loaded.
+        module: our module.
     """
     watched = f"{library}.quantizers"
     when_imported(importer if is_being_imported(watched) else watched, partial(import_module, module))

@@ -1,4 +1,4 @@
-"""Python's import system: does something while or as soon as a module is imported, at no cost where it never is.
+"""Python's import system: acts while or as soon as a module is imported, at no cost if it never is.
 
 The standard library has no hook for this (PEP 369, which proposed one, was withdrawn). ``sys.meta_path`` is public.
 """
@@ -34,14 +34,14 @@ def is_being_imported(name: str) -> bool:
 
 
 def while_imported(name: str, around: Callable[[], AbstractContextManager[None]]) -> None:
-    """Be in the context that ``around`` makes while a module is imported; nothing is done if it has been."""
+    """Enter the context that ``around`` makes while a module is imported; do nothing if it has been imported."""
     if name not in sys.modules:
         sys.meta_path.insert(0, _Finder(name, around))
 
 
 @contextmanager
 def imported_when_used(*names: str) -> Iterator[None]:
-    """Have modules that are not imported yet be so when something is used that was imported from them here."""
+    """Delay importing modules until something that is imported from them in this context is used."""
     standing_in = {name: _StandIn(name) for name in names if name not in sys.modules and find_spec(name)}
     sys.modules.update(standing_in)
     try:
@@ -52,7 +52,7 @@ def imported_when_used(*names: str) -> Iterator[None]:
 
 
 class _StandIn(ModuleType):
-    """Stands in for a module; what is imported from it, and is no more than named, need not be there."""
+    """Stands in for a module; names imported from it need not exist until they are used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -69,15 +69,15 @@ class _Later:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._find(), name)
 
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        return self._find()(*args, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._find()(*args, **kwargs)
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, self._find())
 
 
 class _Finder(MetaPathFinder):
-    """Finds the one module that is watched for, where it is anyway, and loads it with :class:`_Loader`."""
+    """Finds the one module that is watched for, as other finders do, and loads it with :class:`_Loader`."""
 
     def __init__(self, name: str, around: Callable[[], AbstractContextManager[None]]) -> None:
         self.name, self._around = name, around

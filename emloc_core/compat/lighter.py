@@ -1,4 +1,4 @@
-"""Lighter imports: what libraries do while they are imported, and few programs need, is put off until it is needed.
+"""Lighter imports: work that libraries do on import, and few programs need, is put off until it is needed.
 
 PEFT imports bitsandbytes wherever it is installed; with torch's compiler that was two of the six seconds before a first
 step. ``-X importtime`` shows where the others go.
@@ -16,8 +16,8 @@ from unittest import mock
 
 from emloc_core.compat.imports import imported_when_used, when_imported, while_imported
 
-#: What modules import and hardly use: the losses of object detection, which come with every model, and types that are
-#: named in signatures alone.
+#: Imports that modules hardly use: for losses of object detection, which come with every model, and for types in
+#: signatures.
 _RARELY_USED = {
     "transformers.loss.loss_utils": ("scipy.optimize",),
     "trl.trainer.utils": ("pandas", "datasets"),
@@ -49,14 +49,14 @@ def _compiled_when_called(compiler: Any, function: Callable[..., Any] | None = N
     compiled = cache(partial(compiler, function, **options))
 
     @wraps(function)
-    def call(*args: Any, **named: Any) -> Any:
-        return compiled()(*args, **named)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
 
     return call
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Say whether a warning is not that of a kernel for some CPUs, whose place bitsandbytes' own takes."""
+    """Return False for the warning that a kernel for some CPUs is missing: bitsandbytes uses its own instead."""
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
@@ -65,8 +65,8 @@ def _reading_folders_once() -> None:
     module: Any = sys.modules["transformers.utils.import_utils"]
     read = cache(module.create_import_structure_from_path)
 
-    def read_once(place: str | os.PathLike[str]) -> Any:
-        name = os.fspath(place)
+    def read_once(path: str | os.PathLike[str]) -> Any:
+        name = os.fspath(path)
         return read(os.path.dirname(name) if name.endswith(".py") else name)
 
     module.create_import_structure_from_path = read_once
@@ -74,13 +74,13 @@ def _reading_folders_once() -> None:
 
 @contextmanager
 def _listing_when_asked() -> Iterator[None]:
-    """Have TRL read the files of all installed packages when it asks what package a module is of."""
+    """Have TRL read the files of all installed packages when it asks for a module's package."""
     with mock.patch.object(metadata, "packages_distributions", partial(_Packages, metadata.packages_distributions)):
         yield
 
 
 class _Packages(dict[str, list[str]]):
-    """Packages by the name of a module that they have: the one of the same name, without reading all others' files."""
+    """Packages by the name of a module in them: the one of the same name, without reading all other packages' files."""
 
     def __init__(self, read: Callable[[], Any]) -> None:
         self._read = cache(read)

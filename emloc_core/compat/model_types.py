@@ -16,5 +16,5 @@ def has_model_type(model_type: str) -> bool:
 @cache
 def _source() -> str:
     spec = find_spec("transformers")
-    places = [Path(place) / "models" / "auto" for place in (spec and spec.submodule_search_locations) or ()]
-    return "".join(file.read_text(encoding="utf-8") for place in places for file in sorted(place.glob("*.py")))
+    folders = [Path(location) / "models" / "auto" for location in (spec and spec.submodule_search_locations) or ()]
+    return "".join(file.read_text(encoding="utf-8") for location in folders for file in sorted(location.glob("*.py")))

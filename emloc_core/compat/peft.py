@@ -1,4 +1,4 @@
-"""PEFT: a check of what is put into a model, in any script, and what it wraps modules with."""
+"""PEFT: a check of adapters that are put into a model, in any script, and its wrappers of modules."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ _WRAPS = "peft.tuners.tuners_utils"
 
 
 def check_adapters(
-    check: Callable[[nn.Module, dict[str, Any]], None], done: Callable[[nn.Module], None] = lambda _: None
+    check: Callable[[nn.Module, dict[str, Any]], None], after: Callable[[nn.Module], None] = lambda _: None
 ) -> None:
-    """Call ``check`` with the model and the config before PEFT puts an adapter into a model, and ``done`` after it.
+    """Call ``check`` with model and config before PEFT puts an adapter into a model, and ``after`` with the model then.
 
     ``check`` raises to refuse the adapter.
 
-    PEFT has no hook for it. All its ways lead through this method: ``get_peft_model``, ``PeftModel.from_pretrained``
+    PEFT has no hook for it. All its functions call this method: ``get_peft_model``, ``PeftModel.from_pretrained``
     and ``inject_adapter_in_model``.
     """
 
@@ -38,11 +38,11 @@ def check_adapters(
             config = self.peft_config[adapter_name].to_dict()
             check(model, config)
             with warnings.catch_warnings():
-                # PEFT looks for them among modules alone, and applies them to parameters all the same.
+                # PEFT looks for the patterns among modules only, but applies them to parameters too.
                 if config.get("target_parameters"):
                     warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module")
                 inject(self, model, adapter_name, *args, **options)
-            done(model)
+            after(model)
 
         tuner.inject_adapter = checked
 
@@ -52,7 +52,7 @@ def check_adapters(
 def parameter_wrappers(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:
     """Yield the wrappers of parameters of every module that has some, the outermost first, with the module's path.
 
-    PEFT wraps a module once for each of its parameters that get a LoRA; the wrappers lie in each other.
+    PEFT wraps a module once for each of its parameters that get a LoRA; the wrappers are nested.
     """
     with private("peft"):
         from peft.tuners.lora.layer import ParamWrapper
@@ -60,11 +60,11 @@ def parameter_wrappers(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:
     for path, module in list(model.named_modules()):
         if not isinstance(module, ParamWrapper) or module in inner:
             continue
-        found: list[Any] = [module]
-        while isinstance(found[-1].base_layer, ParamWrapper):
-            found.append(found[-1].base_layer)
-        inner.update(found)
-        yield path, found
+        wrappers: list[Any] = [module]
+        while isinstance(wrappers[-1].base_layer, ParamWrapper):
+            wrappers.append(wrappers[-1].base_layer)
+        inner.update(wrappers)
+        yield path, wrappers
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What every use of a library's private parts goes through: where one is gone, a sentence says what to install."""
+"""Guards every use of a library's private parts: where one is gone, a sentence says what to install."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +29,7 @@ def private(library: str) -> Iterator[None]:
 
 
 @contextmanager
-def patched(library: str, module: str, **others: Any) -> Iterator[None]:
+def patched(library: str, module: str, **replacements: Any) -> Iterator[None]:
     """Replace a module's attributes, by name, while the context is active.
 
     Raises:
@@ -37,6 +37,6 @@ def patched(library: str, module: str, **others: Any) -> Iterator[None]:
     """
     with ExitStack() as stack:
         with private(library):
-            for name, other in others.items():
-                stack.enter_context(mock.patch(f"{module}.{name}", other))
+            for name, replacement in replacements.items():
+                stack.enter_context(mock.patch(f"{module}.{name}", replacement))
         yield

@@ -42,7 +42,7 @@ def fake_tensors(*, whole_numbers: bool) -> Iterator[FakeTensorMode]:
 
 
 class _WholeNumbers(FakeTensorMode):
-    """Fake tensors, except that integers from ``arange``, or computed from known integers, have their contents.
+    """Fake tensors, except that integers from ``arange``, or computed from known integers, keep their contents.
 
     For models that read the number of patches from an image's grid, or the positions of its tokens in a row. Large
     tensors, such as a mask of all pairs of tokens, are fake too.
@@ -52,19 +52,19 @@ class _WholeNumbers(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        known = all(_is_known(tensor) for tensor in given)
-        if not known or not (given or func is torch.ops.aten.arange.default):
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        are_known = all(_is_known(tensor) for tensor in operands)
+        if not are_known or not (operands or func is torch.ops.aten.arange.default):
             if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
                 args = (args[0], _without_masks(args[1]), *args[2:])
             return super().__torch_dispatch__(func, types, args, kwargs)
         try:
-            made = super().__torch_dispatch__(func, types, args, kwargs)
+            fake = super().__torch_dispatch__(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves(fake) if isinstance(leaf, torch.Tensor)]
         if any(tensor.is_floating_point() or tensor.numel() > self._LARGEST for tensor in tensors):
-            return made
+            return fake
         return func(*args, **kwargs)
 
 
@@ -74,13 +74,13 @@ def _is_known(tensor: torch.Tensor) -> bool:
 
 def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Return indices with every known mask replaced by the indices of its elements."""
-    found: list[torch.Tensor | None] = []
+    replaced: list[torch.Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and _is_known(index):
-            found += index.nonzero().unbind(1)
+            replaced += index.nonzero().unbind(1)
         else:
-            found.append(index)
-    return found
+            replaced.append(index)
+    return replaced
 
 
 def _first_expert(tokens: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
@@ -100,7 +100,7 @@ def is_device_call(operation: Any) -> bool:
 
 
 class HollowTensor(torch.Tensor):
-    """A tensor with a shape, a dtype and a device, and no numbers: its subclass says what operations on it give."""
+    """A tensor with a shape, a dtype and a device, and no numbers: its subclass computes operations on it."""
 
     with private("torch"):
         __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -117,16 +117,16 @@ class HollowTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return cls.given(func, *args)
+        return cls.compute(func, *args)
 
     @classmethod
-    def given(cls, operation: Any, *args: Any) -> Any:
-        """Return what an operation of ``torch.ops.aten`` gives, of which one of these tensors is an argument."""
+    def compute(cls, operation: Any, *args: Any) -> Any:
+        """Return the result of an operation of ``torch.ops.aten`` with one of these tensors among its arguments."""
         raise NotImplementedError
 
 
 def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules right below one, with their names, also those twice that ``named_children`` gives once."""
+    """Return the direct children of a module with their names; one with two names twice, unlike ``named_children``."""
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainingArguments
 
-#: From the text of a template to what renders it: ``render``, ``generate`` and ``environment`` of Jinja's templates.
+#: Compiles the text of a template to an object with ``render``, ``generate`` and ``environment``, as Jinja's have.
 Compile = Callable[[str], Any]
 #: Threads that load tensors take turns: transformers' settings are for all of a process.
 _ONE_AT_A_TIME = Lock()
@@ -66,7 +66,7 @@ def grouped_product(x: "torch.Tensor", stack: "torch.Tensor", ends: "torch.Tenso
 
 
 def gated(experts: Any, x: "torch.Tensor") -> "torch.Tensor":
-    """Return what a module of fused experts makes of its gate and up products, (rows, 2 i): (rows, i)."""
+    """Apply the activation of a module of fused experts to its gate and up products, (rows, 2 i): (rows, i)."""
     with private("transformers"):
         gate = experts._apply_gate
     return gate(x)
@@ -97,7 +97,7 @@ def keep_as_it_is(module: Any) -> None:
 
 
 def retie(model: Any, ties: dict[str, str]) -> None:
-    """Have a model tie these parameters, each to another one, by their names, in place of what its class names."""
+    """Have a model tie these parameters, each to another one, by name, instead of those that its class names."""
     model.all_tied_weights_keys = ties
     model._tied_weights_keys = dict(ties)  # is read again by save_pretrained
 
@@ -110,7 +110,7 @@ def tie_as_its_class_does(model: Any) -> None:
 
 
 def was_loaded(parameter: Any) -> bool:
-    """Return whether ``from_pretrained`` found a parameter in the files; one that is missing it leaves or draws."""
+    """Return whether ``from_pretrained`` found a parameter in the files; a missing one is left as it was, or drawn."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
@@ -130,19 +130,19 @@ def laid_out_otherwise(model: Any, method: str) -> list[str]:
         return [path for path, _ in model.named_modules()]
     with private("transformers"):
         from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
-    known: dict[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
-    methods = {name: entry["quantization_methods"] for name, entry in known.items()}
+    patches: dict[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+    methods = {name: entry["quantization_methods"] for name, entry in patches.items()}
     return [path for path, module in model.named_modules() if method in methods.get(type(module).__name__, ())]
 
 
 class TensorLoader:
-    """Makes a model's parameters and buffers of a checkpoint's tensors, some at a time.
+    """Makes a model's parameters and buffers from a checkpoint's tensors, some at a time.
 
     Keys are not module names (legacy prefixes, fused tensors): they are mapped and converted as ``from_pretrained``
     does it. These functions are importable, but no documentation promises them.
 
     Args:
-        model: whose parameters are replaced where tensors are loaded.
+        model: the model; its parameters are replaced when tensors are loaded.
         conversions: entries besides transformers' own, for its ``weight_mapping``.
     """
 
@@ -155,7 +155,7 @@ class TensorLoader:
     def sources(self, keys: Iterable[str]) -> dict[str, list[str]]:
         """Return the keys of the tensors that each parameter or buffer is made from, by its name.
 
-        Where it is made of several, they are in the order of its converter's patterns, and there in that of numbers.
+        If there are several, they are in the order of its converter's patterns, then of the numbers in the keys.
         """
         with private("transformers"):
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -163,22 +163,26 @@ class TensorLoader:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         expected = self._model.state_dict()
-        found: dict[str, list[str]] = defaultdict(list)
-        places: dict[str, tuple[Any, ...]] = {}
+        sources: dict[str, list[str]] = defaultdict(list)
+        positions: dict[str, tuple[Any, ...]] = {}
         for key in keys:
             target, pattern = rename_source_key(key, renamings, converters, self._model.base_model_prefix, expected)
             if target not in expected and key in expected:
                 target, pattern = key, None
-            found[target].append(key)
+            sources[target].append(key)
             if pattern is not None:
                 numbers = [int(part) for part in key.split(".") if part.isdecimal()]
-                places[key] = (by_pattern[pattern].source_patterns.index(pattern), numbers)
+                positions[key] = (by_pattern[pattern].source_patterns.index(pattern), numbers)
                 # One tensor of the checkpoint may be split into several parameters.
-                first, *others = by_pattern[pattern].target_patterns
-                for other in others:
-                    found[target.replace(first, other)].append(key)
-        converted = {name: sorted(of, key=places.__getitem__) for name, of in found.items() if places.keys() >= set(of)}
-        return found | converted
+                first, *more = by_pattern[pattern].target_patterns
+                for target_pattern in more:
+                    sources[target.replace(first, target_pattern)].append(key)
+        converted = {
+            name: sorted(names, key=positions.__getitem__)
+            for name, names in sources.items()
+            if positions.keys() >= set(names)
+        }
+        return sources | converted
 
     def load(
         self, tensors: dict[str, Any], dtype: "torch.dtype", device: "torch.device"
@@ -189,8 +193,7 @@ class TensorLoader:
             tensors: tensors, or safetensors' slices, by key.
 
         Returns:
-            Why parameters could not be made, by name; and the names of those whose shape, given next, is not the
-            model's, given last.
+            Why parameters could not be made, by name; and for each mismatch its name, its shape, and the model's.
         """
         with private("transformers"):
             from transformers.core_model_loading import convert_and_load_state_dict_in_model

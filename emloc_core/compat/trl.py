@@ -21,7 +21,7 @@ def counted_tokens_alone() -> Iterator[None]:
 def fuse_loss(model: Any) -> None:
     """Have a model's forward take the argument ``fused_lm_head``, and return the log-probabilities of its labels.
 
-    As SFTTrainer does it, with what it needs of the loss.
+    As SFTTrainer does it, with the outputs that its loss needs.
     """
     with private("trl"):
         from trl.trainer.utils import add_fused_lm_head
@@ -39,7 +39,7 @@ def tile_width() -> int:
 def tiles_of(words: int | None) -> Iterator[None]:
     """Have TRL's loss project on so many words of the vocabulary at a time; None: on as many as it does by itself.
 
-    Where the output layer is packed, their rows are unpacked, and those of the tile before are still there.
+    Where the output layer is packed, the words' rows are unpacked while the previous tile's are still there.
     """
     with patched("trl", "trl.trainer.utils", **({"_CHUNKED_LOGPROB_CHUNK_SIZE": words} if words else {})):
         yield
@@ -63,14 +63,14 @@ def mean_log_probs(model: Any, inputs: Mapping[str, Any]) -> Any:
     Only the tokens that count are projected on the vocabulary, as in its own loss.
 
     Args:
-        inputs: what its collator made; ``completion_mask`` says which tokens count.
+        inputs: its collator's output; ``completion_mask`` says which tokens count.
     """
-    counted = inputs["completion_mask"]
-    given = {name: value for name, value in inputs.items() if name != "completion_mask"}
-    labels = inputs["input_ids"].masked_fill(counted == 0, -100)
+    mask = inputs["completion_mask"]
+    arguments = {name: value for name, value in inputs.items() if name != "completion_mask"}
+    labels = inputs["input_ids"].masked_fill(mask == 0, -100)
     with private("trl"):
-        log_probs = model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs
-    return log_probs.sum(1) / counted[:, 1:].sum(1)
+        log_probs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    return log_probs.sum(1) / mask[:, 1:].sum(1)
 
 
 def note(trainer: Any, **values: Any) -> None:
@@ -85,7 +85,7 @@ class TokenizedDataset:
     """For subclasses of TRL's trainers for preferences, which would tokenize their datasets row by row."""
 
     def prepared(self, dataset: Any, args: Any) -> Any:  # noqa: ARG002
-        """Return what is trained on: the dataset that was given, by default."""
+        """Return the dataset to train on: by default, the given one."""
         return dataset
 
     def _prepare_dataset(self, dataset: Any, _processing: Any, args: Any, _name: str) -> Any:

@@ -22,39 +22,39 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("emloc.families")
 #: The code that decides what is seen, and whether it is accepted.
 _CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "standins", "family.py")
-#: Codes of refusals that may be of the model; others, as for a missing package, are of this machine, or of this hour.
+#: Codes of refusals that may be about the model; others, as for a missing package, are about this machine or moment.
 _LASTING = ("unsupported", "plugin")
-#: What a model's code raises by itself. A RuntimeError may also come of a lack of memory, or of threads.
+#: Errors of a model's own code. A RuntimeError may also come from a lack of memory, or of threads.
 _OF_CODE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, NotImplementedError)
 _REFUSAL = "refusal"
 
 
 def declaration(content: Mapping[str, Any]) -> Family:
-    """Return the declaration of one config: as it is kept, or as a tiny model of it shows.
+    """Return the declaration of one config: from the cache, or by looking at a tiny model of it.
 
     Args:
         content: of a ``config.json``.
 
     Raises:
-        EmlocError: the model has to be looked at by a person; says why, and which command drafts a plugin.
+        EmlocError: a person has to look at the model; says why, and which command drafts a plugin.
         OSError, MemoryError, RuntimeError: the disk or the memory is full.
     """
-    kept = Cache(f"{key(digest(content), code=_CODE)}-declaration")
-    if refusal := kept.values.get(_REFUSAL):
+    cache = Cache(f"{key(digest(content), code=_CODE)}-declaration")
+    if refusal := cache.values.get(_REFUSAL):
         raise EmlocError(**refusal)
     with suppress(TypeError, ValueError, KeyError, AttributeError):
-        return from_record(kept.values)
+        return from_record(cache.values)
     began = time.perf_counter()
     try:
         draft = observed(content)
     except EmlocError as error:
         if error.code in _LASTING and _lasts(error):
-            kept.add({_REFUSAL: {"message": error.args[0], "fix": error.fix, "code": error.code}})
+            cache.add({_REFUSAL: {"message": error.args[0], "fix": error.fix, "code": error.code}})
         raise
     record = recorded(draft, content)
     took = human_seconds(time.perf_counter() - began)
     _LOGGER.warning("No plugin declares %r; observed: %s, %s.", content["model_type"], record["found"], took)
-    kept.add(record)
+    cache.add(record)
     return from_record(record)
 
 
@@ -74,7 +74,7 @@ def observed(content: Mapping[str, Any]) -> "Draft":
 
 def recorded(draft: "Draft", content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a draft."""
-    return to_record(draft.family, content, _found(draft))
+    return to_record(draft.family, content, _summary(draft))
 
 
 def _draft(content: Mapping[str, Any]) -> "Draft":
@@ -113,7 +113,7 @@ def _require_checks(draft: "Draft") -> None:
 
 
 def _lasts(error: BaseException | None) -> bool:
-    """Say whether a refusal is of the model, with all exceptions behind it: a full disk, say, may raise any other."""
+    """Return whether a refusal, with all exceptions behind it, is about the model: a full disk may raise any other."""
     if isinstance(error, ExceptionGroup):
         return all(map(_lasts, error.exceptions))
     own = isinstance(error, _OF_CODE) or (isinstance(error, EmlocError) and not error.resumable)
@@ -135,12 +135,12 @@ def _needs_a_plugin(content: Mapping[str, Any], reason: str) -> EmlocError:
     )
 
 
-def _found(draft: "Draft") -> str:
-    """Say what was seen: ``7 Linears in 4 input groups per block``, for every tower."""
+def _summary(draft: "Draft") -> str:
+    """Return a summary of a draft: ``7 Linears in 4 input groups per block``, for every tower."""
     family, parts = draft.family, []
     for tower in family.towers:
         linears = sum(map(len, tower.input_groups))
         where = "per block" if len(family.towers) == 1 else f"per block of {tower.blocks}"
         parts.append(f"{linears} Linears in {len(tower.input_groups)} input groups {where}")
-    told = " on text alone, since no image could be made up from the config" if draft.text_only else ""
-    return f"{'; '.join(parts)}, all checks passed{told}"
+    suffix = " on text alone, since no image could be made up from the config" if draft.text_only else ""
+    return f"{'; '.join(parts)}, all checks passed{suffix}"

@@ -14,15 +14,15 @@ def emloc_families(config: Mapping[str, Any] | None) -> Sequence[Family]:
     """Declare nothing by name, and any decoder of transformers by looking at it.
 
     Raises:
-        EmlocError: it is none, or has to be looked at by a person.
+        EmlocError: it is no decoder, or a person has to look at it.
     """
     if config is None:
         return []
-    place = digest(config)
-    if place not in KNOWN:
+    key = digest(config)
+    if key not in KNOWN:
         if not has_model_type(config["model_type"]):
             return []
         from emloc_core.observed.look import declaration
 
-        KNOWN[place] = declaration(config)
-    return [KNOWN[place]]
+        KNOWN[key] = declaration(config)
+    return [KNOWN[key]]

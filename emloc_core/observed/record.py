@@ -13,13 +13,13 @@ from typing import Any
 
 from emloc_core.family import Family, Tower, require_types
 
-#: What an output's ``emloc.json`` calls the records of what it was made with.
+#: Key of an output's ``emloc.json`` with the records that it was made with.
 DECLARATIONS = "declarations"
 #: Fields of a config.json that change no module. Base, emulator and merged checkpoint differ in no others.
 _COSMETIC = re.compile(r"_.*|emloc_.*|(torch_)?dtype|architectures|transformers_version|quantization_config|use_cache")
 #: The classes that build observed models. A record may come from a stranger's output.
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
-#: What a record has of a family: its towers, and what is never compressed. Observed families have nothing else.
+#: Fields of a family in a record, besides its towers. Observed families have no others.
 _FIELDS = ("name", "model_types", "auto_class", "modality", "keep_dense")
 #: The declarations of single configs that were looked at or recalled, by digest.
 KNOWN: dict[str, Family] = {}
@@ -40,17 +40,17 @@ def _architecture(content: Any) -> Any:
     return {name: _architecture(value) for name, value in content.items() if not _COSMETIC.fullmatch(str(name))}
 
 
-def to_record(family: Family, config: Mapping[str, Any], found: str) -> dict[str, Any]:
+def to_record(family: Family, config: Mapping[str, Any], summary: str) -> dict[str, Any]:
     """Return the record of an observed family.
 
     Args:
         family: as observed; its tiny configs and inputs are left out.
         config: the content of the ``config.json`` that it was observed for.
-        found: what was seen, for people: a clause.
+        summary: for people: a clause.
     """
     declared = {name: getattr(family, name) for name in _FIELDS}
     towers = [asdict(tower) for tower in family.towers]
-    values = {"config": digest(config), "found": found, "family": {**declared, "towers": towers}}
+    values = {"config": digest(config), "found": summary, "family": {**declared, "towers": towers}}
     return json.loads(json.dumps(values, default=sorted))
 
 
@@ -58,7 +58,7 @@ def from_record(record: Mapping[str, Any]) -> Family:
     """Return the family of a record, which is kept in it.
 
     Raises:
-        TypeError, ValueError, KeyError: it is none.
+        TypeError, ValueError, KeyError: it is no valid record.
     """
     declared = {name: record["family"][name] for name in _FIELDS}
     names = {field.name for field in fields(Tower)}
@@ -74,7 +74,7 @@ def recall(manifest: Mapping[str, Any] | None) -> None:
     """Use the declarations that an output was made with, rather than look again.
 
     Args:
-        manifest: the output's; None for what is no output.
+        manifest: the output's; None if it is no output.
     """
     records = (manifest or {}).get(DECLARATIONS)
     for record in records if isinstance(records, list) else ():

@@ -173,7 +173,7 @@ class PackedRows(HollowTensor):
         return rows
 
     @classmethod
-    def given(cls, operation: Any, *args: Any) -> Any:
+    def compute(cls, operation: Any, *args: Any) -> Any:
         """Return rows by a slice or by indices, or a single one.
 
         Raises:

@@ -162,7 +162,7 @@ def test_a_tensor_without_numbers_says_what_operations_give():
 
     class Seven(compat.HollowTensor):
         @classmethod
-        def given(cls, operation, *args):
+        def compute(cls, operation, *args):
             asked.append((operation, len(args)))
             return torch.full((2, 3), 7.0)
 
