@@ -36,8 +36,10 @@ _MADE_FOR = {"adapter": "model", "corrected-adapter": "base", "served-adapter": 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return the reasons why a LoRA with this PEFT config cannot be transferred to the base; empty if it can."""
-    found = field_problems(config)
-    return found if config.get("peft_type") != "LORA" else [*_scale_problems(config), *pattern_problems(config), *found]
+    problems = field_problems(config)
+    if config.get("peft_type") != "LORA":
+        return problems
+    return [*_scale_problems(config), *pattern_problems(config), *problems]
 
 
 def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -81,7 +83,7 @@ class Adapter:
                 f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.", REMEDY, code="unsupported"
             )
         name = self.config.get("base_model_name_or_path")
-        self._named = name if isinstance(name, str) else ""
+        self._model_name = name if isinstance(name, str) else ""
         self.manifest = read_manifest(self.directory) or {}
         if not self.manifest:
             return
@@ -97,14 +99,14 @@ class Adapter:
         Raises:
             EmlocError: it names none.
         """
-        if not self._named:
+        if not self._model_name:
             raise EmlocError(
                 f"{self.directory} does not name the model that it was trained on.",
                 f"Name it in {CONFIG} (base_model_name_or_path). Or give an emulator to `emloc correct` with "
                 "--emulator, or the base to `emloc merge` with --base.",
                 code="missing",
             )
-        return self._named
+        return self._model_name
 
     @property
     def is_corrected(self) -> bool:
@@ -116,8 +118,8 @@ class Adapter:
     @property
     def trained_on(self) -> Path | None:
         """The directory of the model that its config names, if it exists. A corrected adapter names its base."""
-        directory = Path(self._named)
-        return directory if self._named and (directory / "config.json").is_file() else None
+        directory = Path(self._model_name)
+        return directory if self._model_name and (directory / "config.json").is_file() else None
 
     @property
     def base_name(self) -> str:
@@ -137,30 +139,30 @@ class Adapter:
 
     @cached_property
     def loras(self) -> dict[str, Lora]:
-        """The LoRA of every Linear, by module path, and of every stack of experts, by that of its parameter; sorted.
+        """The LoRA of every Linear, by module path, and of every stack of experts, by its parameter's path; sorted.
 
         Raises:
-            EmlocError: there are tensors that are not what the config says, or NaN.
+            EmlocError: there are tensors that do not match the config, or NaN.
         """
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in self._tensors.items():
-            path, half, rest = key.partition(".lora_")
-            if half and (rest not in ("A.weight", "B.weight") or tensor.ndim != 2):
+            path, half, name = key.partition(".lora_")
+            if half and (name not in ("A.weight", "B.weight") or tensor.ndim != 2):
                 raise self._no_lora(key)
             if half:
-                parts.setdefault(path, {})[rest[0]] = tensor
+                parts.setdefault(path, {})[name[0]] = tensor
         if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
             raise EmlocError(
                 f"The LoRA in {self.directory} on {incomplete[0]} lacks one of its two matrices.",
                 "Train again.",
                 code="damaged",
             )
-        _ = self.replaced  # refuses what is neither
+        _ = self.replaced  # refuses tensors that are neither
         stacks = by_stack(parts, self.config.get("target_parameters") or [])
         linears = parts.keys() - {in_file(path) for path in stacks}
-        found = {path: self._lora(path, parts[path]["A"], parts[path]["B"]) for path in linears}
-        found |= {path: self._lora(path, pair["A"], pair["B"], stacked=True) for path, pair in stacks.items()}
-        return dict(sorted(found.items()))
+        loras = {path: self._lora(path, parts[path]["A"], parts[path]["B"]) for path in linears}
+        loras |= {path: self._lora(path, pair["A"], pair["B"], stacked=True) for path, pair in stacks.items()}
+        return dict(sorted(loras.items()))
 
     @cached_property
     def replaced(self) -> dict[str, Replacement]:
@@ -173,7 +175,7 @@ class Adapter:
 
     @property
     def others(self) -> dict[str, torch.Tensor]:
-        """The tensors that are of no LoRA, as they are in the file."""
+        """The tensors that belong to no LoRA, as they are in the file."""
         return {key: tensor for key, tensor in self._tensors.items() if ".lora_" not in key}
 
     @cached_property
@@ -190,7 +192,7 @@ class Adapter:
                 "Copy the file again, or train again.",
                 code="damaged",
             ) from None
-        found = {}
+        stripped = {}
         for key, tensor in tensors.items():
             if key.endswith(".base_layer.weight"):  # PEFT's frozen copy of an output projection that has a LoRA
                 continue
@@ -206,12 +208,12 @@ class Adapter:
                     "Train again, with a lower learning rate.",
                     code="not-finite",
                 )
-            found[key.removeprefix(_PREFIX)] = tensor
-        if not found:
+            stripped[key.removeprefix(_PREFIX)] = tensor
+        if not stripped:
             raise EmlocError(
                 f"{self.directory / WEIGHTS} holds no LoRA.", "Copy the file again, or train again.", code="damaged"
             )
-        return found
+        return stripped
 
     def _no_lora(self, key: str) -> EmlocError:
         return EmlocError(
@@ -221,7 +223,7 @@ class Adapter:
         )
 
     def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor, *, stacked: bool = False) -> Lora:
-        rank = self._of_pattern("rank_pattern", path, self.config.get("r", 8))
+        rank = self._pattern_value("rank_pattern", path, self.config.get("r", 8))
         if a.shape[0] != b.shape[1] or (a.shape[0] % rank if stacked else a.shape[0] != rank):
             if not stacked and is_single(path, self.config.get("target_parameters") or []):
                 raise EmlocError(
@@ -235,7 +237,7 @@ class Adapter:
                 "Copy both files again, or train again.",
                 code="mismatch",
             )
-        alpha = self._of_pattern("alpha_pattern", path, self.config["lora_alpha"])
+        alpha = self._pattern_value("alpha_pattern", path, self.config["lora_alpha"])
         scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
         if not 0 < scale <= torch.finfo(torch.float32).max:
             raise EmlocError(
@@ -244,7 +246,7 @@ class Adapter:
             )
         return of_experts(a, b, scale, rank) if stacked else Lora(a, b, scale)
 
-    def _of_pattern(self, name: str, path: str, default: Any) -> Any:
+    def _pattern_value(self, name: str, path: str, default: Any) -> Any:
         """Return the number for the Linear at ``path``; patterns match as in PEFT."""
         from peft.utils.other import get_pattern_key
 
@@ -282,12 +284,12 @@ def write_adapter(
 ) -> None:
     """Write LoRAs by module path as a PEFT adapter: plain ``PeftModel.from_pretrained`` loads it.
 
-    ``others`` are the tensors of no LoRA, by their keys without PEFT's prefix.
+    ``others`` are tensors that belong to no LoRA, by their keys without PEFT's prefix.
     """
     write_json(directory / CONFIG, dict(config))
     tensors = {f"{_PREFIX}{key}": tensor for key, tensor in others.items()}
     for path, lora in sorted(loras.items()):
-        place, (a, b) = (in_file(path), flattened(lora)) if lora.is_stacked else (path, (lora.a, lora.b))
-        tensors[f"{_PREFIX}{place}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{place}.lora_B.weight"] = b
+        prefix, (a, b) = (in_file(path), flattened(lora)) if lora.is_stacked else (path, (lora.a, lora.b))
+        tensors[f"{_PREFIX}{prefix}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{prefix}.lora_B.weight"] = b
     write_shard(directory / WEIGHTS, tensors, metadata)

@@ -1,4 +1,4 @@
-"""Stage 3 where there is nothing to correct: a LoRA that was trained on its base, or on that in four bits."""
+"""Stage 3 where there is nothing to correct: a LoRA that was trained on its base, or on the base in four bits."""
 
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +18,17 @@ from emloc_core.standins.format import kind_of
 
 
 class AsTrained(Job):
-    """Copies an adapter that was trained on no emulator, so that what follows finds it where it expects it.
+    """Copies an adapter that was trained on no emulator, so that later stages find it where they expect it.
 
     Raises:
-        EmlocError: the model that it was trained on, or the original of that, has no family, or is an emulator.
+        EmlocError: the model that it was trained on, or that model's original, has no family, or is an emulator.
     """
 
     def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
         self.adapter, self._path = adapter, request.output
         self.model = open_model(request.base or adapter.model_name, "cpu")
         self.base = self.model.checkpoint
-        if kind_of(self.base.config):  # one of the hub
+        if kind_of(self.base.config):  # an emulator on the hub
             raise EmlocError(
                 f"{adapter.directory} was trained on {self.base.name}, which is an emulator.",
                 "Give its directory with --emulator.",
@@ -77,5 +77,5 @@ class AsTrained(Job):
         self.output.result = {
             "clamp": 0, "scale": 1.0, "linears": len(self.adapter.loras), CONTENT: content_hash(staging)
         }  # fmt: skip
-        self.output.made = "Left as it was: not trained on an emulator."
+        self.output.provenance = "Left as it was: not trained on an emulator."
         progress("copied", 1, 1)

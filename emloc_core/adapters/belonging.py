@@ -37,7 +37,7 @@ def require_shapes(adapter: Adapter, model: nn.Module) -> None:
 
 
 def _shape(model: nn.Module, path: str, lora: Lora) -> tuple[int, ...]:
-    """Return the shape of what a LoRA of this path is for: (m, n), or that of a stack, (E, m, n)."""
+    """Return the shape of the weight that a LoRA at this path is for: (m, n), or (E, m, n) of a stack."""
     if lora.is_stacked:
         owner, _, name = path.rpartition(".")
         return tuple(matrices(model.get_submodule(owner), name).shape)
@@ -52,9 +52,9 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
 
     Args:
         adapter: for the base, not for an emulator of it.
-        base: whose files are added to ``files``.
-        files: those that the caller reads.
-        allow_uncorrected: take an adapter that was trained on an emulator of it, or may have been.
+        base: the base; its files are added to ``files``.
+        files: the files that the caller reads.
+        allow_uncorrected: accept an adapter that was, or may have been, trained on an emulator of it.
 
     Raises:
         EmlocError: manifests, or the config, name another base; the adapter is not corrected; or it is unknown whether
@@ -75,10 +75,10 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
                 )
         if is_on_rounded(adapter, base):
             return fingerprint
-        named = adapter.config.get("base_model_name_or_path") or "a model that it does not name"
-        if not model and made_for and made_for != fingerprint and named != base.name:
+        model_name = adapter.config.get("base_model_name_or_path") or "a model that it does not name"
+        if not model and made_for and made_for != fingerprint and model_name != base.name:
             raise EmlocError(
-                f"{adapter.directory} was trained on {named}, which was not found, and not on {base.directory}.",
+                f"{adapter.directory} was trained on {model_name}, which was not found, and not on {base.directory}.",
                 "If that is an emulator of it, put it back, or correct the adapter with `emloc correct --emulator`.",
                 code="missing",
             )
@@ -88,10 +88,10 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
                 "Give that one, or --allow-uncorrected if this is the same in another form.",
                 code="mismatch",
             )
-        if not model and not made_for and named != base.name and not allow_uncorrected:
+        if not model and not made_for and model_name != base.name and not allow_uncorrected:
             raise EmlocError(
-                f"{adapter.directory} was trained on {named}, which was not found, so it is unknown whether that is "
-                "an emulator.",
+                f"{adapter.directory} was trained on {model_name}, which was not found, so it is unknown whether that "
+                "is an emulator.",
                 "If it was trained on the base itself, give --allow-uncorrected.",
                 code="missing",
             )
@@ -105,7 +105,7 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
 
 
 def _is_another(model: Path, fingerprint: str, files: Inputs) -> bool:
-    """Return whether a model is known to have another fingerprint; one that cannot be read has none."""
+    """Return whether a model is known to have another fingerprint; False for one that cannot be read."""
     try:
         return Checkpoint(model).fingerprint(files) != fingerprint
     except EmlocError:
@@ -115,7 +115,7 @@ def _is_another(model: Path, fingerprint: str, files: Inputs) -> bool:
 def is_on_rounded(adapter: Adapter, base: Checkpoint) -> bool:
     """Return whether an adapter was trained on a quantised form of its base, as in QLoRA: it is for the base as well.
 
-    That is a checkpoint such as those of bitsandbytes, and no emulator: its vectors (norms, biases) are not quantised,
+    That is a checkpoint such as bitsandbytes', and no emulator: its vectors (norms, biases) are not quantised,
     so they are the base's but for their dtype.
     """
     try:
@@ -138,7 +138,7 @@ def require_match(
     """Refuse an adapter, emulator and base that do not belong together.
 
     Raises:
-        EmlocError: a manifest has another fingerprint; says whose.
+        EmlocError: a manifest has another fingerprint; the message says whose.
     """
     trained_on = adapter.manifest.get("request", {}).get("model")
     if trained_on is not None and trained_on != emulator_fingerprint:
@@ -147,7 +147,7 @@ def require_match(
             "Give the emulator that it was trained on, unchanged, with --emulator.",
             code="mismatch",
         )
-    if emulator.said("request.base", str) != base_fingerprint:
+    if emulator.entry("request.base", str) != base_fingerprint:
         raise EmlocError(
             f"The emulator {emulator.directory} was made from a base other than {base.directory}: the fingerprints "
             "differ.",

@@ -12,15 +12,15 @@ class Candidate(NamedTuple):
     """One way to carry a LoRA over to the base.
 
     Attributes:
-        clamp: of the correction; 0: none.
-        scale: what the LoRA's output is multiplied by.
+        clamp: the correction's clamp; 0: none.
+        scale: factor of the LoRA's output.
     """
 
     clamp: Clamp
     scale: float = 1.0
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON values; a correction that nothing clamps is called none."""
+        """Return the candidate as JSON values; a correction without a clamp is called none."""
         return {"clamp": "none" if self.clamp is None else self.clamp, "scale": self.scale}
 
 
@@ -32,7 +32,7 @@ CANDIDATES = (
 
 
 def choose(losses: torch.Tensor) -> int:
-    """Return the index of the candidate to keep: that whose gain over the first, the uncorrected one, is surest.
+    """Return the index of the candidate to keep: the one with the surest gain over the first, the uncorrected one.
 
     Args:
         losses: (candidates, rows, 2): summed loss and number of tokens.
@@ -44,14 +44,14 @@ def choose(losses: torch.Tensor) -> int:
 
 
 def gains(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return by how many nats per row each candidate is better than the first, and the standard error of that.
+    """Return by how many nats per row each candidate is better than the first, with its standard error.
 
     Args:
         losses: (candidates, rows, 2): summed loss and number of tokens.
 
     Returns:
-        Mean and standard error of the paired differences, (candidates,) each. From a single row the error is not
-        known: Inf, but for the first candidate, which differs from itself by nothing.
+        Mean and standard error of the paired differences, (candidates,) each. With a single row the error is
+        unknown: Inf, except for the first candidate, which does not differ from itself.
     """
     gain = losses[0, :, 0] - losses[..., 0]
     rows = gain.shape[1]
@@ -80,14 +80,14 @@ def comparison(compared: tuple[Candidate, ...], losses: torch.Tensor | None, cho
             "Tune again at a lower learning rate, or give a fixed --clamp.",
             code="not-finite",
         )
-    told = [
-        {**candidate.describe(), "nll": round(float(nll), 6), "gain": _known(gain), "gain_stderr": _known(error),
+    candidates = [
+        {**candidate.describe(), "nll": round(float(nll), 6), "gain": _rounded(gain), "gain_stderr": _rounded(error),
          "rows": losses.shape[1]}
         for candidate, nll, gain, error in zip(compared, nlls, *gains(losses), strict=True)
         if bool(nll.isfinite())  # a large scale may overflow
     ]  # fmt: skip
-    return {"nll": round(float(nlls[chosen]), 6), "candidates": told}
+    return {"nll": round(float(nlls[chosen]), 6), "candidates": candidates}
 
 
-def _known(value: torch.Tensor) -> float | None:
+def _rounded(value: torch.Tensor) -> float | None:
     return round(float(value), 6) if bool(value.isfinite()) else None

@@ -46,10 +46,10 @@ class Correct(Job):
     """Stage 3, after the cheap checks; :meth:`run` writes the corrected adapter.
 
     Args:
-        adapter: that LoRA, which was trained on an emulator.
+        adapter: the request's LoRA, trained on an emulator.
 
     Attributes:
-        emulator: what it was trained on; by default the one that its config names.
+        emulator: the emulator that the LoRA was trained on; by default the one that its config names.
         base: the model that the emulator was made from.
 
     Raises:
@@ -61,14 +61,14 @@ class Correct(Job):
         self.emulator = Emulator(request.emulator or Path(adapter.model_name), adapter.directory)
         self.base = open_original(request.base or made_from(self.emulator.directory, "base"), request.device)
         self.correct = plugin_manager().algorithm("corrections", self.settings.correction)
-        if self.emulator.said("request.settings.paper", bool) and "clamp" not in self.settings.model_fields_set:
+        if self.emulator.entry("request.settings.paper", bool) and "clamp" not in self.settings.model_fields_set:
             self.settings = self.settings.model_copy(update={"clamp": PAPER_CLAMP})
         self.skeleton = self.base.skeleton
         require_shapes(adapter, self.skeleton.model)
         for name, new in replaced_weights(adapter.replaced, self.skeleton).items():
             self.skeleton.replace(name, new.applied)
-        self.rows = self._rows(self.emulator.said("request.settings.loss", Loss))
-        length = self.emulator.said("request.settings.max_length", int | None)
+        self.rows = self._rows(self.emulator.entry("request.settings.loss", Loss))
+        length = self.emulator.entry("request.settings.max_length", int | None)
         self.samples = self.base.samples(self.rows, length, "selection")
 
     @cached_property
@@ -125,28 +125,28 @@ class Correct(Job):
     def make(self, staging: Path, progress: Progress) -> None:
         """Write the corrected adapter; ``progress`` is called with a module's path."""
         compared = self._candidates()
-        found, losses = self._compare(compared, progress) if self.samples else ({}, None)
-        done = len(found)
+        corrections, losses = self._compare(compared, progress) if self.samples else ({}, None)
+        done = len(corrections)
         # LoRAs that no row passed through (a tower of another modality), and all LoRAs at a fixed clamp.
         for path, lora in self.adapter.loras.items():
-            if path not in found:
+            if path not in corrections:
                 name = lora.parameter(path)
                 with self.skeleton.parameters([name]) as weights:
-                    found[path] = self._correct(path, weights[name], lora, compared)
+                    corrections[path] = self._correct(path, weights[name], lora, compared)
                 done += 1
                 progress(path, done, len(self.adapter.loras))
         chosen = 0 if losses is None else choose(losses)
         config = {**self.adapter.config, "base_model_name_or_path": self.base.checkpoint.name}
         config["fan_in_fan_out"] = any(self.skeleton.is_transposed(key) for key in self._keys())
-        # PEFT reads the scale from the config, which is that of the adapter as it was trained.
-        loras = {path: found[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
+        # PEFT reads the scale from the config, which stays as it was in training.
+        loras = {path: corrections[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
         corrected = {CORRECTED: str(compared[chosen].clamp)}
         write_adapter(staging, config, loras, corrected, self.adapter.others)
         copy_moments(self.adapter.directory, staging)
         self.base.objective.accompany(self.base.checkpoint, staging)
         result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}
         self.output.result = {**result, CONTENT: content_hash(staging)}
-        self.output.made = f"Correction by `{self.settings.correction}`: {verdict(result)}."
+        self.output.provenance = f"Correction by `{self.settings.correction}`: {verdict(result)}."
 
     @property
     def bytes_to_read(self) -> int:
@@ -169,21 +169,21 @@ class Correct(Job):
     def _correct(self, path: str, weight: torch.Tensor, lora: Lora, compared: tuple[Candidate, ...]) -> list[Lora]:
         """Return the LoRA for every candidate. Every clamp is computed once."""
         clamps = tuple(dict.fromkeys(candidate.clamp for candidate in compared))
-        of = self._of_experts if lora.is_stacked else self._of_linear
-        corrected = dict(zip(clamps, of(path, weight, lora, clamps), strict=True))
+        correct = self._correct_experts if lora.is_stacked else self._correct_linear
+        corrected = dict(zip(clamps, correct(path, weight, lora, clamps), strict=True))
         return [corrected[candidate.clamp].scaled(candidate.scale) for candidate in compared]
 
-    def _of_linear(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
-        emulated = self.emulator.of(self.skeleton.sources(f"{path}.weight")[0], path, weight)
+    def _correct_linear(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
+        emulated = self.emulator.stand_in(self.skeleton.sources(f"{path}.weight")[0], path, weight)
         return self._clamped(path, weight, emulated, lora, clamps)
 
-    def _of_experts(self, path: str, stack: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
+    def _correct_experts(self, path: str, stack: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
         """Correct the LoRA of each expert by itself."""
         weights = stack if tuple(stack.shape) == lora.shape else stack.mT
-        emulated = self.emulator.of_stack(path, weights)
-        each = zip(weights, emulated, lora.experts(), strict=True)
-        found = [self._clamped(path, weight, stand_in, of, clamps) for weight, stand_in, of in each]
-        return [Lora.stacked(of) for of in zip(*found, strict=True)]
+        emulated = self.emulator.stand_ins(path, weights)
+        experts = zip(weights, emulated, lora.experts(), strict=True)
+        by_expert = [self._clamped(path, weight, stand_in, expert, clamps) for weight, stand_in, expert in experts]
+        return [Lora.stacked(loras) for loras in zip(*by_expert, strict=True)]
 
     def _clamped(
         self, path: str, weight: torch.Tensor, emulated: StandIn | None, lora: Lora, clamps: tuple[Clamp, ...]
@@ -192,7 +192,7 @@ class Correct(Job):
             return [lora] * len(clamps)
         with naming_errors(f"The correction {self.settings.correction!r}, on {path},"):
             corrected: Any = self.correct(weight, emulated, lora.to(weight.device), clamps)
-        if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
+        if not isinstance(corrected, list) or [*map(_shapes, corrected)] != [_shapes(lora)] * len(clamps):
             raise EmlocError(
                 f"The correction {self.settings.correction!r} did not return one LoRA per clamp, each in the shapes "
                 f"of its input, on {path}.",
@@ -230,7 +230,7 @@ class Correct(Job):
                 candidates[path] = self._correct(path, weight, loras[path], compared)
                 on_device[path] = [lora.to(weight.device) for lora in candidates[path]]
                 progress(path, len(candidates), len(loras))
-            with adding(self.skeleton.model, on_device, lambda of: of[stream.sample // rows]):
+            with adding(self.skeleton.model, on_device, lambda corrected: corrected[stream.sample // rows]):
                 yield
 
         def visit(unit: str) -> Any:
@@ -265,7 +265,7 @@ def prepare(request: CorrectRequest) -> Correct | AsTrained:
         return Correct(request, adapter) if is_emulator else AsTrained(request, adapter)
     name = adapter.model_name
     if not may_be_hub_id(name):
-        return Correct(request, adapter)  # which says that it is not there
+        return Correct(request, adapter)  # which reports that it is missing
     if not adapter.manifest and request.base != name:
         raise EmlocError(
             f"{adapter.directory} was trained on {name}, which was not found, so it is unknown whether that is an "

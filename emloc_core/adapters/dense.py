@@ -1,7 +1,7 @@
-"""What an adapter replaces: the embeddings or the output layer as they were trained, whole or some of their rows.
+"""Embeddings and output layers that an adapter replaces, whole or some of their rows.
 
-PEFT trains them where a config has ``modules_to_save`` or ``trainable_token_indices``. An emulator has them from its
-base as they are, so what was trained there holds on the base.
+PEFT trains them where a config has ``modules_to_save`` or ``trainable_token_indices``. An emulator has its base's own,
+so the trained ones are valid on the base.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.standins.vocabulary import vocabulary_layers
 
-#: What PEFT calls a replaced weight, and replaced rows of one, in an adapter's file.
+#: Ends of PEFT's keys of a replaced weight, and of replaced rows of one.
 WEIGHT, ROWS = ".weight", ".token_adapter.trainable_tokens_delta"
 
 
@@ -32,31 +32,31 @@ class Replacement:
     indices: tuple[int, ...] | None = None
 
     def applied(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Return rows of the base's weight with those of them that are replaced, as new.
+        """Return rows of the base's weight, with the replaced ones among them as new.
 
         Args:
             weight: (rows, features), from row ``first`` of the base's on.
         """
         if self.indices is None:
             return self.weight[first : first + len(weight)].to(weight.device, weight.dtype)
-        found = weight.clone()
+        replaced = weight.clone()
         for row, index in zip(self.weight, self.indices, strict=True):
             if first <= index < first + len(weight):
-                found[index - first] = row
-        return found
+                replaced[index - first] = row
+        return replaced
 
 
 def replacements(tensors: Mapping[str, torch.Tensor], tokens: Any) -> dict[str, Replacement]:
     """Return what an adapter replaces, by path of the module.
 
     Args:
-        tensors: of an adapter's file that are of no LoRA, by their keys without PEFT's prefix.
+        tensors: an adapter's tensors that belong to no LoRA, by their keys without PEFT's prefix.
         tokens: ``trainable_token_indices`` of its config: of the embeddings, or by the end of a path.
 
     Raises:
-        EmlocError: a tensor is none of these, or has another number of rows than the config says.
+        EmlocError: a tensor is no such replacement, or has another number of rows than the config says.
     """
-    found = {}
+    by_path = {}
     for key, tensor in tensors.items():
         rows = key.endswith(ROWS)
         path = key.removesuffix(ROWS) if rows else key.removesuffix(WEIGHT)
@@ -67,14 +67,14 @@ def replacements(tensors: Mapping[str, torch.Tensor], tokens: Any) -> dict[str, 
                 "Train an ordinary LoRA on Linears only.",
                 code="unsupported",
             )
-        found[path] = Replacement(tensor, indices)
-    return found
+        by_path[path] = Replacement(tensor, indices)
+    return by_path
 
 
 def _indices(path: str, tokens: Any) -> tuple[int, ...]:
     by_name = tokens if isinstance(tokens, Mapping) else {"": tokens}
-    named: list[Any] = [rows for name, rows in by_name.items() if not name or f".{path}".endswith(f".{name}")]
-    return tuple(named[0] or ()) if named else ()
+    matches: list[Any] = [rows for name, rows in by_name.items() if not name or f".{path}".endswith(f".{name}")]
+    return tuple(matches[0] or ()) if matches else ()
 
 
 def require_dense(replaced: Mapping[str, Replacement], model: nn.Module) -> None:
@@ -100,8 +100,8 @@ def require_dense(replaced: Mapping[str, Replacement], model: nn.Module) -> None
 
 def replaced_weights(replaced: Mapping[str, Replacement], skeleton: Skeleton) -> dict[str, Replacement]:
     """Return replacements by parameter; rows of tied embeddings are replaced in the output layer too, as in PEFT."""
-    found = {f"{path}.weight": new for path, new in replaced.items()}
+    by_parameter = {f"{path}.weight": new for path, new in replaced.items()}
     for name, source in skeleton.tied.items():
-        if source in found and found[source].indices is not None:
-            found.setdefault(name, found[source])
-    return found
+        if source in by_parameter and by_parameter[source].indices is not None:
+            by_parameter.setdefault(name, by_parameter[source])
+    return by_parameter

@@ -16,7 +16,7 @@ from emloc_core.standins.vocabulary import PACKINGS, PARTS, packed_layers
 
 
 class Emulator(Checkpoint):
-    """An emulator: how it was made, and what stands in it for the weights of the base, read one at a time.
+    """An emulator: its manifest, and its stand-ins for the weights of the base, read one at a time.
 
     Args:
         adapter: directory of the LoRA, for messages.
@@ -42,15 +42,15 @@ class Emulator(Checkpoint):
             )
         self._format, self._vocabulary = format_of(self.config), packed_layers(self.config)
 
-    def said(self, name: str, kind: Any) -> Any:
+    def entry(self, name: str, kind: Any) -> Any:
         """Return a part of its manifest, by its dotted name; see :func:`emloc_core.files.manifest.manifest_value`."""
         return manifest_value(self.manifest, self.directory, name, kind)
 
-    def of(self, key: str, path: str, weight: torch.Tensor) -> StandIn | None:
-        """Return what stands in for a weight; None where the emulator has the weight itself.
+    def stand_in(self, key: str, path: str, weight: torch.Tensor) -> StandIn | None:
+        """Return the stand-in for a weight; None where the emulator has the weight itself.
 
         Args:
-            key: of the weight in the base's checkpoint.
+            key: the weight's key in the base's checkpoint.
             weight: (m, n); the stand-in has its dtype and is on its device.
         """
         packing, shape = self._vocabulary.get(path), (weight.shape[0], weight.shape[1])
@@ -65,11 +65,11 @@ class Emulator(Checkpoint):
             return StandIn(PACKINGS[packing].unpack(codes, scales.to(weight.dtype), shape[1]))
         return self._format.read(tensors, shape, weight.dtype)
 
-    def of_stack(self, path: str, weights: torch.Tensor) -> Iterator[StandIn | None]:
-        """Yield what stands in for each expert's matrix; None where the emulator has the stack itself.
+    def stand_ins(self, path: str, weights: torch.Tensor) -> Iterator[StandIn | None]:
+        """Yield the stand-in for each expert's matrix; None where the emulator has the stack itself.
 
         Args:
-            path: of the stack in the base.
+            path: the stack's path in the base.
             weights: (E, m, n).
         """
         keys = [part_name(path, name) for name in self._format.names()]

@@ -12,20 +12,20 @@ _INNER, _SECOND = ".base_layer", "down_proj"
 _FIRST = ("gate_up_proj", "up_proj")
 
 
-def by_stack(found: Mapping[str, T], targets: Iterable[str]) -> dict[str, T]:
-    """Return what PEFT keeps of stacks, by the paths of their parameters.
+def by_stack(values: Mapping[str, T], targets: Iterable[str]) -> dict[str, T]:
+    """Return the values of stacks by the paths of their parameters.
 
     Args:
-        found: by the paths of PEFT's file; those of Linears are left out.
+        values: by the paths of PEFT's file; those of Linears are left out.
         targets: ``target_parameters`` of PEFT's config.
     """
     names = sorted(targets)
     stacks = {}
-    for path in found:
+    for path in values:
         owner = path.removesuffix(_INNER)
         first = next((name for name in _FIRST if _is_named(f"{owner}.{name}", names)), None)
-        if first and {owner, f"{owner}{_INNER}"} <= found.keys() and _is_named(f"{owner}.{_SECOND}", names):
-            stacks[f"{owner}.{_SECOND if path == owner else first}"] = found[path]
+        if first and {owner, f"{owner}{_INNER}"} <= values.keys() and _is_named(f"{owner}.{_SECOND}", names):
+            stacks[f"{owner}.{_SECOND if path == owner else first}"] = values[path]
     return stacks
 
 

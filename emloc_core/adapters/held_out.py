@@ -30,8 +30,8 @@ def adding(
     """Add LoRAs to the outputs of a model's Linears and experts while the context is active.
 
     Args:
-        loras: by module path, or by that of a stack of experts.
-        choose: what of these counts, asked at every call.
+        loras: by the path of a module, or of a stack of experts.
+        choose: returns the LoRA to apply for one of these; called in every forward.
     """
     stacks: dict[str, dict[str, Any]] = defaultdict(dict)
     linears = {}
@@ -45,13 +45,14 @@ def adding(
     def added(lora: Any) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
         return lambda _module, args, output: with_lora(output, args[0], choose(lora))
 
-    def experts(module: nn.Module, of: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
-        return lambda *args, **given: routed(
-            module, *args, **given, loras={name: choose(lora) for name, lora in of.items()}
+    def experts(module: nn.Module, by_name: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: routed(
+            module, *args, **kwargs, loras={name: choose(lora) for name, lora in by_name.items()}
         )
 
-    instead = [(module := model.get_submodule(path), experts(module, of)) for path, of in stacks.items()]
-    with forwards(instead), forward_hooks((model.get_submodule(path), added(of)) for path, of in linears.items()):
+    replacements = [(module := model.get_submodule(path), experts(module, by_name)) for path, by_name in stacks.items()]
+    hooks = ((model.get_submodule(path), added(lora)) for path, lora in linears.items())
+    with forwards(replacements), forward_hooks(hooks):
         yield
 
 

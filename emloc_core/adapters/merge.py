@@ -26,7 +26,7 @@ from emloc_core.model.opened import open_original
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import MergeRequest
 
-#: What becomes of a weight: it is replaced, then a LoRA is added; None: neither.
+#: How a weight changes: it is replaced, then a LoRA is added; each may be None.
 Change = tuple[Replacement | None, Lora | None]
 _AT_ONCE = 3  # shards
 _ROWS_BYTES = 2 << 20  # bytes of a weight merged at a time: few enough to stay in the processor's cache
@@ -52,12 +52,14 @@ class Merge(Job):
         changed = {lora.parameter(path) for path, lora in self.adapter.loras.items()}
         #: Tied output layers that change otherwise than the embeddings, and become tensors of their own.
         self.unties = {
-            name for name, to in skeleton.tied.items() if name in changed or replaced.get(name) is not replaced.get(to)
+            name
+            for name, source in skeleton.tied.items()
+            if name in changed or replaced.get(name) is not replaced.get(source)
         }
         #: New key -> key that it was tied to; the others are tied in the config, but stored in the file too.
         self.untied = {name: skeleton.sources(name)[0] for name in self.unties if not skeleton.stored(name)}
         loras = self._by_key(skeleton)
-        new = {self._key(name, skeleton): of for name, of in replaced.items()}
+        new = {self._key(name, skeleton): replacement for name, replacement in replaced.items()}
         self.changes: dict[str, Change] = {key: (new.get(key), loras.get(key)) for key in loras.keys() | new.keys()}
 
     @cached_property
@@ -84,12 +86,12 @@ class Merge(Job):
         }
 
     def _by_key(self, skeleton: Skeleton) -> dict[str, Lora]:
-        found: dict[str, Lora] = {}
+        loras: dict[str, Lora] = {}
         for path, lora in self.adapter.loras.items():
             name = lora.parameter(path)
             keys = skeleton.sources(name)
             if lora.is_stacked:
-                found |= _by_expert(lora, path, keys, skeleton)
+                loras |= _by_expert(lora, path, keys, skeleton)
                 continue
             expected = lora.shape
             if not keys:
@@ -105,8 +107,8 @@ class Merge(Job):
                     "The adapter belongs to another model, or save the base with save_pretrained first.",
                     code="mismatch",
                 )
-            found[self._key(name, skeleton)] = lora.transposed() if skeleton.is_transposed(keys[0]) else lora
-        return found
+            loras[self._key(name, skeleton)] = lora.transposed() if skeleton.is_transposed(keys[0]) else lora
+        return loras
 
     def _key(self, name: str, skeleton: Skeleton) -> str:
         """Return the key that a parameter has in the merged checkpoint."""
@@ -124,7 +126,7 @@ class Merge(Job):
             "untied": sorted(self.untied),
             "bytes": sum((staging / shard.name).stat().st_size for shard in self.base.shards),
         }
-        self.output.made = f"Merge: the LoRA is added to {len(self.adapter.loras)} of the base's Linears."
+        self.output.provenance = f"Merge: the LoRA is added to {len(self.adapter.loras)} of the base's Linears."
 
     def _write_shards(self, staging: Path, progress: Progress) -> None:
         """Write a few shards at a time: one waits for the disk while another is computed or copied."""
@@ -158,18 +160,18 @@ class Merge(Job):
     def _merged(self, tensor: TensorInfo, new: Replacement | None, lora: Lora | None) -> Iterator[memoryview]:
         """Yield the bytes of the changed weight, some rows at a time: with a LoRA the fp32 sum, cast once."""
         if lora and lora.is_stacked:
-            for part, of in zip(tensor.split(), lora.experts(), strict=True):
-                yield from self._merged(part, new, of)
+            for part, expert in zip(tensor.split(), lora.experts(), strict=True):
+                yield from self._merged(part, new, expert)
             return
         if lora:
             lora = Lora(lora.a.float(), lora.b.float(), lora.scale)
-        done = 0
+        start = 0
         for weight in row_chunks(tensor, _ROWS_BYTES):
             if new:  # into the chunk's own memory: a LoRA is added in place
-                weight.copy_(new.applied(weight, done))
+                weight.copy_(new.applied(weight, start))
             merged = weight
             if lora:
-                rows = lora.b[done : done + len(weight)]
+                rows = lora.b[start : start + len(weight)]
                 merged = weight.float().addmm_(rows, lora.a, alpha=lora.scale).to(DTYPES[tensor.dtype])
             # NaN and Inf survive a sum, so one pass finds them, including overflows in the cast.
             if not bool(torch.isfinite(merged.sum(dtype=torch.float32))):
@@ -177,7 +179,7 @@ class Merge(Job):
                     f"The merged {tensor.key} holds NaN or Inf.", "Check base and adapter.", code="not-finite"
                 )
             yield tensor_bytes(merged)
-            done += len(weight)
+            start += len(weight)
 
     def _write_side_files(self, staging: Path) -> None:
         self.base.copy_side_files(staging)
@@ -200,13 +202,15 @@ def _by_expert(lora: Lora, path: str, keys: list[str], skeleton: Skeleton) -> di
     if len(keys) == 1 and shapes[0] == tuple(skeleton.model.get_parameter(path).shape):
         return {keys[0]: lora if lora.shape == shapes[0] else lora.transposed()}
     experts = lora.experts()
-    parts, left = divmod(len(keys), len(experts))  # gate and up, say: all experts' of one, then all of the next
-    found: dict[str, Lora] = {}
-    if not left and parts and not lora.b.shape[1] % parts:
-        halves = [Lora(of.a, of.b.chunk(parts)[part], of.scale) for part in range(parts) for of in experts]
-        found = dict(zip(keys, halves, strict=True))
-        if all(of.shape == shape for of, shape in zip(halves, shapes, strict=True)):
-            return found
+    parts, remainder = divmod(len(keys), len(experts))  # gate and up, say: one part of all experts, then the next
+    by_key: dict[str, Lora] = {}
+    if not remainder and parts and not lora.b.shape[1] % parts:
+        halves = [
+            Lora(expert.a, expert.b.chunk(parts)[part], expert.scale) for part in range(parts) for expert in experts
+        ]
+        by_key = dict(zip(keys, halves, strict=True))
+        if all(expert.shape == shape for expert, shape in zip(halves, shapes, strict=True)):
+            return by_key
     raise EmlocError(
         f"The LoRA on {path} is for matrices of shape {lora.shape}; the base has {shapes[:3]} in {keys[:3]}.",
         "The adapter belongs to another model, or save the base with save_pretrained first.",

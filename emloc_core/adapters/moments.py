@@ -1,8 +1,8 @@
 """The second moments of a LoRA's gradients, kept beside it for the exact steps that start from it.
 
 Adam divides the step of every number by the root of the mean square of its gradients (arXiv 1412.6980). An optimiser
-without a past knows the first gradient alone: whatever its size, every number moves by the whole learning rate, which
-undoes a good start. With the second moments of tuning, steps are small where little is left to gain.
+without a history knows only the first gradient: whatever its size, every number moves by the whole learning rate,
+which undoes a good start. With the second moments of tuning, steps are small where little is left to gain.
 """
 
 import shutil
@@ -21,8 +21,8 @@ from emloc_core.files.shards import is_intact, write_shard
 
 #: A safetensors file, whose name keeps it from servers that load all of a LoRA's ``*.safetensors``.
 FILE = "second_moments.adam"
-#: As how many steps those of tuning count, however many they were: the base's gradients are others than the emulator's.
-#: With 10, no number moves by much more than the learning rate, even if its gradients were zero so far.
+#: The moments of tuning count as so many steps, however many there were: the base has other gradients than the
+#: emulator. With 10, no number moves by much more than the learning rate, even if its gradients were zero so far.
 _COUNTED = 10
 #: In the file's header: the learning rate of the tuning.
 _RATE = "learning_rate"
@@ -33,7 +33,7 @@ def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None,
     """Write the mean squares of a LoRA's gradients, in bf16 under the names of its weights, if the optimiser has them.
 
     Args:
-        optimizer: Adam or AdamW, maybe wrapped by accelerate; any other one leaves nothing behind.
+        optimizer: Adam or AdamW, maybe wrapped by accelerate; any other writes nothing.
         learning_rate: of the tuning; see :func:`tuned_at`.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -43,21 +43,21 @@ def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None,
     for parameter, beta in _parameters(optimizer):
         state = optimizer.state.get(parameter)  # a LoRA that no row passes through has none
         if state and ".lora_" in names[parameter]:
-            known = 1 - beta ** float(state["step"])
-            tensors[names[parameter]] = (state["exp_avg_sq"] / known).to(torch.bfloat16).cpu()
+            correction = 1 - beta ** float(state["step"])
+            tensors[names[parameter]] = (state["exp_avg_sq"] / correction).to(torch.bfloat16).cpu()
     if tensors:
         write_shard(directory / FILE, dict(sorted(tensors.items())), {_RATE: str(learning_rate)})
 
 
 def copy_moments(source: Path, target: Path) -> None:
-    """Copy those of an adapter, if it has any."""
+    """Copy an adapter's moments, if it has any."""
     if (source / FILE).exists():
         require_own_files(source, [FILE])
         shutil.copyfile(source / FILE, target / FILE)
 
 
 def hash_moments(directory: Path, files: Inputs) -> dict[str, str]:
-    """Return what a request says of those of an adapter; nothing if it has none."""
+    """Return a request's entry for an adapter's moments; empty if it has none."""
     return {"second_moments": files.hash([directory / FILE])} if (directory / FILE).exists() else {}
 
 
@@ -68,15 +68,15 @@ def tuned_at(directory: Path) -> float | None:
         EmlocError: the file is damaged.
     """
     path = _checked(directory)
-    found = read_header(path)[1].get(_RATE) if path else None
-    return float(found) if found else None
+    rate = read_header(path)[1].get(_RATE) if path else None
+    return float(rate) if rate else None
 
 
 def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None:
-    """Begin with those of an adapter, if it has any and the optimiser uses them.
+    """Start from an adapter's moments, if it has any and the optimiser uses them.
 
     Args:
-        optimizer: for its parameters; without a state.
+        optimizer: of the LoRA's parameters; without a state.
 
     Raises:
         EmlocError: the file is damaged, or belongs to another LoRA.
@@ -103,11 +103,11 @@ def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None
         for index, (parameter, beta) in enumerate(parameters)
         if names[parameter] in tensors
     }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # which moves everything to its place
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # which moves everything to its device
 
 
 def _checked(directory: Path) -> Path | None:
-    """Return the path of an adapter's file, which is as it was written; None if there is none."""
+    """Return the path of an adapter's moments, after checking the file; None if there is none."""
     path = directory / FILE
     if not path.exists():
         return None
@@ -123,5 +123,5 @@ def _parameters(optimizer: Adam) -> list[tuple[torch.nn.Parameter, float]]:
 
 
 def _names(lora: PeftModel) -> dict[torch.nn.Parameter, str]:
-    """Return what PEFT calls the parameters of a LoRA in its file."""
+    """Return the names of a LoRA's parameters in PEFT's file."""
     return {parameter: name.replace(".default.weight", ".weight") for name, parameter in lora.named_parameters()}

@@ -101,7 +101,7 @@ class _Lines:
     def __call__(self, item: str, done: int, total: int, _loss: float | None = None, /) -> None:
         now = time.monotonic()
         elapsed = now - self._start
-        remaining = self._pace.left(elapsed, done, total)
+        remaining = self._pace.remaining(elapsed, done, total)
         if now - self._last < self._every and done < total:
             return
         self._last = now

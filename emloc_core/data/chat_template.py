@@ -38,19 +38,19 @@ def encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
         try:
             return _last_answers(rows, tokenizer)
         except (TemplateError, ValueError, TypeError, EmlocError):
-            pass  # found again below, with its row
+            pass  # raised again below, with the row's name
     return [encode_conversation(row, tokenizer) for row in rows]
 
 
 def _last_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    prompts: Any = {id(row.prompt): row.prompt for row in rows}  # two answers have one
+    prompts: Any = {id(row.prompt): row.prompt for row in rows}  # two answers may share one
     conversations: Any = [[*(row.prompt or []), *(row.completion or [])] for row in rows]
     with rendering():
-        asked: Any = tokenizer.apply_chat_template([*prompts.values()], tokenize=False, add_generation_prompt=True)
+        rendered: Any = tokenizer.apply_chat_template([*prompts.values()], tokenize=False, add_generation_prompt=True)
         texts: Any = tokenizer.apply_chat_template(conversations, tokenize=False)
-    known = dict(zip(prompts, asked, strict=True))
-    found = tokenized_with_starts([known[id(row.prompt)] for row in rows], texts, tokenizer)
-    return [from_start(*each) for each in found]
+    prompt_texts = dict(zip(prompts, rendered, strict=True))
+    encoded = tokenized_with_starts([prompt_texts[id(row.prompt)] for row in rows], texts, tokenizer)
+    return [from_start(ids, start) for ids, start in encoded]
 
 
 def _has_tools(row: Row) -> bool:
@@ -77,12 +77,12 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded
     assert isinstance(row.completion, list)
     require_template(row, tokenizer)
 
-    given: Any = row.tools
+    tools: Any = row.tools
 
-    def render(messages: list[Message], *, text: bool = False, tools: Any = given, **settings: Any) -> Any:
+    def render(messages: list[Message], *, text: bool = False, tools: Any = tools, **settings: Any) -> Any:
         form: dict[str, Any] = {"tokenize": False} if text else {"tokenize": True, "return_dict": True}
-        found: Any = tokenizer.apply_chat_template(messages, tools=tools, **form, **settings)
-        return found if text else found["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(messages, tools=tools, **form, **settings)
+        return encoded if text else encoded["input_ids"]
 
     messages = [*row.prompt, *row.completion]
     try:
@@ -91,9 +91,9 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded
         if row.loss == "last":
             start = common_prefix(render(row.prompt, add_generation_prompt=True), ids)
             return from_start(ids, start)
-        if _MARKS.search(tokenizer.get_chat_template(tools=given)):
+        if _MARKS.search(tokenizer.get_chat_template(tools=tools)):
             marked: Any = tokenizer.apply_chat_template(
-                messages, tools=given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             return ids, list(marked["assistant_masks"])
         return ids, _all_answers(row, messages, ids, render, tokenizer.eos_token_id)
@@ -105,43 +105,43 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded
 
 
 def answer_render(processing: Any, tools: Any = None) -> AnswerRender:
-    """Return what renders messages by the template of a tokenizer, or of a processor, which takes contents in parts."""
+    """Return a function that renders messages with the template of a tokenizer or a processor."""
 
     def render(messages: list[Message], for_answer: bool) -> str:
-        found: Any = processing.apply_chat_template(
+        rendered: Any = processing.apply_chat_template(
             in_parts(messages) if isinstance(processing, ProcessorMixin) else messages,
             tools=tools,
             tokenize=False,
             add_generation_prompt=for_answer,
             continue_final_message=not for_answer,
         )
-        return found
+        return rendered
 
     return render
 
 
 def question(messages: Sequence[Message], render: AnswerRender, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return messages, rendered with the prompt for an answer, as far as conversations with one have it in tuning.
+    """Return messages, rendered with that part of the prompt for an answer which conversations in tuning have too.
 
-    Some templates ask for an answer by the start of thoughts, and leave that out before an answer without any.
+    Some templates end the prompt with the start of thoughts, and leave that out before an answer without thoughts.
     """
-    asked = render([*map(dict, messages)], True)
+    prompt = render([*map(dict, messages)], True)
     try:
-        said = render([*map(dict, messages)], False)
+        history = render([*map(dict, messages)], False)
         answered = render([*map(dict, messages), {"role": "assistant", "content": "?"}], False)
     except (TemplateError, ValueError, TypeError):
-        return asked
-    if not tokenizer.is_fast:  # which knows no places of tokens in a text
-        return asked
-    encoded = tokenizer([asked, answered], add_special_tokens=False)
+        return prompt
+    if not tokenizer.is_fast:  # a slow one knows no positions of tokens in a text
+        return prompt
+    encoded = tokenizer([prompt, answered], add_special_tokens=False)
     both: Any = encoded["input_ids"]
     last = encoded.token_to_chars(0, max(0, common_prefix(*both) - 1))
-    common = asked[: last.end] if last else ""
-    return common if common.startswith(said) else asked  # some templates render the messages themselves otherwise
+    common = prompt[: last.end] if last else ""
+    return common if common.startswith(history) else prompt  # some templates then render the messages differently
 
 
 def untuned_start(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the prompt for an answer begins it with, and tuning does not show: ``<think>``, say, or nothing."""
+    """Return how the prompt for an answer begins it, which tuning does not show: ``<think>``, say, or nothing."""
     messages: list[Message] = [{"role": "user", "content": "?"}]
     render = answer_render(tokenizer)
     try:
@@ -150,48 +150,48 @@ def untuned_start(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
 
 
-def lead(asked: str, messages: Sequence[Message], render: AnswerRender, answer: str = "?") -> str:
+def lead(prompt: str, messages: Sequence[Message], render: AnswerRender, answer: str = "?") -> str:
     """Return what the template writes between the prompt for an answer and the answer: an empty block of thoughts, say.
 
     Args:
-        asked: the messages, rendered with that prompt; see :func:`question`.
-        answer: which is to follow; any, where it is not known yet.
+        prompt: the messages, rendered with the prompt for an answer; see :func:`question`.
+        answer: the answer that follows; any text while it is not known yet.
 
     Returns:
-        "" also where what the template shows does not begin with that prompt, or end with the answer as it is given.
+        "" also where the rendered text does not begin with ``prompt``, or does not end with ``answer``.
     """
     try:
         answered = render([*map(dict, messages), {"role": "assistant", "content": answer}], False)
     except (TemplateError, ValueError, TypeError):
         return ""
-    said = answered.removeprefix(asked)
-    return said[: -len(answer)] if said != answered and answer and said.endswith(answer) else ""
+    continuation = answered.removeprefix(prompt)
+    return continuation[: -len(answer)] if continuation != answered and answer and continuation.endswith(answer) else ""
 
 
 def as_written(text: str, tokenizer: Any) -> str:
-    """Return a text as it is decoded where a model writes it: without special tokens."""
-    found: str = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True)
-    return found
+    """Return a text as it is decoded when a model writes it: without special tokens."""
+    decoded: str = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True)
+    return decoded
 
 
 def _all_answers(row: Row, messages: list[Message], ids: list[int], render: _Render, end_token: Any) -> list[int]:
-    """Return the mask of all answers. What the assistant says first of all answers nothing, and does not count."""
+    """Return the mask of all answers. An assistant's message that opens the conversation does not count."""
     mask, text = [0] * len(ids), render(messages, text=True)
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:
             continue
         before, up_to = messages[:index], messages[: index + 1]
         start = common_prefix(render(before, add_generation_prompt=True), ids)
-        whole = render(up_to)
+        partial_ids = render(up_to)
         if not text.startswith(render(before, text=True, add_generation_prompt=True)):
             end = None
         elif len(up_to) == len(messages):
             end = len(ids)
         elif text.startswith(render(up_to, text=True)):
-            end = common_prefix(whole, ids)
+            end = common_prefix(partial_ids, ids)
         else:
             next_one = start + common_prefix(render(_rewritten(messages, index + 1))[start:], ids[start:])
-            closed = end_token in whole[start:] and end_token in ids[start:next_one]
+            closed = end_token in partial_ids[start:] and end_token in ids[start:next_one]
             end = ids.index(end_token, start) + 1 if closed else None
         if end is None:
             raise EmlocError(
@@ -205,7 +205,7 @@ def _all_answers(row: Row, messages: list[Message], ids: list[int], render: _Ren
 
 
 def _rewritten(messages: list[Message], index: int) -> list[Message]:
-    """Return the messages with another content, from its start on, from ``index`` on."""
+    """Return the messages; those from ``index`` on with a content that differs from its first character."""
     others = [message | {"content": "?" if message["content"][:1] != "?" else "!"} for message in messages[index:]]
     return [*messages[:index], *others]
 
@@ -232,8 +232,8 @@ def _require_tools_shown(row: Row, messages: list[Message], ids: list[int], rend
 def require_template(row: Row, processing: Any) -> None:
     """Refuse a conversation if there is no chat template."""
     if not processing.chat_template:
-        what = "tokenizer" if isinstance(processing, PreTrainedTokenizerBase) else "processor"
+        kind = "tokenizer" if isinstance(processing, PreTrainedTokenizerBase) else "processor"
         raise EmlocError(
-            f"{row.name} is a conversation, but the model's {what} has no chat template.",
+            f"{row.name} is a conversation, but the model's {kind} has no chat template.",
             "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
         )

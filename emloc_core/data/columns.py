@@ -1,4 +1,4 @@
-"""Columns of rows: the user's names for them, and those of other tools as TRL's, such as Alpaca's and ShareGPT's."""
+"""Columns of rows: the user's names for them, and other tools' columns (Alpaca's, ShareGPT's) converted to TRL's."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ COLUMNS = (
     "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "weight", "tools",
     "instruction", "input", "output", "system", "history", "conversations",
 )  # fmt: skip
-#: Those of them that some rows may lack where others have them.
+#: Columns that some rows may lack where others have them.
 _OPTIONAL = {"image", "images", "weight", "tools", "input", "system", "history"}
 #: Every column has the name that TRL gives it.
 NO_RENAMING: Mapping[str, str] = {}
@@ -35,8 +35,8 @@ def require_known(columns: Mapping[str, str]) -> None:
     """
     if unknown := [name for name in columns if name not in COLUMNS]:
         name = unknown[0]
-        meant = f"{columns[name]}={name}" if columns[name] in COLUMNS else ""
-        hint = f" Did you mean {meant}?" if meant else did_you_mean(name, list(COLUMNS))
+        swapped = f"{columns[name]}={name}" if columns[name] in COLUMNS else ""
+        hint = f" Did you mean {swapped}?" if swapped else did_you_mean(name, list(COLUMNS))
         raise EmlocError(
             f"--columns {name}={columns[name]}: rows have no column {name!r}.{hint}",
             f"Give those of {', '.join(COLUMNS)} that you need, each with its name in your data.",
@@ -44,7 +44,7 @@ def require_known(columns: Mapping[str, str]) -> None:
 
 
 def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
-    """Return a row whose columns have the usual names; those that a row may lack are left out where it does.
+    """Return a row whose columns have the usual names; optional columns that it lacks are left out.
 
     A row that has them already is returned as it is: rows that EMLoC wrote are read with the user's names, too.
 
@@ -60,19 +60,19 @@ def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
         return content
     if not content.keys() & set(columns.values()) and known_columns({**content, "text": None}):  # some have a text, too
         return content
-    found = {name: value for name, value in content.items() if name not in columns.values()}
-    found |= {name: content[own] for name, own in columns.items() if own in content}
-    lacking = columns.keys() - found.keys()
+    cells = {name: value for name, value in content.items() if name not in columns.values()}
+    cells |= {name: content[own] for name, own in columns.items() if own in content}
+    lacking = columns.keys() - cells.keys()
     if lacking == columns.keys() or lacking - _OPTIONAL:
         missing = ", ".join(own for name, own in columns.items() if name in lacking)
         raise EmlocError(
             f"{where}: has no column {missing}; it has {', '.join(map(str, content))}.", "Correct --columns."
         )
-    return found
+    return cells
 
 
 def known_columns(content: Mapping[str, Any]) -> str:
-    """Return whose columns a row has: ``TRL``, ``ShareGPT`` or ``Alpaca``; "" if none are complete.
+    """Return which tool's columns a row has: ``TRL``, ``ShareGPT`` or ``Alpaca``; "" if none are complete.
 
     TRL's conversations and prompts come first, then the others; a text comes last, since some files hold their rows as
     one text besides.
@@ -125,10 +125,10 @@ def _alpaca(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     history = content.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise EmlocError(f"{where}: `history` is not a list of question-answer pairs.", "Correct it.")
-    instruction, given = content["instruction"], content.get("input")
-    asked = f"{instruction}\n{given}" if given else instruction
+    instruction, context = content["instruction"], content.get("input")
+    prompt = f"{instruction}\n{context}" if context else instruction
     messages = [{"role": "system", "content": content["system"]}] if content.get("system") else []
-    for question, answer in [*history, (asked, content["output"])]:
+    for question, answer in [*history, (prompt, content["output"])]:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
 
@@ -150,8 +150,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     if name not in _ROLES:
         raise EmlocError(f"{where}: `conversations` has a turn from {name!r}.", f"Known are {', '.join(_ROLES)}.")
     if name == "function_call":
-        one = isinstance(value, str) and not value.lstrip().startswith("[")
-        return {"role": "assistant", "content": "", "tool_calls": f"[{value}]" if one else value}
+        is_single = isinstance(value, str) and not value.lstrip().startswith("[")
+        return {"role": "assistant", "content": "", "tool_calls": f"[{value}]" if is_single else value}
     if isinstance(value, str) and "<image>" in value and name in ("human", "user"):
         return {"role": "user", "content": _parts(value)}
     return {"role": _ROLES[name], "content": value}

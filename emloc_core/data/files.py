@@ -1,4 +1,4 @@
-"""Reads rows from files as they are: JSONL, JSON, CSV, text and Parquet; :mod:`emloc_core.data.rows` parses them."""
+"""Reads rows from files: JSONL, JSON, CSV, text and Parquet; :mod:`emloc_core.data.rows` parses them."""
 
 import csv
 import io
@@ -23,8 +23,8 @@ def read_file(path: Path) -> Iterator[Numbered]:
         EmlocError: it has another suffix, or cannot be read.
     """
     if not names_rows(path):
-        known = f"{', '.join(READERS)}, nor one of these with {' or '.join(_COMPRESSED)}"
-        raise EmlocError(f"{path} is none of {known}.", "Convert it to one of these.", code="unsupported")
+        formats = f"{', '.join(READERS)}, nor one of these with {' or '.join(_COMPRESSED)}"
+        raise EmlocError(f"{path} is none of {formats}.", "Convert it to one of these.", code="unsupported")
     yield from READERS[_format(path)](path)
 
 
@@ -34,7 +34,7 @@ def names_rows(path: Path) -> bool:
 
 
 def _format(path: Path) -> str:
-    """Return the suffix that names the format, below that of a compression."""
+    """Return the suffix that names the format, without the suffix of a compression."""
     return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
 
@@ -59,7 +59,7 @@ def _jsonl(path: Path) -> Iterator[Numbered]:
 
 
 def _row(line: bytes, where: str) -> Any:
-    """Return what a line holds, or why it cannot be read: the lines that follow it can."""
+    """Return what a line holds, or the error if it cannot be read: the lines after it can."""
     try:
         return _decode(line, where)
     except EmlocError as error:
@@ -112,7 +112,7 @@ def _csv(path: Path) -> Iterator[Numbered]:
 
 
 def _delimiter(header: str, suffix: str) -> str:
-    """Return what separates the names of columns: a comma in .csv and a tab in .tsv, unless another one does instead.
+    """Return the delimiter of columns: a comma in .csv and a tab in .tsv, unless the header has more of another one.
 
     Spreadsheets write semicolons where the comma is the decimal separator.
     """

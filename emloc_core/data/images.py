@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Directory beside a file of rows with the images that were written with it.
 IMAGES = "images"
-#: Supported formats. Pillow knows many more, some by running other programs.
+#: Supported formats. Pillow knows many more; for some it runs other programs.
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 #: How PNG, JPEG, WEBP, GIF, BMP and TIFF start in base64, and the least length of an image: no path looks like that.
 _LEAST = 64
@@ -42,36 +42,36 @@ class Picture:
     content: bytes | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, source: Any, directory: Path, *, confined: bool = False) -> "Picture":
+    def from_source(cls, source: Any, directory: Path, *, confined: bool = False) -> "Picture":
         """Find an image, without decoding it.
 
         Args:
-            source: a path, relative to ``directory``; the encoded bytes; these in base64, alone or as ``data:`` URI;
+            source: a path, relative to ``directory``; the encoded bytes, also in base64, alone or as a ``data:`` URI;
                 ``{"bytes": ..., "path": ...}``, as in Parquet files and hub datasets; or a PIL image.
             directory: directory of the file of rows.
             confined: whether a path must stay within ``directory``, symbolic links resolved.
 
         Raises:
-            EmlocError: there is no such file, or ``source`` is something else.
+            EmlocError: there is no such file, or ``source`` is none of these.
         """
         if isinstance(source, Mapping) and (source.get("bytes") is not None or source.get("path") is not None):
             source = source["path"] if source.get("bytes") is None else source["bytes"]
         if isinstance(source, bytes):
             return cls(_hash(source), f"An image of {len(source)} bytes", content=source)
         if isinstance(source, str) and (decoded := _from_base64(source)) is not None:
-            return cls.of(decoded, directory)
+            return cls.from_source(decoded, directory)
         if isinstance(source, str | Path):
-            return cls._at(str(source), directory, confined=confined)
+            return cls._from_path(str(source), directory, confined=confined)
         if hasattr(source, "save") and hasattr(source, "convert"):  # PIL's, which may not be installed
             content = BytesIO()
             source.save(content, format="PNG")
-            return cls.of(content.getvalue(), directory)
+            return cls.from_source(content.getvalue(), directory)
         raise EmlocError(
             f"An image is {type(source).__name__}.", "Give a path, bytes, or both as an object with `bytes` and `path`."
         )
 
     @classmethod
-    def _at(cls, source: str, directory: Path, *, confined: bool) -> "Picture":
+    def _from_path(cls, source: str, directory: Path, *, confined: bool) -> "Picture":
         if "://" in source:
             raise EmlocError(f"The image {source[:80]} is not a path.", "Download it, and give the path of the file.")
         path = directory / source

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a model, each None if its config does not say.
+    """Limits of a model, each None if its config sets none.
 
     Attributes:
         tokens: the longest row.
@@ -17,8 +17,8 @@ class Limits:
     vocabulary: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "Limits":
-        """Return the limits of the model of a config."""
+    def for_config(cls, config: Any) -> "Limits":
+        """Return the limits of a config's model."""
         text = config.get_text_config()
-        found = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
-        return cls(*(size if isinstance(size, int) and size > 0 else None for size in found))  # -1 is no limit
+        sizes = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+        return cls(*(size if isinstance(size, int) and size > 0 else None for size in sizes))  # -1 is no limit

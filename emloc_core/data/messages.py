@@ -19,7 +19,7 @@ Content = str | list[Message]
 IMAGE = {"type": "image"}
 #: Placeholder for an image in the text of other row formats.
 _MARK = "<image>"
-#: What a message of a tool may have besides its content.
+#: Keys that a tool's message may have besides its content.
 _OF_TOOLS = ("name", "tool_call_id")
 _PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves go in `images`.'
 _CALL = 'A call is {"type": "function", "function": {"name": ..., "arguments": {...}}}.'
@@ -57,8 +57,8 @@ def place_images(prompt: list[Message], completion: list[Message], images: int, 
     first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)
     if images and not places and first is not None:
         question = {"type": "text", "text": prompt[first]["content"]}
-        asked = prompt[first] | {"content": [*(dict(IMAGE) for _ in range(images)), question]}
-        return [*prompt[:first], asked, *prompt[first + 1 :]]
+        with_images = prompt[first] | {"content": [*(dict(IMAGE) for _ in range(images)), question]}
+        return [*prompt[:first], with_images, *prompt[first + 1 :]]
     if places != images:
         raise EmlocError(
             f"{where}: the messages have {places} image parts, but there are {images} images.",
@@ -101,27 +101,27 @@ def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise EmlocError(f"{where} has a message that is not an object.", "A message is a role and a content.")
-    given = {name: part for name, part in value.items() if part is not None}
-    role = parse_string(given.pop("role", None), f"{where}: a message's role")
-    content, of = given.pop("content", None), f"{where}: a message's content"
+    fields = {name: part for name, part in value.items() if part is not None}
+    role = parse_string(fields.pop("role", None), f"{where}: a message's role")
+    content, label = fields.pop("content", None), f"{where}: a message's content"
     more: Message = {}
-    if role == "assistant" and given.get("tool_calls"):
-        more["tool_calls"] = parse_calls(given.pop("tool_calls"), where)
+    if role == "assistant" and fields.get("tool_calls"):
+        more["tool_calls"] = parse_calls(fields.pop("tool_calls"), where)
     if role == "tool":
-        more = {name: parse_string(given.pop(name), f"{where}: `{name}`") for name in _OF_TOOLS if name in given}
-    if unknown := sorted(name for name, part in given.items() if part != []):  # without, it is another conversation
+        more = {name: parse_string(fields.pop(name), f"{where}: `{name}`") for name in _OF_TOOLS if name in fields}
+    if unknown := sorted(name for name, part in fields.items() if part != []):  # without, it is another conversation
         raise EmlocError(
             f"{where} has a message of the {role} with {unknown}.",
             "A message has role and content; an assistant's also tool_calls, a tool's also name and tool_call_id.",
         )
     if isinstance(content, list):
-        parts = [_part(part, of) for part in content]
+        parts = [_part(part, label) for part in content]
         if IMAGE in parts:
             return {"role": role, "content": parts, **more}
         content = "".join(part["text"] for part in parts)
     may_be_blank = role == "tool" or "tool_calls" in more
     content = "" if content is None and may_be_blank else content
-    return {"role": role, "content": parse_string(content, of, may_be_blank=may_be_blank), **more}
+    return {"role": role, "content": parse_string(content, label, may_be_blank=may_be_blank), **more}
 
 
 def _part(value: Any, where: str) -> dict[str, str]:
@@ -141,10 +141,10 @@ def parse_tools(value: Any, where: str) -> list[dict[str, Any]]:
     Raises:
         EmlocError: it is something else.
     """
-    found = _decoded(value, f"{where}: `tools`")
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    tools = _decoded(value, f"{where}: `tools`")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise EmlocError(f"{where}: `tools` is not a list of objects.", _TOOLS)
-    return [_without_nulls(tool) for tool in found]
+    return [_without_nulls(tool) for tool in tools]
 
 
 def parse_calls(value: Any, where: str) -> list[dict[str, Any]]:
@@ -167,8 +167,8 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     arguments = _decoded(function.get("arguments", {}), f"{where}: the arguments of {function['name']}")
     if not isinstance(arguments, dict):
         raise EmlocError(f"{where}: the arguments of {function['name']} are not an object.", _CALL)
-    named = {"id": str(call["id"])} if "id" in call else {}
-    return {**named, "type": "function", "function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
+    ident = {"id": str(call["id"])} if "id" in call else {}
+    return {**ident, "type": "function", "function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
 
 
 def _decoded(value: Any, where: str) -> Any:

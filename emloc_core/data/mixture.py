@@ -25,14 +25,14 @@ def parse_sources(texts: Sequence[str]) -> str | dict[str, float]:
     Raises:
         EmlocError: a source is given twice.
     """
-    found: dict[str, float] = {}
+    sources: dict[str, float] = {}
     for text in texts:
         match = None if Path(text).exists() else _WEIGHTED.fullmatch(text)
         source, weight = (match["source"], float(match["weight"])) if match else (text, 1.0)
-        if source in found:
+        if source in sources:
             raise _given_twice(source)
-        found[source] = weight
-    return texts[0] if list(found.items()) == [(texts[0], 1.0)] else found
+        sources[source] = weight
+    return texts[0] if list(sources.items()) == [(texts[0], 1.0)] else sources
 
 
 def _given_twice(source: str) -> EmlocError:
@@ -40,13 +40,13 @@ def _given_twice(source: str) -> EmlocError:
 
 
 def weights(source: Any) -> dict[str, float] | None:
-    """Return the sources of a mixture with their weights; None for one source, or rows in memory in splits or not.
+    """Return the sources of a mixture with their weights; None for one source, or for rows in memory, in splits or not.
 
     Raises:
         EmlocError: a weight is not a positive number, or a source is given twice.
     """
-    if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
-        names = [str(each) for each in source]
+    if isinstance(source, list | tuple) and source and all(isinstance(item, str | Path) for item in source):
+        names = [str(item) for item in source]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise _given_twice(twice[0])
         return dict.fromkeys(names, 1.0)
@@ -60,12 +60,12 @@ def weights(source: Any) -> dict[str, float] | None:
 
 
 def is_splits(source: Any) -> bool:
-    """Return whether it is a ``DatasetDict``: data sets by the names of their splits."""
-    return isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values())
+    """Return whether a source is a ``DatasetDict``: data sets by the names of their splits."""
+    return isinstance(source, Mapping) and any(hasattr(dataset, "column_names") for dataset in source.values())
 
 
 def weighted(rows: "Sequence[Row]", weight: float) -> "Iterable[Row]":
-    """Yield every row as often as the weight says; of its fraction, the share of rows that their content chooses.
+    """Yield every row as often as the weight says; for its fraction, a share of the rows, chosen by their content.
 
     Args:
         weight: 2 yields every row twice, 0.25 a quarter of them, 1.5 every row and half of them once more.

@@ -1,4 +1,4 @@
-"""The user's rows in TRL's conventions: what one is, and how those of a source are parsed.
+"""The user's rows in TRL's conventions: what a row is, and how a source's rows are parsed.
 
 A row is ``text``, ``prompt`` + ``completion`` (two strings, or two lists of messages) or ``messages``. ``messages``
 become prompt and completion: the last answer. Whether the answers before it count in the loss too is the row's
@@ -41,10 +41,10 @@ class Row:
             any: such rows are tokenized as text, and others by the model's processor, as in TRL.
         tools: the tools that a conversation may call, as functions in JSON schema.
         loss: which of a conversation's answers count: the last one, or all.
-        source: file or dataset that it is from, if there are several.
+        source: its file or dataset, if there are several.
         rejected: of a preference, the answer that ``completion`` is preferred to.
         label: whether the completion is wanted, where the row says so.
-        weight: of a picture in the loss.
+        weight: weight of a picture in the loss.
     """
 
     number: int
@@ -74,7 +74,7 @@ class Row:
         return "prompt and completion" if isinstance(self.prompt, str) else "conversation"
 
     def answers(self) -> tuple["Row", ...]:
-        """Return the row with each of its answers: with its own, and of a preference also with the rejected one."""
+        """Return the row once per answer: with its own and, for a preference, also with the rejected one."""
         if self.rejected is None:
             return (self,)
         chosen = replace(self, rejected=None, label=True)
@@ -131,25 +131,25 @@ def parse_rows(
         EmlocError: a row has no known form, and ``skipped`` is None; or rows cannot have such columns.
     """
     require_known(columns)
-    told = False
-    for number, given in contents:
-        if isinstance(given, Row):
-            yield given
+    announced = False
+    for number, raw in contents:
+        if isinstance(raw, Row):
+            yield raw
             continue
         where = f"{source}, row {number}"
         try:
-            if isinstance(given, EmlocError):
-                raise given
-            content = renamed(given, where, columns)
+            if isinstance(raw, EmlocError):
+                raise raw
+            content = renamed(raw, where, columns)
             row = parse_row(content, where, number, directory, confined=confined)
         except EmlocError as error:
             if skipped is None:
                 raise
             skipped.append(Skipped(source, number, error.args[0].removeprefix(f"{where}: ")))
             continue
-        if not told and (known := known_columns(content)) in _CONVERSION:
-            click.echo(f"emloc: {source}: {known}'s {_CONVERSION[known]} become messages", err=True)
-            told = True
+        if not announced and (tool := known_columns(content)) in _CONVERSION:
+            click.echo(f"emloc: {source}: {tool}'s {_CONVERSION[tool]} become messages", err=True)
+            announced = True
         yield row
 
 
@@ -174,7 +174,7 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         if isinstance(prompt, str) != isinstance(completion, str):
             raise EmlocError(f"{where}: one of prompt and completion is a string, the other a list of messages.", FORMS)
         rejected = _rejected(content, completion, where)
-        label = content.get("label")  # or something else than what KTO means by it
+        label = content.get("label")  # other tools use this name for something else than KTO does
         row = Row(
             number, prompt=prompt, completion=completion, rejected=rejected,
             label=label if isinstance(label, bool) and rejected is None else None,
@@ -205,14 +205,14 @@ def _picture(content: dict[str, Any], where: str, number: int, directory: Path, 
     return Row(number, prompt=prompt, images=images, weight=weight)
 
 
-def _weight(given: Any, where: str) -> float:
-    """Return it as a number, which CSV has as text; 1 where the row has none."""
+def _weight(value: Any, where: str) -> float:
+    """Return a weight as a number (CSV has text); 1 if the row has none."""
     try:
-        weight = 1.0 if given is None else float(given)
+        weight = 1.0 if value is None else float(value)
     except (TypeError, ValueError, OverflowError):
         weight = float("nan")
-    if isinstance(given, bool) or not 0 < weight < float("inf"):
-        raise EmlocError(f"{where}: `weight` is {given!r}, not a number above 0.", "Correct it, or leave it out.")
+    if isinstance(value, bool) or not 0 < weight < float("inf"):
+        raise EmlocError(f"{where}: `weight` is {value!r}, not a number above 0.", "Correct it, or leave it out.")
     return weight
 
 
@@ -244,7 +244,7 @@ def _pictures(content: dict[str, Any], where: str, directory: Path, *, confined:
     if not isinstance(sources, list):
         raise EmlocError(f"{where}: `images` is {type(sources).__name__}, not a list.", "Name a single image `image`.")
     try:
-        return tuple(Picture.of(source, directory, confined=confined) for source in sources)
+        return tuple(Picture.from_source(source, directory, confined=confined) for source in sources)
     except EmlocError as error:
         raise EmlocError(f"{where}: {error.args[0]}", error.fix, code=error.code) from None
 

@@ -1,4 +1,4 @@
-"""The user's rows: parsed, left out by content, and written; :mod:`emloc_core.data.sources` reads them."""
+"""The user's rows: parsed, filtered by content, and written; :mod:`emloc_core.data.sources` reads them."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ from emloc_core.settings import Loss
 
 #: Files of an emulator with rows that must never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
-#: File of a run of ``emloc tune`` with rows that are answered before and after, and the file that is beside it.
-HELD_OUT, ASKED = "held_out.jsonl", "tune.json"
+#: File of a run of ``emloc tune`` with rows that are answered before and after, and the file with its request.
+HELD_OUT, TUNE_REQUEST = "held_out.jsonl", "tune.json"
 #: Files of such a run with rows that were in memory. They are there first, so their names alone tell what they are.
 ROWS, EVALUATED = "rows_in_memory.jsonl", "evaluated_in_memory.jsonl"
 #: File of an output with the rows that were left out.
@@ -28,12 +28,12 @@ SKIPPED = "skipped_rows.jsonl"
 
 
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
-    """Write which rows were left out and why, one JSON object per line; nothing of what is in them."""
+    """Write which rows were left out and why, one JSON object per line, without their contents."""
     lines = ({"source": Path(row.source).name, "row": row.number, "why": row.why} for row in skipped)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def told(skipped: Sequence[Skipped]) -> list[str]:
+def skipped_warnings(skipped: Sequence[Skipped]) -> list[str]:
     """Return a warning of rows that are left out, if there are any."""
     if not skipped:
         return []
@@ -64,7 +64,7 @@ def load_rows(
         loss: which answers of a conversation count.
         columns: names that the data have for columns, by the usual names: ``{"prompt": "question"}``. Rows without
             such a column, and those that an output keeps, are read as they are.
-        skipped: takes the rows that cannot be used; None: the first of them is an error.
+        skipped: list that receives the rows that cannot be used; None: the first of them is an error.
 
     Raises:
         EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
@@ -77,22 +77,22 @@ def load_rows(
         name = str(source)
         read, directory = reader_of(name)
         # An output may come from someone else: it may only refer to its own images.
-        kept = _is_kept(Path(source))
-        own = NO_RENAMING if kept else columns
-        rows = parse_rows(read(split), name, own, skipped, directory, confined=kept)
+        confined = _is_kept(Path(source))
+        own = NO_RENAMING if confined else columns
+        rows = parse_rows(read(split), name, own, skipped, directory, confined=confined)
     elif (mixture := weights(source)) is not None:
-        name, parts = "", ((each, load_rows(each, split, loss, columns, skipped)) for each in mixture)
-        rows = (replace(row, source=each) for each, of in parts for row in weighted(of, mixture[each]))
+        name, parts = "", ((part, load_rows(part, split, loss, columns, skipped)) for part in mixture)
+        rows = (replace(row, source=part) for part, part_rows in parts for row in weighted(part_rows, mixture[part]))
     else:
         name, rows = "the rows", parse_rows(enumerate(source, start=1), "the rows", columns, skipped)
     return _of_one_form(name, [row if loss == "last" else replace(row, loss=loss) for row in rows])
 
 
-class AskedRows(NamedTuple):
+class RequestedRows(NamedTuple):
     """The rows that a request asks for.
 
     Attributes:
-        excluded: how many are left out, since a file has their content.
+        excluded: how many are left out, because their content is in a file.
     """
 
     rows: list[Row]
@@ -100,17 +100,17 @@ class AskedRows(NamedTuple):
     skipped: list[Skipped]
 
 
-def asked_rows(request: RowsRequest, loss: Loss, kept: Iterable[Path] = ()) -> AskedRows:
-    """Read the rows of a request, without those that it excludes or that are ``kept`` in files of an emulator.
+def requested_rows(request: RowsRequest, loss: Loss, reserved: Iterable[Path] = ()) -> RequestedRows:
+    """Read the rows of a request, without those that it excludes and those in files of an emulator (``reserved``).
 
     Raises:
         EmlocError: they cannot be read.
     """
     skipped: list[Skipped] = []
-    given = skipped if request.skip_bad_rows else None
-    rows = load_rows(request.data, request.split, loss, request.columns, given)
-    left = without(rows, [*kept, *request.exclude], request.split, request.columns)
-    return AskedRows(left, len(rows) - len(left), skipped)
+    collected = skipped if request.skip_bad_rows else None
+    rows = load_rows(request.data, request.split, loss, request.columns, collected)
+    included = without(rows, [*reserved, *request.exclude], request.split, request.columns)
+    return RequestedRows(included, len(rows) - len(included), skipped)
 
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
@@ -147,7 +147,7 @@ def _is_kept(path: Path) -> bool:
     """Return whether a file holds rows that an emulator or a run keeps, in the usual columns."""
     if path.name in (ROWS, EVALUATED):
         return True
-    beside = {CALIBRATION: MANIFEST, SELECTION: MANIFEST, HELD_OUT: ASKED}.get(path.name)
+    beside = {CALIBRATION: MANIFEST, SELECTION: MANIFEST, HELD_OUT: TUNE_REQUEST}.get(path.name)
     return beside is not None and (path.parent / beside).is_file()
 
 
@@ -163,10 +163,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         EmlocError: an image cannot be read.
     """
 
-    def kept(picture: Picture) -> str:
+    def write_image(picture: Picture) -> str:
         return picture.write(path.parent)
 
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row.to_dict(), ensure_ascii=False, default=kept) + "\n" for row in rows)
+        file.writelines(json.dumps(row.to_dict(), ensure_ascii=False, default=write_image) + "\n" for row in rows)
     partial.replace(path)

@@ -38,11 +38,11 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
             "Give more rows, or keep fewer of them: --samples, --selection.",
         )
 
-    def place(key: str) -> bytes:
+    def sort_key(key: str) -> bytes:
         names = (f"{seed}:{key}" if copy == 0 else f"{seed}:{key}:{copy}" for copy in range(len(copies[key])))
         return min(hashlib.sha256(name.encode()).digest() for name in names)
 
-    order = sorted(copies, key=place)
+    order = sorted(copies, key=sort_key)
     return Sets(
         calibration=[copies[key][0] for key in order[:calibration]],
         selection=[copies[key][0] for key in order[calibration:needed]],
@@ -51,7 +51,7 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
 
 
 def share_of(rows: Sequence[Row], share: float) -> list[Row]:
-    """Return a share of the distinct rows, at least one, chosen by content; copies come along."""
+    """Return a share of the distinct rows, at least one, chosen by content; their copies are included."""
     keys = sorted({row.key for row in rows}, key=lambda key: hashlib.sha256(f"eval:{key}".encode()).digest())
     chosen = set(keys[: max(1, round(share * len(keys)))])
     return [row for row in rows if row.key in chosen]

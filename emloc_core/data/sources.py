@@ -1,4 +1,4 @@
-"""Reads rows from where they are: files, folders of pictures, and data sets, saved or of the hub.
+"""Reads rows from their sources: files, folders of pictures, and data sets, saved or of the hub.
 
 :mod:`emloc_core.data.rows` parses them.
 """
@@ -14,22 +14,22 @@ from emloc_core.errors import EmlocError, first_line
 
 #: Files that ``save_to_disk`` of ``datasets`` leaves: of a dataset, and of one with several splits.
 _SAVED = ("state.json", "dataset_dict.json")
-#: The file of a folder of pictures that says what belongs to each, as ``datasets`` reads it.
+#: The file of a folder of pictures with the captions, as ``datasets`` reads it.
 _FOLDER = "metadata.jsonl"
-#: Suffixes of pictures that a file of text is beside.
+#: Suffixes of pictures, each with a text file beside it.
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _PATIENCE = 10.0  # seconds to wait for the hub
 
 
 def reader_of(source: str) -> tuple[Callable[[str], Iterator[Numbered]], Path]:
-    """Return how a source is read, and nothing of it yet.
+    """Return how a source is read; nothing is read yet.
 
     Args:
         source: path of a file or a directory, or id of a hub dataset.
 
     Returns:
-        What yields its rows with their numbers, or why one cannot be read, given the split of a dataset; and the
-        directory that paths of images are relative to.
+        A function of the split of a dataset that yields its rows with their numbers, or why one cannot be read; and
+        the directory that paths of images are relative to.
 
     Raises:
         EmlocError: it is an empty file, or neither a file nor a saved dataset, and cannot be the id of a hub dataset.
@@ -64,7 +64,7 @@ def no_rows(source: str) -> EmlocError:
 
 
 def _is_folder(path: Path) -> bool:
-    """Return whether a path is a directory of pictures, with what belongs to each."""
+    """Return whether a path is a directory of pictures, each with its caption, or a list of them."""
     captions = (file.with_suffix(".txt") for file in _pictures(path)) if path.is_dir() else ()
     return (path / _FOLDER).is_file() or any(caption.is_file() for caption in captions)
 
@@ -92,8 +92,8 @@ def _read_folder(path: Path) -> Iterator[Numbered]:
 
 def _pictured(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of ``metadata.jsonl`` with the usual columns: scripts of diffusers call the prompt ``text``."""
-    named = {"file_name": "image", "text": "prompt", "caption": "prompt"}
-    return {**{usual: row[name] for name, usual in named.items() if name in row}, **row}
+    aliases = {"file_name": "image", "text": "prompt", "caption": "prompt"}
+    return {**{usual: row[name] for name, usual in aliases.items() if name in row}, **row}
 
 
 def _is_saved(path: Path) -> bool:
@@ -105,16 +105,16 @@ def _read_saved(path: Path, split: str) -> Iterator[Numbered]:
     from datasets import DatasetDict, load_from_disk
 
     try:
-        found = load_from_disk(str(path))
+        dataset = load_from_disk(str(path))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EmlocError(
             f"{path} cannot be read as a saved dataset ({first_line(error)}).", "Save it again.", code="damaged"
         ) from None
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise EmlocError(f"{path} has no split {split!r}.", f"Give one of: {', '.join(found)}.", code="missing")
-        found = found[split]
-    yield from enumerate(_undecoded(found), start=1)
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise EmlocError(f"{path} has no split {split!r}.", f"Give one of: {', '.join(dataset)}.", code="missing")
+        dataset = dataset[split]
+    yield from enumerate(_undecoded(dataset), start=1)
 
 
 def _read_hub(source: str, split: str) -> Iterator[Numbered]:
@@ -125,7 +125,7 @@ def _read_hub(source: str, split: str) -> Iterator[Numbered]:
     try:
         if not is_offline_mode():
             _require_answer(source)
-        found = load_dataset(source, split=split)
+        dataset = load_dataset(source, split=split)
     except ConnectionError as error:
         raise EmlocError(
             f"There is no file {source}, and the hub could not be reached to look for a dataset of that name.",
@@ -138,7 +138,7 @@ def _read_hub(source: str, split: str) -> Iterator[Numbered]:
             "Check the path, or the dataset's id and --split.",
             code="missing",
         ) from error
-    yield from enumerate(_undecoded(found), start=1)
+    yield from enumerate(_undecoded(dataset), start=1)
 
 
 def _require_answer(source: str) -> None:
@@ -158,14 +158,14 @@ def _require_answer(source: str) -> None:
         raise ConnectionError from error
 
 
-def _undecoded(found: Any) -> Any:
+def _undecoded(dataset: Any) -> Any:
     """Return a dataset whose images are stored bytes or paths, decoded only when they are used."""
     from datasets import Image, List
 
     for name in ("images", "image"):
-        feature = found.features.get(name)
+        feature = dataset.features.get(name)
         if isinstance(feature, Image):
-            found = found.cast_column(name, Image(decode=False))
+            dataset = dataset.cast_column(name, Image(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            found = found.cast_column(name, List(Image(decode=False)))
-    return found
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset

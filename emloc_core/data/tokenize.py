@@ -41,7 +41,7 @@ class Sample:
     Attributes:
         input_ids: T token ids.
         completion_mask: T times 0 or 1: whether the token counts in the loss; all 1 for a row of text.
-        row: what messages call the row that it was made from.
+        row: name of its row in messages.
         others: the model's other inputs by name, in the shapes that its processor returns: ``pixel_values``, and
             whatever else it takes for images.
     """
@@ -72,13 +72,13 @@ class Sample:
     def loss(self, model: Any, device: torch.device | str) -> torch.Tensor:
         """Pass through a model; return the loss, summed over the tokens that count, and their number, (2,), fp64.
 
-        Only their logits are computed, where the model can leave out the others.
+        Where the model can leave out logits, only those that predict these tokens are computed.
         """
         chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
         inputs = self.inputs(device)
         before = torch.tensor(self.completion_mask[1:], device=device).nonzero()[:, 0]  # predict the next
-        chosen = {"logits_to_keep": before} if chooses else {}
-        logits = model(**inputs, **chosen, use_cache=False).logits[0]
+        options = {"logits_to_keep": before} if chooses else {}
+        logits = model(**inputs, **options, use_cache=False).logits[0]
         targets = inputs["input_ids"][0, before + 1]
         loss = nn.functional.cross_entropy((logits if chooses else logits[before]).float(), targets, reduction="sum")
         return torch.tensor([float(loss), len(before)], dtype=torch.float64)
@@ -160,12 +160,12 @@ def require_readable(rows: Iterable[Row], family: Family) -> None:
         )
 
 
-def _load(auto_class: str, directory: Path, what: str) -> Any:
+def _load(auto_class: str, directory: Path, kind: str) -> Any:
     try:
         return pretrained.load_processing(auto_class, directory)
     except ImportError as error:
         raise EmlocError(
-            f"The {what} in {directory} needs more packages: {first_line(error)}",
+            f"The {kind} in {directory} needs more packages: {first_line(error)}",
             "pip install 'emloc[vision]'",
             code="unavailable",
             resumable=True,
@@ -174,8 +174,8 @@ def _load(auto_class: str, directory: Path, what: str) -> Any:
         raise
     except Exception as error:  # transformers and tokenizers check little, and raise exceptions of any type
         raise EmlocError(
-            f"The {what} in {directory} cannot be loaded ({first_line(error)}).",
-            f"Copy the files of the model's {what} there.",
+            f"The {kind} in {directory} cannot be loaded ({first_line(error)}).",
+            f"Copy the files of the model's {kind} there.",
             code="missing",
             resumable=True,
         ) from error
@@ -195,7 +195,7 @@ def encode(
 
     Args:
         processing: the model's tokenizer or processor; see :func:`load_processing`.
-        max_length: maximum tokens per sequence, which are truncated; None truncates nothing.
+        max_length: maximum tokens per sequence, beyond which it is truncated; None truncates nothing.
         dtype: dtype of the model's floating-point inputs.
 
     Raises:
@@ -234,10 +234,10 @@ def tokenized(
         for row in rows:
             yield _within(limits, row, _with_images(row, processing, max_length, dtype))
         return
-    left = iter(rows)
-    while some := list(islice(left, _AT_ONCE)):
-        encoded = encode_conversations if some[0].form == "conversation" else _plain
-        for row, (ids, mask) in zip(some, encoded(some, processing), strict=True):
+    remaining = iter(rows)
+    while batch := list(islice(remaining, _AT_ONCE)):
+        encoded = encode_conversations if batch[0].form == "conversation" else _plain
+        for row, (ids, mask) in zip(batch, encoded(batch, processing), strict=True):
             if not any(mask):
                 raise EmlocError(f"{row.name}: the tokenizer leaves no tokens to learn.", "Leave the row out.")
             yield _within(limits, row, Sample(ids[:max_length], mask[:max_length], row.name))
@@ -310,9 +310,9 @@ def _plain(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Enco
     texts: list[Any] = [row.completion if row.text is None else row.text for row in rows]
     texts = [text if text.endswith(end) else f"{text}{end}" for text in texts]
     prompts: list[Any] = [row.prompt or "" for row in rows]
-    whole = [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
-    known = token_ids({*prompts, *whole}, tokenizer, special=True)
+    joined = [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
+    ids = token_ids({*prompts, *joined}, tokenizer, special=True)
     return [
-        from_start(known[each], common_prefix(known[prompt], known[each]) if prompt else 0)
-        for prompt, each in zip(prompts, whole, strict=True)
+        from_start(ids[text], common_prefix(ids[prompt], ids[text]) if prompt else 0)
+        for prompt, text in zip(prompts, joined, strict=True)
     ]

@@ -11,7 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emloc_core.data.rows import CALIBRATION, SELECTION, SKIPPED, asked_rows, told, write_rows, write_skipped
+from emloc_core.data.rows import (
+    CALIBRATION,
+    SELECTION,
+    SKIPPED,
+    requested_rows,
+    skipped_warnings,
+    write_rows,
+    write_skipped,
+)
 from emloc_core.data.sets import draw
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
@@ -54,7 +62,7 @@ class Compress(Job):
         format.check(requested)
         model = self.base.skeleton.model
         linears = find_linears(model, self.base.family, format)
-        rows, _, self.skipped = asked_rows(request, request.settings.loss)
+        rows, _, self.skipped = requested_rows(request, request.settings.loss)
         self.method = method_of(requested, format, linears, model, rows=len({row.key for row in rows}))
         self.format, self.settings = self.method.format, self.method.settings
         self.plan: RankPlan = self.method.plan()
@@ -133,13 +141,13 @@ class Compress(Job):
     def warnings(self) -> list[str]:
         """What the user has to know before the emulator is made: what stays dense, and how much of the model it is."""
         if self.settings.selection == self.request.settings.selection:
-            return [*self.coverage.warnings, *told(self.skipped)]
+            return [*self.coverage.warnings, *skipped_warnings(self.skipped)]
         calibration, selection, tuning = map(len, (self.rows.calibration, self.rows.selection, self.rows.tuning))
         few = (
             f"there are few rows: {calibration} are set aside for calibration and {selection} for choosing the "
             f"correction, which leaves {tuning} to train on; --samples and --selection change this"
         )
-        return [*self.coverage.warnings, *told(self.skipped), few]
+        return [*self.coverage.warnings, *skipped_warnings(self.skipped), few]
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
         """Make the emulator; for a finished one, note what it is planned for now."""
@@ -167,7 +175,7 @@ class Compress(Job):
         result |= {"tuning": tuning} if (tuning := self._tuning()) else {}
         left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
         self.output.result = {**result, **left_out, **files.finish(self._tokens)}
-        self.output.made = described(self.settings, self.output.result)
+        self.output.provenance = described(self.settings, self.output.result)
 
     def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
         """Return the plan with ranks by spectra, which are gathered unless an interrupted run has."""

@@ -1,4 +1,4 @@
-"""What a model answers to rows, without an adapter and with it."""
+"""A model's answers to rows, without an adapter and with it."""
 
 import json
 from collections.abc import Sequence
@@ -8,40 +8,40 @@ from typing import Any
 
 from emloc_core.data.row import Row
 
-#: Share of a row of text alone that the model is to continue.
+#: Share of a plain text that is the prompt; the model continues it.
 _SHARE = 0.3
 
 
 def answers(base: str, adapter: Path, rows: Sequence[Row], max_new_tokens: int) -> list[dict[str, str]]:
-    """Return every row's prompt and answer, and what the base answers without and with the adapter; imports torch."""
+    """Return every row's prompt and answer, and the base's answers without and with the adapter; imports torch."""
     from emloc_core.evaluation.conversation import open_conversation
 
     conversation = open_conversation(base, adapter, max_new_tokens=max_new_tokens, temperature=0.0)
-    found = []
+    results = []
     for row in rows:
-        told = {"prompt": _prompt(row), "expected": _expected(row)}
+        record = {"prompt": _prompt(row), "expected": _expected(row)}
         for name, context in (("before", conversation.model.disable_adapter()), ("after", nullcontext())):
             with context:
                 if isinstance(row.prompt, list):
-                    told[name] = conversation.complete(row.prompt, row.images or (), row.tools)
+                    record[name] = conversation.complete(row.prompt, row.images or (), row.tools)
                 else:
-                    told[name] = conversation.continue_text(_prompt(row))
-        found.append(told)
-    return found
+                    record[name] = conversation.continue_text(_prompt(row))
+        results.append(record)
+    return results
 
 
 def _prompt(row: Row) -> str:
     if row.text is not None:
         return row.text[: max(1, int(_SHARE * len(row.text)))]
-    return _said(row.prompt)
+    return _text_of(row.prompt)
 
 
 def _expected(row: Row) -> str:
-    return row.text[len(_prompt(row)) :] if row.text is not None else _said(row.completion)
+    return row.text[len(_prompt(row)) :] if row.text is not None else _text_of(row.completion)
 
 
-def _said(content: Any) -> str:
-    """Return the text of a prompt or an answer: of a conversation, that of its last message, and its calls of tools."""
+def _text_of(content: Any) -> str:
+    """Return the text of a prompt or an answer: in a conversation, its last message's text and tool calls."""
     if not isinstance(content, list):
         return str(content)
     last = content[-1].get("content") or ""

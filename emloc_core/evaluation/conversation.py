@@ -60,7 +60,7 @@ class Conversation:
     def say(
         self, text: str, images: Sequence[str | PathLike[str]] = (), write: Callable[[str], None] = lambda _: None
     ) -> str:
-        """Say something and return the answer, without the space around it and what the chat template writes before it.
+        """Say something and return the answer, without surrounding space and the chat template's text before it.
 
         Args:
             images: paths of images, which are put before the text.
@@ -74,14 +74,14 @@ class Conversation:
             raise EmlocError(
                 "The model reads no images.", "Leave out the images, or use an image-text model.", code="mismatch"
             )
-        pictures = [Picture.of(fspath(image), Path()) for image in images]
+        pictures = [Picture.from_source(fspath(image), Path()) for image in images]
         content = [*(dict(IMAGE) for _ in pictures), {"type": "text", "text": text}] if pictures else text
         messages = [*self.messages, {"role": "user", "content": content}]
-        shown = [*self._pictures, *pictures]
-        asked = self._inputs(messages, shown) if self.has_template else (self._plain(text), "")
-        answer = self._answer(*asked, write)
+        all_pictures = [*self._pictures, *pictures]
+        inputs = self._inputs(messages, all_pictures) if self.has_template else (self._plain(text), "")
+        answer = self._answer(*inputs, write)
         if self.has_template:
-            self.messages, self._pictures = [*messages, {"role": "assistant", "content": answer}], shown
+            self.messages, self._pictures = [*messages, {"role": "assistant", "content": answer}], all_pictures
         return answer
 
     def complete(
@@ -93,8 +93,8 @@ class Conversation:
         """Return the answer to messages, as :meth:`say` does; neither is remembered.
 
         Args:
-            pictures: which they show.
-            tools: which may be called, as functions in JSON schema.
+            pictures: the pictures that they show.
+            tools: the tools that may be called, as functions in JSON schema.
 
         Raises:
             EmlocError: see :meth:`say`.
@@ -113,7 +113,7 @@ class Conversation:
         return self._tokenizer(text, return_token_type_ids=False, return_tensors="pt", **settings)
 
     def _inputs(self, messages: list[Message], pictures: list[Picture], tools: Any = None) -> tuple[Any, str]:
-        """Return what the model reads, and what the chat template writes before an answer."""
+        """Return the model's inputs, and the text that the chat template writes before an answer."""
         render = answer_render(self.processing, tools)
         try:
             text = question(messages, render, self._tokenizer)
@@ -130,7 +130,7 @@ class Conversation:
 
     def _answer(self, inputs: Any, start: str, write: Callable[[str], None]) -> str:
         length = inputs["input_ids"].shape[1]
-        longest = Limits.of(self.model.config).tokens
+        longest = Limits.for_config(self.model.config).tokens
         room = self._most if longest is None else min(self._most, longest - length)
         if room < 1:
             raise EmlocError(
@@ -153,14 +153,14 @@ class _Streamer(TextStreamer):
 
     def __init__(self, tokenizer: Any, start: str, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._start, self._held, self._write = start, "", write
+        self._start, self._pending, self._write = start, "", write
         self.pieces: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._held += text
-        if self._start.startswith(self._held) and not stream_end:
+        self._pending += text
+        if self._start.startswith(self._pending) and not stream_end:
             return  # it may become the whole start
-        text, self._start, self._held = self._held.removeprefix(self._start), "", ""
+        text, self._start, self._pending = self._pending.removeprefix(self._start), "", ""
         if text:
             self.pieces.append(text)
             self._write(text)

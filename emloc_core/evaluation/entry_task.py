@@ -49,10 +49,10 @@ def _code(content: dict[str, Any]) -> Iterator[str]:
         if key not in _KEYS:
             yield f"has the key {key!r}, which is not known to be data"
     settings = content.get("dataset_kwargs")
-    named = settings.get("data_files") if isinstance(settings, dict) else None
-    if content.get("dataset_path") not in LOCAL_FORMATS or set(settings or {}) != {"data_files"} or "://" in str(named):
+    files = settings.get("data_files") if isinstance(settings, dict) else None
+    if content.get("dataset_path") not in LOCAL_FORMATS or set(settings or {}) != {"data_files"} or "://" in str(files):
         yield "has data other than files of rows beside it"
     for metric in content.get("metric_list") or []:
-        known = isinstance(metric, dict) and metric.get("metric") in _METRICS and "hf_evaluate" not in metric
-        if not known:
+        is_known = isinstance(metric, dict) and metric.get("metric") in _METRICS and "hf_evaluate" not in metric
+        if not is_known:
             yield f"has the metric {metric!r}, which lm-eval would download and run"

@@ -42,7 +42,7 @@ def canonical_systems(
     merged: Name | None = None,
     full_lora: Name | None = None,
 ) -> list[System]:
-    """Return the systems that can be made from what is given, in the order of the table.
+    """Return the systems that these models and adapters make up, in the order of the table.
 
     Raises:
         EmlocError: an adapter is given without its model.
@@ -52,7 +52,7 @@ def canonical_systems(
             raise EmlocError(f"--{option} {value} needs the base model.", "Add --base.")
     if adapter is not None and base is None and emulator is None:
         raise EmlocError(f"--adapter {adapter} needs a model.", "Add --emulator, --base or both.")
-    known: dict[str, tuple[Name | None, Name | None]] = {
+    models: dict[str, tuple[Name | None, Name | None]] = {
         "base": (base, None),
         "emulator": (emulator, None),
         "emulator+lora": (emulator if adapter else None, adapter),
@@ -62,7 +62,7 @@ def canonical_systems(
         "merged": (merged, None),
         "full_lora": (base if full_lora else None, full_lora),
     }
-    ordered = [(name, *known[name]) for name in ORDER if name in known]
+    ordered = [(name, *models[name]) for name in ORDER if name in models]
     return [
         System(name=name, model=fspath(model), adapter=None if lora is None else Path(lora))
         for name, model, lora in ordered
@@ -105,9 +105,9 @@ def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
         if manifest is None or system.name == "base+uncorrected":  # made for the emulator
             continue
         request = manifest.get("request", {})
-        on_base = corrected or "emulator" not in request  # which a copy of what was trained on the base has not
-        known = request.get("model") or (request.get("base") if on_base else None)
-        if known == system.model.fingerprint(files):
+        on_base = corrected or "emulator" not in request  # missing in a copy of an adapter trained on the base
+        expected = request.get("model") or (request.get("base") if on_base else None)
+        if expected == system.model.fingerprint(files):
             continue
         if system.name not in _ON_THE_BASE or not is_on_rounded(Adapter(system.adapter), system.model):
             raise EmlocError(
@@ -137,7 +137,9 @@ class Evaluate(Job):
 
     def __init__(self, request: EvaluateRequest) -> None:
         self.request = request
-        self.systems = [_Opened(each.name, open_checkpoint(each.model), each.adapter) for each in request.systems]
+        self.systems = [
+            _Opened(system.name, open_checkpoint(system.model), system.adapter) for system in request.systems
+        ]
         _require_text(self.systems)
         self._specs = _specs(request.tasks, Inputs())  # nothing is written, not even hashes beside the output
         _check(self.systems, self._specs)
@@ -252,10 +254,10 @@ def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
         if names.count(system.name) > 1:
             raise EmlocError(f"Two systems are called {system.name!r}.", "Give each its own name.")
         family = plugin_manager().family_for(system.model.config)
-        shown = next((spec.name for spec in specs if spec.shows_images), None)
-        if shown and family.modality == "text":
+        image_task = next((spec.name for spec in specs if spec.shows_images), None)
+        if image_task and family.modality == "text":
             raise EmlocError(
-                f"The task {shown} shows images, and {system.model.directory} ({system.name}) is of the family "
+                f"The task {image_task} shows images, and {system.model.directory} ({system.name}) is of the family "
                 f"{family.name}, which only reads text.",
                 "Give a model for images and text, or another task.",
                 code="mismatch",

@@ -75,7 +75,7 @@ def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
         for number, row in enumerate(table.select_columns(columns) if columns else [], start=1):
             for source in (source for name in columns for source in _listed(row[name])):
                 try:
-                    picture = Picture.of(source, path.parent)
+                    picture = Picture.from_source(source, path.parent)
                 except EmlocError as error:
                     raise EmlocError(f"{path}, row {number}: {error.args[0]}", error.fix, code=error.code) from None
                 total.update(picture.sha256.encode())
@@ -128,7 +128,7 @@ def find_pictures(task: Any, directory: Path) -> None:
                 f"{len(sources)} image(s): {start!r}.",
                 f"Let doc_to_text write {PLACEHOLDER} once per image, where the model should see it.",
             )
-        return Pictures([Picture.of(source, directory) for source in sources])
+        return Pictures([Picture.from_source(source, directory) for source in sources])
 
     task.config.doc_to_image = pictures
 

@@ -1,4 +1,4 @@
-"""Loads a model, with an adapter or without, to answer: in parts, where a GPU has no room for all of it."""
+"""Loads a model, with or without an adapter, for inference; in parts, where a GPU has no room for all of it."""
 
 import warnings
 from pathlib import Path
@@ -9,15 +9,15 @@ import click
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.units import human_bytes
 
-#: Share of a GPU's free memory that a model may take, and that the layers of one may take which does not fit: what
-#: else there is at a time, a layer from the CPU's memory and the cache of keys and values, takes the rest.
+#: Share of a GPU's free memory for a model that fits, and for the layers of one that does not: a layer from the CPU's
+#: memory, and the cache of keys and values, take the rest.
 _WHOLE, _PART = 0.9, 0.6
 
 
 def load_system(model: Path, adapter: Path | None, *, images: bool | None = False) -> tuple[Any, Any]:
     """Load a model, its adapter if there is one, and its tokenizer; on the GPU if there is one.
 
-    Where the model does not fit the GPU, the layers that do not wait in CPU memory, and are copied when they are used.
+    Layers that do not fit the GPU wait in CPU memory, and are copied when they are used.
 
     Args:
         images: whether there are images: then the model's processor is returned, which contains the tokenizer. None:
@@ -116,9 +116,9 @@ def _add_adapter(model: Any, adapter: Path, parts: dict[int | str, int] | None) 
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise EmlocError(f"The adapter {adapter} cannot be put on the model ({reason}).", "Check both.") from error
-    # without PEFT's copy of an output projection below a LoRA, which a file has or not
-    given = {key for key in read_header(adapter / WEIGHTS)[0] if not key.endswith(".base_layer.weight")}
-    differing = sorted(given ^ set(get_peft_model_state_dict(combined, save_embedding_layers=False)))
+    # without PEFT's copy of an output projection below a LoRA, which not all files have
+    expected = {key for key in read_header(adapter / WEIGHTS)[0] if not key.endswith(".base_layer.weight")}
+    differing = sorted(expected ^ set(get_peft_model_state_dict(combined, save_embedding_layers=False)))
     if differing:  # PEFT only warns, and leaves these layers unchanged
         raise EmlocError(
             f"The adapter {adapter} does not fit the model: {len(differing)} of its tensors have no place or are"

@@ -66,11 +66,11 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
         """
         if not self.chat_applied:  # a chat template inserts its own marks
             strings = [string.replace(PLACEHOLDER, self.image_token) for string in strings]
-        shown = [list(pictures) for pictures in images]
+        decoded = [list(pictures) for pictures in images]
         try:
             encoded = self.processor(
                 text=list(strings),
-                images=shown if any(shown) else None,
+                images=decoded if any(decoded) else None,
                 padding=True,
                 padding_side=padding_side,
                 add_special_tokens=False,
@@ -98,16 +98,16 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
         self.follow(requests)
         # Answers that differ only in their last token, such as one-token choices, share a forward pass.
         passes: dict[Any, _Scored] = {}
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             ids = self.answer_ids(request.args[1])
             key = (request.task_name, request.doc_id, request.args[0], tuple(ids[:-1]))
-            passes.setdefault(key, (tuple(ids[:-1]), []))[1].append((place, ids))
+            passes.setdefault(key, (tuple(ids[:-1]), []))[1].append((index, ids))
         answers: dict[int, tuple[float, bool]] = {}
         waiting = list(passes.values())
         for start in range(0, len(waiting), self.batch_size):
             batch = waiting[start : start + self.batch_size]
             answers.update(self._score([requests[scored[0][0]].args for _, scored in batch], batch))
-        return [answers[place] for place in range(len(requests))]
+        return [answers[index] for index in range(len(requests))]
 
     def _score(self, prompts: Sequence[Any], batch: Sequence[_Scored]) -> dict[int, tuple[float, bool]]:
         longest = max(len(fed) for fed, _ in batch)
@@ -134,8 +134,8 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
         for row, (end, (fed, scored)) in enumerate(zip(ends, batch, strict=True)):
             first = end - 1 - left_out
             window = functional.log_softmax(logits[row, first : first + len(fed) + 1], -1, dtype=self.softmax_dtype)
-            for place, ids in scored:
+            for index, ids in scored:
                 target = torch.tensor(ids, device=window.device)
                 likelihood = window.gather(-1, target[:, None]).sum().item()
-                answers[place] = (likelihood, bool((window.argmax(-1) == target).all()))
+                answers[index] = (likelihood, bool((window.argmax(-1) == target).all()))
         return answers

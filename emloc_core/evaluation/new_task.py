@@ -57,7 +57,7 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
 def _write(kind: str, rows: list[Row], data: Path, output: Path) -> Path:
     _check_images(kind, rows, data)
     text, prompt, answer, system = _expressions(rows, data)
-    asked = _asked_column(rows, answer, data)
+    messages_column = _messages_column(rows, answer, data)
     template, column = IMAGE_KINDS.get(kind, kind), ""
     if kind in IMAGE_KINDS:
         column, prompt, answer, system = _with_images(data, prompt, answer, system)
@@ -65,8 +65,8 @@ def _write(kind: str, rows: list[Row], data: Path, output: Path) -> Path:
         "NAME": re.sub(r"\W+", "_", output.stem) or kind,
         "FORMAT": _FORMATS[data.suffix],
         "DATA": _quoted(os.path.relpath(data.resolve(), output.resolve().parent)),
-        "SYSTEM": _jinja("" if asked else system),
-        "PROMPT": _quoted(asked) if asked else _jinja(prompt),
+        "SYSTEM": _jinja("" if messages_column else system),
+        "PROMPT": _quoted(messages_column) if messages_column else _jinja(prompt),
         "ANSWER": _jinja(answer),
         "TEXT": _jinja(text),
         "IMAGES": column,
@@ -100,8 +100,8 @@ def _quoted(value: str | list[str]) -> str:
 
     JSON may write such a character in two halves, which neither of them joins.
     """
-    written = json.dumps(value, ensure_ascii=False)
-    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", written)
+    literal = json.dumps(value, ensure_ascii=False)
+    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", literal)
 
 
 def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
@@ -123,8 +123,8 @@ def _roles(row: Row) -> list[str]:
     return roles[1:] if roles[:1] == ["system"] else roles
 
 
-def _asked_column(rows: list[Row], answer: str, data: Path) -> str:
-    """Return the column of messages that a task asks as it is, if some rows have several turns or tools; else ""."""
+def _messages_column(rows: list[Row], answer: str, data: Path) -> str:
+    """Return the column of messages that is the whole question, if some rows have several turns or tools; else ""."""
     if rows[0].form != "conversation":
         return ""
     for row in rows:
@@ -147,7 +147,7 @@ def _asked_column(rows: list[Row], answer: str, data: Path) -> str:
 def _check_images(kind: str, rows: list[Row], data: Path) -> None:
     has_images = any(row.images for row in rows)
     if has_images != (kind in IMAGE_KINDS):
-        kinds = [known for known in KINDS if (known in IMAGE_KINDS) == has_images]
+        kinds = [name for name in KINDS if (name in IMAGE_KINDS) == has_images]
         raise EmlocError(
             f"{data} holds rows {'with' if has_images else 'without'} images, and {kind} is not a kind of task for "
             "them.",

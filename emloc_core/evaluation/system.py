@@ -74,7 +74,7 @@ def run_tasks(
                 )
             ask_conversations(task, lm)
         with without_environment():
-            found = simple_evaluate(
+            output = simple_evaluate(
                 model=lm,
                 tasks=members,
                 task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files
@@ -87,11 +87,11 @@ def run_tasks(
                 fewshot_random_seed=seed,
             )
         for task in members:
-            rows = _first_filter(found["samples"][task.task_name])
+            rows = _first_filter(output["samples"][task.task_name])
             result["tasks"][task.task_name] = {
                 "output_type": task.OUTPUT_TYPE,
                 "rows": len(rows),
-                "metrics": _metrics(lm, task, found, rows),
+                "metrics": _metrics(lm, task, output, rows),
             }
             if task.OUTPUT_TYPE == "generate_until":
                 result["samples"] += [_sample(task.task_name, row) for row in rows[:SAMPLES]]
@@ -131,8 +131,8 @@ def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, in
     return mean, math.sqrt(spread * n / (n - 1)) / total if n > 1 else math.nan, total
 
 
-def _tokens(lm: Any, context: str, continuation: str | None = None, shown: Any = None) -> int:
-    if shown is not None:  # images: lm is an ImageTextLM
+def _tokens(lm: Any, context: str, continuation: str | None = None, images: Any = None) -> int:
+    if images is not None:  # images: lm is an ImageTextLM
         return len(lm.answer_ids(continuation))
     if continuation is None:  # rolling: all of the text, after lm-eval's prefix token
         return len(lm.tok_encode(context))
@@ -142,8 +142,8 @@ def _tokens(lm: Any, context: str, continuation: str | None = None, shown: Any =
     return len(tokens) - (tokens[0] == lm.prefix_token_id)
 
 
-def _metrics(lm: Any, task: Any, found: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    higher = found["higher_is_better"][task.task_name]
+def _metrics(lm: Any, task: Any, output: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    higher = output["higher_is_better"][task.task_name]
     metrics: dict[str, Any] = {}
     if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
         mean, stderr, _ = token_nll(lm, rows)
@@ -154,8 +154,8 @@ def _metrics(lm: Any, task: Any, found: dict[str, Any], rows: list[dict[str, Any
                 code="not-finite",
             )
         metrics["nll"] = {"value": mean, "stderr": None if math.isnan(stderr) else stderr, "higher_is_better": False}
-    several = len({key.partition(",")[2] for key in found["results"][task.task_name] if "," in key}) > 1
-    for key, value in found["results"][task.task_name].items():
+    several = len({key.partition(",")[2] for key in output["results"][task.task_name] if "," in key}) > 1
+    for key, value in output["results"][task.task_name].items():
         name, comma, filter_name = key.partition(",")
         skipped = name.endswith("_stderr") or (name == "perplexity" and task.OUTPUT_TYPE == "loglikelihood")
         if not comma or skipped or not isinstance(value, int | float):

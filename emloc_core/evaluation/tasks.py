@@ -104,7 +104,7 @@ def is_conversational(task: Any) -> bool:
 
 
 def require_task_file(path: Path) -> None:
-    """Refuse a path where no task file is."""
+    """Refuse a path without a task file."""
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.",
@@ -171,10 +171,10 @@ _Loader.add_constructor("!function", lambda loader, node: _FUNCTION + str(loader
 def _check_keys(path: Path, content: dict[str, Any]) -> None:
     from lm_eval.config.task import TaskConfig
 
-    known = sorted({*TaskConfig.__dataclass_fields__, *_STRUCTURE})
+    names = sorted({*TaskConfig.__dataclass_fields__, *_STRUCTURE})
     for key in content:
-        if key not in known:
-            raise EmlocError(f"{path} has the unknown key {key!r}.{did_you_mean(str(key), known)}", "Correct the key.")
+        if key not in names:
+            raise EmlocError(f"{path} has the unknown key {key!r}.{did_you_mean(str(key), names)}", "Correct the key.")
     kind = content.get("output_type", "generate_until")
     if kind not in _OUTPUT_TYPES:
         near = did_you_mean(str(kind), _OUTPUT_TYPES)
@@ -214,7 +214,7 @@ def data_files(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _files_of_a_directory(content: dict[str, Any]) -> Iterator[Path]:
-    """Yield the files of a data set that is a local directory, without what git or the hub keeps there."""
+    """Yield the files of a data set that is a local directory, without the files of git or the hub."""
     path = content.get("dataset_path")
     if isinstance(path, str) and path not in LOCAL_FORMATS and Path(path).is_dir():
         for file in filter(Path.is_file, Path(path).rglob("*")):
@@ -239,11 +239,11 @@ def require_bundled(tasks: Sequence[str]) -> None:
     """Refuse names of tasks that lm-eval does not have, whose own it takes seconds to list."""
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager().all_tasks
+    names = TaskManager().all_tasks
     for name in tasks:
-        if name not in known:
+        if name not in names:
             raise EmlocError(
-                f"There is no task file {name}, and lm-eval has no task of that name.{did_you_mean(name, known)}",
+                f"There is no task file {name}, and lm-eval has no task of that name.{did_you_mean(name, names)}",
                 "Give the path of a task file, or a name that `lm-eval ls tasks` prints.",
                 code="missing",
             )

@@ -1,8 +1,8 @@
 """lm-eval's model for text, whose answers begin where they do in tuning.
 
-Some chat templates write more before an answer than they ask for one with, such as an empty block of thoughts. Tuned
-models write it themselves. So answers are scored after it, and it is no part of what is generated. Others ask for an
-answer with more than they write before one, such as the start of thoughts: models are asked without it.
+Some chat templates write more before an answer than their prompt for one has, such as an empty block of thoughts. Tuned
+models write it themselves. So answers are scored after it, and it is removed from generated text. The prompt of others
+has more than they write before an answer, such as the start of thoughts: models are prompted without it.
 """
 
 import re
@@ -28,9 +28,9 @@ class TextLM(HFLM):
 
     def ask(self, messages: Sequence[dict[str, Any]], render: AnswerRender) -> str:
         """Return rendered messages that ask for an answer, and remember how one would follow them."""
-        asked = question(messages, render, self.tokenizer)
-        self._leads[asked] = partial(lead, asked, messages, render)
-        return asked
+        prompt = question(messages, render, self.tokenizer)
+        self._leads[prompt] = partial(lead, prompt, messages, render)
+        return prompt
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages."""
@@ -38,7 +38,7 @@ class TextLM(HFLM):
         return self.ask(chat_history, render) if add_generation_prompt else render(chat_history, False)
 
     def follow(self, requests: Sequence[Any]) -> None:
-        """Let the answers of requests for likelihoods follow what the chat template writes before them.
+        """Put the text that the chat template writes before an answer into the prompts of requests for likelihoods.
 
         The requests are changed, so that lm-eval logs what is scored.
         """
@@ -52,21 +52,21 @@ class TextLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes, without what the chat template writes before any answer.
+        """Return what the model writes, without the text that the chat template writes before any answer.
 
-        A stop sequence that occurs in that would end every answer at once, so it ends them afterwards.
+        A stop sequence within that text would end every answer at once, so it is applied afterwards.
         """
         leads = [as_written(self._lead(request.args[0]), self.tokenizer) for request in requests]
         afterwards: list[list[str]] = []
         for request, start in zip(requests, leads, strict=True):
             prompt, settings, *images = request.args
-            given = settings.get("until") or []
-            stops = [given] if isinstance(given, str) else given
+            until = settings.get("until") or []
+            stops = [until] if isinstance(until, str) else until
             afterwards.append([stop for stop in stops if stop in start])
-            request.arguments = (prompt, {**settings, "until": [each for each in stops if each not in start]}, *images)
+            request.arguments = (prompt, {**settings, "until": [stop for stop in stops if stop not in start]}, *images)
         written = super().generate_until(requests, disable_tqdm)
-        found = zip(written, leads, afterwards, strict=True)
-        return [_before(stops, text.removeprefix(start)) for text, start, stops in found]
+        outputs = zip(written, leads, afterwards, strict=True)
+        return [_before(stops, text.removeprefix(start)) for text, start, stops in outputs]
 
     def _lead(self, prompt: str, *answer: str) -> str:
         return self._leads[prompt](*answer) if prompt in self._leads else ""

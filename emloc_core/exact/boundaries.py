@@ -19,9 +19,9 @@ _SMALL = 1 << 16
 
 @dataclass(frozen=True)
 class _Away:
-    """A tensor that is kept elsewhere: its copy in the CPU's memory, or its place in the file."""
+    """A tensor that is kept elsewhere: its copy in the CPU's memory, or its offset in the file."""
 
-    kept: "torch.Tensor | int"
+    content: "torch.Tensor | int"
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -29,17 +29,17 @@ class _Away:
 
 
 class Boundaries:
-    """Keeps what checkpointed blocks are called with.
+    """Keeps the arguments of checkpointed blocks.
 
     Args:
         room: bytes that may stay on the device.
-        directory: where a file for the others is made, which no name refers to; None: the CPU's memory.
-        reserved: bytes that they may come to there.
+        directory: where a file without a name is made for the others; None: they go to the CPU's memory.
+        reserved: bytes that they may take there.
     """
 
     def __init__(self, room: float = float("inf"), directory: Path | None = None, reserved: float = 0) -> None:
         self.room, self.reserved = room, reserved
-        self._left = room
+        self._free = room
         self._file = ScratchFile(directory) if directory else None
         self._end = 0
 
@@ -50,8 +50,8 @@ class Boundaries:
             yield
 
     def clear(self) -> None:
-        """Start again: nothing of what was kept is needed any more."""
-        self._left, self._end = self.room, 0
+        """Start again: nothing kept is needed any more."""
+        self._free, self._end = self.room, 0
         if self._file:
             self._file.clear()
 
@@ -63,28 +63,28 @@ class Boundaries:
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Away":
         if tensor.nbytes < _SMALL or 0 in tensor.stride():  # an expanded one is smaller, and cannot be written to
             return tensor
-        if tensor.nbytes <= self._left:
-            self._left -= tensor.nbytes
+        if tensor.nbytes <= self._free:
+            self._free -= tensor.nbytes
             return tensor
-        return _Away(self._put(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        return _Away(self._store(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
-    def _put(self, tensor: torch.Tensor) -> "torch.Tensor | int":
+    def _store(self, tensor: torch.Tensor) -> "torch.Tensor | int":
         if self._file is None:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             return copy.copy_(tensor, non_blocking=True)
-        place, self._end = self._end, self._end + tensor.nbytes
-        self._file.write(tensor.detach().cpu().contiguous(), place)
-        return place
+        offset, self._end = self._end, self._end + tensor.nbytes
+        self._file.write(tensor.detach().cpu().contiguous(), offset)
+        return offset
 
     def _unpack(self, packed: "torch.Tensor | _Away") -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        if isinstance(packed.kept, torch.Tensor):
-            kept = packed.kept
+        if isinstance(packed.content, torch.Tensor):
+            copy = packed.content
         else:
             assert self._file
-            kept = torch.empty(packed.shape, dtype=packed.dtype)
-            self._file.read(kept, packed.kept)
+            copy = torch.empty(packed.shape, dtype=packed.dtype)
+            self._file.read(copy, packed.content)
         # As it lay in memory: products of other layouts take other steps, which the recomputation would not find again.
-        found = torch.empty_strided(packed.shape, packed.stride, dtype=packed.dtype, device=packed.device)
-        return found.copy_(kept, non_blocking=True)
+        restored = torch.empty_strided(packed.shape, packed.stride, dtype=packed.dtype, device=packed.device)
+        return restored.copy_(copy, non_blocking=True)

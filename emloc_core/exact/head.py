@@ -16,26 +16,26 @@ from emloc_core.model.hooks import forwards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Logits at a time, by the type of device; in fp32, with their gradient, eight bytes each. A GPU wants more tokens for
-#: each time that it reads the projection.
+#: Logits at a time, by the type of device; in fp32, with their gradient, eight bytes each. A GPU needs more tokens
+#: each time it reads the projection.
 PIECES = {"cpu": 1 << 24, "cuda": 1 << 25}
 _IGNORED = -100
 
 
 def shifted_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return what every position of a batch is to predict, (rows, T), -100 where that does not count."""
+    """Return the label that every position of a batch is to predict, (rows, T); -100 where it does not count."""
     if "shift_labels" in batch:
         return batch["shift_labels"]
     return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=_IGNORED)
 
 
-def counted(batch: Mapping[str, torch.Tensor]) -> int:
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
     """Return how many tokens of a batch count in its loss."""
     return int((shifted_labels(batch) != _IGNORED).sum())
 
 
 class Head:
-    """What a model makes of its backbone's hidden states: the model's own code, run on few of them at a time.
+    """A model's head and loss over its backbone's hidden states: the model's own code, on few of them at a time.
 
     Args:
         model: a causal language model of transformers, or one for images and text; its ``forward`` may be patched.
@@ -52,12 +52,12 @@ class Head:
     def loss(
         self, outputs: Any, labels: torch.Tensor, weight: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the summed cross entropy of the labels, times ``weight``, with its gradient; see :func:`known`.
+        """Return the summed cross entropy of labels, times ``weight``, with its gradient; see :func:`with_gradient`.
 
         Args:
-            outputs: the backbone's, with ``last_hidden_state``, (rows, T, d).
+            outputs: the backbone's outputs, with ``last_hidden_state``, (rows, T, d).
             labels: see :func:`shifted_labels`.
-            weight: of every token.
+            weight: weight of every token.
 
         Returns:
             The hidden states of the tokens that count, (n, d); the gradient, likewise; the loss, ().
@@ -77,13 +77,13 @@ class Head:
 
     def _logits(self, outputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the model's own forward makes of hidden states, (1, n, d): logits, (1, n, vocabulary)."""
-        given = type(outputs)(last_hidden_state=hidden)
-        with forwards([(module, lambda *_args, **_kwargs: given) for module in self._models]):
+        backbone_outputs = type(outputs)(last_hidden_state=hidden)
+        with forwards([(module, lambda *_args, **_kwargs: backbone_outputs) for module in self._models]):
             logits: torch.Tensor = type(self.model).forward(self.model, inputs_embeds=hidden, use_cache=False).logits
         return logits
 
 
-def known(hidden: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def with_gradient(hidden: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Return ``value`` as computed from ``hidden``, with a backward pass that gives ``hidden`` a known gradient."""
     return _Known.apply(hidden, gradient, value)
 

@@ -25,32 +25,32 @@ def step_need(
     Args:
         model: on the meta device.
         family: its declaration; its last tower is the language model's.
-        tokens: what passes through the language model.
-        patches: what passes through every other tower.
-        dtype: of the hidden states.
+        tokens: positions that pass through the language model.
+        patches: positions that pass through every other tower.
+        dtype: dtype of the hidden states.
 
     Returns:
         - weights: the unit in use and the next one, in the largest pair of neighbours.
-        - boundaries: the hidden states before every block, of all that passes through a tower.
-        - ends: those behind the last block, and their gradient.
-        - activations: those of one block, of one micro-batch, in the tower where they are largest.
+        - boundaries: the hidden states before every block, of all positions of a tower.
+        - ends: the hidden states behind the last block, and their gradient.
+        - activations: the activations of one block for one micro-batch, in the tower where they are largest.
         - unpacked: the largest matrix of an emulator whose weights are packed, as it is computed with, or as many
             experts as are unpacked at a time.
         - logits: one piece of them, as large as on a GPU, in fp32, with its gradient.
     """
     lists = [tower.blocks for tower in family.towers]
-    found = units(model, lists)
-    sizes = [sum(p.numel() * p.itemsize for p in model.get_submodule(unit).parameters()) for unit in found]
-    held, boundaries, ends, activations = inside(model, family), 0, 0, 0
+    paths = units(model, lists)
+    sizes = [sum(p.numel() * p.itemsize for p in model.get_submodule(unit).parameters()) for unit in paths]
+    inner, boundaries, ends, activations = inside(model, family), 0, 0, 0
     for tower in family.towers:
         positions = tokens if tower.blocks == lists[-1] else patches
         blocks = list(model.get_submodule(tower.blocks).children())
         hidden = positions.all * linears_in(blocks[0])[0].in_features
         boundaries, ends = boundaries + len(blocks) * hidden, ends + 2 * hidden
-        widest = max(each.backward for path, each in held.items() if path.startswith(f"{tower.blocks}."))
+        widest = max(size.backward for path, size in inner.items() if path.startswith(f"{tower.blocks}."))
         activations = max(activations, positions.at_once * widest)
-    packed = [dtype.itemsize * prod(each.shape) for each in model.modules() if isinstance(each, PackedLinear)]
-    packed += [each.unpacked_bytes for each in model.modules() if isinstance(each, StandInExperts)]
+    packed = [dtype.itemsize * prod(module.shape) for module in model.modules() if isinstance(module, PackedLinear)]
+    packed += [module.unpacked_bytes for module in model.modules() if isinstance(module, StandInExperts)]
     vocabulary = plugin_manager().objective_of(family).vocabulary(model.config)
     return {
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),

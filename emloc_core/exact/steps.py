@@ -2,12 +2,10 @@
 
 All micro-batches' ordinary forwards, losses included, advance through the units together, with gradients on
 (:mod:`emloc_core.model.lockstep`). Each unit is a checkpoint that takes its frozen weights from a cache of what is
-loaded. Then comes one backward of the summed loss. Autograd runs, of the nodes that are ready, the one made last; so
-the last block of all micro-batches is recomputed before the block before it is, and the weights are read once more, in
-reverse.
+loaded. Then comes one backward of the summed loss. Autograd runs the ready node that was made last; so the last block
+of all micro-batches is recomputed before the one before it, and the weights are read once more, in reverse.
 
-Frozen parameters are on the meta device, but for those of the unit that is visited: whatever would compute with one
-that is not loaded fails.
+Frozen parameters are on the meta device, except those of the visited unit: computing with one that is not loaded fails.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from emloc_core.compat.peft import WRAPPER
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
-from emloc_core.exact.head import Head, counted, known, shifted_labels
+from emloc_core.exact.head import Head, count_tokens, shifted_labels, with_gradient
 from emloc_core.model.device import free_memory
 from emloc_core.model.lockstep import Lockstep, units
 from emloc_core.model.parking import Parking
@@ -44,7 +42,7 @@ class ExactSteps:
         model: the base with a LoRA in its Linears (:func:`emloc_core.exact.lora.lora_on`): the LoRA is real and
             requires gradients, all else is on the meta device and frozen. Its units' forwards are replaced.
         skeleton: of the same base.
-        device: what computes.
+        device: device that computes.
         room: bytes of the device in which weights may stay.
         boundaries: where the activations at block boundaries wait; None: on the device.
 
@@ -67,12 +65,12 @@ class ExactSteps:
         self.boundaries = boundaries or Boundaries()
         self.processes = Processes()
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        found = units(skeleton.model, skeleton.block_lists)
-        head_units = self.head_units(found)
-        pinned = _PINNED_SHARE * (free_memory("cpu") / self.processes.here - self.boundaries.reserved)
-        self.weights = FrozenWeights(skeleton, found, self.device, room, pinned)
-        inner = [unit for unit in found if unit not in head_units]
-        parking = Parking.on(self.device, [*model.buffers(), *self._kept(skeleton, skeleton.outside(found))])
+        paths = units(skeleton.model, skeleton.block_lists)
+        head_units = self.head_units(paths)
+        pinned = _PINNED_SHARE * (free_memory("cpu") / self.processes.local_count - self.boundaries.reserved)
+        self.weights = FrozenWeights(skeleton, paths, self.device, room, pinned)
+        inner = [unit for unit in paths if unit not in head_units]
+        parking = Parking.on(self.device, [*model.buffers(), *self._load_outside(skeleton, skeleton.outside(paths))])
         self._lockstep = Lockstep(model, inner, skeleton.block_lists, parking)
         self._names: dict[str, dict[str, str]] = {}  # of a unit's weights: in the base, and with a LoRA
         for unit in inner:
@@ -97,15 +95,15 @@ class ExactSteps:
         """
         with self.processes.together():
             tokens: list[int] = []
-            own: dict[int, Mapping[str, Any]] = {}
+            mine: dict[int, Mapping[str, Any]] = {}
             for batch in batches:
                 if self.processes.takes(len(tokens)):
-                    own[len(tokens)] = batch
-                tokens.append(self.counted(batch))
+                    mine[len(tokens)] = batch
+                tokens.append(self.count_tokens(batch))
             if not any(tokens):
                 raise EmlocError("No token of a step counts towards its loss.", "Give rows with completions.")
             seeds = torch.randint(2**63 - 1, (len(tokens),)).tolist()
-            total = self._share(list(own.values()), sum(tokens), [seeds[each] for each in own], autocast=autocast)
+            total = self._share(list(mine.values()), sum(tokens), [seeds[index] for index in mine], autocast=autocast)
         self.processes.add(total, self._trained)
         return total
 
@@ -121,8 +119,8 @@ class ExactSteps:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             try:
                 forwards = [self.forward(batch, 1 / tokens) for batch in reversed(batches)]
-                with randomness.kept():
-                    losses = self._lockstep.advance(forwards, self._at, around=randomness.of)
+                with randomness.preserved():
+                    losses = self._lockstep.advance(forwards, self._visit, around=randomness.using)
                 total = torch.stack(losses).sum()
                 total.backward()
             finally:
@@ -130,15 +128,15 @@ class ExactSteps:
         return total.detach()
 
     def close(self) -> None:
-        """Forget the weights, and what was kept."""
+        """Forget the weights and the activations that were kept."""
         self.weights.close()
         self.boundaries.close()
 
-    def head_units(self, found: Sequence[str]) -> list[str]:
+    def head_units(self, paths: Sequence[str]) -> list[str]:
         """Return the units outside the backbone, whose weights the loss reads in pieces: they are not recomputed."""
         backbone = f"{self.model.base_model_prefix}."
-        head_units = [unit for unit in found if not unit.startswith(backbone)]
-        if len(head_units) == len(found):
+        head_units = [unit for unit in paths if not unit.startswith(backbone)]
+        if len(head_units) == len(paths):
             raise EmlocError(
                 f"{type(self.model).__name__} has no backbone apart from its head, so that its loss cannot be "
                 "streamed.",
@@ -147,9 +145,9 @@ class ExactSteps:
         self._head = Head(self.model)
         return head_units
 
-    def counted(self, batch: Mapping[str, Any]) -> int:
-        """Return over how many tokens of a micro-batch the loss is a mean."""
-        return counted(batch)
+    def count_tokens(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of tokens of a micro-batch that count in the mean loss."""
+        return count_tokens(batch)
 
     def forward(self, batch: Mapping[str, Any], weight: float) -> Callable[[], torch.Tensor]:
         """Return a forward of a micro-batch, in lockstep with the others: its summed loss, times ``weight``."""
@@ -157,12 +155,12 @@ class ExactSteps:
         def forward() -> torch.Tensor:
             inputs = self.moved(batch)
             labels = shifted_labels(inputs)
-            given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-            outputs = self.model.base_model(**given, use_cache=False)
+            arguments = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+            outputs = self.model.base_model(**arguments, use_cache=False)
             self._lockstep.pause(_HEAD, (outputs.last_hidden_state,))
-            taken = self._head.loss(outputs, labels, weight)
+            summed = self._head.loss(outputs, labels, weight)
             with self.boundaries.keeping():
-                return known(*taken)
+                return with_gradient(*summed)
 
         return forward
 
@@ -171,27 +169,27 @@ class ExactSteps:
         return {name: _moved(value, self.device) for name, value in batch.items()}
 
     @contextmanager
-    def _at(self, unit: str) -> Iterator[None]:
+    def _visit(self, unit: str) -> Iterator[None]:
         """Load a unit, and let it hold its weights: a model's code may read one when the unit has run."""
         with ExitStack() as stack:
-            for name, tensor in self.weights.at(unit).items() if unit != _HEAD else ():
+            for name, tensor in self.weights.parameters(unit).items() if unit != _HEAD else ():
                 owner, _, attribute = self._names[unit][name].rpartition(".")
                 module = self.model.get_submodule(f"{unit}.{owner}".removesuffix("."))
                 stack.callback(setattr, module, attribute, getattr(module, attribute))
                 setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
             yield
 
-    def _kept(self, skeleton: Skeleton, names: list[str]) -> Iterator[nn.Parameter]:
+    def _load_outside(self, skeleton: Skeleton, names: list[str]) -> Iterator[nn.Parameter]:
         """Load parameters that lie in no unit (a class embedding, say) for good, and yield them."""
-        with skeleton.parameters(names) as found:
-            for name, tensor in found.items():
+        with skeleton.parameters(names) as parameters:
+            for name, tensor in parameters.items():
                 owner, _, attribute = name.rpartition(".")
                 parameter = nn.Parameter(tensor.detach().to(self.device), requires_grad=False)
                 setattr(self.model.get_submodule(owner), attribute, parameter)
                 yield parameter
 
     def _wrap(self, unit: str, *, checkpointed: bool) -> None:
-        """Have a unit's forward compute with the weights that are lent for it."""
+        """Have a unit's forward compute with the weights that are lent to it."""
         module = self.model.get_submodule(unit)
         body = _Body(module, module.forward)
         names = self._names[unit] = {
@@ -201,7 +199,7 @@ class ExactSteps:
         }
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            lent = {f"unit.{names[name]}": tensor for name, tensor in self.weights.at(unit).items()}
+            lent = {f"unit.{names[name]}": tensor for name, tensor in self.weights.parameters(unit).items()}
             before = _written(module)
             result = functional_call(body, lent, args, kwargs, tie_weights=False)
             if _written(module) != before:
@@ -212,13 +210,13 @@ class ExactSteps:
             return result
 
         def recomputed(*args: Any, **kwargs: Any) -> Any:
-            # Of what is given by name, torch neither passes tensors to its hooks nor keeps a GPU's random state. The
+            # For keyword arguments, torch neither passes tensors to its hooks nor keeps a GPU's random state. The
             # closure holds no hidden states, which may wait elsewhere.
             count, names = len(args), [name for name, value in kwargs.items() if _is_hidden(value)]
             others = {name: value for name, value in kwargs.items() if name not in names}
 
-            def by_position(*given: Any) -> Any:
-                return run(*given[:count], **dict(zip(names, given[count:], strict=True)), **others)
+            def by_position(*values: Any) -> Any:
+                return run(*values[:count], **dict(zip(names, values[count:], strict=True)), **others)
 
             with self.boundaries.keeping():
                 return checkpoint(by_position, *args, *map(kwargs.get, names), use_reentrant=False)
@@ -251,13 +249,13 @@ class _Randomness:
         self._gpu = device if device.type == "cuda" else None
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Leave the global state at the end as it was at the start."""
+    def preserved(self) -> Iterator[None]:
+        """Restore the global state at the end."""
         with torch.random.fork_rng([self._gpu] if self._gpu else []):
             yield
 
     @contextmanager
-    def of(self, index: int) -> Iterator[None]:
+    def using(self, index: int) -> Iterator[None]:
         """Draw from a micro-batch's own state."""
         if index in self._states:
             processor, gpu = self._states[index]

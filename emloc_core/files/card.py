@@ -1,7 +1,7 @@
 """The card of an output: a README with its origin, how it was made, its scores, and how to load it.
 
-It is a function of the manifest and of those of the inputs, so that a resumed run writes the same bytes. Of paths it
-has only their last parts, since cards are made to be published.
+It is a function of the manifest and of its inputs' manifests, so that a resumed run writes the same bytes. It has only
+the last parts of paths, since cards are published.
 """
 
 import re
@@ -39,7 +39,7 @@ def data_name(source: Any) -> str:
     Several sources, a list of names or a mapping of their weights, are joined by commas.
     """
     weighted = isinstance(source, Mapping) and all(isinstance(weight, int | float) for weight in source.values())
-    if (weighted or isinstance(source, list | tuple)) and source and all(isinstance(each, str) for each in source):
+    if (weighted or isinstance(source, list | tuple)) and source and all(isinstance(name, str) for name in source):
         return ", ".join(map(data_name, source))
     if not isinstance(source, str | Path):
         return "rows in memory"
@@ -56,17 +56,17 @@ def card(
     """Return the card of an output in Markdown.
 
     Args:
-        parents: of the outputs that it was made from, the oldest first.
+        parents: manifests of the outputs that it was made from, the oldest first.
         loader: the class that loads the base.
         table: a table of scores, in Markdown.
         objective: what the base learns; None: tokens.
     """
     line = [*parents, manifest]
-    base = next((name for each in line if (name := _base(each))), None)
+    base = next((name for parent in line if (name := _base(parent))), None)
     heading, library, relation, tags = _KINDS.get(manifest["kind"], ("{}", None, None, []))
     if objective and library == "transformers":
         library = objective.library
-    title = heading.format(_shown(base.rpartition("/")[2]) if base else "a model")
+    title = heading.format(_display_name(base.rpartition("/")[2]) if base else "a model")
     if "source" in manifest["request"]:
         title = title.replace(", tuned", " in the layout of transformers")
     parts = [
@@ -74,7 +74,7 @@ def card(
         f"# {title}\n",
         "Made by EMLoC, which tunes a LoRA on an emulator of a model, a smaller stand-in, and carries it over to the "
         "model (arXiv 2506.12015).\n",
-        f"## How it was made\n\n{made}" if (made := "".join(_made(line, base))) else "",
+        f"## How it was made\n\n{steps}" if (steps := "".join(_provenance(line, base))) else "",
         *_scores(line, table),
         *_use(manifest, line, base, loader, objective),
         f"`emloc.json` has every setting, the versions, and fingerprints of all inputs.{_licence(manifest)}\n",
@@ -83,13 +83,13 @@ def card(
 
 
 def _base(manifest: Manifest) -> str | None:
-    """Return what a stage calls its base: a hub id, or a path."""
+    """Return the name of a stage's base: a hub id, or a path."""
     inputs = manifest.get("inputs") or {}
     name = inputs.get("base") or inputs.get("source") or inputs.get("model")
     return name if isinstance(name, str) else None
 
 
-def _shown(name: str) -> str:
+def _display_name(name: str) -> str:
     """Return a hub id, or the last part of a path, safe to put into Markdown."""
     text = name if HUB_ID.fullmatch(name) else Path(name).name
     return printable(text).replace("`", "'")
@@ -104,22 +104,23 @@ def _front_matter(base: str | None, library: str | None, relation: str | None, t
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in ["emloc", *tags]), "---", ""])
 
 
-def _made(line: list[Manifest], base: str | None) -> Iterator[str]:
-    """Yield a line of Markdown per stage: what it says itself of how its output was made."""
+def _provenance(line: list[Manifest], base: str | None) -> Iterator[str]:
+    """Yield a line of Markdown per stage: its own words on how its output was made."""
     if base:
-        yield f"- Base: `{_shown(base)}`.\n"
+        yield f"- Base: `{_display_name(base)}`.\n"
     for manifest in line:
-        made = manifest.get("made")
-        if isinstance(made, str) and made:
+        provenance = manifest.get("made")
+        if isinstance(provenance, str) and provenance:
             rows = (manifest.get("inputs") or {}).get("data")
-            yield f"- {printable(made)}{f' Rows from `{_shown(rows)}`.' if isinstance(rows, str) else ''}\n"
+            source = f" Rows from `{_display_name(rows)}`." if isinstance(rows, str) else ""
+            yield f"- {printable(provenance)}{source}\n"
 
 
 def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:
     if table:
         yield f"## Scores\n\n{table}"
-    compared = next((found for each in line if (found := (each.get("result") or {}).get("candidates"))), None)
-    if compared:
+    candidates = filter(None, ((manifest.get("result") or {}).get("candidates") for manifest in line))
+    if compared := next(candidates, None):
         yield (
             "## Scores\n\nLoss per token, in nats, of the base with the corrected LoRA on "
             f"{compared[0]['rows']} held-out rows; clamp 0 at scale 1 is the LoRA as it was tuned.\n\n"
@@ -134,17 +135,17 @@ def _use(
     kind = manifest["kind"]
     load = f'{loader}.from_pretrained("{{}}", dtype="auto")'
     if kind == "gguf":
-        what = "--model BASE.gguf --lora adapter.gguf" if "adapter" in manifest["request"] else "--model model.gguf"
-        yield f"## Use it\n\n```sh\nllama-server {what}\n```\n"
+        options = "--model BASE.gguf --lora adapter.gguf" if "adapter" in manifest["request"] else "--model model.gguf"
+        yield f"## Use it\n\n```sh\nllama-server {options}\n```\n"
     if kind not in ("emulator", "checkpoint") and "adapter" not in kind:
         return
-    if kind == "adapter" and "adapter" not in manifest["request"] and any(each["kind"] == "emulator" for each in line):
+    if kind == "adapter" and "adapter" not in manifest["request"] and any(item["kind"] == "emulator" for item in line):
         yield (
             "It was tuned on the emulator. `emloc correct DIRECTORY -o corrected` carries it over to the base, which "
             "is what it is for.\n"
         )
         return
-    if objective and (own := objective.usage(kind, loader, _shown(base) if base else "BASE")):
+    if objective and (own := objective.usage(kind, loader, _display_name(base) if base else "BASE")):
         yield f"## Use it\n\nWith this directory, or its hub id, as `DIRECTORY`:\n\n```python\n{own}\n```\n"
         return
     imports = [f"from transformers import {loader}, AutoTokenizer\n"]
@@ -153,11 +154,11 @@ def _use(
     code = [f"model = {load.format('DIRECTORY')}"]
     if "adapter" in kind:
         imports.insert(0, "from peft import PeftModel")
-        code = [f"base = {load.format(_shown(base) if base else 'BASE')}"]
+        code = [f"base = {load.format(_display_name(base) if base else 'BASE')}"]
         code.append('model = PeftModel.from_pretrained(base, "DIRECTORY")')
     code.append('tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")')
-    shown = "\n".join([*imports, *code])
-    yield f"## Use it\n\nWith this directory, or its hub id, as `DIRECTORY`:\n\n```python\n{shown}\n```\n"
+    snippet = "\n".join([*imports, *code])
+    yield f"## Use it\n\nWith this directory, or its hub id, as `DIRECTORY`:\n\n```python\n{snippet}\n```\n"
     yield "`emloc chat DIRECTORY` talks to it.\n"
 
 

@@ -19,15 +19,15 @@ from emloc_core.files.own import require_own_files
 from emloc_core.files.quantised import is_in_mxfp4
 from emloc_core.plugins.manager import plugin_manager
 
-#: What transformers calls the index, and the only file of weights.
+#: Transformers' names of the index, and of a single file of weights.
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: The files to fetch and copy: neither pickled weights nor other formats.
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
-#: The rows that an emulator keeps, and their images: without them it is not what its manifest says.
+#: The rows that an emulator keeps, and their images: without them it does not match its manifest.
 _ROWS = ["calibration.jsonl", "selection.jsonl", "images/*"]
 #: The files to read or copy from a model: also the rows that an emulator keeps.
 _READ = [*FILE_PATTERNS, "*.jsonl"]
-#: Suffixes of files that affect what is made of a model, besides its weights; the rest is for people.
+#: Suffixes of files besides the weights that affect what is made from a model; the rest is for people.
 _SHAPING = {".json", ".model", ".txt", ".jinja"}
 #: The files of a tokenizer or a processor, without which text and images cannot be turned into a model's inputs.
 _PROCESSING = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -61,7 +61,7 @@ class Checkpoint:
             )
         self.config = read_config_json(self.directory / "config.json")
         self.objective = plugin_manager().objective_for(self.config)
-        #: The names of its only file of weights, and of the index of several.
+        #: The names of its single file of weights, and of the index of several.
         self.single = f"{self.objective.weights}.safetensors"
         self.index = f"{self.single}.index.json"
 
@@ -71,7 +71,7 @@ class Checkpoint:
         Experts in MXFP4 may be: they are published so, and unpacked as they are read.
 
         Args:
-            option: the one that names another checkpoint, for the message.
+            option: the command-line option that names another checkpoint, for the message.
         """
         if (settings := self.config.get("quantization_config")) and not is_in_mxfp4(self.config):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
@@ -120,24 +120,24 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by key. Headers, index and files are checked against each other."""
-        found: dict[str, TensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for key, tensor in read_header(shard)[0].items():
-                if key in found:
+                if key in tensors:
                     raise EmlocError(
-                        f"{found[key].shard} and {shard} both hold {key}.",
+                        f"{tensors[key].shard} and {shard} both hold {key}.",
                         "Do not use this checkpoint.",
                         code="damaged",
                     )
-                found[key] = tensor
+                tensors[key] = tensor
         for key, name in self._weight_map.items():
-            if key not in found or found[key].shard.name != name:
+            if key not in tensors or tensors[key].shard.name != name:
                 raise EmlocError(
                     f"{self.directory / name} lacks {key}, which {self.index} says it holds.",
                     "Download or copy the model again.",
                     code="damaged",
                 )
-        return found
+        return tensors
 
     @property
     def nbytes(self) -> int:
@@ -149,13 +149,13 @@ class Checkpoint:
         """Yield lazy slices of the tensors ``keys``. The files are closed and their pages freed at the end."""
         with ExitStack() as stack:
             handles: dict[Path, Any] = {}
-            found = {}
+            slices = {}
             for key in keys:
                 shard = self.tensors[key].shard
                 if shard not in handles:
                     handles[shard] = stack.enter_context(safe_open(str(shard), framework="pt"))
-                found[key] = handles[shard].get_slice(key)
-            yield found
+                slices[key] = handles[shard].get_slice(key)
+            yield slices
 
     def fingerprint(self, inputs: Inputs) -> str:
         """Return the SHA-256 over config, index and the content of every shard, as a hexadecimal string.
@@ -172,7 +172,7 @@ class Checkpoint:
         return inputs.hash(self._model_files)
 
     def content_hash(self, inputs: Inputs) -> str:
-        """Return the SHA-256 over all that shapes what is made of the model, as an emulator's manifest has it.
+        """Return the SHA-256 over all that affects what is made from the model, as in an emulator's manifest.
 
         Besides what :meth:`fingerprint` covers: the tokenizer, templates, and the rows that an emulator keeps.
         """
@@ -202,7 +202,7 @@ class Checkpoint:
         )
 
     def copy_side_files(self, target: Path, skip: Container[str] = ()) -> None:
-        """Copy the side files into a directory, whose own card takes the name of the model's."""
+        """Copy the side files into a directory; the model's card is renamed, since the directory gets its own."""
         for path in self.side_files():
             if path.name not in skip:
                 name = BASE_CARD if path.name == CARD else path.name
@@ -252,7 +252,7 @@ def open_checkpoint(model: str, *, cached: bool = False) -> Checkpoint:
 
 
 def _of_several(directory: Path) -> Path:
-    """Return where the model is that is trained, in a directory that may hold several."""
+    """Return the directory of the model that is trained, in a directory that may hold several."""
     if not (directory / "config.json").is_file():
         for objective in plugin_manager().objectives():
             if objective.folder and (directory / objective.folder / "config.json").is_file():
@@ -266,7 +266,7 @@ def may_be_hub_id(model: str) -> bool:
 
 
 def require_name(model: str) -> None:
-    """Refuse what is no hub id, but a path where nothing is."""
+    """Refuse a path that does not exist; a hub id passes."""
     if not may_be_hub_id(model):
         raise EmlocError(
             f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).", code="missing"
@@ -285,7 +285,7 @@ def _from_hub(model: str) -> Iterator[tuple[str, str | None]]:
             yield name, revision or None
         except (HfHubHTTPError, HFValidationError, OSError):
             raise
-        except Exception as error:  # of its HTTP library, or of what downloads for it: the connection was lost
+        except Exception as error:  # from its HTTP library or downloader: the connection was lost
             raise ConnectionError(first_line(error)) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)
@@ -314,14 +314,14 @@ def find_config(model: str) -> Path:
                 f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.", code="missing"
             )
         return path / "config.json"
-    folders = ["", *(each.folder for each in plugin_manager().objectives() if each.folder)]
+    folders = ["", *(objective.folder for objective in plugin_manager().objectives() if objective.folder)]
     with _from_hub(model) as (name, revision):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         missing: EntryNotFoundError | None = None
         for part in (str(Path(folder, "config.json")) for folder in folders):
-            unreachable = isinstance(missing, LocalEntryNotFoundError)  # found out by waiting, so it is not asked again
+            unreachable = isinstance(missing, LocalEntryNotFoundError)  # learned by waiting, so it is not asked again
             try:
                 return Path(hf_hub_download(name, part, revision=revision, local_files_only=unreachable))
             except EntryNotFoundError as error:

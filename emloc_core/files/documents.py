@@ -33,7 +33,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that the user asked for, whole or not at all, in a directory that is made if there is none.
+    """Write a file that the user asked for, whole or not at all; its directory is created if needed.
 
     Raises:
         EmlocError: it cannot be written.
@@ -58,7 +58,7 @@ def read_json(path: Path, constant: Callable[[str], Any] = _refuse) -> Any:
     """Read a JSON file.
 
     Args:
-        constant: returns what is read for NaN and infinities.
+        constant: returns the value for NaN and infinities, by their name.
 
     Raises:
         EmlocError: the file is missing or is not JSON.
@@ -96,7 +96,7 @@ def read_object(path: Path, constant: Callable[[str], Any] = _refuse) -> dict[st
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a model's ``config.json``: older ones have NaN and infinities, which transformers writes as is done here.
+    """Read a model's ``config.json``. NaN and infinities, in older ones, are returned as transformers writes them.
 
     Raises:
         EmlocError: as :func:`read_object`.
@@ -104,8 +104,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(path, lambda constant: {"__float__": constant})
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file; ``what`` it is, a recipe say, is for messages.
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """Read a TOML file; messages call it ``kind`` (``recipe``, say).
 
     Raises:
         EmlocError: the file is missing, cannot be read, or is not TOML.
@@ -114,7 +114,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         require_regular(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise EmlocError(f"There is no {what} at {path}.", "Check the path.", code="missing") from None
+        raise EmlocError(f"There is no {kind} at {path}.", "Check the path.", code="missing") from None
     except OSError as error:
         raise EmlocError(
             f"{path} cannot be read ({error.strerror}).", "Give a TOML file.", code="unavailable"

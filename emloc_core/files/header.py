@@ -81,10 +81,10 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its pairs, without duplicates: readers disagree on which of two equal keys counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         raise ValueError("it names a key twice")
-    return found
+    return content
 
 
 def _tensor(key: str, shard: Path, entry: dict[str, Any], start: int) -> TensorInfo:

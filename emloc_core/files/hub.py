@@ -38,7 +38,7 @@ def push(
     """Upload an output, and return the address of the commit: see :func:`emloc_core.push`.
 
     Paths of this machine in its manifest and its adapter's config become their last parts. Weights, configs and rows of
-    an output that is there already, and not of this one, are removed.
+    an earlier output there that this one lacks are removed.
     """
     directory = Path(directory)
     check_repository(repository)
@@ -67,9 +67,9 @@ def push(
     before, session.timeout = session.timeout, _PATIENCE
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        there = api.list_repo_files(repository)
-        operations: list[Any] = [CommitOperationAdd(*each) for each in files.items()]
-        old = [name for name in there if MANIFEST in there and name not in files and name.endswith(_WRITTEN)]
+        published = api.list_repo_files(repository)
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+        old = [name for name in published if MANIFEST in published and name not in files and name.endswith(_WRITTEN)]
         operations += map(CommitOperationDelete, old)
         commit = api.create_commit(repository, operations, commit_message=f"Upload {manifest['kind']} made by EMLoC")
     except Exception as error:  # of the hub, or whatever the HTTP library of this version of huggingface_hub raises
@@ -86,7 +86,7 @@ def push(
 
 
 def _without_paths(directory: Path, manifest: dict[str, Any], base: str | None) -> Iterator[tuple[str, str]]:
-    """Yield the names and contents of files that name paths of this machine, with their last parts in place of them."""
+    """Yield the names and contents of files that name paths of this machine, with only the paths' last parts."""
     inputs = manifest.get("inputs") or {}
     names = {path: Path(path).name for path in inputs.values() if isinstance(path, str) and Path(path).is_absolute()}
     local = next((inputs[role] for role in ("base", "model") if role in inputs), None)
@@ -95,15 +95,15 @@ def _without_paths(directory: Path, manifest: dict[str, Any], base: str | None) 
         if local in names:
             names[local] = base
     result = manifest.get("result") or {}
-    if isinstance(named := result.get("base"), str):  # an emulator's; an evaluation has scores there
-        manifest = {**manifest, "result": {**result, "base": names.get(named, named)}}
+    if isinstance(name := result.get("base"), str):  # an emulator's; an evaluation has scores there
+        manifest = {**manifest, "result": {**result, "base": names.get(name, name)}}
     manifest = {**manifest, "inputs": {role: names.get(path, path) for role, path in inputs.items()}}
     yield MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     if (directory / _ADAPTER).is_file():
         config = read_object(directory / _ADAPTER)
-        named = str(config.get("base_model_name_or_path"))
-        if Path(named).is_absolute():
-            config["base_model_name_or_path"] = base or Path(named).name
+        base_name = str(config.get("base_model_name_or_path"))
+        if Path(base_name).is_absolute():
+            config["base_model_name_or_path"] = base or Path(base_name).name
         yield _ADAPTER, json.dumps(config, indent=2, sort_keys=True) + "\n"
     if base is not None and (directory / CARD).is_file():
         text = (directory / CARD).read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ class Inputs:
 
     def __init__(self, cache_dir: Path | None = None) -> None:
         self._cache = cache_dir / HASHES if cache_dir else None
-        self._seen: dict[Path, tuple[Stamp, str]] = {}
+        self._hashed: dict[Path, tuple[Stamp, str]] = {}
 
     def hash(self, paths: Iterable[Path]) -> str:
         """Return the SHA-256 over the names and contents of files, as a hexadecimal string.
@@ -39,7 +39,7 @@ class Inputs:
         if self._cache and self._cache.is_file():
             with suppress(EmlocError):  # a damaged cache is only slower
                 cache = read_object(self._cache)
-        known = dict(cache)
+        cached = dict(cache)
         total = hashlib.sha256()
         for path in paths:
             try:
@@ -57,10 +57,10 @@ class Inputs:
                 raise EmlocError(
                     f"{path} cannot be read ({reason}).", "Download or copy it again.", code="unavailable"
                 ) from None
-            self._seen.setdefault(real, (stamp, entry[-1]))
+            self._hashed.setdefault(real, (stamp, entry[-1]))
             total.update(f"{path.name}\0{entry[-1]}\n".encode())
         # Never create the directory: fingerprints are also taken where nothing will be written.
-        if self._cache and cache != known and os.access(self._cache.parent, os.W_OK):
+        if self._cache and cache != cached and os.access(self._cache.parent, os.W_OK):
             with suppress(OSError):  # without a cache it is only slower
                 write_json(self._cache, cache)
         return total.hexdigest()
@@ -68,11 +68,11 @@ class Inputs:
     @property
     def stamps(self) -> list[Stamp]:
         """Stamps that tell whether these are the same files as in an interrupted run, wherever they are now."""
-        return [stamp[:-1] for stamp, _ in self._seen.values()]
+        return [stamp[:-1] for stamp, _ in self._hashed.values()]
 
     def verify(self) -> None:
-        """Refuse files that have changed since they were hashed, so that all that was read since is consistent."""
-        for path, (stamp, digest) in self._seen.items():
+        """Refuse files that have changed since they were hashed, so that everything read since is consistent."""
+        for path, (stamp, digest) in self._hashed.items():
             try:
                 now = _stamp(path)
                 # A new hard link or other permissions change only the ctime.

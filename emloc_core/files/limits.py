@@ -17,23 +17,23 @@ from emloc_core.files.meter import own_memory
 
 
 @contextmanager
-def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
+def limited(work: str, seconds: float, nbytes: int) -> Iterator[None]:
     """Limit the time and memory of the ``with`` block.
 
     Args:
-        what: the work, as the subject of a sentence: ``Rendering the chat template``.
+        work: as the subject of a sentence: ``Rendering the chat template``.
 
     Raises:
         EmlocError: it takes more.
     """
     try:
-        with _within(seconds, what), _allocating(nbytes):
+        with _within(seconds, work), _allocating(nbytes):
             yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's
             raise
         raise EmlocError(
-            f"{what} takes more than {nbytes >> 20} MiB of memory, or more than is free.",
+            f"{work} takes more than {nbytes >> 20} MiB of memory, or more than is free.",
             "Free some memory. If enough is free, do not use the file: it is damaged or malicious.",
             code="refused",
         ) from error  # the zoo tries again smaller where memory ran out
@@ -58,7 +58,7 @@ _FIX = "Do not use it: it is damaged or malicious."
 
 
 @contextmanager
-def _within(seconds: float, what: str) -> Iterator[None]:
+def _within(seconds: float, work: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,15 +66,15 @@ def _within(seconds: float, what: str) -> Iterator[None]:
 
     def stop(_signal: int, _frame: Any) -> None:
         if running:
-            raise EmlocError(f"{what} takes more than {seconds:g} seconds.", _FIX, code="refused")
+            raise EmlocError(f"{work} takes more than {seconds:g} seconds.", _FIX, code="refused")
 
     before: Callable[..., Any] | int | None = signal.signal(signal.SIGALRM, stop)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # repeated, since the error may be caught
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # repeated, since the error may be caught
     try:
         yield
     finally:
         running = False
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.setitimer(signal.ITIMER_REAL, remaining, interval)
         signal.signal(signal.SIGALRM, before)
 
 

@@ -1,4 +1,4 @@
-"""The manifests of outputs: read with care, since anyone may have written them, or changed what they describe."""
+"""The manifests of outputs, read with care: anyone may have written them, or changed the files that they describe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from emloc_core.files.documents import read_object
 MANIFEST = "emloc.json"
 #: In the result of a manifest: the SHA-256 over what was written, as its reader computes it.
 CONTENT = "sha256"
-#: Stages that an adapter has gone through, one after the other, that are followed back at most.
+#: The most stages that an adapter's history is followed back.
 _STAGES = 8
 
 
@@ -28,8 +28,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     manifest = read_object(path)
     for name, kind in (("kind", str), ("request", dict), ("result", dict)):
         if not isinstance(manifest.get(name, kind()), kind):
-            given = type(manifest[name]).__name__
-            raise EmlocError(f"{path} is damaged: its {name} is a {given}.", "Restore the file.", code="damaged")
+            type_name = type(manifest[name]).__name__
+            raise EmlocError(f"{path} is damaged: its {name} is a {type_name}.", "Restore the file.", code="damaged")
     return manifest
 
 
@@ -49,7 +49,7 @@ def made_from(directory: Path, role: str) -> str:
 
 
 def learned_preferences(adapter: Path) -> bool:
-    """Return whether a LoRA was trained by preferences, as its manifest tells, or those of what it was made from."""
+    """Return whether a LoRA was trained by preferences, by its manifest, or by those of its inputs."""
     for _ in range(_STAGES):
         manifest = read_manifest(adapter) or {}
         inputs, request = (manifest.get(name) for name in ("inputs", "request"))
@@ -62,7 +62,7 @@ def learned_preferences(adapter: Path) -> bool:
 
 
 def parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the manifests of the outputs among the inputs, and of those among theirs, the oldest first."""
+    """Return the manifests of the inputs that are outputs, and of their inputs in turn, the oldest first."""
     manifests: dict[Path, dict[str, Any]] = {}
 
     def add(inputs: Any) -> None:
@@ -70,7 +70,7 @@ def parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
             directory = Path(inputs.get(role, "")).resolve()
             if role not in inputs or directory in manifests or not (manifest := read_manifest(directory)):
                 continue
-            manifests[directory] = manifest  # now, in case that it names itself
+            manifests[directory] = manifest  # first, in case it names itself
             add(manifest["inputs"])
             manifests[directory] = manifests.pop(directory)  # its own parents come first
 
@@ -89,13 +89,13 @@ def manifest_value(manifest: Mapping[str, Any], directory: Path, name: str, kind
     Raises:
         EmlocError: it is missing, or of another type.
     """
-    found: Any = manifest
+    value: Any = manifest
     for key in name.split("."):
-        if not isinstance(found, Mapping) or key not in found:
+        if not isinstance(value, Mapping) or key not in value:
             raise EmlocError(f"{directory / MANIFEST} has no {name}.", "Make the directory again.", code="damaged")
-        found = found[key]
+        value = value[key]
     try:
-        return TypeAdapter(kind).validate_python(found, strict=True)
+        return TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise EmlocError(

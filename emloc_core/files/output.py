@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 
 def made_at(path: Path) -> dict[str, Any] | None:
-    """Return the manifest of the output at a path; None where nothing is, or an empty directory.
+    """Return the manifest of the output at a path; None if there is nothing, or an empty directory.
 
     Raises:
         EmlocError: something else is at that path.
@@ -82,7 +82,7 @@ class Output:
         inputs: role, such as ``base`` -> path or hub id of that input. Not part of the request: an input that has moved
             is the same input.
         files: the files that are read to make it, as they were when hashed for the request.
-        family: of the base: its class is named on the card, and what was observed of it goes into the manifest.
+        family: the base's: its class is named on the card, and what was observed of it goes into the manifest.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
@@ -111,7 +111,7 @@ class Output:
         self._workspace = Workspace(self.path)
         self.staging = self._workspace.content
         #: A sentence in Markdown for cards: what the stage did. It holds no paths, since cards are published.
-        self.made = ""
+        self.provenance = ""
         self.result: dict[str, Any] = {}
         self.timing: dict[str, Any] = {}
 
@@ -142,7 +142,7 @@ class Output:
         return True
 
     def note(self, name: str, value: Any) -> None:
-        """Note in the manifest of the finished directory what it is used for now, which is no part of its content."""
+        """Record in the finished directory's manifest something that is no part of its content."""
         manifest = read_object(self.path / MANIFEST)
         if manifest["result"].get(name) != value:
             write_json(self.path / MANIFEST, {**manifest, "result": {**manifest["result"], name: value}})
@@ -173,7 +173,7 @@ class Output:
 
     @contextmanager
     def _naming_changed_inputs(self) -> Iterator[None]:
-        """Name an input that was changed or removed meanwhile: libraries fail at one in ways of their own."""
+        """Name an input that changed or disappeared meanwhile: libraries raise their own errors for one."""
         try:
             yield
         except EmlocError:
@@ -188,7 +188,7 @@ class Output:
         """Lock the workspace for this request."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(self._workspace.held())
+                stack.enter_context(self._workspace.hold())
                 self._start_or_resume()
             except OSError as error:
                 if error.errno in DISK_FULL:
@@ -215,7 +215,7 @@ class Output:
                         "Run that command again to finish it, or remove the directory.",
                         code="exists",
                     )
-                if files != stamps:  # they have the same content, and may not have had it all the time
+                if files != stamps:  # the same content now, but it may have changed in between
                     workspace.clear()
             else:  # it was being removed
                 workspace.clear()
@@ -235,7 +235,7 @@ class Output:
             "inputs": self._inputs,
             "request": self.request,
             "result": self.result,
-            "made": self.made,
+            "made": self.provenance,
             "versions": self._versions,
         }
         manifest |= {DECLARATIONS: self._declarations} if self._declarations else {}
@@ -245,7 +245,7 @@ class Output:
         for path in self.staging.rglob("*"):
             if not any(part.startswith(".") for part in path.relative_to(self.staging).parts):
                 _fsync(path)
-        for path in list(self.staging.rglob(".*")):  # last: a kill until here repeats none of that work
+        for path in list(self.staging.rglob(".*")):  # last, so that a run killed before this repeats no work
             _remove(path)
         _fsync(self.staging)
         try:
@@ -268,23 +268,23 @@ class Output:
         try:
             text = card(manifest, parents(self._inputs), self._loader, scores, self._objective)
         except (EmlocError, OSError, LookupError, AttributeError, TypeError, ValueError):
-            text = card(manifest, [], self._loader, scores, self._objective)  # what others made may say anything of how
+            text = card(manifest, [], self._loader, scores, self._objective)  # manifests from others may hold anything
         (self.staging / CARD).write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _refuse_full_disk(place: Path) -> Iterator[None]:
+def _refuse_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except EmlocError:
         raise
     except Exception as error:
-        free = shutil.disk_usage(place.parent).free
+        free = shutil.disk_usage(path.parent).free
         # Libraries that write files raise their own errors when the disk is full.
         if getattr(error, "errno", None) not in DISK_FULL and free > _NO_ROOM:
             raise
         raise DiskFullError(
-            f"The disk is full: writing to {place} failed with {free:,} bytes free.",
+            f"The disk is full: writing to {path} failed with {free:,} bytes free.",
             "Free some space and run the same command again: it resumes where it stopped.",
         ) from error
 
@@ -304,7 +304,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-#: What the user gave, where a request only has hashes of it.
+#: Names of inputs of which a request has only hashes.
 _ROLES = {
     "rows": "--data",
     "calibration": "--data",
@@ -320,16 +320,18 @@ _ROLES = {
 }
 
 
-def _differences(old: Any, new: Any, at: str = "") -> str:
+def _differences(old: Any, new: Any, path: str = "") -> str:
     """Name the settings in which two requests differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        texts = (_differences(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in sorted({*old, *new}))
+        texts = (
+            _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key) for key in sorted({*old, *new})
+        )
         return "; ".join(text for text in texts if text)
     if old == new:
         return ""
     if isinstance(new, list) or _is_hash(old) or _is_hash(new):  # their values help nobody
-        return f"{_ROLES.get(at.removeprefix('request.'), at)} differs"
-    return f"{at} was {_short(old)} and is now {_short(new)}"
+        return f"{_ROLES.get(path.removeprefix('request.'), path)} differs"
+    return f"{path} was {_short(old)} and is now {_short(new)}"
 
 
 def _is_hash(value: Any) -> bool:

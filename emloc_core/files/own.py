@@ -34,13 +34,13 @@ def require_own_files(directory: Path, patterns: Iterable[str]) -> None:
         patterns: glob patterns of the file names that matter.
     """
     root = directory.resolve()
-    snapshot = next((each for each in (root, root.parent) if each.parent.name == "snapshots"), None)
-    places = [root, snapshot.parents[1] / "blobs"] if snapshot else [root]
+    snapshot = next((folder for folder in (root, root.parent) if folder.parent.name == "snapshots"), None)
+    roots = [root, snapshot.parents[1] / "blobs"] if snapshot else [root]
     for path in sorted(directory.iterdir()):
         if not any(path.match(pattern) for pattern in patterns) or not path.exists() or path.is_dir():
             continue
         require_regular(path)
-        if not any(path.resolve().is_relative_to(place) for place in places):
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
             raise EmlocError(
                 f"{path} is a link to a file outside of {directory}, which would be read and copied.",
                 "Replace the link with the file if you trust it; otherwise do not use the directory.",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: Fields of configs, PEFT's and that of bitsandbytes, that hold patterns: as keys, as entries, or as the value itself.
+#: Fields of PEFT's and bitsandbytes' configs that hold patterns: as keys, as entries, or as the value itself.
 _FIELDS = (
     "target_modules",
     "exclude_modules",
@@ -45,12 +45,12 @@ def pattern_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def ways(pattern: str) -> int:
-    """Return an upper bound on the ways to match a path; more than the limit if it is not known."""
+    """Return an upper bound on the ways to match a path; more than the limit if unknown."""
     if pattern.replace(".", "").replace("_", "").isalnum():
         return 1
-    found, branches, before, place = 1, [1], "", 0
-    while place < len(pattern):
-        token = _TOKEN.match(pattern, place)
+    count, branches, before, position = 1, [1], "", 0
+    while position < len(pattern):
+        token = _TOKEN.match(pattern, position)
         kind = token.lastgroup if token else None
         if token is None or kind is None or (kind == "repeat" and before not in ("one", "digits")):
             return _MOST_WAYS + 1  # a repeated group, a count, a reference
@@ -59,20 +59,20 @@ def ways(pattern: str) -> int:
         if kind == "open":
             branches.append(1)
         elif kind == "close" and len(branches) > 1:
-            found *= branches.pop()
+            count *= branches.pop()
         elif kind == "branch":
             branches[-1] += 1
         elif kind == "repeat":
-            found *= _NUMBER if before == "digits" else _PATH
+            count *= _NUMBER if before == "digits" else _PATH
         elif kind == "maybe":
-            found *= 2
-        before, place = kind, token.end()
-    return found * math.prod(branches)
+            count *= 2
+        before, position = kind, token.end()
+    return count * math.prod(branches)
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in _FIELDS:
-        given = config.get(field)
-        for pattern in [given] if isinstance(given, str) else list(given) if isinstance(given, list | Mapping) else []:
+        value = config.get(field)
+        for pattern in [value] if isinstance(value, str) else list(value) if isinstance(value, list | Mapping) else []:
             if isinstance(pattern, str):
                 yield field, pattern

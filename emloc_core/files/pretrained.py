@@ -151,16 +151,16 @@ def load_processing(name: str, directory: Path) -> Any:
             "Use a model whose processor does not.",
             code="refused",
         )
-    what = name.removeprefix("Auto").lower()
+    kind = name.removeprefix("Auto").lower()
     try:
         processing = auto_class(name).from_pretrained(str(directory), **_NOTHING_FOREIGN)
     except ValueError as error:
-        _refuse_own_code(error, directory, what)
+        _refuse_own_code(error, directory, kind)
         raise
     length = getattr(getattr(processing, "tokenizer", processing), "model_max_length", None)
     if length is not None and not isinstance(length, int | float):
         raise EmlocError(
-            f"The {what} in {directory} has the model_max_length {length!r}, which is not a number.",
+            f"The {kind} in {directory} has the model_max_length {length!r}, which is not a number.",
             "Correct its tokenizer_config.json.",
         )
     return processing
@@ -205,12 +205,12 @@ def load_lora(model: Any, directory: Path, **settings: Any) -> Any:
 @contextmanager
 def _few_modules() -> Iterator[None]:
     """Refuse to build a model with more modules than any real one: each takes time, even without weights."""
-    made = 0
+    built = 0
 
     def count(*_: object) -> None:
-        nonlocal made
-        made += 1
-        if made > _MODULES:
+        nonlocal built
+        built += 1
+        if built > _MODULES:
             raise EmlocError(
                 f"The config asks for a model with more than {_MODULES:,} modules, more than any model has.",
                 "Check its numbers of layers and experts.",
@@ -269,8 +269,8 @@ def _is_dtype(value: Any) -> bool:
 
 def _names(value: Any) -> list[str | None]:
     """Return the names of implementations: one for the model, or one per part."""
-    given = list(value.values()) if isinstance(value, Mapping) else [value]
-    return [name if name is None else str(name) for name in given]
+    names = list(value.values()) if isinstance(value, Mapping) else [value]
+    return [name if name is None else str(name) for name in names]
 
 
 def _has_flash() -> bool:
@@ -295,11 +295,11 @@ def _require_plain(config: Any, directory: Path) -> None:
         )
 
 
-def _refuse_own_code(error: Exception, place: Path, what: str) -> None:
+def _refuse_own_code(error: Exception, path: Path, kind: str) -> None:
     """Raise an :class:`EmlocError` if transformers complains that it may not run a model's code."""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         raise EmlocError(
-            f"The {what} in {place} needs its own Python code, which is never run.",
-            f"Use a model whose {what} is part of transformers.",
+            f"The {kind} in {path} needs its own Python code, which is never run.",
+            f"Use a model whose {kind} is part of transformers.",
             code="refused",
         ) from error

@@ -1,4 +1,4 @@
-"""A file for tensors that must wait outside memory: no name refers to it, so that it is gone when its process is."""
+"""A file for tensors that must wait outside memory: no name refers to it, so it disappears with its process."""
 
 import ctypes
 import os
@@ -11,27 +11,27 @@ import torch
 
 
 class ScratchFile:
-    """Bytes of tensors by their place in a file."""
+    """Bytes of tensors by their offset in a file."""
 
     def __init__(self, directory: Path) -> None:
         self._file: Any = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - until close()
 
-    def write(self, content: torch.Tensor | torch.UntypedStorage, place: int) -> None:
-        """Write a contiguous tensor, or a storage, on the CPU from this place on."""
-        left = _bytes(content)
-        while left:
-            written = os.pwrite(self._file.fileno(), left, place)
-            left, place = left[written:], place + written
+    def write(self, content: torch.Tensor | torch.UntypedStorage, offset: int) -> None:
+        """Write a contiguous tensor, or a storage, on the CPU from this offset on."""
+        remaining = _bytes(content)
+        while remaining:
+            written = os.pwrite(self._file.fileno(), remaining, offset)
+            remaining, offset = remaining[written:], offset + written
 
-    def read(self, content: torch.Tensor | torch.UntypedStorage, place: int) -> None:
-        """Fill it with what was written there."""
-        left = _bytes(content)
-        while left:
-            read = os.preadv(self._file.fileno(), [left], place)
-            left, place = left[read:], place + read
+    def read(self, content: torch.Tensor | torch.UntypedStorage, offset: int) -> None:
+        """Fill a tensor or a storage with the bytes written at this offset."""
+        remaining = _bytes(content)
+        while remaining:
+            read = os.preadv(self._file.fileno(), [remaining], offset)
+            remaining, offset = remaining[read:], offset + read
 
     def clear(self) -> None:
-        """Give the disk its room back."""
+        """Free the disk space."""
         self._file.truncate(0)
 
     def close(self) -> None:
@@ -40,36 +40,36 @@ class ScratchFile:
 
 
 class ScratchTensors:
-    """Tensors by name, in such a file; in memory, where there is no directory for one."""
+    """Tensors by name, in a :class:`ScratchFile`; in memory if there is no directory for one."""
 
     def __init__(self, directory: Path | None) -> None:
         self._file = ScratchFile(directory) if directory else None
-        self._kept: dict[Hashable, torch.Tensor] = {}  # in a file, without contents
-        self._places: dict[Hashable, tuple[int, torch.device]] = {}
+        self._tensors: dict[Hashable, torch.Tensor] = {}  # in a file, without contents
+        self._offsets: dict[Hashable, tuple[int, torch.device]] = {}
         self._end = 0
 
     def __setitem__(self, name: Hashable, tensor: torch.Tensor) -> None:
         """Keep a copy of a tensor that has no such name yet."""
         if self._file is None:
-            self._kept[name] = tensor.detach().clone()
+            self._tensors[name] = tensor.detach().clone()
             return
         self._file.write(tensor.detach().cpu().contiguous(), self._end)
-        self._kept[name], self._places[name] = torch.empty_like(tensor, device="meta"), (self._end, tensor.device)
+        self._tensors[name], self._offsets[name] = torch.empty_like(tensor, device="meta"), (self._end, tensor.device)
         self._end += tensor.nbytes
 
     def __getitem__(self, name: Hashable) -> torch.Tensor:
         """Return a tensor, on the device that it was on."""
-        kept = self._kept[name]
+        template = self._tensors[name]
         if self._file is None:
-            return kept
-        place, device = self._places[name]
-        found = torch.empty(kept.shape, dtype=kept.dtype)
-        self._file.read(found, place)
-        return found.to(device)
+            return template
+        offset, device = self._offsets[name]
+        tensor = torch.empty(template.shape, dtype=template.dtype)
+        self._file.read(tensor, offset)
+        return tensor.to(device)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the names, in the order in which tensors came."""
-        return iter(self._kept)
+        return iter(self._tensors)
 
 
 def _bytes(content: torch.Tensor | torch.UntypedStorage) -> memoryview:

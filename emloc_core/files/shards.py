@@ -48,14 +48,14 @@ def chunks(tensor: TensorInfo, nbytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(nbytes, tensor.nbytes)))
     with tensor.shard.open("rb", buffering=0) as file:
         file.seek(tensor.start)
-        for left in range(tensor.nbytes, 0, -nbytes):
-            part = buffer[: min(nbytes, left)]
-            done = 0
-            while done < len(part):
-                count = file.readinto(part[done:])
+        for remaining in range(tensor.nbytes, 0, -nbytes):
+            part = buffer[: min(nbytes, remaining)]
+            filled = 0
+            while filled < len(part):
+                count = file.readinto(part[filled:])
                 if not count:
                     raise _ended_within(tensor)
-                done += count
+                filled += count
             yield part
 
 
@@ -122,23 +122,23 @@ class ShardWriter:
         if not hasattr(os, "copy_file_range"):  # Linux has it
             return False
         with tensor.shard.open("rb") as source:
-            at = tensor.start
-            while at < tensor.stop:
+            offset = tensor.start
+            while offset < tensor.stop:
                 try:
-                    count = os.copy_file_range(source.fileno(), self._file.fileno(), tensor.stop - at, at)
+                    count = os.copy_file_range(source.fileno(), self._file.fileno(), tensor.stop - offset, offset)
                 except OSError as error:
-                    if error.errno in _NO_COPY_RANGE and at == tensor.start:
+                    if error.errno in _NO_COPY_RANGE and offset == tensor.start:
                         return False
                     raise
                 if not count:
                     raise _ended_within(tensor)
-                at += count
+                offset += count
         return True
 
     def _write_all(self, part: bytes | memoryview) -> None:
-        rest = memoryview(part).cast("B")
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        remaining = memoryview(part).cast("B")
+        while remaining:
+            remaining = remaining[self._file.write(remaining) :]
 
     def _expect(self, key: str) -> None:
         expected, nbytes = self._expected.pop()
@@ -147,16 +147,18 @@ class ShardWriter:
         self._end = self._file.tell() + nbytes
 
     def _require_whole(self, key: str) -> None:
-        if (at := self._file.tell()) != self._end:
-            raise ValueError(f"{key} ends at byte {at}, not at {self._end} as the header says")
+        if (offset := self._file.tell()) != self._end:
+            raise ValueError(f"{key} ends at byte {offset}, not at {self._end} as the header says")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             with self._file:
                 if kind is None:
                     if self._expected:
                         raise ValueError(f"{self.path} lacks {[key for key, _ in self._expected]}")
-                    os.fsync(self._file.fileno())  # some file systems tell of a full disk here, or when it is closed
+                    os.fsync(self._file.fileno())  # some file systems report a full disk here, or on closing
             if kind is None:
                 os.replace(self._temporary, self.path)
         finally:
@@ -169,9 +171,9 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
     Its header holds a hash, by which :func:`is_intact` checks it.
     """
     layout = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
-    known = dict(metadata or {})
-    digest = _hash(layout, known, (tensor_bytes(tensor) for tensor in tensors.values()))
-    with ShardWriter(path, layout, {**known, _HASH: digest}) as writer:
+    entries = dict(metadata or {})
+    digest = _hash(layout, entries, (tensor_bytes(tensor) for tensor in tensors.values()))
+    with ShardWriter(path, layout, {**entries, _HASH: digest}) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
 
@@ -193,7 +195,7 @@ def is_intact(shard: Path) -> bool:
     expected = metadata.pop(_HASH, None)
     metadata.pop("format", None)
     layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-    return expected == _hash(layout, metadata, (part for each in tensors.values() for part in chunks(each, _CHUNK)))
+    return expected == _hash(layout, metadata, (part for tensor in tensors.values() for part in chunks(tensor, _CHUNK)))
 
 
 def _hash(

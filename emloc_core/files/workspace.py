@@ -39,7 +39,7 @@ class Workspace:
         return self.content.is_dir() and any(self.content.iterdir())
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Create the directory and lock it against other processes.
 
         Raises:
@@ -90,6 +90,6 @@ class Workspace:
     def sweep(self) -> None:
         """Remove the leftovers of a run that was killed after its last rename, unless a process or work is here."""
         if self.directory.is_dir() and not self.content.exists():
-            with suppress(EmlocError, OSError), self.held():
+            with suppress(EmlocError, OSError), self.hold():
                 if not self.content.exists():
                     self.discard()

@@ -103,7 +103,7 @@ def make_workload(
     """
     model = planned_model(config_file)
     family, config = model.family, model.outline.config
-    limits = Limits.of(config)
+    limits = Limits.for_config(config)
     limit, known_rows = limits.tokens, None
     counted = int(family.modality == "image-text")
     if data is not None:

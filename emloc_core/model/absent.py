@@ -9,11 +9,11 @@ from torch import nn
 class Absent(nn.Parameter):
     """A parameter without storage, on the meta device, that names the device it is loaded to as its own.
 
-    Models ask a module for ``device``, that of its first parameter, to put their inputs there. While that module's
-    weights are not loaded, the answer has to be where the work is done, and not ``meta``.
+    Models put their inputs on a module's ``device``, which is its first parameter's. While the module's weights are not
+    loaded, that must be the device that computes, not ``meta``.
 
     Attributes:
-        loaded_to: that device.
+        loaded_to: the device.
     """
 
     loaded_to = torch.device("cpu")

@@ -12,7 +12,7 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
     Raises:
         EmlocError: the model has no such list of blocks.
     """
-    found = []
+    paths = []
     for tower in family.towers:
         try:
             blocks = model.get_submodule(tower.blocks)
@@ -31,5 +31,5 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
                 "Name the ModuleList whose children are the blocks: print(model) shows the paths.",
                 code="plugin",
             )
-        found += [f"{tower.blocks}.{name}" for name in names]
-    return found
+        paths += [f"{tower.blocks}.{name}" for name in names]
+    return paths

@@ -1,7 +1,7 @@
 """A cap on memory, beyond which allocations fail: a plan for a small GPU can be proven on a large one.
 
-``EMLOC_MEMORY_CAP=cuda=24GiB,cpu=8GiB`` names what a process may take of every GPU, and of the CPU's memory. Stages of
-a run that was given a memory have it as the cap of their GPU.
+``EMLOC_MEMORY_CAP=cuda=24GiB,cpu=8GiB`` names what a process may take of every GPU, and of the CPU's memory. In a run
+with a set memory, that is the GPU cap of its stages.
 """
 
 import os
@@ -19,9 +19,9 @@ CAP = "EMLOC_MEMORY_CAP"
 
 
 def gpu_cap(memory: str | None) -> dict[str, str]:
-    """Return the environment of processes that may take this much of a GPU, unless this one's says another cap.
+    """Return the environment that caps processes at this much of a GPU, unless this process has a cap of its own.
 
-    What is free, and no memory in particular, is no cap.
+    ``free`` and None set no cap.
     """
     return {} if memory in (None, FREE) else {CAP: os.environ.get(CAP) or f"cuda={memory}"}
 
@@ -30,7 +30,7 @@ def keep_to_cap(environment: Mapping[str, str] = os.environ) -> None:
     """Have allocations beyond the cap fail from now on.
 
     Raises:
-        EmlocError: the cap is not as it should be, or the process has more already.
+        EmlocError: the cap is not as it should be, or the process already uses more.
     """
     for device, nbytes in _caps(environment).items():
         if device == "cuda":
@@ -40,7 +40,7 @@ def keep_to_cap(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def cap_gpus(nbytes: int) -> None:
-    """Have torch allocate no more of any GPU than so many bytes, those of the driver's context counted.
+    """Have torch allocate at most so many bytes of any GPU, the driver's context included.
 
     Of processes that were launched together, each caps only its own GPU: to cap another would make a context there.
 
@@ -61,7 +61,7 @@ def cap_gpus(nbytes: int) -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), gpu)
 
 
-def cap_told() -> str:
+def cap_sentence() -> str:
     """Return a sentence about the cap, with a space before it, for errors; nothing where there is none."""
     cap = os.environ.get(CAP)
     return f" {CAP} is {cap}." if cap else ""
@@ -70,7 +70,7 @@ def cap_told() -> str:
 def _cap_process(nbytes: int) -> None:
     """Limit the process to so many bytes of data (heap, and mappings without a file), beyond which the kernel refuses.
 
-    It counts what is asked for, touched or not; so what libraries have asked for and not touched so far is added.
+    It counts what is asked for, touched or not; so what libraries have asked for but not yet touched is added.
     """
     if sys.platform != "linux":
         raise EmlocError(f"{CAP} caps CPU memory only on Linux.", "Name only cuda.", code="unsupported")
@@ -83,15 +83,17 @@ def _cap_process(nbytes: int) -> None:
 
 def _caps(environment: Mapping[str, str]) -> dict[str, int]:
     """Return the cap of every device that has one, in bytes."""
-    found = {}
+    caps = {}
     for part in filter(None, environment.get(CAP, "").split(",")):
         device, _, size = part.partition("=")
         if device not in ("cuda", "cpu"):
             raise EmlocError(f"{CAP} names {device!r}.", f"Give cuda, cpu or both, such as {CAP}=cuda=24GiB,cpu=8GiB.")
-        found[device] = parse_bytes(size)
-    return found
+        caps[device] = parse_bytes(size)
+    return caps
 
 
-def _too_small(nbytes: int, taken: int) -> EmlocError:
-    told = f"A cap of {human_bytes(nbytes)} is less than the {human_bytes(taken)} that the process has before its work."
-    return EmlocError(told, "Give more.", code="memory", resumable=True)
+def _too_small(nbytes: int, used: int) -> EmlocError:
+    message = (
+        f"A cap of {human_bytes(nbytes)} is less than the {human_bytes(used)} that the process has before its work."
+    )
+    return EmlocError(message, "Give more.", code="memory", resumable=True)

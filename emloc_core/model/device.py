@@ -31,7 +31,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def free_memory(name: str = "auto") -> int:
     """Return the bytes that are free of a device: see :func:`free_of` for a GPU, and otherwise of this machine.
 
-    That is less where the control group has fewer: see :func:`emloc_core.processes.group.within_group`.
+    It is less where the control group has less: see :func:`emloc_core.processes.group.within_group`.
     """
     device = choose_device(name)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Forward hooks, and forwards that stand in for a module's own, as context managers."""
+"""Forward hooks, and forwards that replace a module's own, as context managers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -45,7 +45,7 @@ def forward_hooks(
 ) -> Iterator[None]:
     """Register forward hooks, or pre-hooks, while the context is active.
 
-    A hook's result, unless None, replaces the output; that of one ``before`` the forward, its inputs.
+    A hook's result, unless None, replaces the output; a pre-hook's (``before``) replaces the inputs.
     """
     with ExitStack() as stack:
         for module, hook in hooks:
@@ -55,14 +55,14 @@ def forward_hooks(
 
 
 @contextmanager
-def forwards(others: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def forwards(replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Let other functions be the forwards of modules while the context is active: the modules' own are not computed.
 
     A module's hooks run as ever.
     """
     with ExitStack() as stack:
-        for module, forward in others:
-            own = module.__dict__.get("forward")  # another one's that is already in its place
+        for module, forward in replacements:
+            own = module.__dict__.get("forward")  # one that another context has put there
             restored = partial(setattr, module, "forward", own) if own else partial(delattr, module, "forward")
             module.forward = forward
             stack.callback(restored)

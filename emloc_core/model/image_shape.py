@@ -15,7 +15,7 @@ from emloc_core.errors import EmlocError
 
 #: Default height and width in pixels for towers that take any size: a common tile.
 IMAGE_SIZE = (448, 448)
-#: What configs call the number of tokens of an image of the only size that the tower takes.
+#: Names in configs for the number of tokens of an image, where the tower takes only one size.
 _TOKENS = ("image_seq_length", "mm_tokens_per_image")
 
 
@@ -91,8 +91,8 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         EmlocError: it has another form.
     """
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip())
-    if found is None or not all(sides := tuple(int(side) for side in found.groups())):
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip())
+    if match is None or not all(sides := tuple(int(side) for side in match.groups())):
         raise EmlocError(f"{text!r} is not an image size.", "Give width and height in pixels, such as 448x448.")
     width, height = sides
     return height, width

@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Destination:
     """Where a tensor of the source goes: native key -> shape of the part, and how it is split, if it is."""
 
     shapes: dict[str, Shape]
@@ -64,7 +64,7 @@ class Import(Job):
         self.layout = plugin_manager().layout_for(source.config)
         self.config = self.layout.config(source.config, source.directory)
         self._files = self.layout.files(source.config, source.directory)
-        self._places = {key: self._place(tensor) for key, tensor in source.tensors.items()}
+        self._destinations = {key: self._destination(tensor) for key, tensor in source.tensors.items()}
         self.family: Family = plugin_manager().family_for(self.config)
         self._require_model()
 
@@ -72,15 +72,17 @@ class Import(Job):
     def output(self) -> Output:
         """The checkpoint's directory. The source's files are hashed on first access."""
         source, files = self.source, Inputs(self._path.resolve().parent)
-        made = json.dumps([self.config, self._files, {key: [*place.shapes] for key, place in self._places.items()}])
+        native = json.dumps(
+            [self.config, self._files, {key: [*destination.shapes] for key, destination in self._destinations.items()}]
+        )
         request = {
             "source": source.fingerprint(files),
             "files": files.hash(source.side_files()),
             "layout": self.layout.name,
-            "native": hashlib.sha256(made.encode()).hexdigest(),  # a plugin may change while the source does not
+            "native": hashlib.sha256(native.encode()).hexdigest(),  # a plugin may change while the source does not
         }
-        named = {"source": source.name}
-        return Output(self._path, "checkpoint", request, inputs=named, files=files, family=self.family)
+        inputs = {"source": source.name}
+        return Output(self._path, "checkpoint", request, inputs=inputs, files=files, family=self.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""
@@ -98,19 +100,19 @@ class Import(Job):
     @property
     def splits(self) -> int:
         """Number of tensors that are split."""
-        return sum(place.split is not None for place in self._places.values())
+        return sum(destination.split is not None for destination in self._destinations.values())
 
-    def _place(self, tensor: TensorInfo) -> _Place:
-        found = self.layout.native_keys(tensor.key)
-        if found is None:
+    def _destination(self, tensor: TensorInfo) -> _Destination:
+        destination = self.layout.native_keys(tensor.key)
+        if destination is None:
             raise EmlocError(
                 f"{tensor.shard} holds {tensor.key}, which the layout {self.layout.name!r} does not know.",
                 "Nothing is dropped: give the checkpoint as published, without tensors added by other software.",
                 code="unsupported",
             )
-        targets, split = found
+        targets, split = destination
         if split is None:
-            return _Place({targets[0]: tensor.shape}, None)
+            return _Destination({targets[0]: tensor.shape}, None)
         try:
             parts = split.parts(torch.empty(tensor.shape, device="meta"), self.source.config)
             shapes = [tuple(part.shape) for part in parts]
@@ -120,16 +122,16 @@ class Import(Job):
                 "Check that the config.json belongs to this checkpoint.",
                 code="mismatch",
             ) from None
-        return _Place(dict(zip(targets, shapes, strict=True)), split)
+        return _Destination(dict(zip(targets, shapes, strict=True)), split)
 
     def _require_model(self) -> None:
         """Require exactly the native model's tensors, in their shapes."""
         remedy = "Check that the checkpoint is complete and that its config.json belongs to it."
         shapes, tied = native_tensors(self.config, self.family)
-        taken: dict[str, str] = {}
-        for key, place in self._places.items():
+        sources: dict[str, str] = {}
+        for key, destination in self._destinations.items():
             where = f"{key} in {self.source.tensors[key].shard}"
-            for target, shape in place.shapes.items():
+            for target, shape in destination.shapes.items():
                 if target not in shapes:
                     raise EmlocError(
                         f"{where} would be {target}, which the native model does not have.", remedy, code="mismatch"
@@ -140,14 +142,15 @@ class Import(Job):
                         remedy,
                         code="mismatch",
                     )
-                if target in taken:
-                    raise EmlocError(f"{where} and {taken[target]} would both be {target}.", remedy, code="mismatch")
-                taken[target] = key
-        missing = [name for name in shapes if name not in taken and tied.get(name, name) not in taken]
+                if target in sources:
+                    raise EmlocError(f"{where} and {sources[target]} would both be {target}.", remedy, code="mismatch")
+                sources[target] = key
+        missing = [name for name in shapes if name not in sources and tied.get(name, name) not in sources]
         if missing:
-            named = ", ".join(missing[:3])
             raise EmlocError(
-                f"{self.source.directory} lacks the source of {len(missing)} tensors: {named}.", remedy, code="damaged"
+                f"{self.source.directory} lacks the source of {len(missing)} tensors: {', '.join(missing[:3])}.",
+                remedy,
+                code="damaged",
             )
 
     def make(self, staging: Path, progress: Progress) -> None:
@@ -162,26 +165,26 @@ class Import(Job):
         self.output.result = {
             "layout": self.layout.name,
             "model_type": self.config["model_type"],
-            "tensors": sum(len(place.shapes) for place in self._places.values()),
+            "tensors": sum(len(destination.shapes) for destination in self._destinations.values()),
             "split": self.splits,
             "bytes": self.source.nbytes,
         }
-        self.output.made = f"Rewritten from the layout `{self.layout.name}` for transformers' own classes."
+        self.output.provenance = f"Rewritten from the layout `{self.layout.name}` for transformers' own classes."
 
     def _write_shard(self, source: Path, target: Path) -> None:
         tensors, metadata = read_header(source)
         layout = {
             key: (tensor.dtype, shape)
             for tensor in tensors.values()
-            for key, shape in self._places[tensor.key].shapes.items()
+            for key, shape in self._destinations[tensor.key].shapes.items()
         }
         with ShardWriter(target, layout, metadata) as writer:
             for tensor in tensors.values():
-                place = self._places[tensor.key]
-                if place.split is None:
-                    writer.copy(next(iter(place.shapes)), tensor)
+                destination = self._destinations[tensor.key]
+                if destination.split is None:
+                    writer.copy(next(iter(destination.shapes)), tensor)
                 else:
-                    self._write_parts(writer, tensor.key, place.shapes, place.split)
+                    self._write_parts(writer, tensor.key, destination.shapes, destination.split)
 
     def _write_parts(self, writer: ShardWriter, key: str, targets: Mapping[str, Shape], split: Split) -> None:
         with self.source.slices([key]) as slices:
@@ -192,8 +195,8 @@ class Import(Job):
     def _write_index(self, staging: Path) -> None:
         weight_map = {
             target: self.source.tensors[key].shard.name
-            for key, place in self._places.items()
-            for target in place.shapes
+            for key, destination in self._destinations.items()
+            for target in destination.shapes
         }
         if set(weight_map.values()) != {SINGLE}:
             write_json(staging / INDEX, {"metadata": {"total_size": self.source.nbytes}, "weight_map": weight_map})

@@ -1,4 +1,4 @@
-"""What a row holds inside a block, by formula, from shapes alone (``docs/memory.md``)."""
+"""The numbers that a row holds inside a block, by formula, from shapes alone (``docs/memory.md``)."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Inside(NamedTuple):
 
     Attributes:
         forward: while rows pass through: the hidden states, and what an activation function reads, multiplies and
-            makes, each as wide as the widest Linear's inputs and outputs.
+            returns, each as wide as the widest Linear's inputs and outputs.
         backward: while they are gone back through: inputs and outputs of all Linears and experts; each tensor, and its
             gradient or what a norm or an activation function makes of it.
     """
@@ -38,13 +38,13 @@ class Inside(NamedTuple):
 
 def inside(model: nn.Module, family: Family) -> dict[str, Inside]:
     """Return what a row holds inside every block of a model, by path; the model may be on the meta device."""
-    chosen = experts_per_token(model.config)
-    found = {}
+    active = experts_per_token(model.config)
+    sizes = {}
     for path in block_paths(model, family):
         tower = next(tower for tower in family.towers if path.startswith(f"{tower.blocks}."))
-        widths = list(_widths(model.get_submodule(path), tower, chosen))
-        found[path] = Inside(3 * max(widths, default=0), 2 * sum(widths))
-    return found
+        widths = list(_widths(model.get_submodule(path), tower, active))
+        sizes[path] = Inside(3 * max(widths, default=0), 2 * sum(widths))
+    return sizes
 
 
 def linears_in(block: nn.Module) -> list[nn.Linear]:
@@ -52,10 +52,10 @@ def linears_in(block: nn.Module) -> list[nn.Linear]:
     return [module for module in block.modules() if isinstance(module, nn.Linear)]
 
 
-def _widths(block: nn.Module, tower: Tower, chosen: int) -> Iterator[int]:
+def _widths(block: nn.Module, tower: Tower, active: int) -> Iterator[int]:
     """Yield how many numbers of a position go into and out of each Linear, and of the experts that it goes to."""
     for linear in linears_in(block):
         yield linear.in_features + linear.out_features
     for path, module in block.named_modules():
         if path in tower.experts:
-            yield chosen * width(module)
+            yield active * width(module)

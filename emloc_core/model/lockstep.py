@@ -29,21 +29,21 @@ def units(model: nn.Module, block_lists: Sequence[str]) -> list[str]:
     mergers), whose hook would never fire; their children are units instead. The order is that of the module tree; the
     driver visits a unit when the samples reach it.
     """
-    found: list[str] = []
+    paths: list[str] = []
 
     def walk(module: nn.Module, path: str) -> None:
         if path in block_lists:
-            found.extend(f"{path}.{index}" for index in range(len(list(module.children()))))
+            paths.extend(f"{path}.{index}" for index in range(len(list(module.children()))))
         elif type(module).forward is nn.Module.forward or any(
             block_list.startswith(f"{path}." if path else "") for block_list in block_lists
         ):
             for name, child in module.named_children():
                 walk(child, f"{path}.{name}" if path else name)
         elif next(module.parameters(), None) is not None:
-            found.append(path)
+            paths.append(path)
 
     walk(model, "")
-    return found
+    return paths
 
 
 class Lockstep:
@@ -69,7 +69,7 @@ class Lockstep:
         self._runners: list[greenlet] = []
         self._results: list[Any] = []
         self._around: Callable[[int], AbstractContextManager[Any]] = lambda _: nullcontext()
-        self._places: dict[int, str] = {}  # of the samples that wait
+        self._positions: dict[int, str] = {}  # of the samples that wait
         self._inside: set[int] = set()  # samples that wait inside a block
         self._finished: set[str] = set()
         # All samples pass through the last list's blocks, whatever they passed through before.
@@ -80,7 +80,7 @@ class Lockstep:
     def advance(
         self,
         forwards: Sequence[Forward],
-        at: Callable[[str], AbstractContextManager[Any]],
+        visit: Callable[[str], AbstractContextManager[Any]],
         last: str | None = None,
         around: Callable[[int], AbstractContextManager[Any]] = lambda _: nullcontext(),
     ) -> list[Any]:
@@ -88,7 +88,7 @@ class Lockstep:
 
         Args:
             forwards: one callable per sample. Its forward must pass ``use_cache=False``.
-            at: called with a unit's path; the samples pass through the unit within its context.
+            visit: called with a unit's path; the samples pass through the unit within its context.
             last: path of the unit after which samples are stopped.
             around: called with a sample's index; each stretch of the sample runs within its context.
 
@@ -103,14 +103,14 @@ class Lockstep:
         self._results = results = [None] * len(forwards)
         with self._hooks():
             try:
-                self._drive(at, last)
+                self._drive(visit, last)
                 return results
             finally:
                 for runner in self._runners:
                     if not runner.dead:
                         runner.throw(GreenletExit)
-                for held in (self.parking, self.waiting, self._places, self._inside, self._finished):
-                    held.clear()
+                for store in (self.parking, self.waiting, self._positions, self._inside, self._finished):
+                    store.clear()
                 self._driver, self._runners, self._results = None, [], []
 
     def step(self, sample: int) -> str | None:
@@ -124,36 +124,36 @@ class Lockstep:
         self.sample = sample
         self.parking.leave(sample)
         self.waiting.pop(sample, None)  # its tensors are the sample's own again
-        self._places.pop(sample, None)
+        self._positions.pop(sample, None)
         runner = self._runners[sample]
         with self._around(sample):
-            place = runner.switch()
+            position = runner.switch()
         if runner.dead:
-            self._results[sample] = place
+            self._results[sample] = position
             return None
-        if place in self._finished and place in self._once:
+        if position in self._finished and position in self._once:
             raise EmlocError(
-                f"The model ran {place} a second time in one forward.",
+                f"The model ran {position} a second time in one forward.",
                 "Streaming needs each block to run once; declare the module that repeats as one block.",
                 code="unsupported",
             )
-        self._places[sample] = place
+        self._positions[sample] = position
         self._park(sample)
-        return str(place)
+        return str(position)
 
     def pause(
-        self, place: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, inside: bool = False
+        self, position: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, inside: bool = False
     ) -> None:
         """Pause the running sample at a unit, or where the unit's visitor wants it; outside a sample, do nothing.
 
         Args:
-            args, kwargs: that it waits with.
-            inside: whether that is inside a block, where a sample holds more than at its ends.
+            args, kwargs: the arguments it waits with.
+            inside: whether the pause is inside a block, where a sample holds more than at its ends.
         """
         if self._driver is not None and getcurrent() is not self._driver:
             self.waiting[self.sample] = (args, kwargs or {})
             (self._inside.add if inside else self._inside.discard)(self.sample)
-            self._driver.switch(place)
+            self._driver.switch(position)
 
     @contextmanager
     def arguments(self, sample: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -166,25 +166,25 @@ class Lockstep:
             self._park(sample)
 
     def _park(self, sample: int) -> None:
-        place, arguments = self._places[sample], self.waiting[sample]
+        position, arguments = self._positions[sample], self.waiting[sample]
         inside = sample in self._inside
         # What other modules are called with may be the row's own inputs, which two samples share.
-        hidden = arguments[0][0] if arguments[0] and (place in self._once or place not in self.units) else None
+        hidden = arguments[0][0] if arguments[0] and (position in self._once or position not in self.units) else None
         self.parking.enter(sample, arguments, hidden, inside=inside)
 
-    def _drive(self, at: Callable[[str], AbstractContextManager[Any]], last: str | None) -> None:
+    def _drive(self, visit: Callable[[str], AbstractContextManager[Any]], last: str | None) -> None:
         order = {unit: index for index, unit in enumerate(self.units)}
         for sample in range(len(self._runners)):
             self.step(sample)
-        while self._places:
+        while self._positions:
             # Earliest unit first, so that samples that lag behind (without an image, say) catch up. Shared blocks come
             # last, since modules that images pass through first may follow them in the module tree.
-            unit = min(self._places.values(), key=lambda name: (name in self._shared, order.get(name, len(order))))
-            self.here = sorted(sample for sample, place in self._places.items() if place == unit)
+            unit = min(self._positions.values(), key=lambda name: (name in self._shared, order.get(name, len(order))))
+            self.here = sorted(sample for sample, position in self._positions.items() if position == unit)
             self._finished.add(unit)
-            with at(unit):
+            with visit(unit):
                 for sample in self.here:
-                    if self._places.get(sample) == unit:  # the visitor has not taken it further
+                    if self._positions.get(sample) == unit:  # the visitor has not taken it further
                         self.step(sample)
             if unit == last:
                 break

@@ -1,4 +1,4 @@
-"""A model that a job works with: opened once, and handed on to whatever needs some of it."""
+"""A model that a job works with: opened once, and passed to whatever needs part of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class OpenModel:
 
     @cached_property
     def config(self) -> Any:
-        """Transformers' config, or that of another library.
+        """The config, as transformers or another library reads it.
 
         Raises:
             EmlocError: the library rejects it.
@@ -59,8 +59,8 @@ class OpenModel:
 
     @cached_property
     def limits(self) -> Limits:
-        """What the config says of rows."""
-        return Limits.of(self.config)
+        """The limits that the config sets for rows."""
+        return Limits.for_config(self.config)
 
     def build(self) -> PreTrainedModel:
         """Return another model of this config, fp32 on the meta device, whatever is in the checkpoint."""

@@ -1,4 +1,4 @@
-"""What a process takes besides the tensors that a plan counts: Python with the libraries, and torch on its device."""
+"""Memory of a process besides the tensors that a plan counts: Python with the libraries, and torch on its device."""
 
 #: Bytes of Python with torch, transformers, PEFT and TRL imported, measured on Linux; not on the GPU.
 IMPORTS = {"cuda": 0, "cpu": 575_000_000}

@@ -24,7 +24,7 @@ from emloc_core.standins.layer import replace_linear
 from emloc_core.standins.quantizer import METHOD, EmlocConfig
 
 _READABLE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-#: What a packed weight says of itself.
+#: Fields of a packed weight's state.
 _PACKED = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "nested_blocksize": nf4.SCALES}
 _STATE, _RANGES = "weight.quant_state.bitsandbytes__nf4", "weight.nested_absmax"
 
@@ -75,30 +75,32 @@ class _Ranges(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, list[torch.Tensor]]:
         (ranges,), (state,) = input_dict[_RANGES], input_dict[_STATE]
-        said = json.loads(bytes(state.to(torch.uint8).tolist()))
-        if wrong := [name for name, value in _PACKED.items() if said[name] != value]:
-            raise ValueError(f"{wrong[0]} is {said[wrong[0]]!r}, not {_PACKED[wrong[0]]!r}")
-        found = torch.cat([ranges, ranges.new_tensor([said["nested_offset"]])])
-        if not bool(torch.isfinite(found).all()):
+        fields = json.loads(bytes(state.to(torch.uint8).tolist()))
+        if wrong := [name for name, value in _PACKED.items() if fields[name] != value]:
+            raise ValueError(f"{wrong[0]} is {fields[wrong[0]]!r}, not {_PACKED[wrong[0]]!r}")
+        combined = torch.cat([ranges, ranges.new_tensor([fields["nested_offset"]])])
+        if not bool(torch.isfinite(combined).all()):
             raise ValueError("scales are NaN or Inf")
-        return {"weight_ranges": [found]}
+        return {"weight_ranges": [combined]}
 
 
 class _Unpack(ConversionOps):
     """Unpacks the matrices of a stack one by one, transposed where those of the model are."""
 
-    def convert(self, input_dict: dict[str, Any], *_: Any, **given: Any) -> dict[str, list[torch.Tensor]]:
+    def convert(self, input_dict: dict[str, Any], *_: Any, **kwargs: Any) -> dict[str, list[torch.Tensor]]:
         if missing := [name for name in (_BLOCKS, _SCALES) if name not in input_dict]:
             raise ValueError(f"its tensor {missing[0].removeprefix('_proj_')} is missing")
         (blocks,), (scales,) = input_dict[_BLOCKS], input_dict[_SCALES]
         if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16:
             raise ValueError(f"blocks of shape {tuple(blocks.shape)} have scales of shape {tuple(scales.shape)}")
-        stack = given["model"].get_parameter(given["full_layer_name"])
-        found = torch.empty(stack.shape, dtype=stack.dtype, device=blocks.device)
+        stack = kwargs["model"].get_parameter(kwargs["full_layer_name"])
+        unpacked = torch.empty(stack.shape, dtype=stack.dtype, device=blocks.device)
         for expert in range(len(blocks)):
-            of = slice(expert, expert + 1)
-            found[of] = convert_moe_packed_tensors(blocks[of], scales[of], dtype=stack.dtype, rows_per_chunk=_AT_ONCE)
-        return {_STACK: [found]}
+            index = slice(expert, expert + 1)
+            unpacked[index] = convert_moe_packed_tensors(
+                blocks[index], scales[index], dtype=stack.dtype, rows_per_chunk=_AT_ONCE
+            )
+        return {_STACK: [unpacked]}
 
 
 #: By the method of a checkpoint's ``quantization_config``, its second argument: puts its layers into a model, in place

@@ -21,7 +21,7 @@ from emloc_core.model.device import free_of
 #: Fraction of the device's free memory that waiting samples may fill; the rest is for weights and statistics.
 SHARE = 0.5
 
-#: A storage that was emptied, and its content: in CPU memory, or so many bytes from a place in the file on.
+#: A storage that was emptied, and its content: in CPU memory, or its offset and bytes in the file.
 _Moved = tuple[torch.UntypedStorage, "torch.UntypedStorage | tuple[int, int]"]
 
 
@@ -39,12 +39,12 @@ class Parking:
         self.limit = limit
         self._shared: set[int] = set()
         self.keep(shared)
-        self._held: dict[int, int] = {}  # sample -> its bytes on the device
+        self._on_device: dict[int, int] = {}  # sample -> its bytes on the device
         self._moved: dict[int, list[_Moved]] = {}
         self._hidden: dict[int, list[weakref.ref[torch.Tensor]]] = {}  # of a sample
         self._directory = directory
         self._file: ScratchFile | None = None
-        self._room: dict[int, tuple[int, int]] = {}  # sample -> the place in the file that is its own, and its length
+        self._room: dict[int, tuple[int, int]] = {}  # sample -> the offset and length of its part of the file
         self._end = 0
 
     @classmethod
@@ -89,7 +89,7 @@ class Parking:
         """Park a sample.
 
         Args:
-            arguments: that it waits with: nested tuples, lists and dicts of anything.
+            arguments: what it waits with, nested tuples, lists and dicts of anything.
             hidden: the hidden states among them, which are the sample's alone: they stay parked as long as they live.
             inside: whether it waits inside a block.
 
@@ -98,8 +98,8 @@ class Parking:
         """
         if isinstance(hidden, torch.Tensor):
             self.know(sample, hidden)
-        known = self._hidden[sample] = [ref for ref in self._hidden.get(sample, ()) if ref() is not None]
-        tensors = [tensor for ref in known if (tensor := ref()) is not None]
+        references = self._hidden[sample] = [ref for ref in self._hidden.get(sample, ()) if ref() is not None]
+        tensors = [tensor for ref in references if (tensor := ref()) is not None]
         if self._directory is None:
             tensors += [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
@@ -108,28 +108,28 @@ class Parking:
             require_own(tensor)
         size = sum(storage.nbytes() for storage in storages.values())
         to_file = inside and self._directory is not None
-        if not to_file and sum(self._held.values()) + size <= self.limit:
-            self._held[sample] = size
+        if not to_file and sum(self._on_device.values()) + size <= self.limit:
+            self._on_device[sample] = size
         else:
             self._moved[sample] = self._move(sample, list(storages.values()), size)
 
     def leave(self, sample: int) -> None:
         """Give a sample back what it held when it was parked."""
-        self._held.pop(sample, None)
+        self._on_device.pop(sample, None)
         for storage, content in self._moved.pop(sample, []):
             if isinstance(content, torch.UntypedStorage):
                 storage.resize_(content.nbytes())
                 storage.copy_(content)
             else:
                 assert self._file
-                place, size = content
+                offset, size = content
                 storage.resize_(size)
-                self._file.read(storage, place)
+                self._file.read(storage, offset)
 
     def clear(self) -> None:
         """Forget all samples, which will not resume."""
-        for each in (self._held, self._moved, self._hidden, self._room):
-            each.clear()
+        for store in (self._on_device, self._moved, self._hidden, self._room):
+            store.clear()
         self._end = 0
         if self._file:
             self._file.close()
@@ -138,25 +138,27 @@ class Parking:
     def _move(self, sample: int, storages: list[torch.UntypedStorage], size: int) -> list[_Moved]:
         moved: list[_Moved] = []
         if self._directory is None:
-            moved += [(each, each.cpu() if each.device.type != "cpu" else each.clone()) for each in storages]
+            moved += [
+                (storage, storage.cpu() if storage.device.type != "cpu" else storage.clone()) for storage in storages
+            ]
         else:
             self._file = self._file or ScratchFile(self._directory)
-            place, room = self._room.get(sample, (0, 0))
+            offset, room = self._room.get(sample, (0, 0))
             if size > room:
-                place = self._end
-                self._room[sample] = (place, size)
+                offset = self._end
+                self._room[sample] = (offset, size)
                 self._end += size
             for storage in storages:
-                self._file.write(storage, place)
-                moved.append((storage, (place, storage.nbytes())))
-                place += storage.nbytes()
+                self._file.write(storage, offset)
+                moved.append((storage, (offset, storage.nbytes())))
+                offset += storage.nbytes()
         for storage in storages:
             storage.resize_(0)
         return moved
 
 
 def require_own(tensor: torch.Tensor) -> None:
-    """Refuse a tensor of a sample that is parked: the running one has no business with it."""
+    """Refuse a tensor of a sample that is parked: the running one must not use it."""
     if tensor.numel() and not tensor.untyped_storage().nbytes():
         raise EmlocError(
             "Two rows share a tensor: the model keeps what it computes for one row, and uses it for the next.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-#: Where tensors may begin in a buffer: at multiples of so many bytes, as GPUs like it.
+#: Tensors begin in a buffer at multiples of so many bytes, as GPUs like it.
 _ALIGNMENT = 512
 
 Tensors = Mapping[str, torch.Tensor]
@@ -22,7 +22,7 @@ class Places:
         tensors: by name, of any shapes and dtypes.
 
     Attributes:
-        nbytes: of the buffer.
+        nbytes: size of the buffer.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -70,19 +70,19 @@ class PinnedMemory:
         self._passing: Pinned | None = None
 
     def unit(self, name: str, read: Callable[[], Tensors]) -> Pinned:
-        """Return a unit, in memory that may be another one's after the next call; ``read`` returns its tensors."""
+        """Return a unit, in memory that the next call may reuse; ``read`` returns its tensors."""
         if name in self._staying:
             return self._staying[name]
         tensors = read()
         places = Places(tensors)
-        if _taken(places.nbytes) <= self._room:
-            self._room -= _taken(places.nbytes)
-            found = self._staying[name] = Pinned(places, _buffer(places.nbytes))
+        if _pinned_size(places.nbytes) <= self._room:
+            self._room -= _pinned_size(places.nbytes)
+            pinned = self._staying[name] = Pinned(places, _buffer(places.nbytes))
         else:
-            found = self._passing = self._through(places)
-        for tensor, place in places.tensors(found.memory).items():
-            place.copy_(tensors[tensor])
-        return found
+            pinned = self._passing = self._through(places)
+        for tensor, target in places.tensors(pinned.memory).items():
+            target.copy_(tensors[tensor])
+        return pinned
 
     def _through(self, places: Places) -> Pinned:
         """Return the buffer that units pass through, once the one before has left it."""
@@ -94,9 +94,9 @@ class PinnedMemory:
         return Pinned(places, before.memory)
 
     def leave(self, name: str) -> None:
-        """Forget a unit that is not asked for again: another one may stay in its room."""
-        if found := self._staying.pop(name, None):
-            self._room += _taken(found.places.nbytes)
+        """Forget a unit that is not needed again: another one may take its room."""
+        if pinned := self._staying.pop(name, None):
+            self._room += _pinned_size(pinned.places.nbytes)
 
     def clear(self) -> None:
         """Forget all units."""
@@ -108,6 +108,6 @@ def _buffer(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-def _taken(nbytes: int) -> int:
+def _pinned_size(nbytes: int) -> int:
     """Return what torch takes of the CPU's memory to pin so many bytes: the next power of two."""
     return 1 << (nbytes - 1).bit_length() if nbytes else 0

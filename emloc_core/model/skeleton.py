@@ -33,7 +33,7 @@ from emloc_core.model.packed_checkpoints import PACKED
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.transposed import TransposedLinear, as_linears
 
-#: Bytes of a tensor that is never given memory as a model is built: a stack of experts, of which some have 15 GB.
+#: Bytes from which a tensor gets no memory while a model is built: a stack of experts may have 15 GB.
 _LARGE = 1 << 30
 
 
@@ -86,8 +86,8 @@ class Skeleton:
 
     def _map_keys(self) -> dict[str, list[str]]:
         """Map every parameter and buffer to the checkpoint keys of the tensors that it is made from."""
-        found = self._loader.sources(self.checkpoint.tensors)
-        missing = [name for name, _ in self.model.named_parameters() if self.tied.get(name, name) not in found]
+        sources = self._loader.sources(self.checkpoint.tensors)
+        missing = [name for name, _ in self.model.named_parameters() if self.tied.get(name, name) not in sources]
         if missing:
             raise EmlocError(
                 f"{self.checkpoint.directory} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}).",
@@ -95,15 +95,15 @@ class Skeleton:
                 code="damaged",
             )
         for name, parameter in self.model.named_parameters():
-            tensors = [self.checkpoint.tensors[key] for key in found.get(name, ()) if key not in self._packed]
+            tensors = [self.checkpoint.tensors[key] for key in sources.get(name, ()) if key not in self._packed]
             if parameter.is_floating_point() and tensors and not any(tensor.is_floating_point for tensor in tensors):
                 raise EmlocError(
-                    f"{found[name][0]} in {tensors[0].shard} is a weight of dtype {tensors[0].dtype}, which is not "
+                    f"{sources[name][0]} in {tensors[0].shard} is a weight of dtype {tensors[0].dtype}, which is not "
                     "floating-point.",
                     "Give the original, unquantised model.",
                     code="unsupported",
                 )
-        return found
+        return sources
 
     def sources(self, parameter: str) -> list[str]:
         """Return the checkpoint keys of the tensors that ``parameter`` is made from, or is tied to."""
@@ -118,7 +118,7 @@ class Skeleton:
         return not self._packed.isdisjoint(keys)
 
     def shape_of(self, key: str) -> tuple[int, ...]:
-        """Return the shape of a tensor of the checkpoint; that of a Linear's weight is (out_features, in_features)."""
+        """Return the shape of a tensor of the checkpoint; a Linear's weight is (out_features, in_features)."""
         shape = self.checkpoint.tensors[key].shape
         return shape[::-1] if key in self._transposed else shape
 
@@ -145,8 +145,8 @@ class Skeleton:
 
     def load_parameters(self, names: Iterable[str]) -> None:
         """Load parameters by name; see :meth:`load`."""
-        wanted = {name: self.tied.get(name, name) for name in names}
-        for name in wanted:
+        sources = {name: self.tied.get(name, name) for name in names}
+        for name in sources:
             absent = self.model.get_parameter(name)
             if absent.is_meta and writes(absent):
                 raise EmlocError(
@@ -154,9 +154,9 @@ class Skeleton:
                     "EMLoC cannot run such a model one block at a time.",
                     code="unsupported",
                 )
-        self._read(wanted.values())
-        merges = any(len(self._sources[source]) > 1 for source in wanted.values())
-        for name, source in wanted.items():
+        self._read(sources.values())
+        merges = any(len(self._sources[source]) > 1 for source in sources.values())
+        for name, source in sources.items():
             loaded = self.model.get_parameter(source)
             if loaded.is_meta:
                 raise EmlocError(
@@ -170,14 +170,14 @@ class Skeleton:
                 self._set(source, loaded := nn.Parameter(loaded.detach().clone(), requires_grad=False))
             if name != source:
                 self._set(name, loaded)
-        for source in set(wanted.values()) - set(wanted):
+        for source in set(sources.values()) - set(sources):
             self._free_parameter(source)
-        for name in wanted.keys() & self._replaced.keys():
+        for name in sources.keys() & self._replaced.keys():
             new = self._replaced[name](self.model.get_parameter(name))
             self._set(name, nn.Parameter(new, requires_grad=False))
 
     def replace(self, name: str, new: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Have a parameter be what ``new`` makes of the checkpoint's, from now on, whenever it is loaded."""
+        """From now on, whenever a parameter is loaded, replace its value by what ``new`` returns for it."""
         self._replaced[name] = new
 
     def _read(self, names: Iterable[str]) -> None:
@@ -186,7 +186,7 @@ class Skeleton:
         if not keys:
             return
         with self.checkpoint.slices(keys) as slices:
-            tensors = {key: found[...].T if key in self._transposed else found for key, found in slices.items()}
+            tensors = {key: part[...].T if key in self._transposed else part for key, part in slices.items()}
             problems, mismatched = self._loader.load(tensors, self.dtype, self.device)
         for name, reason in problems.items():
             raise EmlocError(
@@ -263,14 +263,14 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Puts large tensors that are empty on the meta device at once: others are, when they have become parameters."""
+    """Puts large empty tensors on the meta device at once; others get there when they become parameters."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
-            found = func(*args, **{**kwargs, "device": "meta"})
-            if found.nbytes >= _LARGE:
-                return found
+            tensor = func(*args, **{**kwargs, "device": "meta"})
+            if tensor.nbytes >= _LARGE:
+                return tensor
         return func(*args, **kwargs)
 
 

@@ -79,8 +79,8 @@ class Stream(Lockstep):
     def _loading(self) -> Iterator[Callable[[str], None]]:
         """Yield a function that loads a unit, while the next one is read in the background.
 
-        It is read into the page cache, where the CPU finds it; for a GPU into pinned memory, and copied as one when it
-        is asked for, so that there is one unit on the GPU.
+        On the CPU it is read into the page cache; for a GPU into pinned memory, and copied as one when it is asked for,
+        so that there is one unit on the GPU.
         """
         if not self.pins:
             following = dict(zip(self.units, self.units[1:], strict=False))
@@ -95,6 +95,6 @@ class Stream(Lockstep):
         weights = FrozenWeights(self.skeleton.apart, self.units, self.skeleton.device, begins=False)
         weights.expect(self.units)
         try:
-            yield lambda unit: self.skeleton.lend(unit, weights.at(unit))
+            yield lambda unit: self.skeleton.lend(unit, weights.parameters(unit))
         finally:
             weights.close()

@@ -1,7 +1,7 @@
-"""Finds Linears whose weight some module's code reads without calling them, as it does to hand it to a fused kernel.
+"""Finds Linears whose weight some module's code reads without calling them, to pass it to a fused kernel, say.
 
-On an emulator such code would read a factor in place of the weight, and what is cast to the weight's dtype would become
-whole numbers where that is packed. A forward on a CPU need not show it: the kernel may be for a GPU, or for training
+On an emulator such code would read a factor in place of the weight, and activations cast to the dtype of a packed
+weight would become whole numbers. A forward on a CPU need not show it: the kernel may be for a GPU, or for training
 alone. So the source is read, not run.
 """
 
@@ -29,15 +29,15 @@ def read_without_call(model: nn.Module) -> dict[str, str]:
     Args:
         model: meta tensors suffice.
     """
-    found: dict[str, str] = {}
+    readers: dict[str, str] = {}
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, module in model.named_modules():
         for kind in type(module).__mro__:
             for inner in _reads(kind) if kind not in (nn.Module, nn.Linear, object) else ():
                 name = f"{path}.{inner}" if path else inner
                 if name in linears:
-                    found[name] = type(module).__name__
-    return found
+                    readers[name] = type(module).__name__
+    return readers
 
 
 def _reads(kind: type) -> frozenset[str]:
@@ -52,12 +52,12 @@ def _module_reads(module: str) -> dict[str, frozenset[str]]:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError, KeyError):
         return {}
-    found: dict[str, set[str]] = defaultdict(set)
+    reads: dict[str, set[str]] = defaultdict(set)
     for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for method in kind.body:
             if isinstance(method, ast.FunctionDef) and not _APART.fullmatch(method.name):
-                found[kind.name].update(_weights(method))
-    return {name: frozenset(paths) for name, paths in found.items()}
+                reads[kind.name].update(_weights(method))
+    return {name: frozenset(paths) for name, paths in reads.items()}
 
 
 def _weights(method: ast.FunctionDef) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """The frozen weights of a model that does not fit: one unit at a time, the next one read in the background.
 
-Exact steps ask for units in the same order every time, so what followed a unit the last time is read ahead; whoever
-knows the order before says it. Units that fit the room given stay. For a GPU, units pass through a pinned buffer of the
-CPU, or stay in pinned memory where there is room for them, and each is copied as one. The copy may begin before the
-unit is asked for, on a stream of its own, with memory of the GPU for two units; a computation waits for its own alone.
+Exact steps ask for units in the same order every time, so the unit that followed the last time is read ahead; a caller
+that knows the order beforehand passes it to ``expect``. Units that fit the room given stay. For a GPU, units pass
+through a pinned buffer of the CPU, or stay in pinned memory where there is room for them, and each is copied as one.
+The copy may begin before the unit is asked for, on a stream of its own, with memory of the GPU for two units; a
+computation waits only for its own unit.
 """
 
 import time
@@ -74,7 +75,7 @@ class FrozenWeights:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" and begins else None
         self._stamps = {shard: _stamp(shard) for shard in skeleton.checkpoint.shards}
 
-    def at(self, unit: str) -> Mapping[str, torch.Tensor]:
+    def parameters(self, unit: str) -> Mapping[str, torch.Tensor]:
         """Return the parameters of a unit by their names in it, on the device; valid until another unit is asked for.
 
         Raises:
@@ -102,22 +103,24 @@ class FrozenWeights:
         if previous is not None:
             self._followed[self._before, previous] = unit
         self._before, self._current = previous, None  # its memory is free before more is taken
-        left = torch.cuda.current_stream(self.device).record_event() if self._side is not None else None
-        self._current = unit, self._take(unit, left)
+        finished = torch.cuda.current_stream(self.device).record_event() if self._side is not None else None
+        self._current = unit, self._take(unit, finished)
         following = self._followed.get((previous, unit))
         if following is not None and following not in self._staying:
-            self._ahead = following, self._reader.submit(self._load, following, left)
+            self._ahead = following, self._reader.submit(self._load, following, finished)
 
-    def _take(self, unit: str, left: "torch.cuda.Event | None") -> _Loaded:
+    def _take(self, unit: str, finished: "torch.cuda.Event | None") -> _Loaded:
         if unit in self._staying:
             return self._staying[unit]
         started = time.perf_counter()
         if self._ahead is None or self._ahead[0] != unit:
-            self._ahead = unit, self._reader.submit(self._load, unit, left)
-        found = self._ahead[1].result()
+            self._ahead = unit, self._reader.submit(self._load, unit, finished)
+        content = self._ahead[1].result()
         self._ahead = None
         self.waited += time.perf_counter() - started
-        loaded = self._copied(found, torch.cuda.current_stream(self.device)) if isinstance(found, Pinned) else found
+        loaded = (
+            self._copied(content, torch.cuda.current_stream(self.device)) if isinstance(content, Pinned) else content
+        )
         if loaded.copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(loaded.copied)
@@ -129,11 +132,11 @@ class FrozenWeights:
             self._pinned.leave(unit)
         return loaded
 
-    def _load(self, unit: str, left: "torch.cuda.Event | None") -> _Loaded | Pinned:
+    def _load(self, unit: str, finished: "torch.cuda.Event | None") -> _Loaded | Pinned:
         """Read a unit, and on a GPU where copies begin early begin that; in the reading thread.
 
         Args:
-            left: then the end of all that is computed with units that were asked for before the one in use.
+            finished: if so, the end of all that is computed with units that were asked for before the one in use.
         """
         self.reads[unit] += 1
         if self.device.type != "cuda":
@@ -142,9 +145,9 @@ class FrozenWeights:
             return _Loaded(tensors)
         pinned = self._pinned.unit(unit, lambda: self._read(unit))
         self.bytes_read += pinned.places.nbytes
-        if self._side is None or left is None:
+        if self._side is None or finished is None:
             return pinned
-        left.synchronize()  # its memory is free only then; the CPU, which runs ahead of a GPU, would take more
+        finished.synchronize()  # its memory is free only then; the CPU, which runs ahead of a GPU, would take more
         return self._copied(pinned, self._side)
 
     def _copied(self, pinned: Pinned, stream: "torch.cuda.Stream") -> _Loaded:
@@ -153,8 +156,8 @@ class FrozenWeights:
         return _Loaded(pinned.places.tensors(buffer), buffer, pinned.copied)
 
     def _read(self, unit: str) -> Mapping[str, torch.Tensor]:
-        with self.skeleton.parameters(self._names[unit]) as found:
-            tensors = {name.removeprefix(f"{unit}."): tensor.detach() for name, tensor in found.items()}
+        with self.skeleton.parameters(self._names[unit]) as parameters:
+            tensors = {name.removeprefix(f"{unit}."): tensor.detach() for name, tensor in parameters.items()}
         for shard, stamp in self._stamps.items():
             if _stamp(shard) != stamp:
                 raise EmlocError(

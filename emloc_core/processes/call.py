@@ -32,9 +32,11 @@ class ProcessDiedError(EmlocError):
     """
 
     def __init__(self, function: str, code: int) -> None:
-        how = f"was killed by signal {-code}, maybe for lack of memory" if code < 0 else f"ended with exit code {code}"
+        ending = (
+            f"was killed by signal {-code}, maybe for lack of memory" if code < 0 else f"ended with exit code {code}"
+        )
         super().__init__(
-            f"The process of {function} {how}.", "Run the same command again.", code="died", resumable=True
+            f"The process of {function} {ending}.", "Run the same command again.", code="died", resumable=True
         )
         self.exit_code = code
 
@@ -98,7 +100,7 @@ def call(
 
 @contextmanager
 def called_here() -> Iterator[None]:
-    """Make calls in this process, where they only say what would be done: each new one would import torch again."""
+    """Make calls in this process, for calls that only describe: each new process would import torch again."""
     before = _IS_HERE.set(True)
     try:
         yield
@@ -114,12 +116,12 @@ def _answered_here(question: str) -> Iterator[Any]:
         yield from unpacked(json.loads(message))
 
 
-def unpacked(told: Mapping[str, Any]) -> Iterator[Any]:
+def unpacked(message: Mapping[str, Any]) -> Iterator[Any]:
     """Yield an answer; raise an error."""
-    if "answer" in told:
-        yield told["answer"]
-    elif "error" in told:
-        raise EmlocError(**told["error"])
+    if "answer" in message:
+        yield message["answer"]
+    elif "error" in message:
+        raise EmlocError(**message["error"])
 
 
 @contextmanager
@@ -142,9 +144,9 @@ def answer(question: Mapping[str, Any], send: Callable[[dict[str, Any]], Any]) -
         with without_collections():
             function = getattr(import_module(module), name)
         telling = {"tell": tell} if "tell" in signature(function).parameters else {}
-        found = function(**question["arguments"], **telling)
-        for each in found if isinstance(found, GeneratorType) else [found]:
-            tell(each)
+        result = function(**question["arguments"], **telling)
+        for item in result if isinstance(result, GeneratorType) else [result]:
+            tell(item)
     except EmlocError as error:
         send({"error": error.to_dict()})
     else:

@@ -1,4 +1,4 @@
-"""Sets the environment variables that libraries below torch read once, and silences what others say for no one."""
+"""Sets the environment variables that libraries below torch read once, and silences useless messages of others."""
 
 import gc
 import logging
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 #: Threads of OpenMP that spin while they wait for work starve a second core: 20 s against 5 s under load. A short spin
 #: first: without it an eigendecomposition took twice as long on two idle cores (0.61 s, not 0.30 s).
-#: oneDNN keeps what it made for products of up to a thousand shapes. Where ranks are unlike, that was 0.1 GB per block
+#: oneDNN caches primitives for products of up to a thousand shapes. Where ranks differ, they took 0.1 GB per block
 #: of a 1B model in stage 1, and 0.8 GB of 3.8 in tuning SmolLM2-135M; with 64 shapes, steps take as long. Between torch
 #: and oneDNN, ideep keeps as many again: with rows of 40 lengths, tuning SmolLM2-135M took 1.09 GB and not the planned
 #: 0.87; with 64 it takes 0.86, and 9 % more time where a step is short.
@@ -28,14 +28,14 @@ logging.getLogger("emloc").addHandler(logging.NullHandler())  # a program that e
 
 
 def settle() -> None:
-    """Set what the user has not set. Call it before torch computes."""
+    """Set the variables that the user has not set. Call it before torch computes."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Have Python look for no cycles among objects that stay: modules, rows. It finds none, in a fifth of the time."""
+    """Have Python look for no cycles among objects that stay (modules, rows): it would take a fifth of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -60,7 +60,7 @@ def quiet() -> Iterator[None]:
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
-    shown = (
+    bars = (
         (transformers_logging.is_progress_bar_enabled(), transformers_logging),
         (datasets_logging.is_progress_bar_enabled(), datasets_logging),
     )
@@ -68,7 +68,7 @@ def quiet() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     last_resort, logging.lastResort = logging.lastResort, logging.NullHandler()  # of a program that set up no logging
     hub.disable_progress_bars()
-    for _, library in shown:
+    for _, library in bars:
         library.disable_progress_bar()
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -80,7 +80,7 @@ def quiet() -> Iterator[None]:
         logging.lastResort = last_resort
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        for was_on, library in shown:
+        for was_on, library in bars:
             if was_on:
                 library.enable_progress_bar()
         if hub_bars:

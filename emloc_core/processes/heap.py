@@ -1,4 +1,4 @@
-"""Returns freed memory that the C library keeps to the system.
+"""Returns to the system the freed memory that the C library keeps.
 
 glibc allocates blocks below 32 MB on a heap, which shrinks only from its end. What a model's layers leave there would
 add to the peak of the loss (0.1 to 0.3 GB for SmolLM2-135M at 4 x 512 tokens), and of fitting in stage 1.

@@ -1,6 +1,5 @@
-"""Processes that never outlive their parent, however it ends, so that no stage keeps running as an orphan.
-
-And that end without delay.
+"""Processes that never outlive their parent, however it ends, so that no stage keeps running as an orphan,
+and that end without delay.
 """
 
 import atexit
@@ -42,7 +41,7 @@ def run_to_end(main: Callable[[], int | None]) -> NoReturn:
     Objects are not freed one by one then, which takes up to two seconds after torch is imported. Threads are waited
     for, and what ``main`` registers with :mod:`atexit` is called.
     """
-    code = 1  # of an exception, which Python shows
+    code = 1  # for an exception, which Python prints
 
     def end() -> None:
         lost = False
@@ -53,7 +52,7 @@ def run_to_end(main: Callable[[], int | None]) -> NoReturn:
                 lost = True
         os._exit(code or lost * _LOST)
 
-    atexit.register(end)  # before all others, so that it is called behind them
+    atexit.register(end)  # first, so that it is called last
     try:
         code = main() or 0
     except SystemExit as error:

@@ -1,8 +1,7 @@
-"""Processes that train together, each with a device of its own: what one refuses, ends all.
+"""Processes that train together, each with a device of its own: an error in one ends all.
 
-In exact steps all of them have the same LoRA and the same rows of a step. Each takes every so many micro-batches of it,
-for which it reads the weights itself, and the gradients of all are summed; so the step is that of one process, to
-rounding.
+In exact steps all have the same LoRA and the same rows of a step. Each takes its share of the micro-batches, for which
+it reads the weights itself, and all gradients are summed; so the step equals that of one process, up to rounding.
 """
 
 import os
@@ -20,13 +19,13 @@ class Processes:
     """The processes of torch's default group; this one alone where there is none.
 
     Attributes:
-        here: how many of them share this machine's memory.
+        local_count: how many of them share this machine's memory.
     """
 
     def __init__(self) -> None:
         grouped = distributed.is_available() and distributed.is_initialized()
         self.count = distributed.get_world_size() if grouped else 1
-        self.here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if grouped else 1
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if grouped else 1
         self._rank = distributed.get_rank() if grouped else 0
 
     def takes(self, index: int) -> bool:
@@ -37,12 +36,12 @@ class Processes:
         """Sum a tensor and gradients over all processes, in place; a gradient that none of them has stays None."""
         if self.count == 1:
             return
-        there = torch.tensor([parameter.grad is not None for parameter in parameters]).int().to(total.device)
+        have_gradient = torch.tensor([parameter.grad is not None for parameter in parameters]).int().to(total.device)
         with _connected():
             distributed.all_reduce(total)
-            distributed.all_reduce(there)
-            for parameter, found in zip(parameters, there.tolist(), strict=True):
-                if found:
+            distributed.all_reduce(have_gradient)
+            for parameter, any_has in zip(parameters, have_gradient.tolist(), strict=True):
+                if any_has:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
                     distributed.all_reduce(parameter.grad)
@@ -52,7 +51,7 @@ class Processes:
         """Do what is in the block in every process; where it fails in one, all raise that error.
 
         Raises:
-            EmlocError: that of the first process that failed. A process whose own exception is none raises that one.
+            EmlocError: the error of the first process that failed. A process with another exception raises its own.
         """
         if self.count == 1:
             yield
@@ -62,18 +61,18 @@ class Processes:
             yield
         except Exception as error:
             failed = error
-        told: list[dict[str, Any] | None] = [None] * self.count
+        messages: list[dict[str, Any] | None] = [None] * self.count
         with _connected():
-            distributed.all_gather_object(told, failed and _told(failed))
+            distributed.all_gather_object(messages, failed and _error_arguments(failed))
         if failed is not None and not isinstance(failed, EmlocError):
             raise failed
-        for first in filter(None, told):
+        for first in filter(None, messages):
             raise EmlocError(**first)
 
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Say what it means where the processes cannot reach each other."""
+    """Explain an error of processes that cannot reach each other."""
     try:
         yield
     except RuntimeError as error:
@@ -85,8 +84,8 @@ def _connected() -> Iterator[None]:
         ) from error
 
 
-def _told(error: Exception) -> dict[str, Any]:
-    """Return what an error says, as the arguments of an :class:`EmlocError`."""
+def _error_arguments(error: Exception) -> dict[str, Any]:
+    """Return an error as the arguments of an :class:`EmlocError`."""
     if isinstance(error, EmlocError):
         return error.to_dict()
     return {

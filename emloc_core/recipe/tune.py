@@ -16,16 +16,16 @@ from emloc_core.data.images import IMAGES
 from emloc_core.data.mixture import weights
 from emloc_core.data.row import Row
 from emloc_core.data.rows import (
-    ASKED,
     EVALUATED,
     HELD_OUT,
     NO_RENAMING,
     ROWS,
     SKIPPED,
+    TUNE_REQUEST,
     Skipped,
     digest,
     load_rows,
-    told,
+    skipped_warnings,
     write_rows,
     write_skipped,
 )
@@ -112,7 +112,7 @@ class Tune(Settings):
         require_own(self.output)
         if not (self.output / RECIPE).is_file():  # nothing is there, or it was killed before it began
             return None
-        before, now = read_json(self.output / ASKED), self._request()
+        before, now = read_json(self.output / TUNE_REQUEST), self._request()
         differing = [f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in now
                      if before.get(name) != now[name]]  # fmt: skip
         if differing:
@@ -135,7 +135,7 @@ class Tune(Settings):
             )
         if not _desirable(rows):
             raise EmlocError("No row has a wanted answer: every `label` is false.", "Add rows whose label is true.")
-        lines = told(skipped)
+        lines = skipped_warnings(skipped)
         emulator = {"compress": CompressSettings(paper=True)} if self.paper else {}
         content = {
             "output": str(self.output.absolute()),
@@ -165,7 +165,7 @@ class Tune(Settings):
     def _write(self, recipe: Recipe, lines: Iterable[str]) -> None:
         """Write the request, the held-out rows, and finally the recipe, with paths relative to it."""
         self.output.mkdir(parents=True, exist_ok=True)
-        write_json(self.output / ASKED, self._request())
+        write_json(self.output / TUNE_REQUEST, self._request())
         rows = _desirable(self._rows([]))
         few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
         write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
@@ -201,7 +201,7 @@ def _desirable(rows: Iterable[Row]) -> list[Row]:
 
 def require_own(output: Path) -> None:
     """Refuse an existing output that ``emloc tune`` did not write."""
-    if not output.exists() or (output / ASKED).is_file():
+    if not output.exists() or (output / TUNE_REQUEST).is_file():
         return
     # Hidden files, such as unfinished ones, are ignored.
     if not output.is_dir() or {path.name for path in output.glob("[!.]*")} - _OF_ROWS:

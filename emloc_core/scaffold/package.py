@@ -57,7 +57,7 @@ def name_for(model_type: str) -> str:
 
 def _publish(content: Mapping[str, str], directory: Path) -> None:
     workspace = Workspace(directory)
-    with workspace.held():
+    with workspace.hold():
         try:
             workspace.clear()
             for path, text in content.items():

@@ -137,4 +137,4 @@ class Export(Job):
             progress("adapter", 1, 1)
         self.output.result = result
         how = f"GGUF, matrices in {self.gguf.dtype}" if self.gguf else f"one rank, {result['rank']}, and a scale of 1"
-        self.output.made = f"Export: {how}."
+        self.output.provenance = f"Export: {how}."

@@ -6,13 +6,13 @@ from typing import Any
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.files.job import Job, Progress
-from emloc_core.model.cap import cap_told, keep_to_cap
+from emloc_core.model.cap import cap_sentence, keep_to_cap
 from emloc_core.processes.environment import without_collections
 from emloc_core.requests import Request, request_from_json
 from emloc_core.stages.precheck import precheck
 from emloc_core.stages.result import Result
 
-#: What makes a request of each stage a job. Imported on demand: stages need torch.
+#: Makes the job of a request, by stage. Imported on demand: stages need torch.
 _JOBS = {
     "import": "emloc_core.model.importing:Import",
     "compress": "emloc_core.memory.decision:prepare",
@@ -65,7 +65,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
         if isinstance(error, EmlocError) or not is_out_of_memory(error):
             raise
         raise EmlocError(
-            f"Out of memory ({first_line(error)}).{cap_told()}",
+            f"Out of memory ({first_line(error)}).{cap_sentence()}",
             "Free memory and run the same command again to resume. Another --device, or fewer or shorter rows, need "
             "another --output.",
             code="memory",

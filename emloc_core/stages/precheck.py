@@ -1,4 +1,4 @@
-"""Refuses a request for what its words and the files that it names tell, before torch is imported, which takes seconds.
+"""Refuses a request for its words and the files that it names, before torch is imported, which takes seconds.
 
 What is refused here would be refused later too, in the same words. What must be downloaded is left to the stage.
 """
@@ -19,7 +19,7 @@ from emloc_core.requests import Request
 from emloc_core.settings import AUTO, FREE
 from emloc_core.units import parse_bytes
 
-#: Fields that name what may be an output of an earlier stage.
+#: Fields that may name an output of an earlier stage.
 _INPUTS = ("model", "base", "adapter", "emulator", "source")
 #: Settings that name an algorithm, and the hook that offers it.
 _NAMED = {"kind": "emulators", "correction": "corrections"}
@@ -27,23 +27,23 @@ _NAMED = {"kind": "emulators", "correction": "corrections"}
 
 def precheck(request: Request) -> None:
     """Refuse a request whose models, rows, algorithms, memory or place for the output cannot be what it says."""
-    asked: Any = request
-    if (memory := getattr(asked, "memory", None)) not in (None, FREE):
+    fields: Any = request
+    if (memory := getattr(fields, "memory", None)) not in (None, FREE):
         parse_bytes(memory)
-    check_names(getattr(asked, "settings", None))
-    systems = list(getattr(asked, "systems", ()))
-    for each in (asked, *systems):
-        for made in filter(None, (getattr(each, field, None) for field in _INPUTS)):
-            recall(read_manifest(Path(made)))
+    check_names(getattr(fields, "settings", None))
+    systems = list(getattr(fields, "systems", ()))
+    for owner in (fields, *systems):
+        for path in filter(None, (getattr(owner, field, None) for field in _INPUTS)):
+            recall(read_manifest(Path(path)))
     made_at(request.output)
-    if adapter := getattr(asked, "adapter", None):
+    if adapter := getattr(fields, "adapter", None):
         require_lora(adapter)
-    if source := getattr(asked, "source", None):
+    if source := getattr(fields, "source", None):
         check_place(source)
-    for rows in (getattr(asked, "data", None), getattr(asked, "selection_data", None)):
+    for rows in (getattr(fields, "data", None), getattr(fields, "selection_data", None)):
         check_rows(rows)
     for name in filter(
-        None, (*(getattr(asked, field, None) for field in ("model", "base")), *(each.model for each in systems))
+        None, (*(getattr(fields, field, None) for field in ("model", "base")), *(owner.model for owner in systems))
     ):
         check_model(name)  # last: a model that no plugin declares is looked at
 
@@ -57,7 +57,7 @@ def check_names(settings: Any) -> None:
 
 
 def check_model(name: str) -> None:
-    """Refuse a model that is not there, or that no family declares.
+    """Refuse a model that does not exist, or that no family declares.
 
     Args:
         name: directory or hub id, of which nothing is downloaded.
@@ -68,13 +68,13 @@ def check_model(name: str) -> None:
 
 
 def check_place(name: str) -> None:
-    """Refuse what is neither there nor a hub id."""
+    """Refuse a path that does not exist and is no hub id."""
     if not Path(name).exists():
         require_name(name)
 
 
 def check_rows(data: Any) -> None:
-    """Refuse rows of files that are not there.
+    """Refuse rows of files that do not exist.
 
     Args:
         data: see :func:`emloc_core.data.rows.load_rows`; of hub datasets nothing is downloaded.

@@ -46,17 +46,17 @@ class Pace:
     def __init__(self) -> None:
         self._before: int | None = None
 
-    def left(self, seconds: float, done: int, total: int) -> float | None:
+    def remaining(self, seconds: float, done: int, total: int) -> float | None:
         """Return the seconds that are left, or None if that is not known yet.
 
         Args:
-            seconds: since the beginning.
-            done: how many are done, by earlier processes too.
+            seconds: seconds since the beginning.
+            done: items that are done, including earlier processes'.
         """
         if self._before is None:
             self._before = max(0, done - 1)
-        here = done - self._before
-        return seconds / here * (total - done) if here > 0 else None
+        completed = done - self._before
+        return seconds / completed * (total - done) if completed > 0 else None
 
 
 class Reporter:
@@ -66,10 +66,10 @@ class Reporter:
         self._stage, self._output, self._tell = stage, str(output), tell
         self._meter, self._pace = Meter(), Pace()
 
-    def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> None:
+    def __call__(self, item: str, done: int, total: int, loss: float | None = None, /) -> None:
         """Report an item; see :class:`emloc_core.files.job.Progress`."""
         reading = self._meter.read()
-        left = self._pace.left(reading["seconds"], done, total)
-        _LOGGER.debug("%s: %d of %d (%s)", self._stage, done, total, what)
-        event = ProgressEvent(self._stage, self._output, done, total, what, loss, left, peak_memory(reading))
+        seconds_left = self._pace.remaining(reading["seconds"], done, total)
+        _LOGGER.debug("%s: %d of %d (%s)", self._stage, done, total, item)
+        event = ProgressEvent(self._stage, self._output, done, total, item, loss, seconds_left, peak_memory(reading))
         self._tell(event)

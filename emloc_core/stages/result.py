@@ -9,7 +9,7 @@ from emloc_core.files.documents import read_json
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.output import TIMING
 
-Found = TypeVar("Found")
+Content = TypeVar("Content")
 
 
 class LinearResult(TypedDict):
@@ -172,7 +172,7 @@ class RunResult(_Directory):
         return Result(self.path / self.result["final"])
 
 
-class Result(_Directory, Generic[Found]):
+class Result(_Directory, Generic[Content]):
     """A finished output directory of one stage."""
 
     def __repr__(self) -> str:
@@ -189,7 +189,7 @@ class Result(_Directory, Generic[Found]):
         return str(self.manifest["kind"])
 
     @property
-    def result(self) -> Found:
+    def result(self) -> Content:
         """What the stage measured: the error of every Linear, losses, metrics."""
         return self.manifest["result"]
 

@@ -18,8 +18,8 @@ STATE = "trainer_state.json"
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the ``checkpoint-STEP`` directory with the most steps, or None if there is none."""
-    found = _checkpoints(folder)
-    return found[max(found)] if found else None
+    checkpoints = _checkpoints(folder)
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def remove_incomplete(folder: Path, processes: int) -> None:

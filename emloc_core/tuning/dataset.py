@@ -39,15 +39,15 @@ def make_dataset(
         completion_only: whether prompts are left out of the loss.
 
     Returns:
-        ``input_ids`` and ``labels``, or with images what TRL's collator makes these from; and the sizes.
+        ``input_ids`` and ``labels``, or with images the columns from which TRL's collator makes them; and the sizes.
 
     Raises:
         EmlocError: a row cannot be tokenized or is longer than the model's limit, or no row has an answer left.
     """
     kept: list[Row] = []
     sizes: list[RowSize] = []
-    ids, counted = array("i"), bytearray()
-    samples = tokenized(rows, processing, max_length, Limits.of(config))
+    ids, mask = array("i"), bytearray()
+    samples = tokenized(rows, processing, max_length, Limits.for_config(config))
     for row, sample in zip(rows, _watched(samples, len(rows)), strict=True):
         if any(sample.completion_mask):
             kept.append(row)
@@ -55,7 +55,7 @@ def make_dataset(
             patches = 0 if pixels is None else count_patches(pixels.shape, config)
             sizes.append(RowSize(len(sample.input_ids), patches))
             ids.extend(sample.input_ids)
-            counted += bytes(sample.completion_mask)
+            mask += bytes(sample.completion_mask)
     if not kept:
         prompt = "prompt with its images" if rows[0].images else "prompt"
         raise EmlocError(
@@ -66,7 +66,7 @@ def make_dataset(
         return _with_images(kept), sizes
     ends = numpy.cumsum([0, *(size.tokens for size in sizes)], dtype=numpy.int32)
     tokens = numpy.frombuffer(ids, dtype=numpy.int32)
-    labels = numpy.where(numpy.frombuffer(counted, dtype=bool), tokens, -100) if completion_only else tokens
+    labels = numpy.where(numpy.frombuffer(mask, dtype=bool), tokens, -100) if completion_only else tokens
     columns = {
         name: pyarrow.ListArray.from_arrays(ends, flat.astype(numpy.int32, copy=False))
         for name, flat in (("input_ids", tokens), ("labels", labels))
@@ -82,27 +82,27 @@ def _watched(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
 def measure(
     rows: Sequence[Row], processing: Processing, settings: StepSettings, config: PreTrainedConfig
 ) -> dict[str, Any]:
-    """Return how long rows are, and what a maximum length does to them.
+    """Return the lengths of rows, and the effect of a maximum length.
 
     Args:
         rows, processing, config: see :func:`make_dataset`.
-        settings: with the maximum length. Of preferences, the longer answer counts.
+        settings: the maximum length is read. Of preferences, the longer answer counts.
 
     Returns:
         See :meth:`emloc_core.objective.Objective.measure`.
 
     Raises:
-        EmlocError: as :func:`make_dataset`, but that no row has an answer left.
+        EmlocError: as :func:`make_dataset`, except where no row has an answer left.
     """
-    limits, most = Limits.of(config), settings.max_length
-    whole = limits if most is None else Limits(None, limits.vocabulary)
+    limits, most = Limits.for_config(config), settings.max_length
+    row_limits = limits if most is None else Limits(None, limits.vocabulary)
     answers = [row.answers() if settings.learns_preferences else (row,) for row in rows]
     flat = list(chain.from_iterable(answers))
-    samples = iter(_watched(tokenized(flat, processing, None, whole), len(flat)))
-    found = [[next(samples) for _ in of_row] for of_row in answers]
-    lengths = [max(len(sample.input_ids) for sample in of_row) for of_row in found]
+    samples = iter(_watched(tokenized(flat, processing, None, row_limits), len(flat)))
+    by_row = [[next(samples) for _ in of_row] for of_row in answers]
+    lengths = [max(len(sample.input_ids) for sample in of_row) for of_row in by_row]
     longest = max(range(len(rows)), key=lengths.__getitem__)
-    kept = [of_row for of_row in found if all(any(sample.completion_mask[:most]) for sample in of_row)]
+    kept = [of_row for of_row in by_row if all(any(sample.completion_mask[:most]) for sample in of_row)]
     return {
         "longest_tokens": lengths[longest],
         "longest_row": rows[longest].name,
@@ -117,7 +117,7 @@ def _with_images(rows: Sequence[Row]) -> Dataset:
     """Return a dataset for TRL's own collator. It stores row numbers, since Arrow would pad the parts of messages."""
 
     def examples(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        found = [trl_example(rows[index]) for index in batch["row"]]
-        return {column: [example[column] for example in found] for column in found[0]}
+        decoded = [trl_example(rows[index]) for index in batch["row"]]
+        return {column: [example[column] for example in decoded] for column in decoded[0]}
 
     return Dataset.from_dict({"row": range(len(rows))}).with_transform(examples)

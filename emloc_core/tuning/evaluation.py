@@ -1,6 +1,6 @@
 """Evaluation while tuning: held-out rows, their loss on the model and on the base, the best checkpoint, early stopping.
 
-Transformers' trainer evaluates, keeps the best checkpoint and stops early; here is what it is told. A checkpoint is
+Transformers' trainer evaluates, keeps the best checkpoint and stops early; here are its settings. A checkpoint is
 written at every evaluation, so that the best one is there and an interrupted run resumes with the same patience.
 """
 
@@ -22,7 +22,7 @@ from emloc_core.standins.expert_loras import of_wrapper
 
 #: Losses in the trainer's log.
 LOSSES = MODEL_LOSS, BASE_LOSS = ("eval_loss", "eval_base_loss")
-#: What the trainer logs of preferences.
+#: The trainer's name of the margin of preferences.
 MARGIN = "rewards/margins"
 
 
@@ -69,39 +69,41 @@ class BaseLoss:
 
 
 def loras_of(model: PeftModel) -> dict[str, Lora]:
-    """Return a copy of the LoRAs of a model in training, by path in the base of their module, or stack of experts."""
-    found = {}
+    """Return a copy of the LoRAs of a model in training, by the path of the module or stack of experts in the base."""
+    loras = {}
     adapted: Any = model.get_base_model()
     for path, wrappers in parameter_wrappers(adapted):
-        for each in wrappers:
-            lora = of_wrapper(each)
-            found[f"{path}.{each.parameter_name}"] = Lora(lora.a.detach().clone(), lora.b.detach().clone(), lora.scale)
+        for wrapper in wrappers:
+            lora = of_wrapper(wrapper)
+            loras[f"{path}.{wrapper.parameter_name}"] = Lora(
+                lora.a.detach().clone(), lora.b.detach().clone(), lora.scale
+            )
     for path, module in adapted.named_modules():
         if isinstance(module, LoraLayer) and not hasattr(module, "parameter_name"):
             layers: Any = module
             a, b = (part["default"].weight.detach().clone() for part in (layers.lora_A, layers.lora_B))
-            found[path] = Lora(a, b, float(layers.scaling["default"]))
-    return found
+            loras[path] = Lora(a, b, float(layers.scaling["default"]))
+    return loras
 
 
 def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Return what ``log.json`` keeps of a trainer's log: steps with losses, in training and in evaluation.
+    """Return the entries of a trainer's log that ``log.json`` keeps: steps with losses, in training and in evaluation.
 
-    Of preferences also the margin: by how much the reward of chosen answers exceeds that of rejected ones, in nats.
+    For preferences also the margin: by how much the reward of chosen answers exceeds that of rejected ones, in nats.
     """
-    kept: list[dict[str, float]] = []
+    entries: list[dict[str, float]] = []
     for entry in history:
         if "loss" in entry:
-            kept.append({name: entry[name] for name in ("step", "loss", "learning_rate", MARGIN) if name in entry})
+            entries.append({name: entry[name] for name in ("step", "loss", "learning_rate", MARGIN) if name in entry})
         elif MODEL_LOSS in entry:
-            kept.append({name: entry[name] for name in ("step", *LOSSES) if name in entry})
-    return kept
+            entries.append({name: entry[name] for name in ("step", *LOSSES) if name in entry})
+    return entries
 
 
 def losses_at(step: int, log: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the losses of the evaluation after a step, from what :func:`logged` returned."""
-    found = next(entry for entry in log if entry["step"] == step and MODEL_LOSS in entry)
-    return {name: loss for name, loss in found.items() if name in LOSSES}
+    evaluation = next(entry for entry in log if entry["step"] == step and MODEL_LOSS in entry)
+    return {name: loss for name, loss in evaluation.items() if name in LOSSES}
 
 
 def is_over(saved: TrainerState) -> bool:

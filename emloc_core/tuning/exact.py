@@ -43,9 +43,9 @@ from emloc_core.units import human_bytes, parse_bytes
 if TYPE_CHECKING:
     from emloc_core.exact.steps import ExactSteps
 
-#: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
+#: Share of a GPU's free memory that activations at boundaries may fill before they are moved to the CPU's.
 _SHARE = 0.25
-#: How many times their bytes they may take there: torch pins powers of two.
+#: How many times their bytes they may take in the CPU's memory: torch pins powers of two.
 _PINNED = 2
 #: Fields of SFTConfig that ask for another way to take gradients, or for another loss.
 _ORDINARY = (
@@ -81,8 +81,8 @@ class ExactTrain(Train):
             )
         if self.settings.trains_modules:
             raise loras_alone("modules")
-        if others := [name for name in _ORDINARY if name in self.settings.extra]:
-            raise EmlocError(f"Exact steps do not support {', '.join(others)}.", "Leave it out.")
+        if unsupported := [name for name in _ORDINARY if name in self.settings.extra]:
+            raise EmlocError(f"Exact steps do not support {', '.join(unsupported)}.", "Leave it out.")
         self.skeleton, self.limits = self.model.skeleton, request.limits
         self.memory = parse_bytes(self.limits.memory) if self.limits.memory else None
 
@@ -103,7 +103,7 @@ class ExactTrain(Train):
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {**super()._request(files, processes), "exact": True}
 
-    def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
+    def _trainer(self, config: TrainingArguments, **options: Any) -> LoraSteps:
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
             lora = lora_on(self.skeleton, self.start.lora(self.targets, self.skeleton.model), config.device)
@@ -111,11 +111,11 @@ class ExactTrain(Train):
         need = {**self._need(), "lora": lora_need(trained)}
         boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
         besides = overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
-        held = {**need, "boundaries": min(need["boundaries"], boundaries.room)}
-        room = 0 if self.memory is None else self.memory - sum(held.values()) - besides
+        reserved = {**need, "boundaries": min(need["boundaries"], boundaries.room)}
+        room = 0 if self.memory is None else self.memory - sum(reserved.values()) - besides
         config.per_device_train_batch_size *= config.world_size  # each gets all, and takes its share
         with refusing(SETTINGS):
-            trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **given)
+            trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **options)
         base: Any = lora.get_base_model()
         steps = self.model.objective.exact_steps()(base, self.skeleton, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size, self.start.adapter)
@@ -143,14 +143,14 @@ class ExactTrain(Train):
         return step_need(self.skeleton.model, self.model.family, tokens, patches, self.skeleton.dtype)
 
     def _boundaries(self, config: TrainingArguments, need: Mapping[str, int]) -> Boundaries:
-        """Say where activations at block boundaries wait.
+        """Return the storage of activations at block boundaries.
 
         Raises:
             EmlocError: there is no room for them.
         """
         staging, on_disk = Path(str(config.output_dir)).parent, self.limits.park == "disk"
         free = shutil.disk_usage(staging).free if on_disk else free_memory("cpu")
-        free //= Processes().here
+        free //= Processes().local_count
         if config.device.type == "cuda":
             on_gpu = free_of(config.device)
             room = max(0, min(_SHARE * on_gpu, on_gpu - sum(need.values()) + need["boundaries"]))
@@ -179,7 +179,7 @@ class ExactTrain(Train):
         return {**super().describe(), "step_read_bytes": self.model.checkpoint.nbytes + twice}
 
 
-def _as_they_are(rows: list[Any]) -> Any:
+def _identity(rows: list[Any]) -> Any:
     return rows
 
 
@@ -196,7 +196,7 @@ class Streamed(LoraSteps):
         """Take gradients by these steps, ``micro_batch`` rows at a time, from an adapter or from scratch."""
         self._steps, self._micro_batch, self._start = steps, micro_batch, start
         collate: Any = self.data_collator
-        self._collate, self.data_collator = collate, _as_they_are
+        self._collate, self.data_collator = collate, _identity
         self.accelerator.device_placement = False  # of the model, and of whole batches
         self.accelerator.dataloader_config.dispatch_batches = False  # every process reads all rows itself
         # The steps themselves divide the batch and sum the gradients, so that the model is not wrapped for it.
@@ -210,7 +210,7 @@ class Streamed(LoraSteps):
         return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create it; it begins with the moments of the adapter, if there are any."""
+        """Create the optimiser; it begins with the moments of the adapter, if there are any."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self._start:
             load_moments(self._start, self.lora, optimizer)
@@ -237,7 +237,7 @@ class Streamed(LoraSteps):
 
 
 class StreamedTrainer(Streamed, LoraTrainer):
-    """TRL's, for answers."""
+    """TRL's trainer for answers."""
 
     def __init__(self, model: Any, **options: Any) -> None:
         balance_no_experts(model.config)

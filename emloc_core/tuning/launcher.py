@@ -1,4 +1,4 @@
-"""What training does not do with several processes or devices; refused in every process alike."""
+"""Refuses, in every process alike, what training cannot do with several processes or devices."""
 
 import os
 import re
@@ -10,11 +10,11 @@ from emloc_core.errors import EmlocError
 from emloc_core.model.device import free_of
 from emloc_core.units import human_bytes
 
-_ASKED = re.compile(r"--num[_-]processes[= ](\d+)")
+_REQUESTED = re.compile(r"--num[_-]processes[= ](\d+)")
 
 
 def require_processes(started: int) -> None:
-    """Refuse to train in fewer processes than were asked for: on a CPU, ``accelerate launch`` starts only one.
+    """Refuse to train in fewer processes than requested: on a CPU, ``accelerate launch`` starts only one.
 
     The batch would be smaller than meant. Weights that FSDP splits over processes would be lost after the last step,
     since one process alone writes the adapter.
@@ -36,11 +36,11 @@ def require_processes(started: int) -> None:
         command = " ".join(parent.cmdline()) if parent else ""
     except psutil.Error:
         return
-    asked = _ASKED.search(command.partition("emloc_core")[0])
-    if "accelerate" in command and asked and started == 1 < int(asked[1]):
+    requested = _REQUESTED.search(command.partition("emloc_core")[0])
+    if "accelerate" in command and requested and started == 1 < int(requested[1]):
         raise EmlocError(
-            f"accelerate launch started one process, not {asked[1]}: on a CPU it needs mpirun for more.",
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked[1]} -m emloc_core ... starts them all.",
+            f"accelerate launch started one process, not {requested[1]}: on a CPU it needs mpirun for more.",
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {requested[1]} -m emloc_core ... starts them all.",
             code="unavailable",
         )
 
@@ -49,7 +49,7 @@ def require_room(nbytes: int, device: torch.device) -> None:
     """Refuse a model that one GPU has no room for: its layers are not placed on several.
 
     Args:
-        device: that each process tunes on.
+        device: the device that each process tunes on.
     """
     if device.type == "cuda" and nbytes > (free := free_of(device)):
         raise EmlocError(

@@ -43,7 +43,7 @@ def preference_dataset(
     """
     answers = [row.answers() for row in rows]
     flat = list(chain.from_iterable(answers))
-    samples = tokenized(flat, processing, max_length, Limits.of(config))
+    samples = tokenized(flat, processing, max_length, Limits.for_config(config))
     watched = iter(tqdm(samples, desc="Reading rows", unit=" rows", total=len(flat), delay=1))
     of_rows = [[(answer.label, next(watched)) for answer in of_row] for of_row in answers]
     kept = [of_row for of_row in of_rows if all(any(sample.completion_mask) for _, sample in of_row)]
@@ -54,17 +54,17 @@ def preference_dataset(
         )
     sizes = [RowSize(max(len(sample.input_ids) for _, sample in of_row)) for of_row in kept]
     if settings.learns_labels:
-        labelled = [each for of_row in kept for each in of_row]
+        labelled = [pair for of_row in kept for pair in of_row]
         table = _table(("prompt_ids", "completion_ids"), (_divided([sample]) for _, sample in labelled))
         labels = pyarrow.array([label for label, _ in labelled])
-        order = numpy.random.default_rng(settings.seed).permutation(len(labelled))  # that of Dataset.shuffle
+        order = numpy.random.default_rng(settings.seed).permutation(len(labelled))  # as Dataset.shuffle does
         return Dataset(table.append_column("label", labels).take(order)), sizes
     pairs = (_divided([sample for _, sample in of_row]) for of_row in kept)
     return Dataset(_table(("prompt_ids", "chosen_ids", "rejected_ids"), pairs)), sizes
 
 
 def _divided(samples: Sequence[Sample]) -> list[list[int]]:
-    """Return the prompt of one or two answers, as far as all of them begin with it, and what follows it in each."""
+    """Return the prompt that one or two answers have in common, and the rest of each."""
     start = min(sample.completion_mask.index(1) for sample in samples)
     return [samples[0].input_ids[:start], *(sample.input_ids[start:] for sample in samples)]
 
@@ -76,16 +76,16 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[list[int]]]) -> pyarrow
 
 
 def with_mismatched(dataset: Dataset, batch_size: int) -> Dataset:
-    """Return KTO's dataset with another answer for every prompt, that of the prompt before it in its batch.
+    """Return KTO's dataset with another answer for every prompt: the previous one's in its batch.
 
     From these it estimates how far the model has moved (arXiv 2402.01306, section 4.1).
     """
     rows = numpy.arange(len(dataset))
     first = rows - rows % batch_size
     last = numpy.minimum(first + batch_size, len(dataset)) - 1
-    others = numpy.where(rows == first, last, rows - 1)
+    previous = numpy.where(rows == first, last, rows - 1)
     table = dataset.data.table.combine_chunks()
-    return Dataset(table.append_column("KL_completion_ids", table["completion_ids"].take(others)))
+    return Dataset(table.append_column("KL_completion_ids", table["completion_ids"].take(previous)))
 
 
 def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:

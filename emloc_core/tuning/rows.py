@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emloc_core.data.row import Row
-from emloc_core.data.rows import CALIBRATION, SELECTION, Skipped, asked_rows, load_rows, without
+from emloc_core.data.rows import CALIBRATION, SELECTION, Skipped, load_rows, requested_rows, without
 from emloc_core.data.sets import share_of
 from emloc_core.errors import EmlocError
 from emloc_core.model.opened import OpenModel
@@ -20,10 +20,10 @@ _NUMBER = re.compile(r"\d*\.\d+")
 
 
 class TuningRows(NamedTuple):
-    """Rows by what they are for.
+    """Rows by their purpose.
 
     Attributes:
-        evaluated: to evaluate; none of them has the content of one that is trained on.
+        evaluated: rows to evaluate; none has the content of a row to train on.
         excluded: how many rows of the data are left out, since an emulator keeps them, or the user excludes them.
     """
 
@@ -37,20 +37,20 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
     """Read the rows of a request.
 
     Args:
-        model: what is trained on. The rows that it keeps, if it is an emulator, are left out.
+        model: the model that is trained. The rows that it keeps, if it is an emulator, are left out.
 
     Raises:
         EmlocError: rows cannot be read, the model cannot learn from them, or none is left.
     """
-    places = [model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
-    kept = [path for path in places if path.is_file() and model.objective.keeps_rows]
-    rows, excluded, skipped = asked_rows(request, settings.loss, kept)
+    paths = [model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
+    reserved = [path for path in paths if path.is_file() and model.objective.keeps_rows]
+    rows, excluded, skipped = requested_rows(request, settings.loss, reserved)
     model.objective.require_rows(rows, model.family)
     if settings.learns_preferences:
         _require_preferences(rows, settings)
         if request.evaluation != EvalRows():
             raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
-    train, evaluated = divide(rows, request, settings, kept)
+    train, evaluated = divide(rows, request, settings, reserved)
     model.objective.require_rows(evaluated, model.family)
     if not evaluated and settings.patience is not None:
         raise EmlocError(
@@ -59,9 +59,9 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
         )
     if not train:
         source = request.data if isinstance(request.data, str) else "the data"
-        why = f"all {excluded} are calibration, selection or excluded rows"
-        why = f"all {len(rows)} that are left are held out for evaluation" if rows else why
-        raise EmlocError(f"No row of {source} is left to train on: {why}.", "Give more rows.")
+        reason = f"all {excluded} are calibration, selection or excluded rows"
+        reason = f"all {len(rows)} that are left are held out for evaluation" if rows else reason
+        raise EmlocError(f"No row of {source} is left to train on: {reason}.", "Give more rows.")
     return TuningRows(train, evaluated, excluded, skipped)
 
 
@@ -90,43 +90,45 @@ def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:
 
 
 def divide(
-    rows: list[Row], request: TrainRequest | PolishRequest, settings: StepSettings, kept: Sequence[Path]
+    rows: list[Row], request: TrainRequest | PolishRequest, settings: StepSettings, reserved: Sequence[Path]
 ) -> tuple[list[Row], list[Row]]:
     """Return the rows to train on and those to evaluate; no content is in both.
 
     Args:
-        request: with what it says of the rows to evaluate.
-        settings: with the ``loss``.
-        kept: files with rows that the emulator was made or will be corrected with: they are not evaluated.
+        request: names the rows to evaluate.
+        settings: the ``loss`` is read.
+        reserved: files with rows that the emulator was made or will be corrected with: they are not evaluated.
 
     Raises:
         EmlocError: there is no row to evaluate.
     """
-    asked = request.evaluation
-    if asked.data is None and asked.split is None:
+    evaluation = request.evaluation
+    if evaluation.data is None and evaluation.split is None:
         return rows, []
-    share = _share(asked)
+    share = _share(evaluation)
     if share is not None:
-        found = share_of(rows, share)
+        evaluated = share_of(rows, share)
     else:
-        source = request.data if asked.data is None else asked.data
-        if asked.split is not None and isinstance(source, str) and Path(source).is_file():
-            raise EmlocError(f"{source} is a file, which has no split {asked.split!r}.", _OTHER_ROWS)
-        found = without(load_rows(source, asked.split or request.split, settings.loss, request.columns), kept)
-    if not found:
-        raise EmlocError("No row is left to evaluate.", "Give others with --eval-data, or a larger share.")
-    keys = {row.key for row in found}
-    return [row for row in rows if row.key not in keys], found
-
-
-def _share(asked: EvalRows) -> float | None:
-    """Return the share of the rows that are trained on to hold out; None if a split is named."""
-    if asked.split is None or not _NUMBER.fullmatch(asked.split):
-        return None
-    if not 0 < float(asked.split) < 1:
-        raise EmlocError(f"{asked.split} is not a share of the rows to hold out.", "Give one between 0 and 1.")
-    if asked.data is not None:
-        raise EmlocError(
-            f"{asked.split} is a share of the training rows, but other rows to evaluate are named.", _OTHER_ROWS
+        source = request.data if evaluation.data is None else evaluation.data
+        if evaluation.split is not None and isinstance(source, str) and Path(source).is_file():
+            raise EmlocError(f"{source} is a file, which has no split {evaluation.split!r}.", _OTHER_ROWS)
+        evaluated = without(
+            load_rows(source, evaluation.split or request.split, settings.loss, request.columns), reserved
         )
-    return float(asked.split)
+    if not evaluated:
+        raise EmlocError("No row is left to evaluate.", "Give others with --eval-data, or a larger share.")
+    keys = {row.key for row in evaluated}
+    return [row for row in rows if row.key not in keys], evaluated
+
+
+def _share(evaluation: EvalRows) -> float | None:
+    """Return the share of the rows that are trained on to hold out; None if a split is named."""
+    if evaluation.split is None or not _NUMBER.fullmatch(evaluation.split):
+        return None
+    if not 0 < float(evaluation.split) < 1:
+        raise EmlocError(f"{evaluation.split} is not a share of the rows to hold out.", "Give one between 0 and 1.")
+    if evaluation.data is not None:
+        raise EmlocError(
+            f"{evaluation.split} is a share of the training rows, but other rows to evaluate are named.", _OTHER_ROWS
+        )
+    return float(evaluation.split)

@@ -1,7 +1,7 @@
-"""What tuning starts from: a new LoRA, or that of an adapter, which is trained further on the base.
+"""The start of tuning: a new LoRA, or an adapter's LoRA, which is trained further on the base.
 
-Both know the model and the settings that follow from the request, and which modules get a LoRA; how the steps are taken
-is for :mod:`emloc_core.tuning.train`.
+Both know the model and the settings that follow from the request, and which modules get a LoRA;
+:mod:`emloc_core.tuning.train` takes the steps.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from emloc_core.standins.vocabulary import vocabulary_layers
 from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trl import lora_config
 
-#: What a plan decides about a step. An emulator that was made for a memory has it in its manifest.
+#: Settings of a step that a plan decides. An emulator made for a given memory has them in its manifest.
 _SHAPE = ("batch_size", "accumulation", "max_length")
 
 
@@ -36,8 +36,8 @@ class NewLora:
 
     Attributes:
         model: an emulator, or an ordinary model.
-        settings: with what an emulator was planned for.
-        adapter: directory of the adapter that is kept if no step makes it better; there is none.
+        settings: including the batch and length that an emulator was planned for.
+        adapter: directory of the adapter that is kept if no step improves it; None here.
         tuned_at: the learning rate that its second moments are from, if it has any.
 
     Raises:
@@ -54,13 +54,13 @@ class NewLora:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user has to know before: that an emulator lacks what a correction reads."""
+        """What the user has to know beforehand: that an emulator lacks what a correction reads."""
         model = self.model.checkpoint
-        told = (
+        warning = (
             f"{model.directory} is an emulator without its {MANIFEST}, which the correction needs: copy the whole "
             "directory"
         )
-        return (told,) if kind_of(model.config) and read_manifest(model.directory) is None else ()
+        return (warning,) if kind_of(model.config) and read_manifest(model.directory) is None else ()
 
     def targets(self, model: PreTrainedModel) -> list[str]:
         """Return the ends of the paths of modules that get a LoRA, sorted.
@@ -80,14 +80,14 @@ class NewLora:
         """Return what a LoRA on a model is made from; see :func:`emloc_core.exact.lora.lora_on`."""
         return lora_config(self.settings, targets, self.model.objective.task, model)
 
-    def described(self, targets: list[str], steps: str) -> str:
-        """Return what the card says of the LoRA and of the steps that were taken."""
+    def card_text(self, targets: list[str], steps: str) -> str:
+        """Return the card's sentence on the LoRA and the steps that were taken."""
         settings = self.settings
-        on = ", ".join([*(f"`{target}`" for target in targets), *(["experts"] if settings.lora_experts else [])])
-        return f"LoRA: rank {settings.lora_rank}, alpha {settings.lora_alpha}, on {on}; {steps}, with TRL."
+        modules = ", ".join([*(f"`{target}`" for target in targets), *(["experts"] if settings.lora_experts else [])])
+        return f"LoRA: rank {settings.lora_rank}, alpha {settings.lora_alpha}, on {modules}; {steps}, with TRL."
 
     def describe(self, _files: Inputs) -> dict[str, Any]:
-        """Return what ``--dry-run`` says besides."""
+        """Return what else ``--dry-run`` shows."""
         return {}
 
     def fingerprints(self, _files: Inputs) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class NewLora:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The paths of inputs besides those, for the manifest."""
+        """The paths of further inputs, for the manifest."""
         return {}
 
 
@@ -126,9 +126,11 @@ class GivenLora:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user has to know before: that the steps undo what was learned from preferences."""
-        told = f"{self.adapter} was trained on preferences, which training on the likelihood of answers makes it forget"
-        return (told,) if learned_preferences(self.adapter) else ()
+        """What the user has to know beforehand: that the steps undo what was learned from preferences."""
+        warning = (
+            f"{self.adapter} was trained on preferences, which training on the likelihood of answers makes it forget"
+        )
+        return (warning,) if learned_preferences(self.adapter) else ()
 
     def targets(self, model: PreTrainedModel) -> list[str]:
         """Return the modules that have a LoRA, as the adapter names them.
@@ -150,12 +152,12 @@ class GivenLora:
         """Return the adapter's directory."""
         return self.adapter
 
-    def described(self, _targets: list[str], steps: str) -> str:
-        """Return what the card says of the steps that were taken."""
+    def card_text(self, _targets: list[str], steps: str) -> str:
+        """Return the card's sentence on the steps that were taken."""
         return f"Polish: {steps}."
 
     def describe(self, files: Inputs) -> dict[str, Any]:
-        """Return whether the optimiser begins with moments of tuning. The adapter is the base's, so far as is known."""
+        """Return whether the optimiser begins with moments of tuning. Refuses another base's adapter."""
         self._require_base(files)
         return {"second_moments": (self.adapter / FILE).exists()}
 
@@ -184,10 +186,10 @@ def loras_alone(names: str) -> EmlocError:
 
 def _as_planned(settings: TrainSettings, model: Checkpoint) -> TrainSettings:
     """Return settings with the batch and the length that an emulator was planned for, unless they set one of these."""
-    found = ((read_manifest(model.directory) or {}).get("result") or {}).get("tuning")
-    if not isinstance(found, dict) or settings.model_fields_set & set(_SHAPE):
+    plan = ((read_manifest(model.directory) or {}).get("result") or {}).get("tuning")
+    if not isinstance(plan, dict) or settings.model_fields_set & set(_SHAPE):
         return settings
-    planned = StepSettings(learning_rate=None, **{name: found[name] for name in _SHAPE if name in found})
+    planned = StepSettings(learning_rate=None, **{name: plan[name] for name in _SHAPE if name in plan})
     length = "" if planned.max_length is None else f" of at most {planned.max_length} tokens"
     click.echo(
         f"{planned.batch_size} x {planned.accumulation} rows{length} per step, as the emulator was planned for",

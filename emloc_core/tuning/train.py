@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.adapters.moments import copy_moments, write_moments
-from emloc_core.data.rows import SKIPPED, digest, told, write_skipped
+from emloc_core.data.rows import SKIPPED, digest, skipped_warnings, write_skipped
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.files.card import data_name
@@ -31,7 +31,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import CONTENT, made_from, manifest_value, read_manifest
 from emloc_core.files.output import Output
-from emloc_core.model.cap import cap_told
+from emloc_core.model.cap import cap_sentence
 from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.processes.parallel import Processes
 from emloc_core.requests import PolishRequest, TrainRequest
@@ -61,9 +61,9 @@ class Train(Job):
         EmlocError: the model, its family, the data or the settings are wrong.
     """
 
-    #: The caller's own, which the trainer calls too; they are no part of the request.
+    #: The caller's callbacks, which the trainer calls too; they are no part of the request.
     callbacks: Sequence[TrainerCallback] = ()
-    #: What takes less memory.
+    #: Advice that takes less memory.
     smaller = "a smaller batch and more accumulation, a maximum length, or gradient checkpointing"
 
     def __init__(self, request: TrainRequest | PolishRequest, start: NewLora | GivenLora) -> None:
@@ -102,7 +102,7 @@ class Train(Job):
     @property
     def warnings(self) -> list[str]:
         """What the user has to know before training: which rows are left out, and what is forgotten."""
-        return [*told(self.skipped), *self.start.warnings]
+        return [*skipped_warnings(self.skipped), *self.start.warnings]
 
     def describe(self) -> dict[str, Any]:
         """Return what would be trained in one process: rows and their lengths, steps, target modules.
@@ -170,8 +170,8 @@ class Train(Job):
             output.result = self._train(config, output, state)
             if state.is_main_process:
                 output.result[CONTENT] = content_hash(output.staging)
-                steps = steps_described(self.settings, request, output.result)
-                output.made = self.start.described(self.targets, steps)
+                steps = steps_text(self.settings, request, output.result)
+                output.provenance = self.start.card_text(self.targets, steps)
             with Processes().together():
                 building.close()  # every process finds it published
         return self.path
@@ -198,7 +198,7 @@ class Train(Job):
         }
 
     def _evaluated(self, files: Inputs) -> dict[str, Any]:
-        """Return what the request says of the evaluation: it decides which checkpoint is kept."""
+        """Return the request's entries for the evaluation: it decides which checkpoint is kept."""
         if self.base is None:
             return {"eval": digest(self.eval_rows)} if self.eval_rows else {}
         base, emulator = self.base.checkpoint.fingerprint(files), self.model.checkpoint.directory
@@ -221,8 +221,8 @@ class Train(Job):
             config.eval_on_start = resume is None
         data = self.model.objective.datasets(self.model, self.rows, self.eval_rows, self.settings, config)
         self.sizes, dropped = data.sizes, len(self.rows) - len(data.sizes)
-        given = {"patience": self.settings.patience, "processing_class": data.processing}
-        trainer = self._trainer(config, train_dataset=data.train, eval_dataset=data.evaluated, **given)
+        options = {"patience": self.settings.patience, "processing_class": data.processing}
+        trainer = self._trainer(config, train_dataset=data.train, eval_dataset=data.evaluated, **options)
         trainer.follow(self._progress, self.callbacks)
         if self.eval_rows and (held_out := self._held_out(config)):
             trainer.base_loss = held_out
@@ -241,7 +241,7 @@ class Train(Job):
                 if isinstance(error, EmlocError) or not is_out_of_memory(error):
                     raise
                 raise EmlocError(
-                    f"The device ran out of memory at step {trainer.state.global_step + 1}.{cap_told()}",
+                    f"The device ran out of memory at step {trainer.state.global_step + 1}.{cap_sentence()}",
                     "Free some and run the same command again to resume at the last checkpoint, or train with "
                     f"{self.smaller}.",
                     code="memory",
@@ -273,14 +273,14 @@ class Train(Job):
         }
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss | None:
-        """Return what evaluates a base, streamed; None if only the model itself is evaluated."""
+        """Return the streamed evaluation of a base; None if only the model itself is evaluated."""
         if self.base is None:
             return None
         return BaseLoss(replace(self.base, device=config.device), self.eval_rows, self.settings.max_length)
 
-    def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
+    def _trainer(self, config: TrainingArguments, **options: Any) -> LoraSteps:
         require_room(self.model.checkpoint.nbytes, config.device)
-        trainer: Any = self.model.objective.trainer(self.model, self.settings, self.targets, config, **given)
+        trainer: Any = self.model.objective.trainer(self.model, self.settings, self.targets, config, **options)
         return trainer
 
     def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]], kept: Path | None) -> None:
@@ -319,17 +319,17 @@ def _mean_loss(log: list[dict[str, float]]) -> float | None:
     return total / ends[-1] if trained else None
 
 
-def steps_described(settings: StepSettings, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Return what a card says of the steps.
+def steps_text(settings: StepSettings, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Return a card's text on the steps.
 
     Args:
-        request, result: the manifest's.
+        request, result: as in the manifest.
     """
-    where = "exact steps on the base" if request.get("exact") else "steps"
+    kind = "exact steps on the base" if request.get("exact") else "steps"
     rows = settings.batch_size * settings.accumulation * request["processes"]
-    told = f"{result['steps']} {where} of {rows} rows at a learning rate of {settings.learning_rate}"
+    text = f"{result['steps']} {kind} of {rows} rows at a learning rate of {settings.learning_rate}"
     if settings.learns_preferences and isinstance(settings, TrainSettings):
-        told += f", by {settings.objective.upper()} with beta {settings.beta}"
+        text += f", by {settings.objective.upper()} with beta {settings.beta}"
     loss = result["train_loss"]
     kept = ", which did not improve it: it was kept as it was" if result.get("best_step") == 0 else ""
-    return f"{told}, on {result['rows']} rows" + ("" if loss is None else f", mean loss {loss:.4f}") + kept
+    return f"{text}, on {result['rows']} rows" + ("" if loss is None else f", mean loss {loss:.4f}") + kept

@@ -35,7 +35,7 @@ _PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last
 
 
 class LoraSteps(Trainer):
-    """What TRL's trainers lack: they stop at a loss that is NaN or Inf, and save what a resumed log needs."""
+    """Makes TRL's trainers stop at a loss that is NaN or Inf, and save what a resumed log needs."""
 
     base_loss: BaseLoss | None = None
 
@@ -109,7 +109,7 @@ class LoraSteps(Trainer):
         set_peft_model_state_dict(self.lora, load_peft_weights(str(directory), device="cpu"))
 
     def restore(self, state: TrainerState) -> None:
-        """Restore what there is after the last step, for a run that ended before it had written the LoRA."""
+        """Restore the state after the last step, for a run that ended before it had written the LoRA."""
         self.state = state
         self.load_step(state.global_step)
         optimizer = self._checkpoint(state.global_step) / "optimizer.pt"
@@ -124,9 +124,9 @@ class LoraSteps(Trainer):
         return {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log; the loss is that of all steps since the last entry, those before an interruption included."""
+        """Log; the loss is the mean of all steps since the last entry, including those before an interruption."""
         if "loss" in logs:
-            logs["loss"] = self.loss_since_log.taken(self.state.global_step)
+            logs["loss"] = self.loss_since_log.pop(self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
@@ -147,12 +147,12 @@ class LabelTrainer(LoraSteps, TokenizedDataset, KTOTrainer):
     """TRL's trainer for answers that are wanted or not, for a LoRA; with the same reference."""
 
     def prepared(self, dataset: Dataset, args: KTOConfig) -> Dataset:
-        """Return the dataset, which is tokenized, with what the distance to the reference is estimated from."""
+        """Return the tokenized dataset, with the answers that the distance to the reference is estimated from."""
         return with_mismatched(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 
 
 class OddsTrainer(PreferenceTrainer):
-    """ORPO, on TRL's trainer for preferences, of which it uses no reference.
+    """ORPO, on TRL's trainer for preferences, without its reference.
 
     TRL's own trainer for it is an experiment, which holds the logits of all tokens of both answers several times over.
     """
@@ -184,15 +184,15 @@ class _LossSinceLog(TrainerCallback):
         """Add the loss of a micro-batch, as its share of the step's."""
         self._sum += loss.detach()
 
-    def taken(self, step: int) -> float:
-        """Return the mean of the steps up to this one, over all processes, and start again from 0."""
+    def pop(self, step: int) -> float:
+        """Return the mean loss of the steps up to this one, over all processes, and start again from 0."""
         mean = self._over_processes() / (step - self._since)
         self._sum.zero_()
         self._since = step
         return mean
 
     def keep(self, state: TrainerState) -> None:
-        """Put it into a state that is about to be saved."""
+        """Put the sum into a state that is about to be saved."""
         state.log_history.append({_PENDING: self._over_processes(), "since": self._since})
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -211,9 +211,9 @@ class _LossSinceLog(TrainerCallback):
 class _BestAtStart(TrainerCallback):
     """Takes an evaluation before the first step for the best so far."""
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:  # noqa: ARG002
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if state.global_step == 0:
-            state.best_metric, state.best_global_step = given["metrics"][args.metric_for_best_model], 0
+            state.best_metric, state.best_global_step = kwargs["metrics"][args.metric_for_best_model], 0
 
 
 class _Report(TrainerCallback):
@@ -227,8 +227,8 @@ class _Report(TrainerCallback):
         if state.is_world_process_zero:
             logged = (float(entry["loss"]) for entry in reversed(state.log_history) if "loss" in entry)
             loss = next(logged, None)
-            what = "first steps" if loss is None else f"loss {loss:.4f}"
-            self._progress(what, state.global_step, state.max_steps, loss)
+            item = "first steps" if loss is None else f"loss {loss:.4f}"
+            self._progress(item, state.global_step, state.max_steps, loss)
 
 
 class _Patience(EarlyStoppingCallback):
@@ -256,11 +256,11 @@ def balance_no_experts(config: PreTrainedConfig) -> None:
 
 
 @contextmanager
-def refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
+def refusing(context: str, *, resumable: bool = False) -> Iterator[None]:
     """Turn libraries' errors about settings and files into an :class:`EmlocError`."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, KeyError, OSError) as error:
         raise EmlocError(
-            f"{what}: {error}", "Correct that, and run the same command again.", resumable=resumable
+            f"{context}: {error}", "Correct that, and run the same command again.", resumable=resumable
         ) from error

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-#: Fields of SFTConfig, by the name of the setting that stands for them.
+#: Fields of SFTConfig, by the setting that stands for each.
 _NAMED = {
     "steps": "max_steps",
     "epochs": "num_train_epochs",
@@ -48,7 +48,7 @@ _FIXED = {
     ),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the model is loaded before the trainer is made"),
 }  # fmt: skip
-#: Fields of DPOConfig that ORPO, whose loss is one and has no reference, does not read.
+#: Fields of DPOConfig that ORPO, which has a single loss and no reference, does not read.
 _OF_DPO = {
     "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau", "f_divergence_type",
     "f_alpha_divergence_coef", "use_weighting", "precompute_ref_log_probs", "precompute_ref_batch_size",
@@ -59,24 +59,24 @@ _OF_DPO = {
 def check_extra(settings: StepSettings) -> None:
     """Refuse ``extra`` fields that are unknown or cannot be set."""
     kind = _config_class(settings)
-    named = {field: setting for setting, field in _NAMED.items()}
-    named["gradient_checkpointing"] = "gradient_checkpointing"  # the old name of the field
+    settings_by_field = {field: setting for setting, field in _NAMED.items()}
+    settings_by_field["gradient_checkpointing"] = "gradient_checkpointing"  # the old name of the field
     if settings.learns_preferences:
-        named["beta"] = "beta"
-    known = [field.name for field in dataclasses.fields(kind)]
+        settings_by_field["beta"] = "beta"
+    field_names = [field.name for field in dataclasses.fields(kind)]
     for name in settings.extra:
-        if name in named:
+        if name in settings_by_field:
             raise EmlocError(
                 f"{name} is not an extra field: it is a setting of its own.",
-                f"Give {named[name]} directly; `emloc train --help` names its option.",
+                f"Give {settings_by_field[name]} directly; `emloc train --help` names its option.",
             )
         if name in _FIXED:
             raise EmlocError(f"{name} cannot be set: {_FIXED[name]}.", "Leave it out.")
         if getattr(settings, "objective", "") == "orpo" and name in _OF_DPO:
             raise EmlocError(f"ORPO has no {name}.", "Leave it out, or use the objective dpo.")
-        if name not in known:
-            told = f"{kind.__name__} has no field {name!r}.{did_you_mean(name, known)}"
-            raise EmlocError(told, f"See TRL's {kind.__name__}.")
+        if name not in field_names:
+            message = f"{kind.__name__} has no field {name!r}.{did_you_mean(name, field_names)}"
+            raise EmlocError(message, f"See TRL's {kind.__name__}.")
 
 
 def require_tracker(settings: StepSettings) -> None:
@@ -135,12 +135,12 @@ def trainer_config(
 
 
 def trainer_fields(settings: StepSettings, checkpoints: Path) -> dict[str, Any]:
-    """Return the settings as fields of a trainer's config, with what any trainer here is told of its checkpoints."""
-    given = dict(settings)
-    named = {field: given[setting] for setting, field in _NAMED.items() if setting in given}
-    named["max_steps"] = settings.steps or -1
-    named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
-    return {"output_dir": str(checkpoints), "save_strategy": "steps", "save_total_limit": 2, **named}
+    """Return the settings as fields of a trainer's config, with every trainer's fields for checkpoints."""
+    values = dict(settings)
+    fields = {field: values[setting] for setting, field in _NAMED.items() if setting in values}
+    fields["max_steps"] = settings.steps or -1
+    fields["num_train_epochs"] = values.get("epochs") or DEFAULT_EPOCHS
+    return {"output_dir": str(checkpoints), "save_strategy": "steps", "save_total_limit": 2, **fields}
 
 
 def lora_config(
@@ -150,11 +150,11 @@ def lora_config(
 
     Args:
         target_modules: ends of module paths.
-        task: what PEFT calls it.
-        model: where a LoRA on experts is asked for, the one that has them.
+        task: PEFT's name of the task.
+        model: the model with the experts, if a LoRA on experts is asked for.
 
     Raises:
-        EmlocError: it has none.
+        EmlocError: the model has no experts.
     """
     from peft import LoraConfig
 
@@ -175,7 +175,7 @@ def lora_config(
 
 
 def _on_experts(settings: TrainSettings, model: Any) -> dict[str, Any]:
-    """Return what a config says of LoRAs on experts: their stacks and rank, and the scale that other LoRAs have."""
+    """Return a config's fields for LoRAs on experts: their stacks and rank, with the scale of the other LoRAs."""
     from emloc_core.standins.expert_loras import expert_stacks
     from emloc_core.standins.experts import expert_rank
 
@@ -191,7 +191,7 @@ def _on_experts(settings: TrainSettings, model: Any) -> dict[str, Any]:
     }
 
 
-#: Settings by the field of PEFT's config that they are; what PEFT keeps of itself; and what the stage sets.
+#: Settings by their fields in PEFT's config; and fields that PEFT or the stage sets.
 _OF_LORA = {
     "r": "lora_rank",
     "lora_alpha": "lora_alpha",
@@ -212,18 +212,18 @@ def lora_settings(config: "LoraConfig") -> dict[str, Any]:
 
     if not isinstance(config, LoraConfig):
         raise EmlocError(f"peft_config is a {type(config).__name__}.", "Give a LoraConfig.")
-    usual, found = LoraConfig(), {}
+    usual, settings = LoraConfig(), {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in _OF_LORA:
-            found[_OF_LORA[field.name]] = sorted(value) if isinstance(value, set) else value
+            settings[_OF_LORA[field.name]] = sorted(value) if isinstance(value, set) else value
         elif field.name in TrainSettings.model_fields:
-            found[field.name] = value
+            settings[field.name] = value
         elif field.name not in _NOT_OF_LORA and value != getattr(usual, field.name):
             raise EmlocError(
                 f"peft_config has {field.name} = {value!r}, which is not a setting of `train`.", "Leave it out."
             )
-    targets = found["target_modules"]
+    targets = settings["target_modules"]
     if isinstance(targets, str) and targets != ALL_LINEAR:
         raise EmlocError(f"target_modules = {targets!r} is a pattern.", "Give a list of modules, or all-linear.")
-    return found
+    return settings

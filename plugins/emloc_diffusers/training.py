@@ -146,7 +146,7 @@ class StreamedFlowTrainer(Streamed, FlowTrainer):
 class ExactFlow(ExactSteps):
     """Exact steps of the velocity: there is no head, so that every unit is recomputed."""
 
-    def head_units(self, found: Sequence[str]) -> list[str]:  # noqa: ARG002
+    def head_units(self, paths: Sequence[str]) -> list[str]:  # noqa: ARG002
         """Return none."""
         self._call = call_of(type(self.model).__name__)
         return []
@@ -155,7 +155,7 @@ class ExactFlow(ExactSteps):
         """Add the gradients of a step's mean loss; every group of pictures of one shape is a micro-batch."""
         return super().loss([group for batch in batches for group in batch[GROUPS]], autocast=autocast)
 
-    def counted(self, batch: Mapping[str, Any]) -> int:
+    def count_tokens(self, batch: Mapping[str, Any]) -> int:
         """Return the number of pictures."""
         return len(batch["latents"])
 

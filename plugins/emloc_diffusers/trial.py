@@ -54,7 +54,7 @@ class FlowTrial:
 
         content = BytesIO()
         Image.new("RGB", (8, 8)).save(content, format="PNG")
-        picture = Picture.of(content.getvalue(), Path())
+        picture = Picture.from_source(content.getvalue(), Path())
         return [Row(index + 1, prompt=f"picture {index}", images=(picture,)) for index in range(len(samples))]
 
     def save(self, model: Any, _config: Any, directory: Path) -> None:

@@ -6,7 +6,7 @@ from trl import extract_prompt
 
 from emloc_core.data.messages import IMAGE
 from emloc_core.data.row import parse_row
-from emloc_core.data.rows import ASKED, CALIBRATION, HELD_OUT, load_rows, without, write_rows
+from emloc_core.data.rows import CALIBRATION, HELD_OUT, TUNE_REQUEST, load_rows, without, write_rows
 from emloc_core.errors import EmlocError
 
 ALPACA = {"instruction": "Which way?", "input": "", "output": "Left.", "text": "### Instruction: ..."}
@@ -109,7 +109,7 @@ def test_rows_that_an_emulator_keeps_have_the_usual_columns(tiny_emulator, tmp_p
 def test_rows_that_a_run_keeps_have_the_usual_columns(tmp_path):
     rows = load_rows([{"prompt": PLAIN}], columns=(names := {"messages": "prompt"}))
     write_rows(tmp_path / HELD_OUT, rows)
-    (tmp_path / ASKED).touch()
+    (tmp_path / TUNE_REQUEST).touch()
     assert load_rows(tmp_path / HELD_OUT, columns=names) == rows
 
 

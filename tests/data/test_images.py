@@ -56,7 +56,7 @@ def test_an_image_is_a_path_bytes_both_or_pils(tmp_path: Path):
     sources += ["here/a.png", absolute, Path("here/a.png"), PICTURE, {"bytes": PICTURE, "path": "gone.png"},
                {"bytes": None, "path": "here/a.png"}, pil]  # fmt: skip
     for source in sources:
-        read = Picture.of(source, tmp_path).read()
+        read = Picture.from_source(source, tmp_path).read()
         assert (read.mode, read.size, read.tobytes()) == ("RGB", (16, 8), pil.tobytes())
 
 
@@ -65,7 +65,7 @@ def test_an_image_is_upright_and_in_rgb():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     upright.rotate(90, expand=True).convert("RGBA").save(content, format="PNG", exif=exif)
-    read = Picture.of(content.getvalue(), Path()).read()
+    read = Picture.from_source(content.getvalue(), Path()).read()
     assert (read.mode, read.tobytes()) == ("RGB", upright.tobytes())
 
 
@@ -194,7 +194,7 @@ def test_without_pillow_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(EmlocError, match="Pillow, which is not installed"):
         load_processor(tmp_path)
     with pytest.raises(EmlocError, match=r"Pillow, which is not installed\. pip install 'emloc\[vision\]'"):
-        Picture.of(PICTURE, tmp_path).read()
+        Picture.from_source(PICTURE, tmp_path).read()
 
 
 def test_a_picture_that_changes_after_the_rows_were_read_is_an_error(tmp_path: Path):
@@ -295,7 +295,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     picture(["red"]).save(tmp_path / "big.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(EmlocError, match="megapixels"):
-        Picture.of("big.png", tmp_path).read()
+        Picture.from_source("big.png", tmp_path).read()
 
 
 @pytest.mark.parametrize("name", ["picture.eps", "picture.ppm", "picture.ico"])
@@ -303,4 +303,4 @@ def test_other_formats_are_not_read(tmp_path, name):
     """Pillow draws EPS by running Ghostscript."""
     picture(["red"]).save(tmp_path / name)
     with pytest.raises(EmlocError, match=r"is not an image \(PNG, JPEG"):
-        Picture.of(name, tmp_path).read()
+        Picture.from_source(name, tmp_path).read()

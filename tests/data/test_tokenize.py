@@ -104,7 +104,7 @@ def test_a_row_beyond_the_models_limit_is_named_unless_cut(tokenizer):
 
 def test_a_model_without_a_limit_takes_rows_of_any_length():
     """A config says -1 where positions are relative."""
-    assert Limits.of(AutoConfig.for_model("xlnet")).tokens is None
+    assert Limits.for_config(AutoConfig.for_model("xlnet")).tokens is None
 
 
 def test_a_tokenizer_that_knows_more_ids_than_the_model_is_refused(tokenizer):

@@ -203,11 +203,11 @@ def test_boundaries_that_blocks_are_given_by_name_wait_too(dropout, tiny, monkey
         if is_named:
             for block in block_paths(model.meta, model.family):
                 steps.model.get_submodule(block).register_forward_pre_hook(by_name, with_kwargs=True)
-        with mock.patch.object(Boundaries, "_put", autospec=True, side_effect=Boundaries._put) as put:
+        with mock.patch.object(Boundaries, "_store", autospec=True, side_effect=Boundaries._store) as store:
             torch.manual_seed(5)
             steps.loss(batches)
         require_equal(lora, expected)
-        away.append([call.args[1].shape for call in put.call_args_list])
+        away.append([call.args[1].shape for call in store.call_args_list])
     assert away[0] == away[1] != []
 
 

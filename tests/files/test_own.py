@@ -107,7 +107,7 @@ def test_links_within_a_model_and_to_the_hubs_blobs_are_followed(tiny_model: Pat
         read_header,
         lambda path: read_toml(path, "recipe"),
         lambda path: hash_files([path]),
-        lambda path: Picture.of(path.name, path.parent),
+        lambda path: Picture.from_source(path.name, path.parent),
     ],
 )
 def test_pipes_and_devices_are_not_opened(tmp_path: Path, read: Callable[[Path], Any], make: Any) -> None:

@@ -74,7 +74,7 @@ def test_units_come_from_pinned_memory_as_they_are(tiny_model):
         weights = FrozenWeights(skeleton, skeleton.blocks, torch.device("cuda"), **how)
         weights.expect(skeleton.blocks)
         for block in skeleton.blocks * 3:
-            given = weights.at(block)
+            given = weights.parameters(block)
             assert all(torch.equal(given[name].cpu(), tensor) for name, tensor in expected[block].items())
         weights.close()
 

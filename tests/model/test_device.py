@@ -28,7 +28,7 @@ def test_auto_is_the_gpu_where_there_is_one():
 
 
 def test_what_a_limited_container_keeps_of_files_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr("emloc_core.processes.group._PLACE", tmp_path)
+    monkeypatch.setattr("emloc_core.processes.group._DIRECTORY", tmp_path)
     whole = free_memory("cpu")
     stat = "anon 100\nfile 750\nactive_file 300\ninactive_file 400\n"
     for name, text in (("memory.max", "1000\n"), ("memory.current", "900\n"), ("memory.stat", stat)):

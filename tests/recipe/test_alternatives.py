@@ -171,7 +171,7 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     family = plugin_manager().family_for(base.config)
     skeleton = OpenModel(base, family).skeleton
     rows = load_rows(str(run / "emulator" / SELECTION))
-    limits = Limits.of(skeleton.model.config)
+    limits = Limits.for_config(skeleton.model.config)
     samples = encode(rows, load_processing(base.directory, family, rows), None, limits, skeleton.dtype)
     for name, loss in losses.items():
         loras = Adapter(run / f"corrected{ends[name]}").loras
