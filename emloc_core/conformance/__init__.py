@@ -56,7 +56,7 @@ def check_format(format: "Format") -> list[CheckResult]:
     from emloc_core.conformance.formats import CHECKS, TinyEmulator, offered
     from emloc_core.plugins.manager import plugin_manager
 
-    families = (of for of in plugin_manager().families() if of.modality == "text" and of.tiny_configs)
+    families = (family for family in plugin_manager().families() if family.modality == "text" and family.tiny_configs)
     if (family := next(families, None)) is None:
         raise EmlocError("No installed family has a tiny text model to check a format on.", "Install a plugin.")
     with tempfile.TemporaryDirectory(prefix="emloc-check-") as directory, offered(format):

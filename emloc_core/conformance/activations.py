@@ -1,4 +1,4 @@
-"""Checks of what flows through the model: order, shared inputs, taps, streamed statistics, factors."""
+"""Checks of the activations: order, shared inputs, taps, streamed statistics, factors."""
 
 import copy
 import inspect
@@ -22,34 +22,34 @@ from emloc_core.model.blocks import block_paths
 from emloc_core.standins.experts import matrices, part_name
 from emloc_core.standins.low_rank import LowRank, LowRankLinear
 
-#: Largest difference of activations and of logits, relative to the largest of them. In fp32, families in the tree are
-#: at most 1e-6 apart.
+#: Largest allowed difference of activations and of logits, relative to the largest of them. In fp32, the families of
+#: this repository are at most 1e-6 apart.
 TOLERANCE = 1e-5
-#: What factors of full rank are off by, of a weight, in fp32.
+#: Error of factors of full rank in fp32, relative to the weight.
 _ROUNDING = 1e-6
 
 
 @check(linears)
 def blocks(subject: TinyModel) -> None:
     """Every block runs once per row, in the declared order."""
-    seen = subject.forward
-    if not all(bool(torch.isfinite(row).all()) for row in seen.logits):
+    forward = subject.forward
+    if not all(bool(torch.isfinite(row).all()) for row in forward.logits):
         raise EmlocError("The tiny model's logits are not all finite.", "Correct the sizes of the tiny config.")
     declared = block_paths(subject.meta, subject.family)
-    ran = {path for row in seen.blocks for path in row}
+    ran = {path for row in forward.blocks for path in row}
     require(
         [f"no row reaches {path}" for path in declared if path not in ran],
         "Take its tower out of towers; if images alone pass through it, set modality to image-text.",
     )
     require(
-        [f"{path} runs more than once per row" for row in seen.blocks for path in row if row.count(path) > 1],
+        [f"{path} runs more than once per row" for row in forward.blocks for path in row if row.count(path) > 1],
         "Declare the module that repeats as one block: streaming needs each block to run once.",
     )
-    order = {path: place for place, path in enumerate(declared)}
+    order = {path: position for position, path in enumerate(declared)}
     require(
         [
             f"{path} runs before {following}, which is declared before it"
-            for row in seen.blocks
+            for row in forward.blocks
             for path, following in pairwise(row)
             if order[path] > order[following]
         ],
@@ -59,18 +59,19 @@ def blocks(subject: TinyModel) -> None:
 
 @check(blocks)
 def causal(subject: TinyModel) -> None:
-    """Another last token of a text changes no logits before it, nor does it where tokens have the type of answers."""
+    """Another last token of a text changes no logits before it, not even if tokens have the type of answers."""
     texts = [sample for sample in subject.samples if is_text(sample)]
     if not texts:
         return
     *ids, last = texts[-1].input_ids
-    ways: list[dict[str, torch.Tensor]] = [{}]
-    if "token_type_ids" in inspect.signature(subject.whole.forward).parameters:
-        ways.append({"token_type_ids": torch.zeros(1, len(ids) + 1, dtype=torch.int64)})  # as processors give answers
+    variants: list[dict[str, torch.Tensor]] = [{}]
+    if "token_type_ids" in inspect.signature(subject.model.forward).parameters:
+        answers = torch.zeros(1, len(ids) + 1, dtype=torch.int64)  # the type that processors give to answers
+        variants.append({"token_type_ids": answers})
     ends = (last, next(token for token in ids if token != last))
-    found = [[logits(subject.whole, replace(texts[-1], input_ids=[*ids, end], others=others))[:, :-1] for end in ends]
-             for others in ways]  # fmt: skip
-    apart = [deviation(changed, before) for before, changed in found]
+    pairs = [[logits(subject.model, replace(texts[-1], input_ids=[*ids, end], others=extra))[:, :-1] for end in ends]
+             for extra in variants]  # fmt: skip
+    apart = [deviation(changed, before) for before, changed in pairs]
     if max(apart) > tolerated(subject, apart):
         raise EmlocError(
             f"The logits of a token depend on later ones, by {max(apart):.0e} of the largest: the model is an encoder, "
@@ -103,72 +104,74 @@ def input_groups(subject: TinyModel) -> str | None:
         ],
         "Put it into an input group of its own, or into that of the Linears whose input it reads.",
     )
-    place = {path: number for number, path in enumerate(inputs)}
-    first = {group: min(group, key=place.__getitem__) for group in block_of}
-    pairs = [(one, other) for one, other in pairwise(block_of) if block_of[one] == block_of[other]]
+    positions = {path: number for number, path in enumerate(inputs)}
+    first = {group: min(group, key=positions.__getitem__) for group in block_of}
+    pairs = [(earlier, later) for earlier, later in pairwise(block_of) if block_of[earlier] == block_of[later]]
     require(
         [
-            f"{first[other]} runs before {first[one]}, whose input group is declared before its own"
-            for one, other in pairs
-            if place[first[other]] < place[first[one]]
+            f"{first[later]} runs before {first[earlier]}, whose input group is declared before its own"
+            for earlier, later in pairs
+            if positions[first[later]] < positions[first[earlier]]
         ],
         "Declare input_groups in the order in which they run: error-propagating calibration follows it.",
     )
     # Two groups with one input are no fault: one would serve both, and spare a Gram.
     same = [
-        f"{first[one]} and {first[other]}"
-        for one in block_of
-        for other in block_of
-        if block_of[one] == block_of[other]
-        and place[first[one]] < place[first[other]]
-        and alike(inputs[first[one]], inputs[first[other]])
+        f"{first[group]} and {first[second]}"
+        for group in block_of
+        for second in block_of
+        if block_of[group] == block_of[second]
+        and positions[first[group]] < positions[first[second]]
+        and alike(inputs[first[group]], inputs[first[second]])
     ]
     return f"Note: {same[0]} read the same input; their groups could be one." if same else None
 
 
 @check(input_groups)
 def taps(subject: TinyModel) -> None:
-    """What each tap gives is the Linear's input, or its output without the bias."""
+    """Each tap gives the Linear's input, or its output without the bias."""
     planned = {linear.path: linear for linear in subject.plan.linears}
-    seen = observe(subject.whole, subject.samples, planned, taps={path: linear.tap for path, linear in planned.items()})
-    given, problems = seen.tapped, []
+    declared_taps = {path: linear.tap for path, linear in planned.items()}
+    forward = observe(subject.model, subject.samples, planned, taps=declared_taps)
+    tapped, problems = forward.tapped, []
     for path, linear in planned.items():
-        module = subject.whole.get_submodule(path)
-        inputs, outputs = seen.inputs[path], seen.outputs[path]
+        module = subject.model.get_submodule(path)
+        inputs, outputs = forward.inputs[path], forward.outputs[path]
         if linear.tap == "output":
-            if not _close(given[path], [times(x, module.weight) for x in inputs]):
+            if not _close(tapped[path], [times(x, module.weight) for x in inputs]):
                 problems.append(f"the output of {path} is not its weight times its input, plus its bias")
-        elif any(x.shape[-1] != linear.in_features for x in given[path]):
+        elif any(x.shape[-1] != linear.in_features for x in tapped[path]):
             problems.append(f"the tap of {path} does not give tensors of its {linear.in_features} input features")
-        elif not _close([times(x, module.weight, module.bias) for x in given[path]], outputs):
+        elif not _close([times(x, module.weight, module.bias) for x in tapped[path]], outputs):
             problems.append(f"what the tap of {path} gives is not its input: its output does not follow from it")
     require(problems, "Correct the tap (it returns the Linear's input), or list the Linear in keep_dense.")
 
 
 def _close(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return len(some) == len(others) and all(
-        one.shape == other.shape and deviation(one, other) <= TOLERANCE for one, other in zip(some, others, strict=True)
+        tensor.shape == other.shape and deviation(tensor, other) <= TOLERANCE
+        for tensor, other in zip(some, others, strict=True)
     )
 
 
 def deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest number that is expected."""
+    """Return the largest difference, relative to the largest expected number."""
     scale = float(expected.detach().abs().max())
     return float((actual.detach() - expected.detach()).abs().max()) / scale if scale else float(actual.abs().max())
 
 
 def tolerated(subject: TinyModel, apart: Sequence[float]) -> float:
-    """Return how far apart logits may be: as far as they move when every weight does by as little as rounding."""
+    """Return how far apart logits may be: as far as they move if every weight changes by a rounding error."""
     if max(apart) <= TOLERANCE:
         return TOLERANCE
-    model = copy.deepcopy(subject.whole)
+    model = copy.deepcopy(subject.model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + _ROUNDING * torch.randn(parameter.shape, generator=generator))
         moved = [logits(model, sample) for sample in subject.samples]
     pairs = zip(moved, subject.forward.logits, strict=True)
-    return max(TOLERANCE, *(deviation(one, other) for one, other in pairs))
+    return max(TOLERANCE, *(deviation(changed, original) for changed, original in pairs))
 
 
 def _full(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,25 +182,25 @@ def _full(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def before_the_end(subject: TinyModel, paths: Collection[str]) -> list[str]:
-    """Leave out of paths of Linears those in the last block whose like in the block before it is not among them.
+    """Return the paths without those in the last block, unless the same path in the block before is among them.
 
-    A stream that ends there, as that of prompts where pictures alone leave the model, is computed for nothing.
+    A stream that ends there is computed for nothing, such as the prompts' if only pictures leave the model.
     """
     *_, before, last = ["", *block_paths(subject.meta, subject.family)]
     if before.rpartition(".")[0] != last.rpartition(".")[0]:
-        return list(paths)  # the last block has none of its kind before it
+        return list(paths)  # the last block is the only one of its list
     inside = {path: path.removeprefix(f"{last}.") for path in paths}
-    return [path for path, rest in inside.items() if rest == path or f"{before}.{rest}" in paths]
+    return [path for path, end in inside.items() if end == path or f"{before}.{end}" in paths]
 
 
 @check(taps)
 def outputs(subject: TinyModel) -> None:
-    """The model reads every output feature of each Linear, but for streams that end with the last block."""
-    found = unread_features(subject.whole, subject.samples, [linear.path for linear in subject.plan.linears])
+    """The model reads every output feature of each Linear, except in streams that end with the last block."""
+    unread = unread_features(subject.model, subject.samples, [linear.path for linear in subject.plan.linears])
     require(
         [
-            f"nothing reads {int(found[path].sum())} of the {len(found[path])} output features of {path}"
-            for path in before_the_end(subject, found)
+            f"nothing reads {int(unread[path].sum())} of the {len(unread[path])} output features of {path}"
+            for path in before_the_end(subject, unread)
         ],
         "Its factors would be fitted to features that are thrown away: list it in keep_dense. If another setting has "
         "the model read them all, give the tiny config that setting.",
@@ -210,16 +213,16 @@ def statistics(subject: TinyModel) -> None:
     streamed = subject.decomposed
     candidates = subject.plan.candidates
     taps_ = {linear.path: linear.tap for linear in candidates}
-    whole = {}
-    for path, activations in observe(subject.whole, subject.samples, (), taps=taps_).tapped.items():
-        whole[path] = Gram("output" if taps_[path] == "output" else "input", activations[0].shape[-1])
+    grams = {}
+    for path, activations in observe(subject.model, subject.samples, (), taps=taps_).tapped.items():
+        grams[path] = Gram("output" if taps_[path] == "output" else "input", activations[0].shape[-1])
         for rows in activations:
-            whole[path].add(rows)
+            grams[path].add(rows)
     problems = []
-    for path, gram in whole.items():
+    for path, gram in grams.items():
         if path not in streamed:
             problems.append(f"no streamed row reaches {path}")
-        elif not torch.equal(streamed[path].weight, subject.whole.get_parameter(f"{path}.weight")):
+        elif not torch.equal(streamed[path].weight, subject.model.get_parameter(f"{path}.weight")):
             problems.append(f"the weight of {path}, streamed, is not the one that from_pretrained loads")
         elif not torch.equal(streamed[path].gram.matrix, gram.matrix):
             problems.append(f"the statistics of {path}, streamed, are not those of a whole forward")
@@ -234,18 +237,18 @@ def statistics(subject: TinyModel) -> None:
 def full_rank(subject: TinyModel) -> str:
     """With factors of full rank, in memory, the emulator's logits equal the base's to rounding."""
     factors = subject.decomposed
-    model = copy.deepcopy(subject.whole)
+    model = copy.deepcopy(subject.model)
     biases = {path: model.get_submodule(path).bias for path in factors}
-    experts = [each for each in subject.plan.experts if each.is_replaced]
-    stacks = {each.path: _full(matrices(model.get_submodule(each.owner), each.name)) for each in experts}
-    ranks = {path: found.u.shape[1] for path, found in factors.items()}
+    experts = [stack for stack in subject.plan.experts if stack.is_replaced]
+    stacks = {stack.path: _full(matrices(model.get_submodule(stack.owner), stack.name)) for stack in experts}
+    ranks = {path: factor.u.shape[1] for path, factor in factors.items()}
     LowRank().replace(model, {**ranks, **{path: u.shape[-1] for path, (u, _) in stacks.items()}})
     with torch.no_grad():
-        for path, found in factors.items():
+        for path, fitted in factors.items():
             layer = model.get_submodule(path)
             assert isinstance(layer, LowRankLinear)
-            layer.weight.copy_(found.u)
-            layer.V.copy_(found.v)
+            layer.weight.copy_(fitted.u)
+            layer.V.copy_(fitted.v)
             if layer.bias is not None:
                 layer.bias.copy_(biases[path])
         for path, pair in stacks.items():
@@ -258,13 +261,13 @@ def full_rank(subject: TinyModel) -> str:
             f"The model does not run with factors instead of its Linears ({first_line(error)}).",
             "Some module uses the weight of a Linear without calling it: find it, and list that Linear in keep_dense.",
         ) from error
-    apart = [deviation(one, other) for one, other in zip(actual, subject.forward.logits, strict=True)]
+    apart = [deviation(row, expected) for row, expected in zip(actual, subject.forward.logits, strict=True)]
     allowed = tolerated(subject, apart)
     require(
         [
             f"the full-rank emulator's logits differ from the base's by {value:.1e} of the largest"
             for value in apart
-            if not value <= allowed  # NaN is no agreement
+            if not value <= allowed  # also refuses NaN
         ],
         "Some module uses the weight of a Linear without calling it, or a Linear computes more than W x + b: list it "
         "in keep_dense.",

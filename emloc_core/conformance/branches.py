@@ -1,6 +1,6 @@
 """Branches of an architecture: switches of its config that change which Linears run, in what order, on what input.
 
-Attention and MLP that run in parallel read one input; one after the other, they read two. Input groups that were
+Attention and MLP read one input if they run in parallel, and two if one follows the other. Input groups that were
 observed in one branch are wrong in the other, so every branch needs a tiny config.
 """
 
@@ -34,7 +34,7 @@ _IGNORED = re.compile(r"_.*|use_cache|output_\w+|return_\w+|tie_\w+|is_\w+|add_c
 
 
 def wiring(model: nn.Module, samples: Sequence[Sample]) -> Wiring:
-    """Return how the blocks of a model are wired, as forwards of the samples show it.
+    """Return how the blocks of a model are wired, as observed in forward passes of the samples.
 
     Args:
         model: in eval mode, with weights.
@@ -42,23 +42,23 @@ def wiring(model: nn.Module, samples: Sequence[Sample]) -> Wiring:
     Raises:
         Exception: whatever the model's own code raises.
     """
-    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    inputs_of: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def watching(path: str) -> Callable[..., None]:
-        return lambda _module, args, _output: seen[path].extend(tensor.clone() for tensor in args[:1])
+        return lambda _module, args, _output: inputs_of[path].extend(tensor.clone() for tensor in args[:1])
 
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     with forward_hooks((module, watching(path)) for path, module in linears.items()), torch.no_grad():
         for sample in samples:
             sample.run(model, "cpu")
     blocks: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
-    for path, inputs in seen.items():
+    for path, inputs in inputs_of.items():
         match = _BLOCK.fullmatch(path)
         if match is None or re.search(r"\.\d+\.", match[3]):  # experts in a list run as tokens are routed
             continue
         groups = blocks[match[1], match[2]]
         block = path.removesuffix(match[3])
-        group = next((group for group in groups if alike(inputs, seen[block + group[0]])), None)
+        group = next((group for group in groups if alike(inputs, inputs_of[block + group[0]])), None)
         if group is None:
             groups.append([match[3]])
         else:
@@ -67,33 +67,32 @@ def wiring(model: nn.Module, samples: Sequence[Sample]) -> Wiring:
 
 
 def other_branches(
-    family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]], known: Wiring
+    family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]], wirings: Wiring
 ) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """Flip every switch of a tiny config that the model's code reads, and yield those that wire blocks otherwise.
+    """Flip every switch of a tiny config that the model's code reads, and yield those that change the wiring.
 
     Args:
         settings: the tiny config, as keyword arguments of ``AutoConfig.for_model``.
-        known: the wirings that have a tiny config; a branch that is like one before it is left out.
+        wirings: wirings that already have a tiny config; branches with a known wiring are left out.
 
     Yields:
-        The switch as ``section.name=value``, the tiny config with it, and its model. Switches with which transformers
-        refuses the config, or the model does not run, are left out.
+        The switch as ``section.name=value``, the tiny config with it, and its model. A switch is left out if
+        transformers refuses the config or the model does not run.
     """
-    config = tiny_config(settings, family)
-    model = random_model(family, config)
-    for path, value in _switches(config.to_dict(), model):
-        with suppress(Exception):  # an unknown model's code, on a value that nobody vouches for
+    tiny = tiny_config(settings, family)
+    for path, value in _switches(tiny.to_dict(), random_model(family, tiny)):
+        with suppress(Exception):  # an unknown model's code, on an untested value
             flipped = _with(settings, path, value)
-            other = tiny_config(flipped, family)
-            changed = random_model(family, other)
-            found = wiring(changed, make_samples(other))
-            if not found <= known:
-                known |= found
+            config = tiny_config(flipped, family)
+            changed = random_model(family, config)
+            flipped_wiring = wiring(changed, make_samples(config))
+            if not flipped_wiring <= wirings:
+                wirings |= flipped_wiring
                 yield f"{'.'.join(path)}={value!r}", flipped, changed
 
 
 def _switches(content: Mapping[str, Any], model: nn.Module) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the path and another value of every boolean, and every name, that the model's code decides by."""
+    """Yield the path and the other values of every boolean and every name that the model's code branches on."""
     modules = {type(module).__module__ for module in model.modules()} - {"torch"}
     reads: dict[str, set[str]] = defaultdict(set)
     for module in sorted(modules):
@@ -109,25 +108,26 @@ def _switches(content: Mapping[str, Any], model: nn.Module) -> Iterator[tuple[tu
             yield from ((path, other) for other in sorted(reads[path[-1]] - {value}))
 
 
-def _leaves(content: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(content: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, value in content.items():
         if isinstance(value, Mapping) and "model_type" in value:
-            yield from _leaves(value, (*at, str(name)))
+            yield from _leaves(value, (*prefix, str(name)))
         else:
-            yield (*at, str(name)), value
+            yield (*prefix, str(name)), value
 
 
 @cache
 def _reads(module: str) -> dict[str, set[str]]:
     """Return the fields of a config that a module's code reads, each with the names that it compares the field with."""
-    found: dict[str, set[str]] = defaultdict(set)
+    fields: dict[str, set[str]] = defaultdict(set)
     for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
         if isinstance(node, ast.Attribute) and _is_config(node.value):
-            found[node.attr] |= set()
+            fields[node.attr] |= set()
         elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and _is_config(node.left.value):
-            literals = (part for each in node.comparators for part in ast.walk(each) if isinstance(part, ast.Constant))
-            found[node.left.attr] |= {part.value for part in literals if isinstance(part.value, str)}
-    return dict(found)
+            operands = (inner for operand in node.comparators for inner in ast.walk(operand))
+            literals = (inner for inner in operands if isinstance(inner, ast.Constant))
+            fields[node.left.attr] |= {literal.value for literal in literals if isinstance(literal.value, str)}
+    return dict(fields)
 
 
 def _is_config(node: ast.expr) -> bool:
@@ -145,7 +145,7 @@ def _with(settings: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dic
 
 
 def wiring_of(family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]]) -> Wiring:
-    """Return the wiring of a tiny config's model; empty where it does not run, which other checks tell."""
+    """Return the wiring of a tiny config's model; empty if it does not run, which other checks report."""
     with suppress(EmlocError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
         config = tiny_config(settings, family)
         return wiring(random_model(family, config), make_samples(config))

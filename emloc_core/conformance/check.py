@@ -22,7 +22,7 @@ class CheckResult:
     """Result of one check on a family, or on one of its tiny models.
 
     Attributes:
-        config: which of its tiny configs; ``all`` for a check of the declaration.
+        config: label of the tiny config; ``all`` for a check of the declaration.
         passed: whether the check passed. A check that could not run has not passed.
         message: what is wrong; for a passed check, a note.
         blocked: whether it was not run because a check that it needs failed.
@@ -42,10 +42,10 @@ class CheckResult:
 
 
 class Subject:
-    """What checks are run on: a declaration, or one of its tiny models.
+    """What checks run on: a declaration, or one of its tiny models.
 
     Attributes:
-        raised: what ended each check that failed, by its name.
+        raised: the exception of each failed check, by its name.
     """
 
     def __init__(self, declared: Family, label: str) -> None:
@@ -68,7 +68,7 @@ class Check:
     needs: tuple["Check", ...] = ()
 
     def on(self, subject: Subject) -> CheckResult:
-        """Check the subject, once, after the checks that this one needs."""
+        """Check the subject once, after the checks that this one needs."""
         if self.name not in subject.results:
             subject.results[self.name] = self._judged(subject)
         return subject.results[self.name]
@@ -87,10 +87,10 @@ class Check:
             return result(False, str(error.args[0]), error.fix or "")
         except Exception as error:  # a declaration may break anything, and a check must say so
             subject.raised[self.name] = error
-            known = meaning(error)
-            message = str(known.args[0]) if known else f"Could not run: {typed_line(error)}"
-            where = "The traceback shows where: emloc families check --json, or the test's report."
-            return result(False, message, (known.fix if known else None) or where, traceback.format_exc())
+            translated = meaning(error)
+            message = str(translated.args[0]) if translated else f"Could not run: {typed_line(error)}"
+            hint = "The traceback shows where: emloc families check --json, or the test's report."
+            return result(False, message, (translated.fix if translated else None) or hint, traceback.format_exc())
 
 
 def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:
@@ -106,22 +106,22 @@ def require(problems: Iterable[str], remedy: str) -> None:
     """Fail if there are problems.
 
     Raises:
-        EmlocError: names the problems, once for those that differ only in the number of a block, and the remedy.
+        EmlocError: names the problems, once if they differ only in a block's number, and the remedy.
     """
     alike: dict[str, list[str]] = {}
     for problem in problems:
         alike.setdefault(re.sub(r"\.\d+\b", ".N", problem), []).append(problem)
-    told = [found[0] + (f" ({len(found) - 1} more like it)" if len(found) > 1 else "") for found in alike.values()]
-    if told:
-        more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
-        raise EmlocError(f"{'; '.join(told[:_MOST])}{more}.", remedy)
+    messages = [group[0] + (f" ({len(group) - 1} more like it)" if len(group) > 1 else "") for group in alike.values()]
+    if messages:
+        more = f"; and {len(messages) - _MOST} more" if len(messages) > _MOST else ""
+        raise EmlocError(f"{'; '.join(messages[:_MOST])}{more}.", remedy)
 
 
 @contextmanager
 def under_test(family: Family) -> Iterator[None]:
     """Make the stages use a declaration, installed or not, without output and on one thread.
 
-    Tiny tensors gain nothing from threads: with two, the kit takes six times as much processor time.
+    Tiny tensors gain nothing from threads: with two, the kit takes six times the processor time.
     """
     import torch
     from transformers import logging

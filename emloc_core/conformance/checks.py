@@ -33,8 +33,8 @@ EACH = (
 
 def cases(family: Family) -> list[tuple[int, str, Check]]:
     """Return all cases: index of the tiny config (-1: the declaration), its label, and the check."""
-    whole = [(-1, "all", check) for check in WHOLE]
-    return whole + [(index, label, check) for index, label in enumerate(labels(family)) for check in EACH]
+    declaration_cases = [(-1, "all", check) for check in WHOLE]
+    return declaration_cases + [(index, label, check) for index, label in enumerate(labels(family)) for check in EACH]
 
 
 def make_subject(family: Family, index: int, directory: Path) -> Subject:

@@ -1,4 +1,4 @@
-"""Checks of what is declared, on models without weights."""
+"""Checks of a declaration, on models without weights."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -53,7 +53,7 @@ def model_types(subject: Declaration) -> None:
 
 @check(model_types)
 def names(subject: Declaration) -> None:
-    """Every path, pattern and target that is declared is found in one of the tiny models at least."""
+    """Every declared path, pattern and target is found in at least one of the tiny models."""
     family = subject.declared
     everything = {name for model in subject.models for name, _ in model.named_modules() if name}
     problems = [
@@ -82,15 +82,15 @@ def branches(subject: Declaration) -> None:
     """Every switch of a config that changes which Linears share an input has a tiny config for each of its values."""
     family = subject.declared
     for model_type in sorted(family.model_types):
-        found = [settings for settings in family.tiny_configs if settings["model_type"] == model_type]
-        make = partial(trial_of(family).samples, family)
-        known = frozenset().union(*(wiring_of(family, settings, make) for settings in found))
-        for settings in found if known else ():
+        configs = [settings for settings in family.tiny_configs if settings["model_type"] == model_type]
+        make_samples = partial(trial_of(family).samples, family)
+        wirings = frozenset().union(*(wiring_of(family, settings, make_samples) for settings in configs))
+        for settings in configs if wirings else ():
             require(
                 [
                     f"with {switch}, the Linears of a {model_type!r} run in another order, or read other inputs, than "
                     "in every tiny config"
-                    for switch, _, _ in other_branches(family, settings, make, known)
+                    for switch, _, _ in other_branches(family, settings, make_samples, wirings)
                 ],
                 "Add a tiny config with that value for every one, and group only Linears that read one input in all of "
                 "them: `emloc families scaffold` drafts both.",
@@ -111,25 +111,25 @@ def builds(subject: TinyModel) -> None:
 
 @check(builds)
 def linears(subject: TinyModel) -> None:
-    """Every path is a Linear, and every Linear of the model stands in one group or is kept dense."""
+    """Every path is a Linear, and every Linear of the model is in one group or kept dense."""
     family = subject.family
     try:
         blocks = block_paths(subject.meta, family)
-        left = undeclared(subject.meta, family, subject.plan.planned)
+        uncovered = undeclared(subject.meta, family, subject.plan.planned)
     except EmlocError as error:
         raise EmlocError(
             str(error.args[0]),
             "Correct blocks and input_groups of the tower: print(model) shows the paths. Linears alone belong there.",
         ) from error
-    inside = [path for path in left if path.startswith(tuple(f"{block}." for block in blocks))]
-    problems = [f"{_named(subject.meta, path)} that is neither in an input group nor kept dense" for path in inside]
+    inside = [path for path in uncovered if path.startswith(tuple(f"{block}." for block in blocks))]
+    problems = [f"{_describe(subject.meta, path)} that is neither in an input group nor kept dense" for path in inside]
     require(problems, "Add it to an input group of its tower, or to keep_dense with the reason; each Linear once.")
-    outside = {path: _list_around(subject.meta, path) for path in left if path not in inside}
+    outside = {path: _list_around(subject.meta, path) for path in uncovered if path not in inside}
     problems = [
         f"{blocks} is a list of blocks that no tower declares" for blocks in dict.fromkeys(outside.values()) if blocks
     ]
     problems += [
-        f"{_named(subject.meta, path)} outside the blocks that is not kept dense"
+        f"{_describe(subject.meta, path)} outside the blocks that is not kept dense"
         for path, blocks in outside.items()
         if not blocks
     ]
@@ -141,19 +141,20 @@ def linears(subject: TinyModel) -> None:
         [f"{path} of {blocks} is to be compressed, and kept dense" for blocks, path in _never_compressed(subject.plan)],
         "Take it out of one of them.",
     )
-    read = read_without_call(subject.meta)
+    readers = read_without_call(subject.meta)
     require(
         [
-            f"{read[linear.path]} reads the weight of {linear.path} without calling it, and would get a factor instead"
+            f"{readers[linear.path]} reads the weight of {linear.path} without calling it, and would get a factor "
+            "instead"
             for linear in subject.plan.candidates
-            if linear.path in read
+            if linear.path in readers
         ],
         "List it in keep_dense: a kernel that takes the weight may run on a GPU alone, or in training alone.",
     )
 
 
-def _named(model: nn.Module, path: str) -> str:
-    """Return a module's path and what it is."""
+def _describe(model: nn.Module, path: str) -> str:
+    """Return a module's path and kind as text."""
     module = model.get_submodule(path)
     return f"{path} is a {'Linear' if isinstance(module, nn.Linear) else type(module).__name__}"
 
@@ -165,9 +166,9 @@ def _list_around(model: nn.Module, path: str) -> str | None:
 
 
 def _never_compressed(plan: RankPlan) -> list[tuple[str, str]]:
-    """Return the list of blocks and the path within them of what is declared, and kept dense in every block."""
+    """Return the declared Linears that are kept dense in every block: their list of blocks, and path in a block."""
 
-    def places(planned: Iterable[LinearPlan]) -> set[tuple[str, str]]:
-        return {(each.block.rpartition(".")[0], each.path.removeprefix(f"{each.block}.")) for each in planned}
+    def positions(planned: Iterable[LinearPlan]) -> set[tuple[str, str]]:
+        return {(linear.block.rpartition(".")[0], linear.path.removeprefix(f"{linear.block}.")) for linear in planned}
 
-    return sorted(places(plan.planned) - places(each for each in plan.planned if each.is_replaced))
+    return sorted(positions(plan.planned) - positions(linear for linear in plan.planned if linear.is_replaced))

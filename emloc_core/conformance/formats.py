@@ -1,4 +1,4 @@
-"""Checks of a format of emulator: on weights drawn at random, and through the stages on a tiny model."""
+"""Checks of a format of emulator: on random weights, and through the stages on a tiny model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ _SHAPES = ((48, 300), (130, 64), (17, 33))
 _RANK = 6
 #: Shape of the matrices of a stack, and their rank: torch multiplies groups by rows of a multiple of 16 bytes.
 _STACKED, _ALIGNED = (48, 64), 8
-#: As far as an error may lie from the one that is reported.
+#: Largest allowed distance of an error from the reported one.
 _APART = 1e-2
 
 
@@ -41,14 +41,14 @@ class TinyEmulator(TinyModel):
         self.format = format
 
     def fitted(self) -> Iterator[tuple[torch.Tensor, Gram, int | None, Any]]:
-        """Yield weights, the Grams that they are fitted to, their ranks, and what is fitted, one by one."""
-        for at, (m, n) in enumerate(_SHAPES):
-            generator = torch.Generator().manual_seed(at)
+        """Yield weights, the Grams that they are fitted to, their ranks, and the fitted stand-ins, one by one."""
+        for seed, (m, n) in enumerate(_SHAPES):
+            generator = torch.Generator().manual_seed(seed)
             gram = Gram("input", n)
             gram.add(torch.randn(2 * n, n, generator=generator) * torch.logspace(0, -1, n))
             weight, rank = torch.randn(m, n, generator=generator), _RANK if self.format.ratios else None
-            (found,) = self.format.fit([weight], gram, [rank])
-            yield weight, gram, rank, found
+            (fitted,) = self.format.fit([weight], gram, [rank])
+            yield weight, gram, rank, fitted
 
 
 @contextmanager
@@ -75,82 +75,84 @@ def offered(format: Format) -> Iterator[None]:
 
 @check()
 def stored(subject: TinyEmulator) -> None:
-    """What is packed has the names, shapes, dtypes and bytes that the format declares."""
+    """Packed tensors have the names, shapes, dtypes and bytes that the format declares."""
     problems = []
-    for weight, _, rank, found in subject.fitted():
-        shape, packed = (weight.shape[0], weight.shape[1]), subject.format.pack(found, weight.dtype)
+    for weight, _, rank, fitted in subject.fitted():
+        shape, packed = (weight.shape[0], weight.shape[1]), subject.format.pack(fitted, weight.dtype)
         if list(packed) != subject.format.names():
             problems.append(f"pack gives {list(packed)}, but the format names {subject.format.names()}")
         for name, (size, dtype) in subject.format.parts(shape, rank, weight.dtype).items():
-            part = packed.get(name)
-            if part is not None and (tuple(part.shape), part.dtype) != (tuple(size), dtype):
-                problems.append(f"{name} is {part.dtype} {tuple(part.shape)}, but declared as {dtype} {tuple(size)}")
+            tensor = packed.get(name)
+            if tensor is not None and (tuple(tensor.shape), tensor.dtype) != (tuple(size), dtype):
+                problems.append(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but declared as {dtype} {tuple(size)}"
+                )
     require(problems, "Correct parts of the layer: they are what is loaded, and what memory is planned by.")
 
 
 @check(stored)
 def read(subject: TinyEmulator) -> None:
-    """What is read back is finite, and as far from the weight as the format says."""
+    """The weight that is read back is finite, and as far from the original as the format says."""
     problems = []
-    for weight, gram, _, found in subject.fitted():
+    for weight, gram, _, fitted in subject.fitted():
         shape = (weight.shape[0], weight.shape[1])
-        stand_in = subject.format.read(list(subject.format.pack(found, weight.dtype).values()), shape, weight.dtype)
+        stand_in = subject.format.read(list(subject.format.pack(fitted, weight.dtype).values()), shape, weight.dtype)
         if not stand_in.is_finite():
             problems.append("NaN or Inf is read")
             continue
-        actual, said = output_error(weight, stand_in.weight(), gram.matrix), found.relative_error()
-        if not abs(actual - said) <= _APART:
-            problems.append(f"the relative error of the outputs is {actual:.4f}, but reported as {said:.4f}")
+        actual, reported = output_error(weight, stand_in.weight(), gram.matrix), fitted.relative_error()
+        if not abs(actual - reported) <= _APART:
+            problems.append(f"the relative error of the outputs is {actual:.4f}, but reported as {reported:.4f}")
     require(problems, "Measure the error of what will be read: see emloc_core.algorithms.factorize.output_error.")
 
 
 @check(read)
 def layer(subject: TinyEmulator) -> str | None:
-    """The layer computes what is read, with the gradient of its input, and is made dense by it."""
+    """The layer multiplies by the weight that is read, also for the gradient, and gives it to a dense Linear."""
     if set(subject.format.names()) != set(subject.format.layer.parts((1, 1), 1, torch.float32)):
         return "Its files are loaded by a layer other than its own."
     problems = []
-    for weight, _, rank, found in subject.fitted():
-        (m, n), packed = weight.shape, subject.format.pack(found, weight.dtype)
-        made = subject.format.layer(n, m, rank, bias=True, dtype=weight.dtype)
-        made.load_state_dict({**packed, "bias": torch.linspace(-1, 1, m)})
-        whole = subject.format.read(list(packed.values()), (m, n), weight.dtype).weight()
+    for weight, _, rank, fitted in subject.fitted():
+        (m, n), packed = weight.shape, subject.format.pack(fitted, weight.dtype)
+        module = subject.format.layer(n, m, rank, bias=True, dtype=weight.dtype)
+        module.load_state_dict({**packed, "bias": torch.linspace(-1, 1, m)})
+        dense = subject.format.read(list(packed.values()), (m, n), weight.dtype).weight()
         x = torch.randn(5, n, requires_grad=True)
-        outputs, weights = made(x), torch.randn(5, m)
+        outputs, weights = module(x), torch.randn(5, m)
         (gradient,) = torch.autograd.grad((outputs * weights).sum(), x)
-        for what, one, other in (
-            ("outputs", outputs, functional.linear(x, whole, made.bias)),
-            ("the gradient of the inputs", gradient, weights @ whole),
-            ("the weight of the dense Linear", made.dense().get_parameter("weight"), whole),
+        for name, actual, expected in (
+            ("outputs", outputs, functional.linear(x, dense, module.bias)),
+            ("the gradient of the inputs", gradient, weights @ dense),
+            ("the weight of the dense Linear", module.dense().get_parameter("weight"), dense),
         ):
-            if not torch.allclose(one, other, rtol=1e-4, atol=ABSOLUTE * float(other.abs().max()) * 10):
-                problems.append(f"{what} are not those of the weight that is read")
+            if not torch.allclose(actual, expected, rtol=1e-4, atol=ABSOLUTE * float(expected.abs().max()) * 10):
+                problems.append(f"{name} are not those of the weight that is read")
     require(problems, "unpack and read have to give the same weight; forward has to multiply by it.")
     return None
 
 
 @check(read)
 def experts(subject: TinyEmulator) -> str | None:
-    """Stacked, with a leading E, the parts of matrices multiply the rows of each expert by its own."""
+    """Stacked, with a leading E, the parts of matrices multiply the rows of each expert by its own matrix."""
     if not subject.format.experts:
         return "Stacks of experts stay dense in it."
     format, (m, n), problems = subject.format.own(), _STACKED, []
     gram, draw = Gram("input", n), torch.Generator().manual_seed(0)
     gram.add(torch.randn(2 * n, n, generator=draw))
     fitted = format.fit(list(torch.randn(3, m, n, generator=draw)), gram, [_ALIGNED if format.ratios else None] * 3)
-    packed = [list(format.pack(each, torch.float32).values()) for each in fitted]
+    packed = [list(format.pack(stack, torch.float32).values()) for stack in fitted]
     first, _, last = (format.read(parts, (m, n), torch.float32).weight() for parts in packed)
     x, weights = torch.randn(5, n, requires_grad=True), torch.randn(5, m)
     groups = Groups(torch.tensor([2, 2, 5], dtype=torch.int32))
-    parts = [torch.stack(of) for of in zip(*packed, strict=True)]
+    parts = [torch.stack(matrices) for matrices in zip(*packed, strict=True)]
     outputs = format.layer.grouped(x, groups, *parts, shape=(m, n), dtype=torch.float32)
     (gradient,) = torch.autograd.grad((outputs * weights).sum(), x)
-    for what, one, other in (
+    for name, actual, expected in (
         ("outputs", outputs, torch.cat([x[:2] @ first.T, x[2:] @ last.T])),
         ("the gradient of the inputs", gradient, torch.cat([weights[:2] @ first, weights[2:] @ last])),
     ):
-        if not torch.allclose(one, other, rtol=1e-4, atol=ABSOLUTE * float(other.abs().max()) * 10):
-            problems.append(f"{what} are not those of the matrices that are read")
+        if not torch.allclose(actual, expected, rtol=1e-4, atol=ABSOLUTE * float(expected.abs().max()) * 10):
+            problems.append(f"{name} are not those of the matrices that are read")
     require(problems, "unpack_stack has to give the matrices that read gives; or leave experts dense: experts = False.")
     return None
 

@@ -1,4 +1,4 @@
-"""Records a forward of the base, in memory and streamed: blocks, inputs and outputs of Linears, and Grams."""
+"""Records a forward pass of the base, in memory and streamed: blocks, inputs and outputs of Linears, and Grams."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,14 +20,14 @@ from emloc_core.standins import LowRank
 
 @dataclass
 class Forward:
-    """The calls that were seen in ordinary forwards.
+    """The calls that were observed in ordinary forward passes.
 
     Attributes:
         blocks: for each sample, paths of the blocks in the order in which they were entered.
         inputs: path of a Linear -> the input of each call, (..., in_features); Linears in the order in which they ran.
         outputs: path of a Linear -> the output of each call, (..., out_features).
         tapped: path of a Linear -> what its tap gave at each call.
-        logits: of each sample.
+        logits: the logits of each sample.
     """
 
     blocks: list[list[str]] = field(default_factory=list)
@@ -50,63 +50,63 @@ def observe(
         model: in eval mode.
         taps: path of a Linear -> how it is tapped.
     """
-    seen = Forward()
+    forward = Forward()
 
     def entering(path: str) -> Callable[..., None]:
-        return lambda *_: seen.blocks[-1].append(path)
+        return lambda *_: forward.blocks[-1].append(path)
 
     def watching(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            seen.inputs[path].append(args[0].clone())
-            seen.outputs[path].append(output.clone())
+            forward.inputs[path].append(args[0].clone())
+            forward.outputs[path].append(output.clone())
 
         return hook
 
     def sink(path: str, activations: torch.Tensor) -> None:
-        seen.tapped[path].append(activations.clone())
+        forward.tapped[path].append(activations.clone())
 
     tapping = tapped({path: model.get_submodule(path) for path in taps or ()}, taps or {}, sink)
     following = forward_hooks(((model.get_submodule(path), entering(path)) for path in blocks), before=True)
     with following, forward_hooks((model.get_submodule(path), watching(path)) for path in linears), tapping:
         for sample in samples:
-            seen.blocks.append([])
-            seen.logits.append(logits(model, sample))
-    return seen
+            forward.blocks.append([])
+            forward.logits.append(logits(model, sample))
+    return forward
 
 
 def logits(model: Any, sample: Sample) -> torch.Tensor:
-    """Return what a model answers to a sample: its logits, (1, T, vocabulary), where it is one of tokens."""
+    """Return a model's output for a sample, without gradient: for tokens, its logits, (1, T, vocabulary)."""
     with torch.no_grad():
         return answer(model, sample)
 
 
 def answer(model: Any, sample: Sample) -> torch.Tensor:
-    """Return the same, with its gradient."""
-    found = sample.run(model, "cpu")
-    return found if isinstance(found, torch.Tensor) else found.logits
+    """Return the same as :func:`logits`, with its gradient."""
+    output = sample.run(model, "cpu")
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 @dataclass(frozen=True)
 class Traced(Factors):
-    """Factors that remember what they were made from: a Gram, and the weight that was loaded, (m, n)."""
+    """Factors that remember what they were made from: a Gram, and the loaded weight, (m, n)."""
 
     gram: Gram
     weight: torch.Tensor
 
 
 class _Tracing(LowRank):
-    """Factors that remember what they were made from."""
+    """Makes factors that remember what they were made from."""
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
-        found = zip(super().fit(weights, gram, ranks), weights, strict=True)
-        return [Traced(of.u, of.v, of.spectrum, gram, weight.clone()) for of, weight in found]
+        factors = zip(super().fit(weights, gram, ranks), weights, strict=True)
+        return [Traced(factor.u, factor.v, factor.spectrum, gram, weight.clone()) for factor, weight in factors]
 
 
 class Decomposed(dict[str, Traced]):
-    """What a streamed pass found of every compressed Linear, by module path: factors of full rank, min(m, n)."""
+    """The result of a streamed pass by module path of each compressed Linear: factors of full rank, min(m, n)."""
 
     def is_written(self, _block: str) -> bool:
-        """Say that a block is still to be done: nothing is resumed."""
+        """Return False: nothing is resumed, so every block is still to be done."""
         return False
 
     def write(self, _block: str, fitted: Mapping[str, Any]) -> None:
@@ -119,6 +119,6 @@ def decompose(skeleton: Skeleton, plan: RankPlan, samples: Sequence[Sample]) -> 
     full = RankPlan(
         tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates)
     )
-    found = Decomposed()
-    Decomposition(skeleton, full, samples, _Tracing(), lambda *_: None).run(found)
-    return found
+    decomposed = Decomposed()
+    Decomposition(skeleton, full, samples, _Tracing(), lambda *_: None).run(decomposed)
+    return decomposed

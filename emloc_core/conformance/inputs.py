@@ -1,7 +1,6 @@
 """Inputs for tiny models: token ids from a tokenizer of plain numbers, and random images that fit the config.
 
-How an image becomes tokens is read from the config; a family whose models do it in a way of their own declares
-``tiny_inputs``.
+The config says how an image becomes tokens; a family whose models do it in another way declares ``tiny_inputs``.
 """
 
 import inspect
@@ -20,12 +19,12 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.image_shape import image_shape
 
-#: Tokens of each row; two lengths, since masks and windows depend on them.
+#: Tokens of each row; two lengths, because masks and windows depend on them.
 LENGTHS = (13, 24)
 
 
 def tiny_samples(family: Family, config: Any) -> list[Sample]:
-    """Return samples of text, and behind them samples with an image where the family has any.
+    """Return samples of text, followed by samples with an image if the family has images.
 
     Raises:
         EmlocError: the config does not say how an image becomes tokens.
@@ -36,12 +35,12 @@ def tiny_samples(family: Family, config: Any) -> list[Sample]:
         samples = []
     if family.modality == "text":
         return samples
-    make = family.tiny_inputs or image_inputs
-    return [*samples, as_sample(make(config), len(samples))]
+    make_inputs = family.tiny_inputs or image_inputs
+    return [*samples, as_sample(make_inputs(config), len(samples))]
 
 
-def taken(model: Any, samples: Sequence[Any]) -> list[Any]:
-    """Return the samples without those of text alone that a model refuses, if there are images too."""
+def runnable(model: Any, samples: Sequence[Any]) -> list[Any]:
+    """Return the samples, without those of only text that a model refuses if there are images too."""
 
     def runs(sample: Any) -> bool:
         try:
@@ -57,7 +56,7 @@ def taken(model: Any, samples: Sequence[Any]) -> list[Any]:
 
 
 def is_text(sample: Any) -> bool:
-    """Say whether a sample is of tokens, and of nothing else."""
+    """Say whether a sample consists only of tokens."""
     return isinstance(sample, Sample) and not sample.others
 
 
@@ -68,7 +67,7 @@ def _needs_images(config: Any) -> bool:
 
 
 def _arguments(config: Any) -> Mapping[str, inspect.Parameter]:
-    """Return what the forward of the image-text model of a config takes; nothing where there is none."""
+    """Return the parameters of the image-text model's forward for a config; empty if there is no such model."""
     model: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     return inspect.signature(model.forward).parameters if model else {}
 
@@ -76,23 +75,23 @@ def _arguments(config: Any) -> Mapping[str, inspect.Parameter]:
 def as_sample(inputs: Mapping[str, torch.Tensor], row: int) -> Sample:
     """Return the arguments of a forward of one row as a sample."""
     ids = inputs["input_ids"][0].tolist()
-    others = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
-    return Sample(ids, [1] * len(ids), f"Row {row + 1}", others)
+    extra = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    return Sample(ids, [1] * len(ids), f"Row {row + 1}", extra)
 
 
 def image_inputs(config: Any) -> dict[str, torch.Tensor]:
     """Return the keyword arguments of a forward of one row of text with one image in it.
 
     Returns:
-        ``input_ids``, (1, T), with the marks that the config gives an image; ``pixel_values``; ``image_grid_thw``,
-        (1, 3), where pixels are patches; ``mm_token_type_ids``, (1, T), where positions depend on them.
+        ``input_ids``, (1, T), with the config's marks of an image; ``pixel_values``; ``image_grid_thw``, (1, 3), if
+        pixels are patches; ``mm_token_type_ids``, (1, T), if positions depend on them.
 
     Raises:
         EmlocError: the config does not say how an image becomes tokens.
     """
     mark, vision = getattr(config, "image_token_id", None), getattr(config, "vision_config", None)
     try:
-        # Towers of patches take any size: 2 x 3 tokens, so that height and width cannot be mistaken for each other.
+        # Towers of patches take any size: 2 x 3 tokens, so that swapped height and width are noticed.
         token = getattr(vision, "patch_size", 1) * getattr(vision, "spatial_merge_size", 0)
         shape = image_shape(Path("config.json"), config, (2 * token, 3 * token) if token else None)
     except EmlocError as error:
@@ -109,7 +108,7 @@ def image_inputs(config: Any) -> dict[str, torch.Tensor]:
 
 
 def _token_types(config: Any, is_image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return which tokens are an image's, for models that ask for it: they place such tokens in height and width."""
+    """Return which tokens are an image's, for models that position such tokens by height and width."""
     return {"mm_token_type_ids": is_image.long()} if "mm_token_type_ids" in _arguments(config) else {}
 
 
@@ -129,19 +128,19 @@ def _text(config: Any, length: int, seed: int) -> torch.Tensor:
 
 
 def vocabulary(config: Any) -> int:
-    """Return how many tokens the language model knows."""
+    """Return the size of the language model's vocabulary."""
     return config.get_text_config().vocab_size
 
 
 def special_tokens(config: Mapping[str, Any]) -> set[int]:
     """Return every id that a config gives a meaning, at any depth: ``eos_token_id``, ``image_token_id``."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for name, value in config.items():
         if isinstance(value, Mapping):
-            found |= special_tokens(value)
+            ids |= special_tokens(value)
         elif str(name).endswith(("_token_id", "_token_index")):
-            found.update(number for number in (value if isinstance(value, list) else [value]) if number is not None)
-    return found
+            ids.update(number for number in (value if isinstance(value, list) else [value]) if number is not None)
+    return ids
 
 
 def number_tokenizer(config: Any) -> PreTrainedTokenizerFast:
@@ -163,4 +162,4 @@ def text_rows(samples: list[Sample]) -> list[Row]:
         for number, sample in enumerate(samples, start=1)
         if not sample.others
     ]
-    return rows or [Row(1, text="4 5 6")]  # a stage reads one before it is given the samples with images
+    return rows or [Row(1, text="4 5 6")]  # a stage reads one before it gets the samples with images

@@ -28,9 +28,9 @@ _MEANINGS = (
 
 
 def meaning(error: Exception) -> EmlocError | None:
-    """Return what an error of torch says about a declaration; None if it is not one that is known."""
+    """Return what an error of torch says about a declaration; None if it is not a known one."""
     text = str(error)
-    for pattern, what, fix in _MEANINGS:
+    for pattern, problem, fix in _MEANINGS:
         if re.search(pattern, text):
-            return EmlocError(f"Could not run: {what} ({typed_line(error)})", fix)
+            return EmlocError(f"Could not run: {problem} ({typed_line(error)})", fix)
     return None

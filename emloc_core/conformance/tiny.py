@@ -1,4 +1,4 @@
-"""A tiny model of a family on disk, and the output of each stage on it, made when a check first asks for it."""
+"""A tiny model of a family on disk, and the output of each stage on it, made on first access."""
 
 import copy
 from collections import Counter
@@ -15,7 +15,7 @@ from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
-from emloc_core.conformance.inputs import taken
+from emloc_core.conformance.inputs import runnable
 from emloc_core.conformance.trial import label
 from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.emulator.compress import Compress
@@ -36,26 +36,26 @@ from emloc_core.standins.registry import format_named
 from emloc_core.standins.transposed import as_linears
 
 RATIO = 0.5
-_NOISE = 0.1  # of weights, beside how the model initialises them
+_NOISE = 0.1  # added to the weights as the model initialises them
 
 
 def labels(family: Family) -> list[str]:
-    """Return a readable name for every tiny config: the model types in it, numbered where several are alike."""
+    """Return a readable name for every tiny config: the model types in it, numbered if several are alike."""
     names = [label(config) for config in family.tiny_configs]
     counts: Counter[str] = Counter()
-    found = []
+    unique = []
     for name in names:
         counts[name] += 1
-        found.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
-    return found
+        unique.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
+    return unique
 
 
 class TinyModel(Subject):
-    """One tiny model, and everything that the stages make of it.
+    """One tiny model, and everything that the stages make from it.
 
     Args:
         settings: keyword arguments of ``AutoConfig.for_model``.
-        directory: where files go; it is made.
+        directory: where files go; it is created.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TinyModel(Subject):
 
     @cached_property
     def family(self) -> Family:
-        """The declaration for this config, with what it takes from nested families."""
+        """The declaration for this config, including nested families."""
         return plugin_manager().family_for(self.config.to_dict())
 
     @cached_property
@@ -90,8 +90,8 @@ class TinyModel(Subject):
 
     @cached_property
     def samples(self) -> list[Any]:
-        """What the model is run on."""
-        return taken(self.whole, list(trial_of(self.family).samples(self.family, self.config)))
+        """The samples that the model runs on."""
+        return runnable(self.model, list(trial_of(self.family).samples(self.family, self.config)))
 
     @cached_property
     def base(self) -> Checkpoint:
@@ -105,8 +105,8 @@ class TinyModel(Subject):
         return trial_of(self.family).load(self.family, directory).eval()
 
     @cached_property
-    def whole(self) -> Any:
-        """The base in memory, its Conv1D as Linears; frozen as in streams, as torch computes some Linears by that."""
+    def model(self) -> Any:
+        """The base in memory, with its Conv1D as Linears; frozen as in streams, because torch may compute by that."""
         return as_linears(self.load(self.base.directory)).requires_grad_(False)
 
     @cached_property
@@ -116,13 +116,13 @@ class TinyModel(Subject):
 
     @cached_property
     def forward(self) -> Forward:
-        """What ordinary forwards of all samples do.
+        """Ordinary forward passes of all samples.
 
         Raises:
             EmlocError: the model does not run.
         """
         blocks = block_paths(self.meta, self.family)
-        model, samples = self.whole, self.samples
+        model, samples = self.model, self.samples
         try:
             return observe(model, samples, [linear.path for linear in self.plan.linears], blocks)
         except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
@@ -133,12 +133,12 @@ class TinyModel(Subject):
 
     @cached_property
     def decomposed(self) -> Decomposed:
-        """What a streamed pass of all samples finds."""
+        """The result of a streamed pass of all samples."""
         return decompose(self.skeleton, self.plan, self.samples)
 
     @cached_property
     def emulator(self) -> Path:
-        """The emulator, from the samples with images too."""
+        """The emulator, made from all samples, also those with images."""
         return self.emulator_of(self.kind)
 
     def emulator_of(self, kind: str, **settings: Any) -> Path:
@@ -174,8 +174,8 @@ class TinyModel(Subject):
     @cached_property
     def corrected(self) -> Path:
         """The LoRA carried over to the base, unclamped."""
-        places = {"base": str(self.base.directory), "output": self.directory / "corrected", "device": "cpu"}
-        request = CorrectRequest(adapter=self.adapter, settings=CorrectSettings(clamp="none"), **places)
+        arguments = {"base": str(self.base.directory), "output": self.directory / "corrected", "device": "cpu"}
+        request = CorrectRequest(adapter=self.adapter, settings=CorrectSettings(clamp="none"), **arguments)
         return Correct(request, Adapter(self.adapter)).run()
 
     @cached_property
@@ -186,14 +186,14 @@ class TinyModel(Subject):
 
 
 class _Compress(Compress):
-    """Stage 1 on samples that are made up."""
+    """Stage 1 on made-up samples."""
 
-    def __init__(self, request: CompressRequest, given: Sequence[Sample]) -> None:
-        self._given = given
+    def __init__(self, request: CompressRequest, samples: Sequence[Sample]) -> None:
+        self._made_up = samples
         super().__init__(request)
 
     def _sampled(self) -> Sequence[Sample]:
-        return self._given
+        return self._made_up
 
 
 def trial_of(family: Family) -> Trial:
@@ -202,7 +202,7 @@ def trial_of(family: Family) -> Trial:
 
 
 def tiny_config(settings: Mapping[str, Any], family: Family | None = None) -> Any:
-    """Return the library's config of a tiny config; of transformers where no family is given.
+    """Return the library's config for the settings of a tiny one; transformers' if no family is given.
 
     Raises:
         EmlocError: the library refuses it.
@@ -227,7 +227,7 @@ def on_meta(family: Family, config: Any) -> nn.Module:
 
 
 def random_model(family: Family, config: Any) -> Any:
-    """Return a model in fp32 and eval mode, seeded; no weight hides by being zero or one, as those of norms would."""
+    """Return a seeded model in fp32 and eval mode, without weights of exactly zero or one, which would hide errors."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = plugin_manager().objective_of(family).build(family, copy.deepcopy(config), torch.float32)

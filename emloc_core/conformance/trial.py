@@ -1,4 +1,4 @@
-"""Tiny models of tokens, of transformers' classes."""
+"""Tiny models of transformers' classes, for tokens."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -41,24 +41,24 @@ class TokenTrial:
             ) from error
 
     def samples(self, family: Family, config: Any) -> list[Sample]:
-        """Return samples of text, and with images where the family has any."""
+        """Return samples of text, and samples with images if the family has any."""
         return tiny_samples(family, config)
 
     def rows(self, samples: Sequence[Any]) -> list[Row]:
-        """Return those of text, for the tokenizer of numbers."""
+        """Return the samples of text as rows, for the tokenizer of numbers."""
         return text_rows(list(samples))
 
     def save(self, model: Any, config: Any, directory: Path) -> None:
-        """Write it with a tokenizer of numbers."""
+        """Write the model with a tokenizer of numbers."""
         model.save_pretrained(directory)
         number_tokenizer(config).save_pretrained(directory)
 
     def load(self, family: Family, directory: Path) -> Any:
-        """Return a model by transformers' ``from_pretrained``."""
+        """Return a model loaded by transformers' ``from_pretrained``."""
         return load_model(family.auto_class, directory)
 
     def unpacked(self, model: Any) -> Any:
-        """Return it as transformers unpacks it."""
+        """Return the emulator as transformers unpacks it."""
         return model.dequantize()
 
     def loss(self, model: Any, sample: Any) -> torch.Tensor:
@@ -71,5 +71,6 @@ def label(config: Mapping[str, Any]) -> str:
     """Return a readable name for a tiny config: the model types in it."""
     if not isinstance(config, Mapping):
         return "no-mapping"
-    inner = [part["model_type"] for part in config.values() if isinstance(part, Mapping) and "model_type" in part]
+    sections = [section for section in config.values() if isinstance(section, Mapping)]
+    inner = [section["model_type"] for section in sections if "model_type" in section]
     return "+".join(str(name) for name in [config.get("model_type"), *inner])

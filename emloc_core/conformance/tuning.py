@@ -28,8 +28,8 @@ class Tuned:
 
     Attributes:
         model: in eval mode.
-        odd: path of what got a LoRA and is no Linear -> what it is.
-        untouched: paths of the Linears whose LoRA had no gradient, or one of zeros.
+        odd: path of each module with a LoRA that is not a Linear -> its class.
+        untouched: paths of the Linears whose LoRA got no gradient, or only zeros.
     """
 
     model: Any
@@ -45,12 +45,12 @@ def tune(
     loss: Loss | None = None,
     task: str | None = "CAUSAL_LM",
 ) -> Tuned:
-    """Train a LoRA with the toolkit's own settings.
+    """Train a LoRA with the toolkit's settings.
 
     Args:
-        samples: all of them are one batch.
-        loss: of a model on a sample; that of tokens by default.
-        task: PEFT's name for it.
+        samples: one batch of all samples.
+        loss: the loss of a model on a sample; by default the one for tokens.
+        task: PEFT's name for the task.
 
     Raises:
         EmlocError: there are no targets, or PEFT refuses them.
@@ -77,8 +77,8 @@ def _train(tuned: Tuned, samples: Sequence[Any], loss_of: Loss) -> None:
     lora = tuned.model
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=_LEARNING_RATE)
     for step in range(STEPS):
-        # In the first step dropout and stochastic depth must not choose which Linears get a gradient. But to infer on a
-        # CPU, bitsandbytes packs its weights in another way: Linears train in every step.
+        # In the first step dropout and stochastic depth must not decide which Linears get a gradient. But Linears are
+        # always in train mode: for inference on a CPU, bitsandbytes packs their weights in another way.
         lora.train(step > 0)
         for module in lora.modules():
             module.training |= isinstance(module, nn.Linear)

@@ -21,7 +21,7 @@ def unread_features(model: nn.Module, samples: Sequence[Sample], linears: Iterab
         model: in eval mode.
 
     Returns:
-        By path of a Linear that has such features: which of them are, (out_features,), bool.
+        A mask of such features, (out_features,), bool, by path of each Linear that has some.
     """
     linears = list(linears)
     if not linears:
@@ -34,17 +34,17 @@ def unread_features(model: nn.Module, samples: Sequence[Sample], linears: Iterab
             return output.masked_fill(silent[path], value)
 
         with forward_hooks([(model.get_submodule(path), hook)]):
-            return not all(torch.equal(logits(model, one), old) for one, old in zip(samples, before, strict=True))
+            return not all(torch.equal(logits(model, sample), old) for sample, old in zip(samples, before, strict=True))
 
-    # A gradient says nothing of a ReLU's negative side, or of scores that choose; other values do.
-    return {path: found for path, found in silent.items() if not any(matters(path, value) for value in _INSTEAD)}
+    # A gradient says nothing about a ReLU's negative side, or about scores that only select; other values do.
+    return {path: features for path, features in silent.items() if not any(matters(path, value) for value in _INSTEAD)}
 
 
 def _reached(model: nn.Module, samples: Sequence[Sample], linears: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Return which output features a gradient of the logits reaches, at any token: (out_features,), bool."""
+    """Return which output features a gradient of the logits reaches at any token: (out_features,), bool."""
     model = copy.deepcopy(model)  # some keep a state, which would hold on to the graph
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in linears}
-    found = {path: torch.zeros(module.out_features, dtype=torch.bool) for path, module in modules.items()}
+    reached = {path: torch.zeros(module.out_features, dtype=torch.bool) for path, module in modules.items()}
     probes: list[tuple[str, torch.Tensor]] = []
 
     def probing(path: str) -> Callable[..., torch.Tensor]:
@@ -62,5 +62,5 @@ def _reached(model: nn.Module, samples: Sequence[Sample], linears: Iterable[str]
             gradients = torch.autograd.grad(outcome, [probe for _, probe in probes], allow_unused=True)
             for (path, _), gradient in zip(probes, gradients, strict=True):
                 if gradient is not None:
-                    found[path] |= gradient.flatten(0, -2).bool().any(0)
-    return found
+                    reached[path] |= gradient.flatten(0, -2).bool().any(0)
+    return reached

@@ -28,13 +28,13 @@ from emloc_core.standins.vocabulary import PackedLayer
 
 #: A kind of emulator whose weights no code but its own layers' can read.
 PACKED = "low-rank-nf4"
-#: As far as two roads to one fp32 weight or activation may lie apart: relative to the largest number, and absolute.
+#: How far two computations of one fp32 weight or activation may differ: relative to the largest number, and absolute.
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
 
 
 @check(statistics)
 def packed(subject: TinyModel) -> str | None:
-    """An emulator of packed weights answers as it does with these weights unpacked."""
+    """An emulator with packed weights gives the same output with these weights unpacked."""
     try:
         directory = subject.emulator_of(PACKED, allocator="uniform", calibration="base")  # the quickest
     except EmlocError as error:
@@ -81,7 +81,7 @@ def trains(subject: TinyModel) -> str:
 
 @check(trains)
 def adapter_keys(subject: TinyModel) -> None:
-    """The adapter that was trained on the emulator loads on the base by plain PEFT: no key missing, none left over."""
+    """The adapter that was trained on the emulator loads on the base by plain PEFT: no key is missing or left over."""
     trained = load_file(subject.adapter / WEIGHTS)
     loaded = get_peft_model_state_dict(_on_base(subject, subject.adapter), save_embedding_layers=False)
     problems = [f"the base has no place for {key}" for key in sorted(trained.keys() - loaded.keys())]
@@ -99,7 +99,7 @@ def _on_base(subject: TinyModel, adapter: Path) -> Any:
 
 @check(adapter_keys)
 def correction(subject: TinyModel) -> None:
-    """Unclamped, the base with the corrected LoRA answers on the LoRA's input subspace as the tuned emulator did."""
+    """Unclamped, the base with the corrected LoRA equals the tuned emulator on the LoRA's input subspace."""
     emulator = load_lora(subject.load(subject.emulator), subject.adapter).train()  # what infers may round more
     base = _on_base(subject, subject.corrected)
     loras = Adapter(subject.adapter).loras
@@ -119,7 +119,7 @@ def correction(subject: TinyModel) -> None:
 
 @check(correction)
 def merge(subject: TinyModel) -> None:
-    """The merged checkpoint holds what PEFT's merge_and_unload gives, and every other tensor as it was."""
+    """The merged checkpoint holds the result of PEFT's merge_and_unload, and every other tensor unchanged."""
     expected = as_linears(_on_base(subject, subject.corrected).merge_and_unload()).state_dict()
     actual = as_linears(subject.load(subject.merged)).state_dict()
     problems = [f"only one of them has {key}" for key in sorted(expected.keys() ^ actual.keys())]
@@ -131,7 +131,7 @@ def merge(subject: TinyModel) -> None:
     loras = {f"{path}.weight" for path in Adapter(subject.corrected).loras}
     problems += [
         f"{key} has no LoRA and was changed"
-        for key, tensor in subject.whole.state_dict().items()
+        for key, tensor in subject.model.state_dict().items()
         if key in actual and key not in loras and not torch.equal(actual[key], tensor)
     ]
     require(
@@ -147,7 +147,7 @@ def memory(subject: TinyModel) -> str:
     planned = MemoryModel(subject.base.directory / "config.json", Workload(batch_size=1, length=16))
     ranks = read_object(subject.emulator / "config.json")["quantization_config"]["ranks"]
     counts = {
-        "base": (planned.parameters(), subject.whole),
+        "base": (planned.parameters(), subject.model),
         "emulator": (planned.parameters(planned.linears.with_ranks(ranks)), subject.load(subject.emulator)),
     }
     problems = []
@@ -169,17 +169,17 @@ def ties(subject: TinyModel) -> str:
     for kind, directory in (("emulator", subject.emulator), ("merged checkpoint", subject.merged)):
         model = subject.load(directory)
         for name, source in pairs.items():
-            first, other = (_kept(model, each) for each in (name, source))
-            if first is not other:
+            first, second = (_parameter(model, key) for key in (name, source))
+            if first is not second:
                 problems.append(f"{name} is tied to {source} in the base, but not in the {kind}")
-            elif first.is_floating_point() and not torch.equal(first, subject.whole.get_parameter(name)):
+            elif first.is_floating_point() and not torch.equal(first, subject.model.get_parameter(name)):
                 problems.append(f"{name} of the {kind} is not the base's")
     require(problems, "Keep them out of input_groups and lora_targets.")
     return f"Tied: {', '.join(pairs)}." if pairs else "Nothing is tied in this config."
 
 
-def _kept(model: nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter; of a weight that is packed by rows, its codes."""
+def _parameter(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter; for a weight that is packed by rows, its codes."""
     owner, _, last = name.rpartition(".")
     layer = model.get_submodule(owner)
     return getattr(layer, "codes" if isinstance(layer, PackedLayer) and last == "weight" else last)

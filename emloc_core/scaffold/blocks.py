@@ -7,15 +7,15 @@ from typing import Any
 
 _MOST_KINDS = 8
 _COUNT = r"num_((hidden_|global_)?layers|blocks)|n_layers?|layers|depth|(en|de)coder_layers"
-#: How many of the last blocks share what an earlier one has made.
+#: How many of the last blocks share what an earlier one computed.
 _SHARING = r"num_kv_shared_layers"
-#: A block at which something happens that happens nowhere else.
+#: The index of a block at which something happens that happens nowhere else.
 _PLACE = r"\w+_layer_(id|idx|index)"
-#: A block from which on something else happens: how many are in front of it.
+#: The number of blocks before the one from which on something else happens.
 _BOUNDARY = r"num_dense_layers|first_k_dense_replace|\w+_layer_(id|idx|index)_(start|end)"
-#: The kinds of a few blocks, which all others repeat.
+#: The kinds of a few blocks, which the others repeat.
 _REPEATED = "block_types"
-#: How many blocks a part of the stack has, such as the recurrent one; together they are all.
+#: The number of blocks of one part of the stack, such as the recurrent one; they add up to all.
 _PART = r"n(um)?_\w+_layers"
 
 
@@ -23,10 +23,10 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any], of_each: int) 
     """Cut a section of a config to a few blocks of each kind, and at least two.
 
     Args:
-        small: the same with smaller sizes; it is changed, and returned.
-        of_each: how many blocks of each kind, where there are so many.
+        small: the same section with smaller sizes; it is changed, and returned.
+        of_each: maximum number of blocks of each kind.
     """
-    for section, inner in content.items():  # some sections repeat a place of the tower in them
+    for section, inner in content.items():  # some nested sections repeat an index of this one
         if isinstance(inner, Mapping):
             small.update({name: small[section][name] for name, value in inner.items()
                           if re.fullmatch(_PLACE, str(name)) and content.get(name) == value})  # fmt: skip
@@ -38,16 +38,16 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any], of_each: int) 
     indices = {name for name, value in lists.items() if _are_indices(value, count)}
     lists_by_block = {name for name, value in lists.items() if len(value) == count and name not in indices}
     numbers = [name for name, value in content.items() if type(value) is int and 0 <= value <= count]
-    places = [name for name in numbers if re.fullmatch(_PLACE, name) and content[name] < count]
+    positions = [name for name in numbers if re.fullmatch(_PLACE, name) and content[name] < count]
     boundaries = [name for name in numbers if re.fullmatch(_BOUNDARY, name)]
-    # What some blocks alone have, by their number.
+    # Settings of single blocks, by their number.
     settings = {name: {int(key): key for key in value} for name, value in content.items() if is_by_index(value)}
     parts = _parts(content, counts, count)
     kinds = [
         [part[index] for part in parts]
         + [content[name][index] for name in lists_by_block]
         + [index in lists[name] for name in indices]
-        + [index == content[name] for name in places]
+        + [index == content[name] for name in positions]
         + [index < content[name] for name in boundaries]
         + [content[name].get(keys.get(index)) for name, keys in settings.items()]
         for index in range(count)
@@ -55,12 +55,12 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any], of_each: int) 
     periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
     periods += [len(value) for name, value in lists.items() if name == _REPEATED and len(value) < count]
     kept = _some_of_each(kinds, max(periods, default=0), of_each)
-    if (indices or places) and kept[-1] + 1 < count:  # what is done behind those blocks is done in between blocks
+    if (indices or positions) and kept[-1] + 1 < count:  # what happens after those blocks happens between blocks
         kept.append(kept[-1] + 1)
     small.update(dict.fromkeys(counts, len(kept)))
     for name in indices:
         small[name] = [new for new, old in enumerate(kept) if old in lists[name]]
-    small.update({name: kept.index(content[name]) for name in places if content[name] in kept})
+    small.update({name: kept.index(content[name]) for name in positions if content[name] in kept})
     small.update({name: sum(old < content[name] for old in kept) for name in boundaries})
     for name in lists_by_block:
         small[name] = [small[name][index] for index in kept]
@@ -72,22 +72,22 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any], of_each: int) 
 
 
 def is_by_index(value: Any) -> bool:
-    """Say whether a section of a config has numbers for names, as those of blocks."""
+    """Say whether the keys of a config's section are numbers, such as those of blocks."""
     return isinstance(value, Mapping) and len(value) > 0 and all(str(key).isdigit() for key in value)
 
 
 def _parts(content: Mapping[str, Any], counts: Sequence[str], count: int) -> list[list[str]]:
-    """Return divisions of the stack: the field that counts it, for every block; an empty name where none does."""
-    whole = {name: value for name, value in content.items() if isinstance(value, int) and name not in counts}
-    sharing = [[""] * (count - value) + [name] * value for name, value in whole.items()
+    """Return divisions of the stack: for every block the field that counts it, or an empty name."""
+    integers = {name: value for name, value in content.items() if isinstance(value, int) and name not in counts}
+    sharing = [[""] * (count - value) + [name] * value for name, value in integers.items()
                if re.fullmatch(_SHARING, name) and value < count]  # fmt: skip
-    named = {name: value for name, value in whole.items() if re.fullmatch(_PART, name)}
-    divided = [[name for name, value in named.items() for _ in range(value)]]
-    return sharing + (divided if sum(named.values()) == count else [])
+    part_counts = {name: value for name, value in integers.items() if re.fullmatch(_PART, name)}
+    divided = [[name for name, value in part_counts.items() for _ in range(value)]]
+    return sharing + (divided if sum(part_counts.values()) == count else [])
 
 
 def _some_of_each(kinds: Sequence[Any], period: int, of_each: int) -> list[int]:
-    """Return where each kind of block stands first; whole periods of blocks that alternate by one; two at least."""
+    """Return the indices of the first blocks of each kind, or whole periods if kinds alternate; at least two."""
     if period > 1:
         return list(range(min(period * of_each, len(kinds))))
     first = [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < of_each]
@@ -95,6 +95,6 @@ def _some_of_each(kinds: Sequence[Any], period: int, of_each: int) -> list[int]:
 
 
 def _are_indices(value: Sequence[Any], count: int) -> bool:
-    """Say whether a list names blocks: whole numbers that rise, below the number of blocks."""
-    whole = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < count for item in value)
-    return whole and all(before < after for before, after in pairwise(value))
+    """Say whether a list contains indices of blocks: increasing integers below the number of blocks."""
+    are_positions = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < count for item in value)
+    return are_positions and all(before < after for before, after in pairwise(value))

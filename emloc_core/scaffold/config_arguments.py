@@ -10,22 +10,22 @@ from transformers import AutoConfig
 
 from emloc_core.errors import EmlocError
 
-#: What changes neither a module nor what it computes once it is tuned: the tiny config takes the class's own.
+#: Fields that change neither modules nor their results after tuning: the tiny config takes the class's defaults.
 _COSMETIC = re.compile(r"_.*|dtype|architectures|transformers_version|id2label|label2id|use_cache|problem_type")
-#: Numbers with a fraction that are of no account in a tiny model with random weights. Multipliers and scalings are.
+#: Floats that do not matter in a tiny model with random weights. Multipliers and scalings do.
 _COSMETIC_NUMBERS = re.compile(r"\w*(drop|init|eps|_loss|_prob|_std|jitter|_threshold)\w*|time_step_\w+")
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Return keyword arguments of ``AutoConfig.for_model`` for a model of the same sizes as that of ``config``.
+    """Return keyword arguments of ``AutoConfig.for_model`` for a model of the same sizes as ``config``'s.
 
-    What equals the default of the config class is left out, and so is what changes no module.
+    Defaults of the config class are left out, and so are fields that change no module.
     """
-    return needed(structure(config.to_dict()))
+    return minimal(structure(config.to_dict()))
 
 
-def needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments without which the config would be another, ``model_type`` first.
+def minimal(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return only the arguments that change the config, ``model_type`` first.
 
     Args:
         sizes: arguments of ``AutoConfig.for_model``.
@@ -33,14 +33,14 @@ def needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         EmlocError: transformers refuses them.
     """
-    wanted = make_config(sizes).to_dict()
-    found = {"model_type": sizes["model_type"], **sizes}
+    target = make_config(sizes).to_dict()
+    arguments = {"model_type": sizes["model_type"], **sizes}
     for path in _removable(sizes):
-        fewer = _without(found, path)
+        fewer = _without(arguments, path)
         with suppress(EmlocError):
-            if make_config(fewer).to_dict() == wanted:
-                found = fewer
-    return found
+            if make_config(fewer).to_dict() == target:
+                arguments = fewer
+    return arguments
 
 
 def make_config(arguments: Mapping[str, Any]) -> Any:
@@ -65,19 +65,19 @@ def not_tiny(model_type: str, error: Exception | str) -> EmlocError:
     )
 
 
-def large_sizes(content: Mapping[str, Any], at: str = "") -> Iterator[str]:
+def large_sizes(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the whole numbers of a config above 512, as ``section.name=value``."""
     for name, value in content.items():
         if isinstance(value, Mapping):
-            yield from large_sizes(value, f"{at}{name}.")
+            yield from large_sizes(value, f"{prefix}{name}.")
         elif isinstance(value, int) and value > 512:
-            yield f"{at}{name}={value}"
+            yield f"{prefix}{name}={value}"
 
 
 def structure(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a config without what changes no module."""
-    kept = {name: value for name, value in content.items() if not _is_cosmetic(str(name), value)}
-    return {name: structure(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+    """Return the content of a config without the fields that change no module."""
+    structural = {name: value for name, value in content.items() if not _is_cosmetic(str(name), value)}
+    return {name: structure(value) if isinstance(value, Mapping) else value for name, value in structural.items()}
 
 
 def _is_cosmetic(name: str, value: Any) -> bool:
@@ -89,13 +89,13 @@ def _is_cosmetic(name: str, value: Any) -> bool:
     return bool(_COSMETIC.fullmatch(name))
 
 
-def _removable(content: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every entry, sections before what is in them."""
+def _removable(content: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every entry, sections before their entries."""
     for name, value in content.items():
-        if (*at, name) != ("model_type",):
-            yield (*at, name)
+        if (*prefix, name) != ("model_type",):
+            yield (*prefix, name)
             if isinstance(value, Mapping):
-                yield from _removable(value, (*at, name))
+                yield from _removable(value, (*prefix, name))
 
 
 def _without(content: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

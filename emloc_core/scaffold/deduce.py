@@ -21,55 +21,56 @@ CONSTANT = "no gradient reaches it"
 LOST = "PEFT renames it as it loads an adapter, and drops it"
 ELSEWHERE = "PEFT would put it elsewhere too"
 _MODALITIES = {"vision": ("vision", "visual", "image"), "audio": ("audio", "speech")}
-#: Patterns of the numbers of blocks, and of nothing else.
+#: Patterns that match the numbers of blocks, and nothing else.
 _NUMBERS = ("[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]")
-#: What rows of text and images never reach.
+#: Parts that rows of text and images never reach.
 _OTHER_ROWS = ("audio", "speech", "video")
 
 
-def towers(seen: Observation, idle: Mapping[str, str], notes: list[str]) -> list[Tower]:
+def towers(observation: Observation, idle: Mapping[str, str], notes: list[str]) -> list[Tower]:
     """Return the stacks of blocks with Linears that can be compressed, in order of execution.
 
     Args:
-        idle: paths of the Linears that get no LoRA -> why: it would learn nothing, say.
-        notes: is told where LoRA is left out.
+        idle: paths of the Linears that get no LoRA -> the reason, for example that it would learn nothing.
+        notes: gets a note for each place without a LoRA.
 
     Raises:
-        EmlocError: there is none.
+        EmlocError: there is no such stack.
     """
-    stacks = [stack for stack in seen.stacks if stack.groups]
+    stacks = [stack for stack in observation.stacks if stack.groups]
     if not stacks:
-        reasons = {reason: path for stack in seen.stacks for path, reason in reversed(stack.dense.items())}
-        told = "; ".join(f"{path}: {reason}" for reason, path in reasons.items())
+        reasons = {reason: path for stack in observation.stacks for path, reason in reversed(stack.dense.items())}
+        listing = "; ".join(f"{path}: {reason}" for reason, path in reasons.items())
+        model_type = observation.model.config.model_type
         raise EmlocError(
-            f"No block of this {seen.model.config.model_type!r} holds a Linear that can be compressed ({told}).",
+            f"No block of this {model_type!r} holds a Linear that can be compressed ({listing}).",
             "EMLoC factors only nn.Linear: use another model.",
             code="unsupported",
         )
-    trained = {name for name in seen.calls if is_grouped(name, stacks)} - set(idle)
+    trained = {name for name in observation.calls if is_grouped(name, stacks)} - set(idle)
     names = _tower_names([stack.path for stack in stacks])
-    found = []
+    declared = []
     for name, stack in zip(names, stacks, strict=True):
         linears = [path for group in stack.groups for path in group]
-        left_out = {path: why for path in linears for each, why in idle.items() if _is_in(each, path, stack.path)}
-        targets = {path: _target(seen.model, path, trained) for path in linears if path not in left_out}
+        left_out = {path: why for path in linears for linear, why in idle.items() if _is_in(linear, path, stack.path)}
+        targets = {path: _target(observation.model, path, trained) for path in linears if path not in left_out}
         left_out |= {path: ELSEWHERE for path, target in targets.items() if target is None}
         for why in dict.fromkeys(left_out.values()):
-            told = ", ".join(path for path, reason in left_out.items() if reason == why)
-            notes.append(f"Check: {told} of {stack.path} gets no LoRA by default: {why}.")
+            listing = ", ".join(path for path, reason in left_out.items() if reason == why)
+            notes.append(f"Check: {listing} of {stack.path} gets no LoRA by default: {why}.")
         ends = list(dict.fromkeys(target for target in targets.values() if target))
         plain = not left_out and all("." not in end for end in ends)
-        found.append(Tower(name, stack.path, stack.groups, None if plain else ends, stack.experts or ()))
-    return found
+        declared.append(Tower(name, stack.path, stack.groups, None if plain else ends, stack.experts or ()))
+    return declared
 
 
 def _is_in(linear: str, path: str, blocks: str) -> bool:
-    """Say whether a Linear is the one at a path within some block."""
+    """Say whether a Linear is at this path within some block."""
     return linear.startswith(f"{blocks}.") and linear.removeprefix(f"{blocks}.").partition(".")[2] == path
 
 
 def _tower_names(paths: Sequence[str]) -> list[str]:
-    """Name towers by what their paths say, language where they say nothing."""
+    """Name towers by their paths; ``language`` if a path does not say."""
     names: list[str] = []
     for path in paths:
         kinds = [kind for kind, words in _MODALITIES.items() if any(word in path for word in words)]
@@ -79,7 +80,7 @@ def _tower_names(paths: Sequence[str]) -> list[str]:
 
 
 def _target(model: Any, path: str, allowed: Collection[str]) -> str | None:
-    """Return the shortest end of a path that PEFT takes for no module but the allowed ones; None where none is so."""
+    """Return the shortest end of a path that PEFT matches only with allowed modules; None if there is none."""
     from peft import LoraConfig, get_peft_model
 
     parts = path.split(".")
@@ -96,27 +97,29 @@ def _target(model: Any, path: str, allowed: Collection[str]) -> str | None:
     return None
 
 
-def dense(seen: Observation) -> dict[str, str]:
-    """Return patterns of what is never compressed, outside the blocks and in them, each with the reason."""
-    model: Any = seen.model
-    found = {f"{path}.*": f"runs in between the blocks of {other}" for path, other in seen.interleaved.items()}
-    found |= {f"{path}.*": UNREACHED for path in seen.unreached}
+def dense(observation: Observation) -> dict[str, str]:
+    """Return patterns of what is never compressed, outside the blocks and in them, each with its reason."""
+    model: Any = observation.model
+    patterns = {
+        f"{path}.*": f"runs in between the blocks of {other}" for path, other in observation.interleaved.items()
+    }
+    patterns |= {f"{path}.*": UNREACHED for path in observation.unreached}
     head = model.get_output_embeddings()
-    for unit in units(model, [stack.path for stack in seen.stacks]):
+    for unit in units(model, [stack.path for stack in observation.stacks]):
         module = model.get_submodule(unit)
-        listed = any(unit.startswith(f"{path}.") for path in seen.lists)
+        listed = any(unit.startswith(f"{path}.") for path in observation.lists)
         paths = set() if listed or module is head else set(matrices(module))
         if paths:
-            skipped = any(path.startswith(f"{unit}.") for path in seen.unreached)
+            skipped = any(path.startswith(f"{unit}.") for path in observation.unreached)
             reason = UNREACHED if skipped else OUTSIDE
-            found |= dict.fromkeys([unit] * ("" in paths) + [f"{unit}.*"] * bool(paths - {""}), reason)
-    for stack in seen.stacks:
+            patterns |= dict.fromkeys([unit] * ("" in paths) + [f"{unit}.*"] * bool(paths - {""}), reason)
+    for stack in observation.stacks:
         grouped = {path for group in stack.groups for path in group}
         for path, reason in stack.dense.items():
-            # A star stands for dots, too: the pattern of `dense` would take in `attention.dense`.
+            # A star matches dots, too: the pattern for `dense` would include `attention.dense`.
             numbers = _NUMBERS if any(f".{other}".endswith(f".{path}") for other in grouped) else ("*",)
-            found |= {f"{stack.path}.{number}.{path}": reason for number in numbers}
-    return found
+            patterns |= {f"{stack.path}.{number}.{path}": reason for number in numbers}
+    return patterns
 
 
 def with_nested(family: Family, config: Any) -> Family:
@@ -130,10 +133,10 @@ def with_nested(family: Family, config: Any) -> Family:
         if inner is None or path is None:
             continue
         moved = replace(family, towers=(), keep_dense={}).with_nested(inner, path)
-        taken = {tower.blocks for tower in moved.towers}
+        nested_blocks = {tower.blocks for tower in moved.towers}
         family = replace(
             family,
-            towers=[tower for tower in family.towers if tower.blocks not in taken],
+            towers=[tower for tower in family.towers if tower.blocks not in nested_blocks],
             keep_dense={name: why for name, why in family.keep_dense.items() if name not in moved.keep_dense},
             nested={**family.nested, part: path},
         )
@@ -141,34 +144,34 @@ def with_nested(family: Family, config: Any) -> Family:
 
 
 def _stands_at(inner: Family, family: Family) -> str | None:
-    """Return the path at which the last towers of ``family`` are those of ``inner``, whose model stands there."""
-    found = family.towers[-len(inner.towers) :]
-    if len(found) < len(inner.towers) or not inner.towers:
+    """Return the path of the model of ``inner`` in ``family``, if its towers are the last ones there."""
+    last = family.towers[-len(inner.towers) :]
+    if len(last) < len(inner.towers) or not inner.towers:
         return None
     paths = set()
-    for tower, declared in zip(found, inner.towers, strict=True):
-        rest = f".{declared.blocks.partition('.')[2]}"
-        known = [frozenset(group) for group in declared.input_groups]
-        alike = all(any(set(group) <= other for other in known) for group in tower.input_groups)
+    for tower, declared in zip(last, inner.towers, strict=True):
+        suffix = f".{declared.blocks.partition('.')[2]}"
+        groups = [frozenset(group) for group in declared.input_groups]
+        alike = all(any(set(group) <= other for other in groups) for group in tower.input_groups)
         told_apart = tower.lora_targets is not None and tower.targets() != declared.targets()
-        if told_apart or not (alike and tower.blocks.endswith(rest)):
+        if told_apart or not (alike and tower.blocks.endswith(suffix)):
             return None
-        paths.add(tower.blocks.removesuffix(rest))
+        paths.add(tower.blocks.removesuffix(suffix))
     return paths.pop() if len(paths) == 1 else None
 
 
-def doubts(seen: Observation) -> Iterator[str]:
-    """Yield what a person has to look at."""
-    for path in seen.unreached:
+def doubts(observation: Observation) -> Iterator[str]:
+    """Yield what a person has to check."""
+    for path in observation.unreached:
         if any(word in path for word in _OTHER_ROWS):
             yield f"Check: {path} is kept dense: rows of text and images do not reach it."
             continue
         yield f"More: the forward that was observed did not reach {path}: declare it as a tower to have it compressed."
-    lists = [stack.path for stack in seen.stacks]
-    for unit in units(seen.model, lists):
-        if seen.calls[unit] > 1 and unit.rpartition(".")[0] in lists:
-            yield f"Edit: {unit} runs {seen.calls[unit]} times a forward, which streaming refuses."
-    for stack in seen.stacks:
+    lists = [stack.path for stack in observation.stacks]
+    for unit in units(observation.model, lists):
+        if observation.calls[unit] > 1 and unit.rpartition(".")[0] in lists:
+            yield f"Edit: {unit} runs {observation.calls[unit]} times a forward, which streaming refuses."
+    for stack in observation.stacks:
         for path, reason in stack.dense.items():
             if reason in DOUBTFUL:
                 yield f"Check: {stack.path}.*.{path} is kept dense: {reason}."

@@ -1,4 +1,4 @@
-"""A family's declaration as the source of a plugin module, laid out as a formatter would leave it."""
+"""A family's declaration as the source of a plugin module, formatted."""
 
 import math
 import textwrap
@@ -18,10 +18,10 @@ class Draft:
 
     Attributes:
         summary: sentences about the model that it was observed on.
-        notes: what a person may want to know: each begins with ``Note``, ``Check`` (look whether it is right), ``More``
-            (what would compress more of the model), or ``Edit`` (the conformance kit will not accept it as it is).
-        text_only: whether the model takes images, and none could be made up for it.
-        inputs: source of the body of the family's ``tiny_inputs``, where it has any.
+        notes: what a person may want to know: each begins with ``Note``, ``Check`` (check that it is right), ``More``
+            (what would compress more of the model), or ``Edit`` (the conformance kit will not accept it unchanged).
+        text_only: whether the model takes images, but none could be made up for it.
+        inputs: source of the body of the family's ``tiny_inputs``, if it has any.
     """
 
     family: Family
@@ -83,7 +83,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Name:
-    """An expression that is written as it is."""
+    """An expression that is written verbatim."""
 
     text: str
 
@@ -102,8 +102,8 @@ def _call(family: Family, function: str | None) -> _Call:
     }
     if function:
         arguments["tiny_inputs"] = _Name(function)
-    given = {name: value for name, value in arguments.items() if value and _DEFAULTS.get(name) != value}
-    return _Call("Family", {**given, "towers": arguments["towers"]})
+    explicit = {name: value for name, value in arguments.items() if value and _DEFAULTS.get(name) != value}
+    return _Call("Family", {**explicit, "towers": arguments["towers"]})
 
 
 def _without_defaults(tower: Tower) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def _render(value: Any, before: int, indent: int = 0) -> str:
     """Return ``value`` as source: on one line if it fits, otherwise one entry per line.
 
     Args:
-        before: columns that stand before it in its first line.
-        indent: columns that its line is indented by.
+        before: columns before it in its first line.
+        indent: indentation of its line.
     """
     flat = _flat(value)
     if before + len(flat) + 1 <= WIDTH or not isinstance(value, list | dict | _Call):

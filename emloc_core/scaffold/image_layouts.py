@@ -8,38 +8,40 @@ import torch
 
 Argument = TypeVar("Argument")
 
-#: Pieces that an image is cut into, with the whole in front; a model may ask for a number of its own.
+#: Numbers of pieces that an image is cut into, including the whole image; models differ.
 _PIECES = (1, 2, 3, 5)
-#: Squares of patches that become one token, by side: the config's, or one of these.
+#: Sides of the squares of patches that become one token: the config's, or one of these.
 _MERGES = (2, 4)
 
 
 @dataclass(frozen=True)
-class Made:
+class SourcedTensor:
     """A tensor, and the Python expression that makes it."""
 
     tensor: torch.Tensor
     source: str
 
 
-def noise(*shape: int) -> Made:
-    """Return pixels of this shape, seeded."""
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return Made(made, f"torch.randn({', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))")
+def noise(*shape: int) -> SourcedTensor:
+    """Return seeded random pixels of this shape."""
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return SourcedTensor(
+        pixels, f"torch.randn({', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))"
+    )
 
 
-def ones(*shape: int, dtype: torch.dtype = torch.bool) -> Made:
+def ones(*shape: int, dtype: torch.dtype = torch.bool) -> SourcedTensor:
     """Return a mask of this shape that leaves nothing out."""
-    return Made(torch.ones(shape, dtype=dtype), f"torch.ones({', '.join(map(str, shape))}, dtype={dtype})")
+    return SourcedTensor(torch.ones(shape, dtype=dtype), f"torch.ones({', '.join(map(str, shape))}, dtype={dtype})")
 
 
-def numbers(content: Sequence[Any]) -> Made:
+def numbers(content: Sequence[Any]) -> SourcedTensor:
     """Return a tensor of these whole numbers."""
-    return Made(torch.tensor(content), f"torch.tensor({content})")
+    return SourcedTensor(torch.tensor(content), f"torch.tensor({content})")
 
 
-def layouts(config: Any) -> Iterator[dict[str, Made]]:
-    """Yield the ways to lay out one image, as arguments of a forward; a model takes those that it has a name for.
+def layouts(config: Any) -> Iterator[dict[str, SourcedTensor]]:
+    """Yield the ways to lay out one image, as arguments of a forward pass; a model takes those that it has names for.
 
     The names are those of transformers' processors. Images of a fixed size come as an image, or as a list of an image
     and its pieces; images of any size as a list of patches.
@@ -55,7 +57,7 @@ def layouts(config: Any) -> Iterator[dict[str, Made]]:
         yield from _patches(vision, channels, patch[0])
 
 
-def _tiles(channels: int, size: tuple[int, int], tiles: int) -> dict[str, Made]:
+def _tiles(channels: int, size: tuple[int, int], tiles: int) -> dict[str, SourcedTensor]:
     """Return an image in tiles."""
     return {
         "pixel_values": noise(1, 1, tiles, channels, *size),
@@ -64,7 +66,7 @@ def _tiles(channels: int, size: tuple[int, int], tiles: int) -> dict[str, Made]:
     }
 
 
-def _images(channels: int, size: tuple[int, int], fine: tuple[int, int]) -> Iterator[dict[str, Made]]:
+def _images(channels: int, size: tuple[int, int], fine: tuple[int, int]) -> Iterator[dict[str, SourcedTensor]]:
     sizes = {"image_sizes": numbers([list(size)]), "qformer_input_ids": numbers([[5, 6, 7]])}
     image, high = noise(1, channels, *size), noise(1, channels, *fine)
     yield {"pixel_values": image, "high_res_pixel_values": high, **sizes}
@@ -74,8 +76,8 @@ def _images(channels: int, size: tuple[int, int], fine: tuple[int, int]) -> Iter
         yield {**pixels, "pixel_attention_mask": ones(1, pieces)}
 
 
-def _patches(vision: Any, channels: int, patch: int) -> Iterator[dict[str, Made]]:
-    """Yield an image of any size: of 2 x 3 tokens, so that height and width cannot be mistaken for each other."""
+def _patches(vision: Any, channels: int, patch: int) -> Iterator[dict[str, SourcedTensor]]:
+    """Yield layouts of an image of any size: of 2 x 3 tokens, so that swapped height and width are noticed."""
     merge = _pair(_first(vision, "spatial_merge_size", "merge_kernel_size", "merge_size"))
     times = list(dict.fromkeys((1, _first(vision, "temporal_patch_size", "patch_temporal") or 1)))[::-1]
     for side in (merge[0],) if merge else _MERGES:
@@ -102,16 +104,16 @@ def _patches(vision: Any, channels: int, patch: int) -> Iterator[dict[str, Made]
         yield {"pixel_values": noise(1, channels, height * patch, width * patch), **grid}
 
 
-def accepted(given: Mapping[str, Argument], names: Collection[str]) -> dict[str, Argument]:
-    """Return the part of arguments, such as a layout, that a function with these names takes."""
-    return {name: made for name, made in given.items() if name in names}
+def accepted(arguments: Mapping[str, Argument], names: Collection[str]) -> dict[str, Argument]:
+    """Return the arguments, for example of a layout, whose names are among those of a function."""
+    return {name: argument for name, argument in arguments.items() if name in names}
 
 
 def _first(section: Any, *names: str) -> Any:
-    """Return the first of these fields that a config has, or a section of it; None if none has one."""
+    """Return the first of these fields that a config, or a section of it, has; None if there is none."""
     if section is None:
         return None
-    parts = [section, *(getattr(section, part, None) for part in getattr(section, "sub_configs", None) or {})]
+    parts = [section, *(getattr(section, name, None) for name in getattr(section, "sub_configs", None) or {})]
     return next((value for part in parts for name in names if (value := getattr(part, name, None)) is not None), None)
 
 

@@ -41,16 +41,18 @@ def merged(path: str, blocks: Sequence[Block]) -> Stack:
     """Return what holds in all blocks: Linears share a group if they read one input wherever both of them run.
 
     Args:
-        blocks: as observed, of one model or several.
+        blocks: observed blocks of one model, or of several.
     """
     stack = Stack(path)
     for block in blocks:
         stack.dense |= block.dense
-    known = dict.fromkeys(name for block in blocks for name in block.experts)
-    stack.experts = [name for name in known if not is_within(name, stack.dense)]
+    experts = dict.fromkeys(name for block in blocks for name in block.experts)
+    stack.experts = [name for name in experts if not is_within(name, stack.dense)]
     orders = [[name for name in block.order if not is_within(name, stack.dense)] for block in blocks]
     for name in dict.fromkeys(name for order in orders for name in order):
-        group = next((found for found in stack.groups if all(_share(name, other, blocks) for other in found)), None)
+        group = next(
+            (candidate for candidate in stack.groups if all(_share(name, other, blocks) for other in candidate)), None
+        )
         if group is None:
             stack.groups.append([name])
         else:
@@ -71,7 +73,7 @@ def _share(name: str, other: str, blocks: Sequence[Block]) -> bool:
 
 
 def _in_order(groups: list[list[str]], orders: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Sort groups so that they stand in every block as they run in it; as first seen, where blocks leave it open.
+    """Sort groups by their order of execution in every block; as first seen if the blocks leave it open.
 
     A hybrid's attention and its convolution never run in one block, and both run before the feed-forward Linears.
     """
@@ -79,11 +81,11 @@ def _in_order(groups: list[list[str]], orders: Sequence[Sequence[str]]) -> list[
     before: dict[int, set[int]] = {index: set() for index in range(len(groups))}
     for order in orders:
         ran = list(dict.fromkeys(number[name] for name in order))
-        for place, index in enumerate(ran):
-            before[index] |= set(ran[:place])
-    found: list[int] = []
-    while len(found) < len(groups):
-        left = [index for index in before if index not in found]
-        # Blocks that contradict each other leave no group that may stand next: the kit then says so.
-        found.append(next((index for index in left if before[index] <= set(found)), left[0]))
-    return [groups[index] for index in found]
+        for position, index in enumerate(ran):
+            before[index] |= set(ran[:position])
+    sorted_groups: list[int] = []
+    while len(sorted_groups) < len(groups):
+        remaining = [index for index in before if index not in sorted_groups]
+        # If blocks contradict each other, no group can be next: the conformance kit then says so.
+        sorted_groups.append(next((index for index in remaining if before[index] <= set(sorted_groups)), remaining[0]))
+    return [groups[index] for index in sorted_groups]

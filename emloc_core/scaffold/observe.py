@@ -31,16 +31,16 @@ DOUBTFUL = (UNCALLED, LISTED, OTHER)
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Return the paths of the outermost lists of alike modules that hold Linears: the candidates."""
-    found: list[str] = []
+    """Return the paths of the outermost lists of similar modules that hold Linears: the candidates."""
+    lists: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in lists):
             continue
         kinds = [type(child) for child in module]
         alike = len(kinds) > 0 and (len(kinds) == 1 or 2 * len(set(kinds)) <= len(kinds) or _share_layout(module))
         if alike and any(_holds_linears(child) for child in module):
-            found.append(path)
-    return found
+            lists.append(path)
+    return lists
 
 
 def _share_layout(blocks: nn.ModuleList) -> bool:
@@ -61,8 +61,8 @@ class Observation:
 
     Attributes:
         calls: how often each module was called, by path.
-        stacks: the lists that are stacks of blocks, in order of execution, with what holds in all of their blocks.
-        interleaved: lists that run in between the blocks of a larger one -> path of that one.
+        stacks: the lists that are stacks of blocks, in order of execution, with what holds in all their blocks.
+        interleaved: lists that run in between the blocks of a larger list -> path of the larger one.
         unreached: the lists that the forward did not reach.
 
     Raises:
@@ -80,12 +80,12 @@ class Observation:
         self._read = read_without_call(model)
         with self._watching(), torch.no_grad():
             try:
-                found = model(**inputs, use_cache=False)
+                output = model(**inputs, use_cache=False)
             except Exception as error:  # whatever the architecture's own code raises
                 raise EmlocError(f"The tiny model's forward fails: {typed_line(error)}") from error
         row = next(iter(inputs.values()))  # tokens
         self._tokens = row.shape[:2].numel()
-        if (logits := getattr(found, "logits", row)).shape[1] != row.shape[1]:
+        if (logits := getattr(output, "logits", row)).shape[1] != row.shape[1]:
             raise EmlocError(f"The row has {row.shape[1]} tokens, and logits for {logits.shape[1]}.")
         reached = {path: [name for name in self._order if self._is_block(name, path)] for path in lists}
         self.unreached = [path for path, blocks in reached.items() if not blocks]
@@ -104,10 +104,10 @@ class Observation:
         return name.rpartition(".")[0] == path
 
     def with_branches(self, others: Sequence["Observation"]) -> None:
-        """Take into the stacks what was observed of the same lists in other branches of the architecture."""
-        seen = [self, *others]
+        """Include in the stacks what was observed of the same lists in other branches of the architecture."""
+        observations = [self, *others]
         self.stacks = [
-            merged(path, [block for one in seen for block in one.blocks(path)])
+            merged(path, [block for observation in observations for block in observation.blocks(path)])
             for path in (stack.path for stack in self.stacks)
         ]
 
@@ -127,17 +127,17 @@ class Observation:
 
         def leave(path: str) -> Any:
             def hook(module: nn.Linear, args: tuple[Any, ...], output: Any) -> None:
-                wanted = functional.linear(args[0], module.weight, module.bias) if args else torch.empty(0)
-                alike = isinstance(output, torch.Tensor) and output.shape == wanted.shape
-                if not alike or not torch.allclose(output, wanted, rtol=1e-4, atol=1e-5):
+                expected = functional.linear(args[0], module.weight, module.bias) if args else torch.empty(0)
+                alike = isinstance(output, torch.Tensor) and output.shape == expected.shape
+                if not alike or not torch.allclose(output, expected, rtol=1e-4, atol=1e-5):
                     self._odd.add(path)
 
             return hook
 
         def experts(path: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                known = computes_as_experts(module, args, output)
-                (self._known_experts.add if known and self.calls[path] == 1 else self._known_experts.discard)(path)
+                computes = computes_as_experts(module, args, output)
+                (self._known_experts.add if computes and self.calls[path] == 1 else self._known_experts.discard)(path)
 
             return hook
 
@@ -149,40 +149,43 @@ class Observation:
             yield
 
     def _find_interleaved(self, lists: Sequence[str]) -> dict[str, str]:
-        """Of lists that run while another one has begun and not ended, the one with most parameters is the stack."""
+        """Return lists that run within another one: of such lists, the one with most parameters is the stack."""
         sizes = {path: sum(p.numel() for p in self.model.get_submodule(path).parameters()) for path in lists}
-        runs = {path: [at for at, name in enumerate(self._order) if self._is_block(name, path)] for path in lists}
-        found = {}
+        runs = {
+            path: [position for position, name in enumerate(self._order) if self._is_block(name, path)]
+            for path in lists
+        }
+        interleaved = {}
         for path in lists:
             around = [other for other in lists if sizes[other] > sizes[path]
                       and runs[other][0] < runs[path][-1] and runs[path][0] < runs[other][-1]]  # fmt: skip
             if around:
-                found[path] = max(around, key=lambda other: sizes[other])
-        return found
+                interleaved[path] = max(around, key=lambda other: sizes[other])
+        return interleaved
 
     def blocks(self, path: str) -> list[Block]:
         """Return what was observed of every block of a list."""
         return [self._block(f"{path}.{index}", block) for index, block in enumerate(self._modules(path))]
 
-    def _block(self, at: str, block: nn.Module) -> Block:
-        dense = self._dense(at, block)
-        order = [name for name in self._called_in(at) if not is_within(name, dense)]
-        inputs = {name: self._inputs[f"{at}.{name}"] for name in order}
+    def _block(self, prefix: str, block: nn.Module) -> Block:
+        dense = self._dense(prefix, block)
+        order = [name for name in self._called_in(prefix) if not is_within(name, dense)]
+        inputs = {name: self._inputs[f"{prefix}.{name}"] for name in order}
         alike = (frozenset(pair) for pair in combinations(order, 2) if _equal(*(inputs[name] for name in pair)))
-        known = [name for name, _ in _experts(block) if f"{at}.{name}" in self._known_experts]
-        return Block(order, frozenset(alike), dense, known)
+        experts = [name for name, _ in _experts(block) if f"{prefix}.{name}" in self._known_experts]
+        return Block(order, frozenset(alike), dense, experts)
 
     def _called_in(self, block: str) -> list[str]:
         """Return the Linears of a block in order of execution, as paths within it."""
         names = [name for name in self._order if name in self._inputs and name.startswith(f"{block}.")]
         return [name.removeprefix(f"{block}.") for name in dict.fromkeys(names)]
 
-    def _dense(self, at: str, block: nn.Module) -> dict[str, str]:
+    def _dense(self, prefix: str, block: nn.Module) -> dict[str, str]:
         """Return what in one block cannot be compressed, with the reason."""
         dense: dict[str, str] = {}
-        experts = {name: count for name, count in _experts(block) if not self._sees_all(f"{at}.{name}")}
+        experts = {name: count for name, count in _experts(block) if not self._sees_all(f"{prefix}.{name}")}
         for name, module in block.named_modules():
-            path = f"{at}.{name}"
+            path = f"{prefix}.{name}"
             if is_within(name, dense):
                 continue
             if path in self._known_experts:
@@ -196,10 +199,12 @@ class Observation:
         return dense
 
     def _sees_all(self, path: str) -> bool:
-        """Say whether all Linears in a list are given every token, as those of experts never are."""
+        """Say whether all Linears in a list get every token, which experts never do."""
         module = self.model.get_submodule(path)
-        linears = [f"{path}.{name}" for name, each in module.named_modules() if isinstance(each, nn.Linear)]
-        tokens = (each.numel() // each.shape[-1] for name in linears if (each := self._inputs.get(name)) is not None)
+        linears = [f"{path}.{name}" for name, submodule in module.named_modules() if isinstance(submodule, nn.Linear)]
+        tokens = (
+            tensor.numel() // tensor.shape[-1] for name in linears if (tensor := self._inputs.get(name)) is not None
+        )
         return isinstance(module, nn.ModuleList) and list(tokens) == [self._tokens] * len(linears)
 
     def _reason(self, path: str, name: str, module: nn.Linear, experts: Mapping[str, int]) -> str | None:
@@ -218,9 +223,9 @@ class Observation:
 
 
 def without_gradient(model: PreTrainedModel, inputs: Mapping[str, Any]) -> set[str]:
-    """Return the paths of the Linears whose weight does not move the logits by any gradient.
+    """Return the paths of the Linears whose weight gets no gradient from the logits.
 
-    Such a Linear chooses, as that of an indexer which only ranks tokens, or its output is not used.
+    Such a Linear only selects, for example in an indexer that ranks tokens, or its output is not used.
     """
     model = copy.deepcopy(model)  # some keep a state, which would hold on to the graph
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -228,15 +233,17 @@ def without_gradient(model: PreTrainedModel, inputs: Mapping[str, Any]) -> set[s
     with torch.enable_grad():
         loss = model(**inputs, use_cache=False).logits.float().square().mean()
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-    return {name for name, each in zip(names, gradients, strict=True) if each is None or not bool(each.any())}
+    return {
+        name for name, gradient in zip(names, gradients, strict=True) if gradient is None or not bool(gradient.any())
+    }
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
 
 
 def _experts(block: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield what holds experts in a block, and how many: fused weights of three dimensions, or a list of modules."""
+    """Yield the modules that hold experts in a block, and how many: fused weights (three dimensions), or lists."""
     for name, module in block.named_modules():
         if fused := fused_weights(module):
             yield name, fused[0].shape[0]

@@ -14,19 +14,19 @@ from emloc_core.scaffold.draft import Draft
 
 
 def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), draft: Draft | None = None) -> list[str]:
-    """Write a plugin package: declaration, tests, ``pyproject.toml`` and README; whole, or nothing.
+    """Write a plugin package: declaration, tests, ``pyproject.toml`` and README; all of it or nothing.
 
     Args:
-        name: of the family, a Python identifier. The package is ``emloc_NAME``.
-        model_types: values of ``model_type`` that it declares; if none, those of the draft, or ``name``.
+        name: name of the family, a Python identifier. The package is ``emloc_NAME``.
+        model_types: values of ``model_type`` that it declares; by default the draft's, or ``name``.
         draft: the declaration, instead of the template's.
 
     Returns:
         The files that were written, relative to ``directory``.
 
     Raises:
-        EmlocError: ``name`` is no identifier or is taken, a model type is taken, or ``directory`` exists or cannot be
-            written.
+        EmlocError: ``name`` is no identifier or is in use, a model type is declared already, or ``directory`` exists or
+            cannot be written.
     """
     model_types = list(dict.fromkeys(model_types)) or (sorted(draft.family.model_types) if draft else [name])
     _check(name, model_types)
@@ -36,7 +36,9 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
         )
     content = _render(name, model_types)
     if draft:
-        tiny = [{**config, "model_type": each} for each in model_types for config in draft.family.tiny_configs]
+        tiny = [
+            {**config, "model_type": model_type} for model_type in model_types for config in draft.family.tiny_configs
+        ]
         family = replace(draft.family, name=name, model_types=frozenset(model_types), tiny_configs=tiny)
         content[f"emloc_{name}/__init__.py"] = replace(draft, family=family).source
     try:
@@ -47,10 +49,10 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
 
 
 def name_for(model_type: str) -> str:
-    """Return the name of a family of a model type: the type's, unless a family of other types has it."""
+    """Return a name for the family of a model type: the type's, unless a family of other types has it."""
     name = model_type.replace("-", "_")  # part of a package's name, too
-    others = {family.name for family in plugin_manager().families() if model_type not in family.model_types}
-    while name in others:
+    taken_names = {family.name for family in plugin_manager().families() if model_type not in family.model_types}
+    while name in taken_names:
         name += "_model"
     return name
 
@@ -84,9 +86,9 @@ def _check(name: str, model_types: Sequence[str]) -> None:
             code="exists",
         )
     for family in manager.families():
-        if taken := family.model_types.intersection(model_types):
+        if shared := family.model_types.intersection(model_types):
             raise EmlocError(
-                f"The installed family {family.name!r} declares {', '.join(sorted(taken))} already.",
+                f"The installed family {family.name!r} declares {', '.join(sorted(shared))} already.",
                 "Such models need no other plugin; name the model types of yours with --model-type.",
             )
 
@@ -102,7 +104,7 @@ def _render(name: str, model_types: Sequence[str]) -> dict[str, str]:
         "package": f"emloc_{name}",
         "distribution": f"emloc-{name}".replace("_", "-"),
         "model_types": json.dumps(model_types),
-        "shown_types": ", ".join(f"`{each}`" for each in model_types),
+        "shown_types": ", ".join(f"`{model_type}`" for model_type in model_types),
         "version": __version__,
     }
     return {

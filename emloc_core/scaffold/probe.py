@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from emloc_core.conformance.inputs import image_inputs, special_tokens, tiny_samples, vocabulary
 from emloc_core.family import Family
-from emloc_core.scaffold.image_layouts import Made, accepted, layouts
+from emloc_core.scaffold.image_layouts import SourcedTensor, accepted, layouts
 
-#: Ordinary tokens of a row, beside those of its image.
+#: Number of ordinary tokens in a row, besides those of its image.
 _TEXT = 16
-#: What says something of every token: its source, and what makes it of ids, the image's mark and the config.
+#: Inputs per token: their source, and a function that makes them from ids, the image's mark and the config.
 _MASKS: Mapping[str, tuple[str, Callable[[torch.Tensor, int, Any], torch.Tensor]]] = {
     "mm_token_type_ids": ("(ids == mark).long()", lambda ids, mark, _: (ids == mark).long()),
     "image_embeds_position_mask": ("ids == mark", lambda ids, mark, _: ids == mark),
@@ -33,17 +33,17 @@ class Probe:
 
     Attributes:
         inputs: keyword arguments of the forward.
-        make: what a family declares as ``tiny_inputs`` to get such inputs; None where the conformance kit has its own.
-        source: the body of ``make``, a line each.
+        make_inputs: the family's ``tiny_inputs`` for such inputs; None if the conformance kit makes them itself.
+        source: lines of the body of ``make_inputs``.
     """
 
     inputs: Mapping[str, Any]
-    make: Callable[[Any], Mapping[str, Any]] | None = None
+    make_inputs: Callable[[Any], Mapping[str, Any]] | None = None
     source: Sequence[str] = ()
 
 
 def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callable[[], Probe]]]:
-    """Yield ways to call the model, the one that shows most first: a name, and what makes the inputs or raises."""
+    """Yield ways to call the model, the most informative first: a name, and what makes the inputs or raises."""
     config = model.config
     if family.modality == "image-text":
         yield "an image as the config describes it", lambda: Probe(image_inputs(config))
@@ -53,18 +53,18 @@ def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callab
         yield "text", partial(Probe, text.inputs("cpu"))
 
 
-def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:
-    """Return a row with an image of a layout, with as many marks as the model itself says that the image needs."""
+def _laid_out(model: PreTrainedModel, layout: Mapping[str, SourcedTensor]) -> Probe:
+    """Return a row with an image in a layout, with as many marks as the model itself says that the image needs."""
     config: Any = model.config
     names = set(inspect.signature(model.forward).parameters)
-    given = accepted(layout, names)
+    image = accepted(layout, names)
     tokens = _tokens(model, layout)
     special = special_tokens(config.to_dict())
     spare, *text = [token for token in range(vocabulary(config)) if token not in special][4 : 5 + _TEXT]
     by_name = hasattr(config, "image_token_id")
     masks = accepted(_MASKS, names)
     arguments = {name: source for name, (source, _) in masks.items()} | {
-        name: made.source for name, made in given.items()
+        name: tensor.source for name, tensor in image.items()
     }
     source = (
         "import torch",
@@ -80,21 +80,21 @@ def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:
     def tiny_inputs(config: Any) -> dict[str, Any]:
         mark = config.image_token_id if by_name else spare
         ids = torch.tensor([[text[0], *[mark] * tokens, *text[1:]]])
-        others = {name: make(ids, mark, config) for name, (_, make) in masks.items()}
-        return {"input_ids": ids, **others, **{name: made.tensor for name, made in given.items()}}
+        mask_inputs = {name: make_mask(ids, mark, config) for name, (_, make_mask) in masks.items()}
+        return {"input_ids": ids, **mask_inputs, **{name: argument.tensor for name, argument in image.items()}}
 
     return Probe(tiny_inputs(config), tiny_inputs, source)
 
 
-def _tokens(model: PreTrainedModel, layout: Mapping[str, Made]) -> int:
-    """Ask the model itself how many tokens an image becomes: none where it is attended to from outside of the row."""
-    owner: Any = next((part for part in (model.base_model, model) if hasattr(part, "get_image_features")), None)
+def _tokens(model: PreTrainedModel, layout: Mapping[str, SourcedTensor]) -> int:
+    """Ask the model itself how many tokens an image becomes: none if it is attended to from outside the row."""
+    owner: Any = next((module for module in (model.base_model, model) if hasattr(module, "get_image_features")), None)
     if owner is None:
         return 0
     extract = owner.get_image_features
     with torch.no_grad():
-        given = accepted(layout, set(inspect.signature(extract).parameters))
-        features: Any = extract(**{name: made.tensor for name, made in given.items()})
+        image = accepted(layout, set(inspect.signature(extract).parameters))
+        features: Any = extract(**{name: argument.tensor for name, argument in image.items()})
     for name in ("pooler_output", "last_hidden_state"):
         if getattr(features, name, None) is not None:
             features = getattr(features, name)

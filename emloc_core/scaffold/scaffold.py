@@ -29,7 +29,7 @@ from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config, new_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
-from emloc_core.scaffold.config_arguments import large_sizes, make_config, needed, not_tiny, plain
+from emloc_core.scaffold.config_arguments import large_sizes, make_config, minimal, not_tiny, plain
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
 from emloc_core.scaffold.package import name_for
@@ -44,24 +44,24 @@ def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
 
     Args:
         config_file: a ``config.json``. No weights are read.
-        alone: draft it for this very config: no switch of it is flipped, and nothing is taken from other families.
+        alone: draft it for this very config: no switch is flipped, and nothing is taken from other families.
 
     Raises:
-        EmlocError: transformers lacks the architecture, it is none that can be compressed, the config cannot be
-            shrunk to that of a tiny model, or the architecture's own code fails.
+        EmlocError: transformers lacks the architecture, it cannot be compressed, the config cannot be shrunk to a tiny
+            one, or the architecture's own code fails.
         OSError, MemoryError, RuntimeError: the disk or the memory is full.
     """
     config = load_config(config_file)
     family = _empty_family(config)
     try:
         with under_test(family):
-            found = _Scaffold(config, family, alone=alone)
-            if found.misses_blocks:
-                found = _Scaffold(config, family, alone=alone, of_each=2)
-        return found.draft()
+            architecture = _Scaffold(config, family, alone=alone)
+            if architecture.misses_blocks:
+                architecture = _Scaffold(config, family, alone=alone, of_each=2)
+        return architecture.draft()
     except EmlocError:
         raise
-    except Exception as error:  # an unknown model's code, in whatever is done with it
+    except Exception as error:  # an unknown model's code
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None):  # libraries give none
             raise
         raise EmlocError(
@@ -73,14 +73,14 @@ def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
 
 
 def check_draft(draft: Draft) -> Draft:
-    """Return the draft with what the conformance kit finds wrong with it among its notes."""
+    """Return the draft with the faults that the conformance kit finds among its notes."""
     failed = [result for result in check_family(draft.family) if not (result.passed or result.blocked)]
     wrong = [f"Edit: the check {result.check!r} fails. {result}" for result in failed]
     return replace(draft, notes=[*draft.notes, *wrong])
 
 
 class _Scaffold:
-    """What is known about one architecture: the model that was asked for, without weights, and a tiny one that ran."""
+    """What is known about one architecture: the requested model, without weights, and a tiny one that ran."""
 
     def __init__(self, config: Any, family: Family, *, alone: bool, of_each: int = 1) -> None:
         self.config, self.family, self.alone = config, family, alone
@@ -95,17 +95,17 @@ class _Scaffold:
                 code="unsupported",
             )
         self.tiny = self._tiny_arguments(of_each)
-        self.given, self.probe, self.seen = self._observe(as_linears(self._tiny_model()))
+        self.input_name, self.probe, self.observation = self._observe(as_linears(self._tiny_model()))
         self.tinies = [self.tiny]
         if not alone:
-            self.seen.with_branches(list(self._branches()))
-        self.stored = stored_otherwise(self._tiny_model(), self.family, self.seen.stacks)
-        keep_dense(self.seen.stacks, self.stored)
-        unread = unread_features(self.seen.model, [as_sample(self.probe.inputs, 0)], self._grouped())
-        keep_dense(self.seen.stacks, dict.fromkeys(unread, UNREAD))
+            self.observation.with_branches(list(self._branches()))
+        self.stored = stored_otherwise(self._tiny_model(), self.family, self.observation.stacks)
+        keep_dense(self.observation.stacks, self.stored)
+        unread = unread_features(self.observation.model, [as_sample(self.probe.inputs, 0)], self._grouped())
+        keep_dense(self.observation.stacks, dict.fromkeys(unread, UNREAD))
 
     def _on_meta(self, config: Any) -> PreTrainedModel:
-        """Return a model on the meta device, with its buffers: only its modules are looked at."""
+        """Return a model on the meta device, including its buffers: only its modules are inspected."""
         with torch.device("meta"):
             model = new_model(self.family.auto_class, copy.deepcopy(config), torch.float32)
         return as_linears(model).eval()
@@ -126,7 +126,7 @@ class _Scaffold:
         with suppress(EmlocError):
             self._on_meta(make_config(small))
             return small
-        return shrink(self.config, 2)  # some blocks share weights with others of their kind, and need one
+        return shrink(self.config, 2)  # some blocks share weights with another of their kind
 
     def _tiny_model(self) -> PreTrainedModel:
         """Return the tiny model with random weights, so that unlike inputs do not look equal."""
@@ -144,13 +144,13 @@ class _Scaffold:
         return model
 
     def _observe(self, model: PreTrainedModel) -> tuple[str, Probe, Observation]:
-        """Run the tiny model on the first inputs that it takes, with an image if it can be; say which they are."""
+        """Run the tiny model on the first inputs that it takes, with an image if possible; return their name, too."""
         failures: list[str] = []
         errors: list[Exception] = []
-        for name, make in probes(model, self.family):
+        for name, make_probe in probes(model, self.family):
             try:
-                probe = make()
-                seen = Observation(model, self.lists, probe.inputs)
+                probe = make_probe()
+                observation = Observation(model, self.lists, probe.inputs)
             except Exception as error:  # an unknown model's code, on inputs that are a guess
                 reason = str(error.args[0]) if isinstance(error, EmlocError) else first_line(error)
                 failures.append(f"{name}: {textwrap.shorten(reason, 160)}")
@@ -161,27 +161,31 @@ class _Scaffold:
                     f"More: no image could be made up that the tiny model takes ({'; '.join(failures)}). Declare "
                     "tiny_inputs, and the towers that text does not reach."
                 )
-            return name, probe, seen
+            return name, probe, observation
         raise not_tiny(self.type, "; ".join(failures)) from ExceptionGroup("every probe fails", errors)
 
     def _branches(self) -> Iterator[Observation]:
-        """Observe the tiny model with every switch of its config flipped that lays its blocks out otherwise."""
+        """Observe the tiny model with every switch of its config that changes the layout of its blocks."""
 
         def samples(config: Any) -> list[Sample]:
-            image = [self.probe.make(config)] if self.probe.make else []
-            family = replace(self.family, modality="text") if self.probe.make or self.given == "text" else self.family
+            image = [self.probe.make_inputs(config)] if self.probe.make_inputs else []
+            family = (
+                replace(self.family, modality="text")
+                if self.probe.make_inputs or self.input_name == "text"
+                else self.family
+            )
             return [*tiny_samples(family, config), *(as_sample(inputs, 0) for inputs in image)]
 
-        known = wiring_of(self.family, self.tiny, samples)
-        for switch, tiny, model in other_branches(self.family, self.tiny, samples, known) if known else ():
-            with suppress(EmlocError):  # it ran on these inputs a moment ago
+        wirings = wiring_of(self.family, self.tiny, samples)
+        for switch, tiny, model in other_branches(self.family, self.tiny, samples, wirings) if wirings else ():
+            with suppress(EmlocError):  # it has just run on such inputs
                 yield Observation(model, self.lists, self.probe.inputs)
-                self.tinies.append(needed(tiny))
+                self.tinies.append(minimal(tiny))
                 self.notes.append(f"Note: with {switch} the blocks are laid out differently: it has a tiny config.")
 
     @property
     def misses_blocks(self) -> bool:
-        """Whether the tiny model has no block with some of the Linears of the model that was asked for."""
+        """Whether some Linears of the requested model are in no block of the tiny one."""
         return bool(self._undeclared(self.declared))
 
     @cached_property
@@ -189,10 +193,11 @@ class _Scaffold:
         """The declaration, as observed."""
         return replace(
             self.family,
-            towers=deduce.towers(self.seen, self._without_lora(), self.notes),
-            keep_dense=deduce.dense(self.seen) | {path: why for path, why in self.stored.items() if why == RENAMED},
+            towers=deduce.towers(self.observation, self._without_lora(), self.notes),
+            keep_dense=deduce.dense(self.observation)
+            | {path: why for path, why in self.stored.items() if why == RENAMED},
             tiny_configs=self.tinies,
-            tiny_inputs=self.probe.make,
+            tiny_inputs=self.probe.make_inputs,
         )
 
     def draft(self) -> Draft:
@@ -200,19 +205,19 @@ class _Scaffold:
         family = self.declared if self.alone else deduce.with_nested(self.declared, self.config)
         notes = [*self._registered(), *self.notes]
         summary = self._summary(family, notes)
-        text_only = family.modality != "text" and self.given == "text"
-        return Draft(family, summary, [*notes, *deduce.doubts(self.seen)], self.probe.source, text_only)
+        text_only = family.modality != "text" and self.input_name == "text"
+        return Draft(family, summary, [*notes, *deduce.doubts(self.observation)], self.probe.source, text_only)
 
     def _without_lora(self) -> dict[str, str]:
-        """Return the Linears that a LoRA would be for nothing on -> why."""
-        constant = without_gradient(self.seen.model, self.probe.inputs)
-        lost = lost_by_peft(self.seen.model, self._grouped())
+        """Return the Linears on which a LoRA would be useless -> why."""
+        constant = without_gradient(self.observation.model, self.probe.inputs)
+        lost = lost_by_peft(self.observation.model, self._grouped())
         return dict.fromkeys(constant, deduce.CONSTANT) | dict.fromkeys(lost, deduce.LOST)
 
     def _grouped(self) -> list[str]:
-        """Return the paths of the Linears that are to be compressed."""
-        names = [name for name, module in self.seen.model.named_modules() if isinstance(module, nn.Linear)]
-        return [name for name in names if is_grouped(name, self.seen.stacks)]
+        """Return the paths of the Linears to compress."""
+        names = [name for name, module in self.observation.model.named_modules() if isinstance(module, nn.Linear)]
+        return [name for name in names if is_grouped(name, self.observation.stacks)]
 
     def _registered(self) -> Iterator[str]:
         for other in plugin_manager().families():
@@ -220,19 +225,21 @@ class _Scaffold:
                 yield f"Check: the family {other.name!r} declares {self.type} already; this one is refused beside it."
 
     def _summary(self, family: Family, notes: list[str]) -> str:
-        """Say what the declaration covers, of the model that was asked for; note what it lacks."""
-        if left := self._undeclared(family):
-            notes.append(f"Edit: {left[0]} ({len(left)} in all) is in no group: the tiny model has no such block.")
+        """Return what the declaration covers of the requested model, as text; note what it lacks."""
+        if missing := self._undeclared(family):
+            notes.append(
+                f"Edit: {missing[0]} ({len(missing)} in all) is in no group: the tiny model has no such block."
+            )
         linears = self._plan(family).candidates
         blocks = {linear.block for linear in linears}
         held = sum(linear.out_features * linear.in_features for linear in linears)
         return (
             f"{len(linears)} Linears in {len(blocks)} blocks hold {held:,} of the {self.model.num_parameters():,} "
-            f"parameters. Which of them read the same input was observed in a tiny model, given {self.given}."
+            f"parameters. Which of them read the same input was observed in a tiny model, given {self.input_name}."
         )
 
     def _undeclared(self, family: Family) -> list[str]:
-        """Return what a declaration leaves out of the model that was asked for."""
+        """Return what a declaration leaves out of the requested model."""
         return undeclared(self.model, self._resolved(family), self._plan(family).planned)
 
     def _plan(self, family: Family) -> RankPlan:
@@ -244,7 +251,7 @@ class _Scaffold:
 
 
 def _empty_family(config: Any) -> Family:
-    """Return the family with nothing declared but how its models are built."""
+    """Return a family that declares only how its models are built."""
     model_type: str = config.model_type
     name = name_for(model_type)
     if getattr(config, "is_encoder_decoder", False):
@@ -254,7 +261,7 @@ def _empty_family(config: Any) -> Family:
             code="unsupported",
         )
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    # A checkpoint has the config of the class that saved it, which is that of the text alone where that class is.
+    # A checkpoint has the config of the class that saved it, which a class for only text has of its own.
     opens = causal and causal.config_class in MODEL_FOR_CAUSAL_LM_MAPPING
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if has_images and (getattr(config, "vision_config", None) or (causal and not opens)):

@@ -1,6 +1,6 @@
 """Shrinks the sizes of a config so that they still divide each other.
 
-Sizes are recognised by their names in transformers' configs, and by what they were equal to.
+Sizes are recognised by their names in transformers' configs, and by which other sizes they equal.
 """
 
 import re
@@ -11,9 +11,9 @@ from typing import Any
 from emloc_core.scaffold.blocks import is_by_index
 
 HEADS, HEAD_DIM, WIDTH, VOCABULARY = 4, 16, 64, 128
-#: Patches of an image, a side.
+#: Patches per side of an image.
 PATCHES = 8
-#: Sizes of images; and which vision blocks' outputs are used: the last, or it would be for nothing.
+#: Sizes of images; and which vision block's output is used: the last one's, so that no block is unused.
 PIXELS = {"image_size": 2 * PATCHES, "patch_size": 2, "vision_feature_layer": -1}
 
 #: Name of a size -> what it becomes, if it is larger. The first pattern that matches counts.
@@ -22,7 +22,7 @@ _SIZES: Mapping[str, int] = {
     r"(\w+_)?channels?": WIDTH,
     r"moe_intermediate_size|shared_expert_intermediate_size": 48,
     r"(\w+_)?intermediate_size(_\w+)?|(\w+_)?ffn_(dim|hidden_size)": 96,
-    r"word_embed_proj_dim": WIDTH // 2,  # where it is no other name for the width
+    r"word_embed_proj_dim": WIDTH // 2,  # unless it is another name for the width
     r"(block_)?ff_dim|n_inner|d_inner|d_?ff|dim_ff|mlp_dim": 96,
     r"(\w+_)?hidden_(sizes?|dim)(_\w+)?|n_embd|d_model|(\w+_)?emb(ed)?(_proj)?_dim|projection_dim": WIDTH,
     r"linear_num_key_heads": HEADS // 2,
@@ -47,11 +47,11 @@ _SIZES: Mapping[str, int] = {
     r"num_position_embeddings": PATCHES**2,
     r"max_(image|img)_size": 4 * PATCHES,
 }  # fmt: skip
-#: Some kinds of block have heads of their own, whose names share what stands in front.
+#: Some kinds of block have their own heads, whose names share a prefix.
 _KEY_VALUE_HEADS = re.compile(r"(\w+_)?(num_key_value_heads|num_kv_heads|n_kv_heads)")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _WIDTHS = re.compile(r"hidden_size|n_embd|d_model")
-#: What may be as wide as another part of the model, under a name of its own.
+#: Sizes that may be another part's width under another name.
 _AS_WIDE = re.compile(r"\w+_(dim|size|width|features)")
 
 
@@ -64,69 +64,73 @@ def widths(content: Mapping[str, Any]) -> Iterator[int]:
             yield value
 
 
-def small_size(name: str, value: int, content: Mapping[str, Any], known: Collection[int]) -> int:
+def small_size(name: str, value: int, content: Mapping[str, Any], widths: Collection[int]) -> int:
     """Return what a size becomes.
 
     Args:
-        known: the widths of all parts of the model: a size that equals one is another name for it.
+        widths: the widths of all parts of the model: a size that equals one is another name for it.
     """
     if name in PIXELS:
         return PIXELS[name]
-    related = _related(name, value, content, known)
+    related = _related(name, value, content, widths)
     if related is not None:
         return related
     sizes = (size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name))
     return min(value, next(sizes, value))
 
 
-def _related(name: str, value: int, content: Mapping[str, Any], known: Collection[int]) -> int | None:
+def _related(name: str, value: int, content: Mapping[str, Any], widths: Collection[int]) -> int | None:
     """Return what a size becomes that depends on others; None if it does not."""
     expand = content.get("mamba_expand", content.get("expand"))
-    found = _state_space(name, int(expand) * WIDTH) if expand else None
+    size = _state_space(name, int(expand) * WIDTH) if expand else None
     if _AS_WIDE.fullmatch(name) and not _WIDTHS.fullmatch(name):
         times = _multiple(value, content) if name.endswith("hidden_size") else 0
-        found = WIDTH if value in known else times * WIDTH or found
+        size = WIDTH if value in widths else times * WIDTH or size
     if name.endswith("head_dim") and value in _rotated_and_not(content):
-        found = 2 * HEAD_DIM
+        size = 2 * HEAD_DIM
     if name.endswith("_head_dim"):  # all heads may be wider than the model
-        found = _multiple(content.get(name.replace("head_dim", "hidden_size"), 0), content) * HEAD_DIM or found
+        size = _multiple(content.get(name.replace("head_dim", "hidden_size"), 0), content) * HEAD_DIM or size
     if name == "intermediate_size" and value == 4 * content.get("hidden_size", 0):
-        found = 4 * WIDTH  # some models count on it
+        size = 4 * WIDTH  # some models count on it
     if match := _KEY_VALUE_HEADS.fullmatch(name):
-        heads = (content[other] for each in _HEADS if content.get(other := (match[1] or "") + each))
-        found = HEADS if value >= next(heads, value) else min(value, HEADS // 2)
-    return found
+        heads = (content[field] for suffix in _HEADS if content.get(field := (match[1] or "") + suffix))
+        size = HEADS if value >= next(heads, value) else min(value, HEADS // 2)
+    return size
 
 
 def _multiple(value: int, content: Mapping[str, Any]) -> int:
-    """Return how many times as wide as its own part, or the vision tower, a size is: 2 to 4 times, else 0."""
-    widths = [part.get("hidden_size") or 0 for part in (content, content.get("vision_config") or {})]
+    """Return how many times the width of its own part, or of the vision tower, a size is: 2 to 4, else 0."""
+    widths = [section.get("hidden_size") or 0 for section in (content, content.get("vision_config") or {})]
     return next((value // width for width in widths if width and value in range(2 * width, 5 * width, width)), 0)
 
 
 def _rotated_and_not(content: Mapping[str, Any]) -> set[int]:
-    """Return the features of a head that are rotated, plus those that are not: of the blocks, and of single ones."""
-    single = [each for value in content.values() if is_by_index(value) for each in value.values()]
+    """Return the sums of a head's rotated and unrotated features: for all blocks, and for single ones."""
+    single = [item for value in content.values() if is_by_index(value) for item in value.values()]
     names = ("qk_nope_head_dim", "qk_rope_head_dim")
-    sizes = [[{**content, **own}.get(name) or 0 for name in names] for own in ({}, *single) if isinstance(own, Mapping)]
-    return {sum(parts) for parts in sizes if all(parts)}
+    sizes = [
+        [{**content, **overrides}.get(name) or 0 for name in names]
+        for overrides in ({}, *single)
+        if isinstance(overrides, Mapping)
+    ]
+    return {sum(features) for features in sizes if all(features)}
 
 
 def _state_space(name: str, width: int) -> int | None:
-    """Return a size of a state-space layer of this width, whose heads share it out."""
+    """Return a size of a state-space layer of this width, which its heads divide."""
     heads = {r"(mamba_)?(n|num)_heads|n_mamba_heads": width // HEAD_DIM, r"mamba_d_head|mamba_head_?dim": HEAD_DIM}
-    known = {**heads, r"mamba_d_ssm": width}
-    return next((size for pattern, size in known.items() if re.fullmatch(pattern, name)), None)
+    sizes = {**heads, r"mamba_d_ssm": width}
+    return next((size for pattern, size in sizes.items() if re.fullmatch(pattern, name)), None)
 
 
 def small_sections(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Share out half a head's features among the sections of a rotary embedding, as before: equal ones stay equal."""
+    """Divide half a head's features among the sections of a rotary embedding, in the same proportions."""
     sections = rope["mrope_section"]
     half = int(HEAD_DIM * (rope.get("partial_rotary_factor") or 1)) // 2
-    wanted = {part: part * half / sum(sections) for part in sections}
-    shares = (dict(zip(wanted, each, strict=True)) for each in product(range(1, half + 1), repeat=len(wanted)))
-    fitting = [share for share in shares if sum(share[part] for part in sections) == half]
+    ideal = {section: section * half / sum(sections) for section in sections}
+    shares = (dict(zip(ideal, lengths, strict=True)) for lengths in product(range(1, half + 1), repeat=len(ideal)))
+    fitting = [share for share in shares if sum(share[section] for section in sections) == half]
     if not fitting:  # more sections than features
         return dict(rope)
-    best = min(fitting, key=lambda share: sum((share[part] - wanted[part]) ** 2 for part in sections))
-    return {**rope, "mrope_section": [best[part] for part in sections]}
+    best = min(fitting, key=lambda share: sum((share[section] - ideal[section]) ** 2 for section in sections))
+    return {**rope, "mrope_section": [best[section] for section in sections]}

@@ -1,5 +1,5 @@
 """Finds Linears whose weights are stored fused or renamed, so that factors cannot replace them, and LoRAs that plain
-PEFT cannot load back onto a model because it renames the stored tensors.
+PEFT cannot load back because it renames the stored tensors.
 """
 
 import copy
@@ -29,19 +29,19 @@ UNNAMED = "its name in the checkpoint does not end in .weight, which factors sta
 
 
 def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[Stack]) -> dict[str, str]:
-    """Return what a checkpoint, as transformers saves it, has no place for in other parts than a weight -> why.
+    """Return the weights whose stand-ins a checkpoint, as transformers saves it, could not store -> why.
 
-    It looks at the Linears in groups, the embedding of tokens, and the output layer.
+    It checks the Linears in groups, the token embedding, and the output layer.
     """
     with TemporaryDirectory(prefix="emloc-scaffold-") as directory:
         model.save_pretrained(directory)
         skeleton = OpenModel(Checkpoint(Path(directory)), family).skeleton
         linears = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
         reasons = {name: _reason(skeleton, name, model) for name in linears if is_grouped(name, stacks)}
-        places = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-        reasons |= {name: TIED for name in reasons if places[id(model.get_parameter(f"{name}.weight"))] > 1}
+        uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+        reasons |= {name: TIED for name in reasons if uses[id(model.get_parameter(f"{name}.weight"))] > 1}
         for path in vocabulary_layers(model):
-            # Where transformers renames the module itself, its pattern may be of the weight alone.
+            # If transformers renames the module itself, its pattern may match only the weight.
             renamed = (key.split(".")[-2:-1] != path.split(".")[-1:] for key in skeleton.stored(f"{path}.weight"))
             reasons[path] = RENAMED if any(renamed) else None
     return {name: reason for name, reason in reasons.items() if reason}
@@ -49,11 +49,11 @@ def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[St
 
 def is_grouped(linear: str, stacks: Sequence[Stack]) -> bool:
     """Return whether a Linear is in a group of some stack."""
-    found = _place(linear, stacks)
-    return any(found == (stack.path, path) for stack in stacks for group in stack.groups for path in group)
+    location = _locate(linear, stacks)
+    return any(location == (stack.path, path) for stack in stacks for group in stack.groups for path in group)
 
 
-def _place(linear: str, stacks: Sequence[Stack]) -> tuple[str, str] | None:
+def _locate(linear: str, stacks: Sequence[Stack]) -> tuple[str, str] | None:
     """Return the list of blocks that a Linear is in, and its path within a block; None if it is in none."""
     for stack in stacks:
         if linear.startswith(f"{stack.path}."):
@@ -70,25 +70,25 @@ def _reason(skeleton: Skeleton, path: str, model: PreTrainedModel) -> str | None
 
 
 def keep_dense(stacks: Sequence[Stack], reasons: Mapping[str, str]) -> None:
-    """Take Linears, given with why they stay dense, by path, out of the groups of ``stacks``, in all blocks."""
-    places = {place: reason for linear, reason in reasons.items() if (place := _place(linear, stacks))}
+    """Remove Linears, by path with the reason to stay dense, from the groups of ``stacks``, in all blocks."""
+    locations = {location: reason for linear, reason in reasons.items() if (location := _locate(linear, stacks))}
     for stack in stacks:
-        found = {path: reason for (blocks, path), reason in sorted(places.items()) if blocks == stack.path}
-        groups = ([path for path in group if path not in found] for group in stack.groups)
+        dense = {path: reason for (blocks, path), reason in sorted(locations.items()) if blocks == stack.path}
+        groups = ([path for path in group if path not in dense] for group in stack.groups)
         stack.groups = [group for group in groups if group]
-        stack.dense |= found
+        stack.dense |= dense
 
 
 def lost_by_peft(model: PreTrainedModel, linears: Sequence[str]) -> set[str]:
-    """Return the paths of the Linears whose LoRA is not loaded from what PEFT itself has saved; none if it refuses any.
+    """Return the paths of the Linears whose LoRA PEFT saves but does not load; none if PEFT refuses any of them.
 
     PEFT applies the renamings by which transformers reads old checkpoints to the names in an adapter, though these are
-    the model's own already. A pattern that matches such a name leads to a module that is not there.
+    already the model's. A pattern that matches such a name leads to a module that does not exist.
     """
     with warnings.catch_warnings(action="ignore"):
         try:
             tuned = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=list(linears), r=1))
-        except ValueError:  # as with those of Mamba that a kernel takes
+        except ValueError:  # for example Mamba's, which a kernel takes
             return set()
         saved = get_peft_model_state_dict(tuned, save_embedding_layers=False)
         ones = {name: torch.ones_like(tensor) for name, tensor in saved.items()}

@@ -274,7 +274,7 @@ def test_a_linear_that_torch_computes_otherwise_where_it_is_frozen_is_no_state(t
 def test_weights_that_are_streamed_wrongly_are_found(tmp_path):
     subject = subject_of(ONE, tmp_path)
     assert CHECKS["taps"].on(subject).passed
-    subject.whole.model.layers[1].mlp.down_proj.weight.data.add_(1)
+    subject.model.model.layers[1].mlp.down_proj.weight.data.add_(1)
     result = CHECKS["statistics"].on(subject)
     assert fails(result, "the weight of model.layers.1.mlp.down_proj, streamed, is not the one")
 
