@@ -1,4 +1,4 @@
-"""The demos, for which there is nothing to prepare.
+"""The demos, which need no preparation.
 
 ``emloc demo`` shows the whole method on a real small model and a real task in minutes, ``emloc demo-full`` compares all
 ways to tune it, ``emloc demo-vision`` reads pictures, ``emloc demo-diffusion`` draws them, and ``emloc demo-zoo``

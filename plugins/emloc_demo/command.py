@@ -53,11 +53,11 @@ def command(output: Path, prepare_only: bool, as_json: bool) -> None:
 
 
 def run(output: Path, screen: "Screen") -> dict[str, Any]:
-    """Make what is not there yet, each part in a process of its own; return what ``emloc run --json`` would, and more.
+    """Make what is not there yet, each part in its own process; return what ``emloc run --json`` would, and the plan.
 
     Args:
         output: directory of everything.
-        screen: shows what is done.
+        screen: shows the progress.
 
     Returns:
         The results of the recipe, and ``plan``, what ``emloc plan --json`` says.
@@ -75,23 +75,23 @@ def run(output: Path, screen: "Screen") -> dict[str, Any]:
     with screen.step("plan", "computing the memory that each way to tune needs", lambda: decision(plan)):
         plan |= _in_a_process("planned", recipe, output)
     with ExitStack() as current:
-        says: list[Callable[[str], None]] = []  # of each stage, the last one's being that which runs
+        reporters: list[Callable[[str], None]] = []  # one per stage; the last one's stage is running
 
         def announce(_index: int, _total: int, stage: "Stage") -> None:
             current.close()  # the stage before
             name, result = stage.request.stage, Result(stage.output)
-            told = (lambda: outcome(name, result)), (lambda: _peak(result.timing))
+            callbacks = (lambda: outcome(name, result)), (lambda: _peak(result.timing))
             before = stage.state == "there"
-            says.append(current.enter_context(screen.step(name, BEGINNING[name], *told, before=before)))
+            reporters.append(current.enter_context(screen.step(name, BEGINNING[name], *callbacks, before=before)))
 
-        results = run_recipe(recipe, announce=announce, progress=lambda event: says[-1](happening(event)))
+        results = run_recipe(recipe, announce=announce, progress=lambda event: reporters[-1](happening(event)))
     with screen.step("report", "writing the page of the run", lambda: f"{output / 'report.html'}"):
         _in_a_process("reported", output, output)
     return {**results, "plan": plan}
 
 
 def _in_a_process(function: str, argument: Path, output: Path) -> Any:
-    """Return what a function of :mod:`emloc_demo.processes` does; its log is kept if the process dies."""
+    """Return the result of a function of :mod:`emloc_demo.processes`; its log is kept if the process dies."""
     output.mkdir(parents=True, exist_ok=True)
     log = output / f".{function}.log"
     try:
@@ -103,6 +103,6 @@ def _in_a_process(function: str, argument: Path, output: Path) -> Any:
 
 
 def _peak(timing: dict[str, Any]) -> int:
-    """Return the peak memory of a stage; of an evaluation, that of its largest system."""
+    """Return the peak memory of a stage; for an evaluation, its largest system's."""
     systems = timing.get("systems", {}).values()
     return max([peak_memory(timing) or 0, *(system["peak_bytes"] for system in systems)])

@@ -1,4 +1,4 @@
-"""Runs a demo's recipe, and prints its table and what it says."""
+"""Runs a demo's recipe, and prints its table with an explanation."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,7 +9,7 @@ import rich_click as click
 
 
 def compare(recipe: Path, explain: Callable[[dict[str, Any]], str], *, prepare_only: bool) -> None:
-    """Run a demo's recipe, and print its table and what ``explain`` says of the results; or just name the recipe."""
+    """Run a demo's recipe, and print its table and ``explain`` of the results; or just name the recipe."""
     if prepare_only:
         click.echo(f"{recipe}  (run it: emloc run {recipe})")
         return

@@ -18,7 +18,7 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 
-#: Keys of the answer, in this order; and those of a short row's.
+#: Keys of the answer, in this order; and of a short row's answer.
 FIELDS = ("name", "number", "item", "request", "date")
 SHORT_FIELDS = ("number", "item", "request")
 INSTRUCTION = "Write the name, number, item, request and date of this message as JSON."
@@ -70,7 +70,7 @@ _COLOURS = (
     ("black", "white", "blue", "grey", "green", "beech"),
     ("red", "silver", "brown", "yellow", "pink", "walnut"),
 )
-#: More for the training rows that are short: after few steps, a model that saw six colours misspells others.
+#: More colours for short training rows: after a few steps, a model that saw only six misspells others.
 _MORE_COLOURS = ("orange", "purple", "golden", "cream", "copper", "oak", "beige", "violet", "turquoise", "maroon")
 # fmt: off
 _THINGS = (
@@ -114,7 +114,7 @@ _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augu
 
 @dataclass(frozen=True)
 class Split:
-    """What one of the two files draws from; nothing that it fills in is shared with the other."""
+    """What one of the two files draws from; the two share nothing that is filled in."""
 
     names: Sequence[str]
     colours: Sequence[str]
@@ -174,7 +174,7 @@ class Split:
         return sentences
 
     def _number(self, draw: random.Random) -> str:
-        """Return two letters and four digits. Their parity, like that of the dates, keeps the splits apart."""
+        """Return two letters and four digits. The parity of numbers and dates keeps the splits apart."""
         letters = "".join(draw.choices("ABCDEFGHKLMNPRSTUVWX", k=2))
         return f"{letters}-{draw.randint(100, 999)}{2 * draw.randint(0, 4) + self.parity}"
 
@@ -205,12 +205,12 @@ def splits(seed: int, *, short: bool = False) -> tuple[Split, Split]:
     draw.shuffle(first)
     draw.shuffle(last)
 
-    def split(part: int, count: int) -> Split:
-        half = slice(part, None, 2)  # every second first name and last name: the two share neither
+    def split(index: int, count: int) -> Split:
+        half = slice(index, None, 2)  # every second first name and last name: the two share neither
         names = [f"{a} {b}" for a, b in zip(first[half] * 8, draw.choices(last[half], k=8 * len(first)), strict=False)]
-        wordings = {kind: texts[:4] if part == 0 else texts[4:] for kind, texts in REQUESTS.items()}
-        colours = _COLOURS[part] + (_MORE_COLOURS if short and part == 0 else ())
-        return Split(draw.sample(sorted(set(names)), count), colours, _THINGS[part], wordings, part)
+        wordings = {kind: texts[:4] if index == 0 else texts[4:] for kind, texts in REQUESTS.items()}
+        colours = _COLOURS[index] + (_MORE_COLOURS if short and index == 0 else ())
+        return Split(draw.sample(sorted(set(names)), count), colours, _THINGS[index], wordings, index)
 
     return split(0, 600), split(1, 200)
 
@@ -231,16 +231,16 @@ def make_rows(
 def write_data(
     directory: str | Path, train: int = 600, test: int = 200, seed: int = 0, *, short: bool = False
 ) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and ``test.jsonl`` to ``directory``, each whole or not at all, and return their paths.
+    """Write ``train.jsonl`` and ``test.jsonl`` to ``directory``, each completely or not at all, and return their paths.
 
-    Of short rows, the first three for testing are in ``shown.jsonl`` too.
+    The first three short rows for testing are in ``shown.jsonl`` too.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "test.jsonl"
-    made = make_rows(train, test, seed, short=short)
-    shown = [(directory / "shown.jsonl", made[1][:3])] if short else []
-    for path, rows in [*shown, *zip(paths, made, strict=True)]:
+    data = make_rows(train, test, seed, short=short)
+    shown = [(directory / "shown.jsonl", data[1][:3])] if short else []
+    for path, rows in [*shown, *zip(paths, data, strict=True)]:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.rename(partial, path)

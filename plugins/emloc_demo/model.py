@@ -33,8 +33,8 @@ def find_gguf() -> Path:
 def write_base(directory: str | Path) -> Path:
     """Write the model and its tokenizer to ``directory`` as an HF checkpoint in fp32, and return the directory.
 
-    The package carries the weights in Q4_1, four bits each, so what is written is dequantised from that and is not
-    bit for bit the published SmolLM2.
+    The package has the weights in Q4_1, four bits each, so the checkpoint is dequantised, and not bit for bit the
+    published SmolLM2.
 
     Raises:
         EmlocError: the package or ``gguf`` is missing, or something is at ``directory`` already.
@@ -45,7 +45,7 @@ def write_base(directory: str | Path) -> Path:
 def write_checkpoint(source: Path, directory: str | Path) -> Path:
     """Write the model and the tokenizer of a GGUF file to ``directory`` in fp32, and return the directory.
 
-    It is built beside its place and renamed when it is whole.
+    It is written under a temporary name and renamed when complete.
 
     Raises:
         EmlocError: ``gguf`` is missing, or something is at ``directory`` already.
@@ -67,7 +67,7 @@ def write_checkpoint(source: Path, directory: str | Path) -> Path:
     with mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
         model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32)
         tokenizer = load_gguf("AutoTokenizer", source)
-    # From here on these are ordinary dense weights; the marks of the file they came from would mislead a loader.
+    # These are ordinary dense weights now; traces of the file they came from would mislead a loader.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What the demo says: what a stage is doing and why, and what came of it."""
+"""The demo's texts: what a stage is doing and why, and its outcome."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from emloc_core.stages.progress import ProgressEvent
 from emloc_core.stages.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
-#: What each stage is doing before it has done anything.
+#: What each stage is doing before its first progress.
 BEGINNING = {
     "compress": "reading the model, and messages that the emulator is fitted to",
     "train": "loading the emulator: training needs nothing of the model",
@@ -20,13 +20,13 @@ BEGINNING = {
 def happening(event: ProgressEvent) -> str:
     """Return what a stage is doing, and why, in one line."""
     current, total = min(event.step + 1, event.total), event.total
-    left = f" ({human_seconds(event.seconds_left)} left)" if event.seconds_left else ""
+    remaining = f" ({human_seconds(event.seconds_left)} left)" if event.seconds_left else ""
     match event.stage:
         case "compress":
-            return f"fitting block {current} of {total} to reproduce the model's outputs{left}"
+            return f"fitting block {current} of {total} to reproduce the model's outputs{remaining}"
         case "train":
             loss = "" if event.loss is None else f", loss {event.loss:.2f}"
-            return f"step {event.step} of {total} on the emulator alone{loss}{left}"
+            return f"step {event.step} of {total} on the emulator alone{loss}{remaining}"
         case "eval" if event.what:
             return f"asking {event.what}, {current} of {total}: which answers are right?"
         case "eval":
@@ -35,18 +35,18 @@ def happening(event: ProgressEvent) -> str:
 
 
 def outcome(stage: str, result: Result) -> str:
-    """Return what came of a stage, in one line."""
-    found, settings = result.result, result.manifest["request"].get("settings", {})
+    """Return the outcome of a stage in one line."""
+    content, settings = result.result, result.manifest["request"].get("settings", {})
     match stage:
         case "compress":
-            sizes = found["bytes"]
+            sizes = content["bytes"]
             return f"{settings['kind']} emulator, {human_bytes(sizes['emulator'])} of {human_bytes(sizes['base'])}"
         case "train":
             losses = [entry["loss"] for entry in read_json(result.path / "log.json") if "loss" in entry]
-            return f"{found['steps']} steps on the emulator, loss {losses[0]:.2f} to {losses[-1]:.2f}"
+            return f"{content['steps']} steps on the emulator, loss {losses[0]:.2f} to {losses[-1]:.2f}"
         case "correct":
-            return f"LoRA on the model: {how_corrected(found)}"
-    return f"{len(found)} systems asked {read_json(result.path / 'results.json')['tasks']['right']['rows']} messages"
+            return f"LoRA on the model: {how_corrected(content)}"
+    return f"{len(content)} systems asked {read_json(result.path / 'results.json')['tasks']['right']['rows']} messages"
 
 
 def how_corrected(correction: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import rich_click as click
 
 
 def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the option ``-o`` of a demo that goes into the directory ``default`` where nothing else is said."""
+    """Return the option ``-o`` of a demo, with its default directory."""
     return click.option(
         "-o",
         "--output",
@@ -27,8 +27,8 @@ def prepare(directory: Path, package: str = "emloc_demo", *, short: bool = True)
     """Write base model, rows, tasks and recipe to ``directory``, each unless it is there; return the recipe's path.
 
     Args:
-        directory: of everything that the demo makes.
-        package: that has the tasks and the recipe.
+        directory: directory of everything that the demo makes.
+        package: package with the tasks and the recipe.
         short: whether rows are short.
 
     Raises:
@@ -64,7 +64,7 @@ def copy_tasks(package: str, directory: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file unless it is there: it may have been edited since, or be of another version; say so if it differs."""
+    """Copy a file unless it is there, since it may have been edited; say so if it differs."""
     if target.exists():
         if not filecmp.cmp(source, target, shallow=False):
             click.echo(f"kept {target}, which differs from that of this version", err=True)

@@ -1,4 +1,4 @@
-"""What the demo does around its recipe, in processes of their own: the demo's own stays small."""
+"""What the demo does around its recipe, in separate processes: the demo's own stays small."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ def planned(argument: str) -> dict[str, Any]:
     from emloc_core.recipe.recipe import load_recipe
     from emloc_core.settings import MEMORY_SETTINGS
 
-    found = load_recipe(Path(argument))
-    tuning = found.train.model_dump(include=set(MEMORY_SETTINGS), exclude_unset=True)
-    return plan(found.model.base, memory=found.model.memory, data=found.data.train, **tuning).describe()
+    recipe = load_recipe(Path(argument))
+    tuning = recipe.train.model_dump(include=set(MEMORY_SETTINGS), exclude_unset=True)
+    return plan(recipe.model.base, memory=recipe.model.memory, data=recipe.data.train, **tuning).describe()
 
 
 def reported(argument: str) -> str:

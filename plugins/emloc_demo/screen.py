@@ -16,11 +16,11 @@ from rich.text import Text
 
 from emloc_core.units import human_bytes, human_seconds
 
-#: Columns of the widest line: longer ones are hard to read.
+#: Maximum columns of a line: longer ones are hard to read.
 _WIDEST = 110
-#: Seconds between lines that say what is happening, where no terminal shows one that changes.
+#: Seconds between lines that say what is happening, without a terminal that could update one.
 _EVERY = 10.0
-#: Characters of an answer that are shown.
+#: Maximum characters of an answer.
 _ANSWER = 160
 _TITLE = "[bold]Fine-tune a model in the memory that inference needs[/]"
 _FACTS = {
@@ -40,7 +40,7 @@ class Screen:
     """A line for every step that is done, and below them one that says what is happening, and why.
 
     Args:
-        memory: that the demo trains in.
+        memory: memory that the demo trains in.
         quiet: show nothing.
     """
 
@@ -56,40 +56,40 @@ class Screen:
     def step(
         self,
         name: str,
-        what: str,
+        activity: str,
         outcome: Callable[[], str],
         peak: Callable[[], int] = lambda: 0,
         *,
         before: bool = False,
     ) -> Iterator[Callable[[str], None]]:
-        """Show what is happening while the block runs, and then a line with what came of it.
+        """Show what is happening while the block runs, and then a line with the outcome.
 
         Args:
-            name: of the step.
-            what: happens first.
-            outcome: returns what came of it.
-            peak: returns its peak memory in bytes; 0 if that says nothing.
+            name: name of the step.
+            activity: what happens first.
+            outcome: returns the outcome as text.
+            peak: returns the step's peak memory in bytes; 0 if it has no meaning.
             before: whether the step was done before, and is only checked.
 
         Yields:
             A function that shows what happens next.
         """
         started = time.monotonic()
-        with self._happening(name, what) as say:
-            yield say
-        took = "there already" if before else human_seconds(time.monotonic() - started)
+        with self._happening(name, activity) as update:
+            yield update
+        elapsed = "there already" if before else human_seconds(time.monotonic() - started)
         line = Table.grid(Column(), Column(width=8), Column(ratio=1), Column(justify="right"),
                           Column(width=8, justify="right"), padding=(0, 2, 0, 0), expand=True)  # fmt: skip
         line.add_row(
-            Text("✓", "green"), Text(name, "cyan"), Text(outcome()), took, human_bytes(peak()) if peak() else ""
+            Text("✓", "green"), Text(name, "cyan"), Text(outcome()), elapsed, human_bytes(peak()) if peak() else ""
         )
         self._console.print(line)
 
     @contextmanager
-    def _happening(self, name: str, what: str) -> Iterator[Callable[[str], None]]:
+    def _happening(self, name: str, activity: str) -> Iterator[Callable[[str], None]]:
         if not self._console.is_terminal:
             last = time.monotonic()
-            self._console.print(f"  {name:<8}  {what}", markup=False)
+            self._console.print(f"  {name:<8}  {activity}", markup=False)
 
             def print_now_and_then(text: str) -> None:
                 nonlocal last
@@ -103,12 +103,12 @@ class Screen:
         text = TextColumn("[cyan]{task.fields[name]}[/]  {task.description}", table_column=one_line)
         columns = (SpinnerColumn(), text, TimeElapsedColumn())
         with Progress(*columns, console=self._console, transient=True, expand=True) as progress:
-            task = progress.add_task(escape(what), name=f"{name:<8}")
+            task = progress.add_task(escape(activity), name=f"{name:<8}")
             yield lambda text: progress.update(task, description=escape(text))
 
 
 def _width(console: Console) -> int:
-    """Return the columns of lines: those of the terminal, or of a file enough."""
+    """Return the columns of lines: the terminal's up to a maximum, or the maximum for a file."""
     return min(console.width, _WIDEST) if console.is_terminal else _WIDEST
 
 
@@ -134,9 +134,9 @@ def _answers(answers: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-def _judged(written: str, expected: str) -> Text:
-    mark = ("✓ ", "bold green") if written.strip() == expected.strip() else ("✗ ", "bold red")
-    text = " ".join(written.replace('","', '", "').split())  # a place to break the line
+def _judged(answer: str, expected: str) -> Text:
+    mark = ("✓ ", "bold green") if answer.strip() == expected.strip() else ("✗ ", "bold red")
+    text = " ".join(answer.replace('","', '", "').split())  # a place to break the line
     return Text.assemble(mark, text if len(text) <= _ANSWER else f"{text[: _ANSWER - 3]}...")
 
 
@@ -147,10 +147,10 @@ def _scores(results: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column(f"right of {rows}", justify="right")
     table.add_column("loss per token", justify="right")
-    for name, of in _SYSTEMS.items():
+    for name, description in _SYSTEMS.items():
         if scores := results["systems"].get(name):
             style = "bold green" if name == "base+corrected" else ""
-            table.add_row(name, of, str(round(rows * scores["acc"])), f"{scores['nll']:.3f}", style=style)
+            table.add_row(name, description, str(round(rows * scores["acc"])), f"{scores['nll']:.3f}", style=style)
     return table
 
 

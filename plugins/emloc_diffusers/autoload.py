@@ -1,4 +1,4 @@
-"""Lets diffusers load emulators without an import of ours, as :mod:`emloc_core.compat.autoload` lets transformers."""
+"""Lets diffusers load emulators without importing EMLoC, as :mod:`emloc_core.compat.autoload` does for transformers."""
 
 from emloc_core.compat.autoload import register_with
 

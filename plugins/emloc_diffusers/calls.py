@@ -1,8 +1,8 @@
 """How the transformers of diffusers are called: noisy pictures, prompts and times as each class takes them.
 
-One class here per class there. Pictures are latents of shape (B, C, h, w), ``sigma`` is the share of noise in them,
-(B,), 0 to 1, and prompts are tensors by name, (B, ...). What the model answers is compared with ``noise - pictures``,
-the velocity of flow matching (Esser et al., 2024, arXiv 2403.03206).
+There is one class here for each class of diffusers. Pictures are latents of shape (B, C, h, w), ``sigma`` is the share
+of noise in them, (B,), 0 to 1, and prompts are tensors by name, (B, ...). The model's output is compared with
+``noise - pictures``, the velocity of flow matching (Esser et al., 2024, arXiv 2403.03206).
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 
 from emloc_core.errors import EmlocError
 
-#: The guidance that models distilled for it are tuned at, as in diffusers' scripts.
+#: The guidance at which guidance-distilled models are tuned, as in diffusers' scripts.
 GUIDANCE = 3.5
 Tensors = Mapping[str, torch.Tensor]
 
@@ -25,13 +25,13 @@ QWEN3 = {2560: 4_022_468_096, 4096: 8_190_735_360}
 
 
 class Call:
-    """How a class is called, and what most of them have in common.
+    """How a class is called, with what most classes have in common.
 
     Attributes:
-        pipelines: the classes of pipelines whose prompts and pictures the class is given.
+        pipelines: the classes of pipelines that the class is part of.
         density: how times are drawn, as in diffusers' scripts: ``uniform`` or ``logit-normal``.
-        patch: sides of pictures are multiples of so many latents.
-        guidance: what the pipelines call it.
+        patch: sides of pictures are multiples of this many latents.
+        guidance: the pipelines' name of this option.
     """
 
     pipelines: tuple[str, ...]
@@ -44,11 +44,11 @@ class Call:
         return int(config["in_channels"])
 
     def readers(self, config: Mapping[str, Any]) -> int:
-        """Return the published number of parameters of what encodes prompts, all of it together."""
+        """Return the published number of parameters of all prompt encoders together."""
         raise NotImplementedError
 
     def drawing(self, pipe: Any, prompts: int = 1) -> dict[str, Any]:
-        """Return options of the pipeline's call, for so many prompts that are encoded as in :meth:`prompt`."""
+        """Return options of the pipeline's call for this number of prompts, encoded as in :meth:`prompt`."""
         return {}
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
@@ -58,15 +58,15 @@ class Call:
     def arguments(
         self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return what a forward is given."""
+        """Return the arguments of a forward pass."""
         raise NotImplementedError
 
     def answer(self, output: Any) -> torch.Tensor:
-        """Return what a forward answers, in the shape of :meth:`target`."""
+        """Return the result of a forward pass, in the shape of :meth:`target`."""
         return output[0]
 
     def target(self, velocity: torch.Tensor) -> torch.Tensor:
-        """Return what it should answer, of ``noise - pictures``, (B, C, h, w)."""
+        """Return the expected result, from ``noise - pictures``, (B, C, h, w)."""
         return velocity
 
     def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -75,14 +75,14 @@ class Call:
 
 
 class Packed(Call):
-    """The call of a class that gets pictures as :func:`packed`."""
+    """The call of a class that takes pictures as :func:`packed`."""
 
     def channels(self, config: Mapping[str, Any]) -> int:
-        """Return those of a patch of 2 x 2, divided by its latents."""
+        """Return C: the channels of a patch of 2 x 2, divided by its 4 latents."""
         return super().channels(config) // 4
 
     def target(self, velocity: torch.Tensor) -> torch.Tensor:
-        """Return it packed."""
+        """Return the velocity packed."""
         return packed(velocity)
 
 
@@ -93,14 +93,14 @@ def packed(latents: torch.Tensor) -> torch.Tensor:
 
 
 def unpacked(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the latents, (B, C, h, w), that :func:`packed` took; height and width are theirs."""
+    """Return the latents, (B, C, h, w), that :func:`packed` took; height and width are the latents'."""
     rows, _, channels = tokens.shape
     grid = tokens.reshape(rows, height // 2, width // 2, channels // 4, 2, 2)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // 4, height, width)
 
 
 def positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Return the positions of height x width patches: (height * width, 3), the first of them 0."""
+    """Return the positions of height x width patches: (height * width, 3), the first coordinate 0."""
     grid = torch.zeros(height, width, 3, device=device)
     grid[..., 1] += torch.arange(height, device=device)[:, None]
     grid[..., 2] += torch.arange(width, device=device)[None]
@@ -108,7 +108,7 @@ def positions(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 class Flux(Packed):
-    """FLUX.1: packed pictures, time from 0 to 1, a pooled prompt besides."""
+    """FLUX.1: packed pictures, time from 0 to 1, and also a pooled prompt."""
 
     pipelines = ("FluxPipeline",)
 
@@ -142,7 +142,7 @@ class Flux(Packed):
 
 
 class Flux2(Call):
-    """FLUX.2: the VAE packs the pictures; positions have four parts, of which prompts have the last."""
+    """FLUX.2: the VAE packs the pictures; positions have four coordinates, of which prompts use the last."""
 
     pipelines, patch = ("Flux2Pipeline", "Flux2KleinPipeline"), 1
 
@@ -199,7 +199,7 @@ class StableDiffusion3(Call):
 
 
 class QwenImage(Packed):
-    """Qwen-Image: packed pictures, whose shapes the model is told; prompts are as long as they are."""
+    """Qwen-Image: packed pictures, whose shapes are passed to the model; prompts are not padded."""
 
     pipelines, guidance = ("QwenImagePipeline",), "true_cfg_scale"
 
@@ -224,7 +224,7 @@ class QwenImage(Packed):
 
 
 class ZImage(Call):
-    """Z-Image: lists of pictures and prompts; time runs from noise at 0, and so does the answer's sign."""
+    """Z-Image: lists of pictures and prompts; time is reversed (noise at 0), and so is the output's sign."""
 
     pipelines = ("ZImagePipeline",)
 
@@ -262,7 +262,7 @@ def call_of(class_name: str) -> Call:
     """Return how a class of diffusers is called.
 
     Raises:
-        EmlocError: it is not known.
+        EmlocError: the class is not known.
     """
     if class_name not in _CALLS:
         raise EmlocError(

@@ -1,7 +1,7 @@
 """A LoRA by the names that ComfyUI and kohya's scripts read: those of the models as they were first published.
 
-Some of their matrices are several of diffusers', one below the other. Their LoRAs become one, whose B has a block
-for each. Every LoRA has an ``alpha`` as large as its rank, which is a scale of 1.
+Some of those matrices are several of diffusers' stacked vertically. Their LoRAs become one, whose B has a block for
+each. Every LoRA has an ``alpha`` equal to its rank, which is a scale of 1.
 """
 
 import re
@@ -12,7 +12,7 @@ import torch
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 
-#: The matrices of a block, and those of diffusers that each holds, by the ends of their paths.
+#: The matrices of a block, and the matrices of diffusers in each, by the ends of their paths.
 Names = Mapping[str, Sequence[str]]
 _STREAMS: Names = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -20,7 +20,7 @@ _STREAMS: Names = {
     "img_attn_proj": ("attn.to_out.0",),
     "txt_attn_proj": ("attn.to_add_out",),
 }
-#: By class, and by the list of blocks there: its name elsewhere, and the names in a block.
+#: By class, and by its list of blocks: the list's name in other tools, and the names in a block.
 _NAMES: dict[str, dict[str, tuple[str, Names]]] = {
     "FluxTransformer2DModel": {
         "transformer_blocks": (
@@ -74,7 +74,7 @@ _NAMES: dict[str, dict[str, tuple[str, Names]]] = {
                 "x_block_mlp_fc2": ("ff.net.2",),
                 "context_block_mlp_fc1": ("ff_context.net.0.proj",),
                 "context_block_mlp_fc2": ("ff_context.net.2",),
-                "x_block_adaLN_modulation_1": ("norm1.linear",),  # that of prompts has other halves in the last block
+                "x_block_adaLN_modulation_1": ("norm1.linear",),  # the prompts' has other halves in the last block
             },
         ),
     },
@@ -86,27 +86,27 @@ def renamed(class_name: str, loras: Mapping[str, Lora], rows: Callable[[str], in
     """Return the tensors of a LoRA by the names that others read.
 
     Args:
-        class_name: of the transformer.
-        loras: by path; all of one rank, and of scale 1.
+        class_name: class of the transformer.
+        loras: LoRAs by path; all of one rank, and of scale 1.
         rows: returns the rows of the weight at a path.
 
     Raises:
-        EmlocError: it is not known how others call such a model, or the LoRA is on a matrix that they do not have.
+        EmlocError: the names for such a model are not known, or the LoRA is on a matrix that has none.
     """
-    found: dict[str, torch.Tensor] = {}
-    for name, parts in _joined(class_name, loras).items():
-        known = [loras[path] for path in parts if path in loras]
-        b = torch.block_diag(*(loras[path].b if path in loras else known[0].b.new_zeros(rows(path), known[0].rank)
-                               for path in parts))  # fmt: skip
-        a = torch.cat([loras[path].a if path in loras else torch.zeros_like(known[0].a) for path in parts])
-        found[f"{name}.lora_down.weight"] = a.contiguous()
-        found[f"{name}.lora_up.weight"] = b.contiguous()
-        found[f"{name}.alpha"] = torch.tensor(float(len(a)))
-    return found
+    tensors: dict[str, torch.Tensor] = {}
+    for name, paths in _joined(class_name, loras).items():
+        present = [loras[path] for path in paths if path in loras]
+        b = torch.block_diag(*(loras[path].b if path in loras else present[0].b.new_zeros(rows(path), present[0].rank)
+                               for path in paths))  # fmt: skip
+        a = torch.cat([loras[path].a if path in loras else torch.zeros_like(present[0].a) for path in paths])
+        tensors[f"{name}.lora_down.weight"] = a.contiguous()
+        tensors[f"{name}.lora_up.weight"] = b.contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(a)))
+    return tensors
 
 
 def _joined(class_name: str, loras: Mapping[str, Lora]) -> dict[str, Sequence[str]]:
-    """Return the paths whose LoRAs become one, by its name."""
+    """Return the paths whose LoRAs are joined, by the name of the result."""
     if class_name == "QwenImageTransformer2DModel":
         return {f"lora_unet_{path.replace('.', '_')}": [path] for path in loras}
     if class_name == "ZImageTransformer2DModel":
@@ -117,7 +117,7 @@ def _joined(class_name: str, loras: Mapping[str, Lora]) -> dict[str, Sequence[st
             "Give it the adapter's pytorch_lora_weights.safetensors.",
             code="unsupported",
         )
-    found: dict[str, Sequence[str]] = {}
+    joined: dict[str, Sequence[str]] = {}
     for path in loras:
         match = _PATH.fullmatch(path)
         blocks, names = _NAMES[class_name].get(match[1], ("", {})) if match else ("", {})
@@ -125,5 +125,5 @@ def _joined(class_name: str, loras: Mapping[str, Lora]) -> dict[str, Sequence[st
         if match is None or name is None:
             raise EmlocError(f"ComfyUI has no matrix like {path}.", "Tune others, see --target-modules.")
         paths = [f"{match[1]}.{match[2]}.{end}" for end in names[name]]
-        found[f"lora_unet_{blocks}_{match[2]}_{name}"] = paths
-    return found
+        joined[f"lora_unet_{blocks}_{match[2]}_{name}"] = paths
+    return joined

@@ -62,13 +62,13 @@ def command(
         name = str(adapter) if name in drawn else name
         click.echo(f"drawing: {name}", err=True)
         drawn[name] = Drawing(model, adapter).draw(prompts, side=side, **options)
-        scores[name] = {"loss": losses.of(adapter)} if losses else {}
+        scores[name] = {"loss": losses.mean(adapter)} if losses else {}
         if judging:
             scores[name]["similarity"] = judging.similarity(drawn[name], references)
     grid(drawn, prompts, min(side, 256)).save(output)
     if as_json:
         print_json({"output": str(output), "systems": scores})
         return
-    for name, found in scores.items() if rows else ():
-        click.echo(f"{name}: " + ", ".join(f"{what} {value:.4f}" for what, value in found.items()))
+    for name, values in scores.items() if rows else ():
+        click.echo(f"{name}: " + ", ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
     click.echo(output)

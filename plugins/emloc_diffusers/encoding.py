@@ -1,7 +1,7 @@
-"""Rows as what the transformer learns from: pictures as latents, prompts as embeddings; encoded once, and kept.
+"""Rows as the transformer learns from them: pictures as latents, prompts as embeddings; encoded once, and cached.
 
-The encoders are larger than many a transformer, and there is no need for them while it is trained. What they answer is
-kept in the user's cache directory, by the content of picture, prompt and encoder.
+The encoders are larger than many transformers, and not needed during training. Their outputs are kept in the user's
+cache directory, by the content of picture, prompt and encoder.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from emloc_core.model.device import choose_device, free_memory
 from emloc_diffusers.calls import Call
 from emloc_diffusers.pipeline import Parts
 
-#: Pixels of a picture, at most, where the user does not say.
+#: Maximum pixels of a picture, unless the user says otherwise.
 _PIXELS = 1024 * 1024
 
 
@@ -31,11 +31,11 @@ class Encoded:
     """A row as the transformer learns from it.
 
     Attributes:
-        row: what messages call it.
+        row: its name, for messages.
         latents: (C, h, w), fp32.
         prompt: tensors by name, without batch.
-        weight: in the loss.
-        key: of its content.
+        weight: its weight in the loss.
+        key: key of its content.
     """
 
     row: str
@@ -46,18 +46,18 @@ class Encoded:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What rows of one forward have in common."""
-        return tuple(self.latents.shape), *(tuple(each.shape) for each in self.prompt.values())
+        """The shapes that rows of one forward pass must share."""
+        return tuple(self.latents.shape), *(tuple(tensor.shape) for tensor in self.prompt.values())
 
 
 class Encoder:
     """Encodes rows for a transformer.
 
     Args:
-        parts: of its pipeline. Without a VAE, the transformer learns the pixels themselves.
+        parts: parts of its pipeline. Without a VAE, the transformer learns the pixels themselves.
         call: how it is called.
         config: its config.
-        tokens: patches of a picture, at most; larger ones are scaled down. None: a million pixels.
+        tokens: maximum patches of a picture; larger ones are scaled down. None means a million pixels.
     """
 
     def __init__(self, parts: Parts, call: Call, config: Mapping[str, Any], tokens: int | None) -> None:
@@ -66,36 +66,36 @@ class Encoder:
         self.device = choose_device("auto" if largest < room else "cpu")
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return rows, encoded.
+        """Return the encoded rows.
 
         Raises:
             EmlocError: a picture cannot be read, or is smaller than a patch; or a part cannot be loaded.
         """
-        place = cache_directory()
-        if place is None:
-            with TemporaryDirectory() as directory:
-                return self._encode(rows, Path(directory))
-        place = place / "encoded"
-        place.mkdir(parents=True, exist_ok=True)
-        return self._encode(rows, place)
+        directory = cache_directory()
+        if directory is None:
+            with TemporaryDirectory() as temporary:
+                return self._encode(rows, Path(temporary))
+        directory = directory / "encoded"
+        directory.mkdir(parents=True, exist_ok=True)
+        return self._encode(rows, directory)
 
-    def _encode(self, rows: Sequence[Row], place: Path) -> list[Encoded]:
-        files = Inputs(place)
-        read = files.hash(file for name in self.parts.readers for file in self.parts.files(name))
+    def _encode(self, rows: Sequence[Row], directory: Path) -> list[Encoded]:
+        files = Inputs(directory)
+        readers = files.hash(file for name in self.parts.readers for file in self.parts.files(name))
         drawn = files.hash(self.parts.files("vae")) if self.parts.has("vae") else "pixels"
         size = f"{self.tokens}-{self.call.channels(self.config)}-{self.call.patch}"
-        prompts = [place / f"{_digest(self.parts.class_name, read, row.prompt)}.safetensors" for row in rows]
-        pictures = [place / f"{_digest(drawn, size, _image(row).sha256)}.safetensors" for row in rows]
+        prompts = [directory / f"{_digest(self.parts.class_name, readers, row.prompt)}.safetensors" for row in rows]
+        pictures = [directory / f"{_digest(drawn, size, _image(row).sha256)}.safetensors" for row in rows]
         if missing := {path: row for path, row in zip(prompts, rows, strict=True) if not path.exists()}:
             with self.parts.reading(self.call.pipelines, self.device) as pipe, torch.no_grad():
                 for path, row in missing.items():
-                    found = self.call.prompt(pipe, str(row.prompt))
-                    _keep({name: each.cpu() for name, each in found.items()}, path)
+                    prompt = self.call.prompt(pipe, str(row.prompt))
+                    _write({name: tensor.cpu() for name, tensor in prompt.items()}, path)
         if missing := {path: row for path, row in zip(pictures, rows, strict=True) if not path.exists()}:
             vae = self.parts.load("vae").to(self.device) if self.parts.has("vae") else None
             with torch.no_grad():
                 for path, row in missing.items():
-                    _keep({"latents": self._latents(row, vae)}, path)
+                    _write({"latents": self._latents(row, vae)}, path)
         return [
             Encoded(row.name, load_file(picture)["latents"], load_file(prompt), row.weight, row.key)
             for row, picture, prompt in zip(rows, pictures, prompts, strict=True)
@@ -106,12 +106,12 @@ class Encoder:
         pixels = self._pixels(row, self.parts.factor)
         if vae is None:
             return pixels
-        given = pixels[None].to(self.device, vae.dtype)
-        found = vae.encode(given[:, :, None] if _is_for_films(vae) else given).latent_dist.mode()
-        return normalised(found, vae)[0].float().cpu()
+        batch = pixels[None].to(self.device, vae.dtype)
+        latents = vae.encode(batch[:, :, None] if _is_for_films(vae) else batch).latent_dist.mode()
+        return normalised(latents, vae)[0].float().cpu()
 
     def _pixels(self, row: Row, factor: int) -> torch.Tensor:
-        """Return a picture, (C, H, W), from -1 to 1: scaled down to the most patches, and cut to whole ones."""
+        """Return a picture, (C, H, W), from -1 to 1: scaled down to the maximum of patches, and cut to whole ones."""
         import numpy
 
         image = _image(row).read()
@@ -140,26 +140,26 @@ def _scale(size: tuple[int, int], side: int, patches: int | None) -> float:
 
 
 def fitted(size: tuple[int, int], side: int, patches: int | None, name: str) -> tuple[int, int]:
-    """Return the width and height of a picture, scaled down to the most patches, and cut to whole ones.
+    """Return the width and height of a picture, scaled down to the maximum of patches, and cut to whole ones.
 
     Args:
         size: its width and height, in pixels.
-        side: of a patch, in pixels.
-        patches: at most; None: a million pixels.
-        name: of its row.
+        side: side of a patch, in pixels.
+        patches: maximum number; None means a million pixels.
+        name: name of its row.
 
     Raises:
         EmlocError: it is smaller than a patch.
     """
     scale = _scale(size, side, patches)
-    width, height = (int(each * scale + 1e-6) // side * side for each in size)
+    width, height = (int(length * scale + 1e-6) // side * side for length in size)
     if not width or not height:
         raise EmlocError(f"{name}: its picture is smaller than a patch of {side} pixels.", "Leave it out.")
     return width, height
 
 
 def patches(row: Row, side: int, most: int | None) -> int:
-    """Return the patches of a row's picture, scaled down to the most, and cut to whole ones; see :func:`fitted`."""
+    """Return the number of patches of a row's picture, scaled and cut as in :func:`fitted`."""
     width, height = fitted(_image(row).read().size, side, most, row.name)
     return width * height // side**2
 
@@ -169,20 +169,22 @@ def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     config = vae.config
     if _is_for_films(vae):
         spread = (config.latents_mean, config.latents_std)
-        mean, std = (torch.tensor(each).to(latents).view(1, -1, 1, 1, 1) for each in spread)
+        mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in spread)
         return ((latents - mean) / std)[:, :, 0]
     if _packs(vae):
         b, c, h, w = latents.shape
         latents = (
             latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
         )
-        mean, variance = (each.view(1, -1, 1, 1).to(latents) for each in (vae.bn.running_mean, vae.bn.running_var))
+        mean, variance = (
+            statistic.view(1, -1, 1, 1).to(latents) for statistic in (vae.bn.running_mean, vae.bn.running_var)
+        )
         return (latents - mean) / (variance + config.batch_norm_eps).sqrt()
     return (latents - (config.shift_factor or 0)) * config.scaling_factor
 
 
 def _is_for_films(vae: Any) -> bool:
-    """Return whether a VAE encodes films, of which a picture is one of a single frame."""
+    """Return whether a VAE encodes films; a picture is then a film of one frame."""
     return hasattr(vae, "temperal_downsample")  # diffusers' own spelling
 
 
@@ -196,12 +198,12 @@ def _image(row: Row) -> Any:
     return row.images[0]
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+def _digest(*values: Any) -> str:
+    return hashlib.sha256("\0".join(map(str, values)).encode()).hexdigest()
 
 
-def _keep(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write tensors under a temporary name, and rename the file when it is complete."""
     unfinished = path.with_suffix(f".{torch.randint(1 << 30, ()).item()}.tmp")
-    save_file({name: each.contiguous() for name, each in tensors.items()}, unfinished)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
     unfinished.rename(path)

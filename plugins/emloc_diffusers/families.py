@@ -1,4 +1,4 @@
-"""The transformers as data. Every class has its name in diffusers as its model type (``_class_name``)."""
+"""The declarations of the transformers. The model type is the name of the class in diffusers (``_class_name``)."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ _ENDS = {
 #: The Linears of a block that keeps pictures and prompts apart, and joins them in its attention.
 _READS = [["attn.to_q", "attn.to_k", "attn.to_v"], ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]]
 _JOINT_ATTENTION = [*_READS, ["attn.to_out.0"], ["attn.to_add_out"]]
-#: The same, where prompts leave first.
+#: The same, for blocks where prompts leave first.
 _PROMPTS_FIRST = [*_READS, ["attn.to_add_out"], ["attn.to_out.0"]]
 _FEED_FORWARDS = [["ff.net.0.proj"], ["ff.net.2"], ["ff_context.net.0.proj"], ["ff_context.net.2"]]
-#: Ends of paths that diffusers' own scripts put a LoRA on, long enough to be found nowhere else.
+#: Ends of paths that diffusers' scripts put a LoRA on, long enough to be unambiguous.
 _LORA = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -24,7 +24,7 @@ _LORA = [
 _LORA_FEED_FORWARDS = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 
-def _family(name: str, class_name: str, towers: list[Tower], tiny: list[dict[str, Any]], **others: Any) -> Family:
+def _family(name: str, class_name: str, towers: list[Tower], tiny: list[dict[str, Any]], **options: Any) -> Family:
     return Family(
         name=name,
         model_types={class_name},
@@ -33,7 +33,7 @@ def _family(name: str, class_name: str, towers: list[Tower], tiny: list[dict[str
         modality="text-to-image",
         objective="flow",
         tiny_configs=[{"model_type": class_name, **settings} for settings in tiny],
-        **{"keep_dense": _ENDS, **others},
+        **{"keep_dense": _ENDS, **options},
     )
 
 

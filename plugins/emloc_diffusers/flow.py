@@ -26,20 +26,20 @@ class Times:
 
     Attributes:
         density: ``uniform`` or ``logit-normal``.
-        shift: of the scheduler; above 1, there is more noise.
+        shift: the scheduler's shift; above 1, there is more noise.
     """
 
     density: str
     shift: float = 1.0
 
     @classmethod
-    def of(cls, call: Call, scheduler: Mapping[str, Any]) -> "Times":
-        """Return those of a class, with a pipeline's scheduler; a shift that depends on the picture is left out."""
+    def for_call(cls, call: Call, scheduler: Mapping[str, Any]) -> "Times":
+        """Return the times of a class with a pipeline's scheduler; a shift that depends on the picture is left out."""
         fixed = not scheduler.get("use_dynamic_shifting", False)
         return cls(call.density, float(scheduler.get("shift", 1.0)) if fixed else 1.0)
 
-    def at(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Return the shares of noise, of numbers from 0 to 1."""
+    def shares(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Return the shares of noise from uniform numbers between 0 and 1."""
         share = torch.sigmoid(torch.special.ndtri(uniform)) if self.density == "logit-normal" else uniform
         return self.shift * share / (1 + (self.shift - 1) * share)
 
@@ -56,7 +56,7 @@ def squared_error(
     """Return the weighted mean squared error of each picture, (B,), fp32.
 
     Args:
-        model: the transformer, with or without a LoRA, or what wraps it for several processes.
+        model: the transformer, with or without a LoRA, or its wrapper for several processes.
         call: how it is called.
         latents, noise: (B, C, h, w).
         sigma, weight: (B,).
@@ -73,19 +73,21 @@ def forward(
     """Pass noisy pictures through the model; see :func:`squared_error`."""
     share, plain = sigma.view(-1, 1, 1, 1), extract_model_from_parallel(model)
     noisy = ((1 - share) * latents + share * noise).to(plain.dtype)
-    given = {name: each.to(plain.dtype) if each.is_floating_point() else each for name, each in prompt.items()}
-    return model(**call.arguments(noisy, sigma, given, plain.config), return_dict=False)
+    embeddings = {
+        name: tensor.to(plain.dtype) if tensor.is_floating_point() else tensor for name, tensor in prompt.items()
+    }
+    return model(**call.arguments(noisy, sigma, embeddings, plain.config), return_dict=False)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A row with noise: one forward. See :class:`emloc_core.objective.Sample`.
+    """A row with noise, for one forward pass. See :class:`emloc_core.objective.Sample`.
 
     Attributes:
         encoded: the row.
         call: how the transformer is called.
         sigma: the share of noise.
-        seed: of the noise.
+        seed: seed of the noise.
     """
 
     encoded: Encoded
@@ -95,7 +97,7 @@ class Drawn:
 
     @property
     def row(self) -> str:
-        """What messages call the row."""
+        """The name of the row, for messages."""
         return self.encoded.row
 
     @property
@@ -114,35 +116,35 @@ class Drawn:
         generator = torch.Generator().manual_seed(self.seed)
         latents = self.encoded.latents[None]
         drawn = {"noise": torch.randn(latents.shape, generator=generator), "sigma": torch.tensor([self.sigma])}
-        prompt = {name: each[None] for name, each in self.encoded.prompt.items()}
-        return {name: each.to(device) for name, each in {"latents": latents, **drawn, **prompt}.items()}
+        prompt = {name: tensor[None] for name, tensor in self.encoded.prompt.items()}
+        return {name: tensor.to(device) for name, tensor in {"latents": latents, **drawn, **prompt}.items()}
 
     def run(self, model: Any, device: torch.device | str) -> torch.Tensor:
-        """Return what the model answers."""
+        """Return the model's output."""
         return self.call.answer(forward(model, self.call, **self._split(device)))
 
     def loss(self, model: Any, device: torch.device | str) -> torch.Tensor:
         """Return the weighted mean squared error, and 1."""
-        given = self._split(device)
+        inputs = self._split(device)
         weight = torch.tensor([self.encoded.weight], device=device)
-        error = squared_error(model, self.call, weight=weight, **given)
+        error = squared_error(model, self.call, weight=weight, **inputs)
         return torch.tensor([float(error), 1], dtype=torch.float64)
 
     def _split(self, device: torch.device | str) -> dict[str, Any]:
-        given: dict[str, Any] = self.inputs(device)
-        drawn = {name: given.pop(name) for name in ("latents", "noise", "sigma")}
-        return {**drawn, "prompt": given}
+        prompt: dict[str, Any] = self.inputs(device)
+        drawn = {name: prompt.pop(name) for name in ("latents", "noise", "sigma")}
+        return {**drawn, "prompt": prompt}
 
 
 def draws(encoded: Sequence[Encoded], call: Call, times: Times, count: int, purpose: str) -> list[Drawn]:
     """Return ``count`` draws of every row, whose times are spread over the whole range.
 
-    They depend on the row's content and the purpose alone.
+    They depend only on the row's content and the purpose.
     """
-    found = []
+    drawn = []
     for row in encoded:
         seed = int.from_bytes(hashlib.sha256(f"{purpose}:{row.key}".encode()).digest()[:6])
         uniform = (torch.arange(count) + torch.rand(count, generator=torch.Generator().manual_seed(seed))) / count
-        sigmas = times.at(uniform.clamp(1e-4, 1 - 1e-4)).tolist()
-        found += [Drawn(row, call, sigma, seed + 1 + index) for index, sigma in enumerate(sigmas)]
-    return found
+        sigmas = times.shares(uniform.clamp(1e-4, 1 - 1e-4)).tolist()
+        drawn += [Drawn(row, call, sigma, seed + 1 + index) for index, sigma in enumerate(sigmas)]
+    return drawn

@@ -1,7 +1,7 @@
 """A LoRA in the form that ``load_lora_weights`` of diffusers' pipelines reads exactly.
 
-Keys begin with ``transformer.``, and the scale is folded into B: pipelines take a LoRA without ``alpha`` for one of
-scale 1. A directory of PEFT's raises a KeyError there, and keys without the prefix are ignored.
+Keys begin with ``transformer.``, and the scale is folded into B: pipelines assume scale 1 for a LoRA without ``alpha``.
+A directory in PEFT's format raises a KeyError there, and keys without the prefix are ignored.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 def write_for_pipelines(directory: Path) -> None:
-    """Write the LoRA in a directory of PEFT's beside it, in its own dtype."""
+    """Write the LoRA of a directory in PEFT's format beside it, in its own dtype."""
     tensors = {}
     for path, lora in Adapter(directory).loras.items():
         tensors[f"transformer.{path}.lora_A.weight"] = lora.a.contiguous()

@@ -1,4 +1,4 @@
-"""Flow matching as an objective. Imports nothing heavy: it is asked for whenever a config is not transformers'."""
+"""Flow matching as an objective. Imports nothing heavy: every config that is not transformers' asks for it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ class FlowMatching:
     """See :class:`emloc_core.objective.Objective`."""
 
     type_key, weights, folder = "_class_name", "diffusion_pytorch_model", "transformer"
-    dtype_key = "_dtype"  # diffusers takes a `dtype` for an argument of the class, and warns of what has no underscore
+    dtype_key = "_dtype"  # diffusers would take `dtype` for an argument of the class, and warns
     keeps_rows = False
     task = None
     library = "diffusers"
@@ -39,22 +39,22 @@ class FlowMatching:
         return read_config(path)
 
     def build(self, family: "Family", config: Any, dtype: "torch.dtype") -> Any:
-        """Return a transformer of diffusers."""
+        """Return one of diffusers' transformers."""
         from emloc_diffusers.pretrained import new_transformer
 
         return new_transformer(family.auto_class, config, dtype)
 
     def tensor_loader(self, model: Any, conversions: Sequence[Any]) -> Any:
-        """Return what puts every tensor where its key says."""
+        """Return a loader that puts every tensor where its key says."""
         from emloc_diffusers.transformer import TensorsByName
 
         return TensorsByName(model)
 
     def require_rows(self, rows: "Sequence[Row]", family: "Family") -> None:
         """Refuse anything but pictures with prompts."""
-        if other := next((row for row in rows if row.form != "picture"), None):
+        if wrong := next((row for row in rows if row.form != "picture"), None):
             raise EmlocError(
-                f"{other.name} is a row of {other.form}, but models of the family {family.name} make pictures.",
+                f"{wrong.name} is a row of {wrong.form}, but models of the family {family.name} make pictures.",
                 "Give rows of `prompt` and `image`.",
                 code="mismatch",
             )
@@ -76,7 +76,7 @@ class FlowMatching:
         write_for_pipelines(adapter)
 
     def foreign_tensors(self, model: "OpenModel", loras: "Mapping[str, Lora]") -> "dict[str, torch.Tensor]":
-        """Return it as ComfyUI and kohya's scripts read it."""
+        """Return the tensors by the names that ComfyUI and kohya's scripts read."""
         from emloc_diffusers.comfyui import renamed
 
         def rows(path: str) -> int:
@@ -85,7 +85,7 @@ class FlowMatching:
         return renamed(model.family.auto_class, loras, rows)
 
     def usage(self, kind: str, class_name: str, base: str) -> str | None:
-        """Return how a pipeline takes it."""
+        """Return the code that loads it into a pipeline."""
         pipe = f'pipe = DiffusionPipeline.from_pretrained("{base}"'
         if kind in ("emulator", "checkpoint"):
             loaded = f'transformer = {class_name}.from_pretrained("DIRECTORY")'
@@ -96,7 +96,7 @@ class FlowMatching:
         return f"from diffusers import DiffusionPipeline\n\n{pipe})\n{loaded}"
 
     def check(self, settings: "StepSettings") -> None:
-        """Refuse what only text has."""
+        """Refuse settings that apply only to text."""
         if settings.learns_preferences or settings.trains_modules:
             raise EmlocError(
                 "Pictures are learned as they are, and only by a LoRA.", "Leave out preferences and modules."
@@ -111,7 +111,7 @@ class FlowMatching:
     def measure(
         self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
     ) -> dict[str, Any]:
-        """Return how many patches the largest picture has; pictures are scaled down, and not cut."""
+        """Return the number of patches of the largest picture; pictures are scaled down instead of cut."""
         from emloc_diffusers.encoding import patches
 
         side = patch_side(model)
@@ -142,7 +142,7 @@ class FlowMatching:
         settings: "StepSettings",
         arguments: "TrainingArguments",
     ) -> Datasets:
-        """Return rows, encoded."""
+        """Return the encoded rows."""
         from emloc_diffusers.training import Pictures, sizes
 
         train = Pictures(encoded(model, rows, settings.max_length), times(model), model.family.auto_class)
@@ -153,31 +153,31 @@ class FlowMatching:
         return Datasets(train, held_out, sizes(train), None)
 
     def trainer(
-        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **given: Any
+        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **options: Any
     ) -> Any:
         """Return a trainer of a new LoRA."""
         from emloc_diffusers.training import new_trainer
 
-        return new_trainer(model, settings, targets, arguments, **given)
+        return new_trainer(model, settings, targets, arguments, **options)
 
     def exact_trainer(self) -> type[Any]:
-        """Return a trainer of the same, streamed."""
+        """Return the trainer with streamed blocks."""
         from emloc_diffusers.training import StreamedFlowTrainer
 
         return StreamedFlowTrainer
 
     def exact_steps(self) -> type[Any]:
-        """Return what recomputes every unit: there is no head."""
+        """Return the class that recomputes every unit: there is no head."""
         from emloc_diffusers.training import ExactFlow
 
         return ExactFlow
 
     def vocabulary(self, config: Any) -> int:
-        """Return 0."""
+        """Return 0: there are no logits."""
         return 0
 
     def dtype(self, config_file: Path) -> str | None:
-        """Return that of the weights beside the config, or bfloat16."""
+        """Return the dtype of the weights beside the config, or bfloat16."""
         from emloc_diffusers.step import dtype_beside
 
         return dtype_beside(config_file)
@@ -201,20 +201,20 @@ class FlowMatching:
     def answers(
         self, base: str, adapter: Path, rows: "Sequence[Row]", *, max_new_tokens: int, guidance: float | None
     ) -> list[dict[str, str]]:
-        """Return what the pipeline draws, from the same noise."""
+        """Return the pipeline's pictures, from the same noise."""
         from emloc_diffusers.pictures import answers
 
         return answers(base, adapter, rows, guidance)
 
     def trial(self) -> Trial:
-        """Return what makes tiny transformers."""
+        """Return the trial of tiny transformers."""
         from emloc_diffusers.trial import FlowTrial
 
         return FlowTrial()
 
 
 def encoded(model: "OpenModel", rows: "Sequence[Row]", tokens: int | None) -> "list[Encoded]":
-    """Return rows, encoded by the pipeline of a transformer, or of an emulator's base; large pictures scaled down."""
+    """Return rows encoded by the pipeline of a transformer, or of an emulator's base; scales down large pictures."""
     from emloc_diffusers.calls import call_of
     from emloc_diffusers.encoding import Encoder
     from emloc_diffusers.pipeline import Parts, pipeline_of
@@ -237,4 +237,4 @@ def times(model: "OpenModel") -> Any:
     from emloc_diffusers.flow import Times
     from emloc_diffusers.pipeline import Parts, pipeline_of
 
-    return Times.of(call_of(model.family.auto_class), Parts(pipeline_of(model.checkpoint)).scheduler())
+    return Times.for_call(call_of(model.family.auto_class), Parts(pipeline_of(model.checkpoint)).scheduler())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _GAP = 4  # pixels between the pictures of a grid
 #: Steps of the solver.
 STEPS = 28
-#: Height and width of a picture on a page, at most, in pixels.
+#: Maximum height and width of a picture on a page, in pixels.
 _SHOWN = 256
 
 
@@ -34,7 +34,7 @@ class Drawing:
     """A pipeline that draws.
 
     Args:
-        model: its directory, or that of its transformer, or of an emulator, which draws in its place.
+        model: directory of the pipeline, of its transformer, or of an emulator that draws instead.
         adapter: a LoRA for it.
 
     Raises:
@@ -45,18 +45,18 @@ class Drawing:
         checkpoint = open_checkpoint(model)
         self.call = call_of(plugin_manager().family_for(checkpoint.config).auto_class)
         self.parts = Parts(pipeline_of(checkpoint))
-        self.pipe = self.parts.whole(self.call.pipelines, checkpoint)
+        self.pipe = self.parts.complete(self.call.pipelines, checkpoint)
         self.pipe.set_progress_bar_config(disable=True)
         if adapter:
-            Adapter(adapter)  # refuses what is none
+            Adapter(adapter)  # refuses anything else
             if not (adapter / FILE).is_file():
                 raise EmlocError(f"{adapter} has no {FILE}.", "Give an adapter that emloc wrote.", code="missing")
             with _quiet():  # it warns that there is no LoRA for the text encoders
                 self.pipe.load_lora_weights(str(adapter), weight_name=FILE)
-        self._place()
+        self._move()
 
-    def _place(self) -> None:
-        """Put the pipeline on the device, or what it computes with at a time where a GPU does not hold all of it."""
+    def _move(self) -> None:
+        """Move the pipeline to the device; part by part during computation if it does not fit on the GPU."""
         device, sizes = choose_device("auto"), [self.parts.nbytes([name]) for name in self.parts.index]
         room = free_memory() if device.type == "cuda" else sum(sizes) + 1
         if sum(sizes) < room:
@@ -75,14 +75,14 @@ class Drawing:
     def draw(
         self, prompts: Sequence[str], *, side: int, steps: int = STEPS, seed: int = 0, guidance: float | None = None
     ) -> "list[Image]":
-        """Return a picture for every prompt; the noise depends on the seed and the place in the list alone.
+        """Return a picture for every prompt; the noise depends only on the seed and the index in the list.
 
         Args:
             prompts: any number.
             side: height and width in pixels.
-            steps: of the solver.
-            seed: of the noise.
-            guidance: None: as the pipeline has it.
+            steps: steps of the solver.
+            seed: seed of the noise.
+            guidance: guidance scale; None for the pipeline's default.
         """
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
         size = {"height": side, "width": side, "num_inference_steps": steps, "generator": generators}
@@ -93,23 +93,23 @@ class Drawing:
             return list(self.pipe(**size, **options).images)
         factor = self.pipe.vae_scale_factor  # without a VAE, latents are pixels
         size |= {"height": side * factor, "width": side * factor}
-        found = self.pipe(output_type="latent", **size, **options).images
-        return [_as_image(each) for each in unpacked(found, side, side)]
+        latents = self.pipe(output_type="latent", **size, **options).images
+        return [_as_image(pixels) for pixels in unpacked(latents, side, side)]
 
 
 def answers(base: str, adapter: Path, rows: Sequence[Row], guidance: float | None) -> list[dict[str, str]]:
     """Return prompts, and pictures as URLs; see :meth:`emloc_core.objective.Objective.answers`."""
     drawings = {"before": Drawing(base), "after": Drawing(base, adapter)}
-    found = []
+    rows_answered = []
     for number, row in enumerate(rows):
         assert row.images
         picture = row.images[0].read()
         side = drawings["before"].side(picture.size)
-        told = {"prompt": str(row.prompt), "expected": _url(picture)}
+        answer = {"prompt": str(row.prompt), "expected": _url(picture)}
         for name, drawing in drawings.items():
-            told[name] = _url(drawing.draw([str(row.prompt)], side=side, seed=number, guidance=guidance)[0])
-        found.append(told)
-    return found
+            answer[name] = _url(drawing.draw([str(row.prompt)], side=side, seed=number, guidance=guidance)[0])
+        rows_answered.append(answer)
+    return rows_answered
 
 
 def _url(picture: "Image") -> str:
@@ -144,7 +144,7 @@ def grid(rows: "Mapping[str, Sequence[Image]]", columns: Sequence[str], cell: in
 
     Args:
         rows: pictures by the name of their row.
-        columns: what stands above them.
+        columns: headings above them.
         cell: height and width of each, in pixels.
     """
     from PIL import Image, ImageDraw, ImageFont

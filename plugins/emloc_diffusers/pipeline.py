@@ -1,7 +1,7 @@
 """The pipeline that a transformer belongs to: its encoders, and how times are spaced.
 
-A pipeline's directory has a ``model_index.json`` and a folder per part; the transformer is one of them. An emulator's
-pipeline is that of its base.
+A pipeline's directory has a ``model_index.json`` and a folder per part; the transformer is one of them. An emulator
+uses the pipeline of its base.
 """
 
 import inspect
@@ -32,7 +32,7 @@ def pipeline_of(checkpoint: Checkpoint) -> Path:
     """Return the directory of the pipeline that a transformer, or the base of an emulator, is part of.
 
     Raises:
-        EmlocError: it is part of none.
+        EmlocError: it is not part of a pipeline.
     """
     directory = checkpoint.directory.absolute()
     manifest = read_manifest(directory)
@@ -48,10 +48,10 @@ def pipeline_of(checkpoint: Checkpoint) -> Path:
 
 
 class Parts:
-    """The parts of a pipeline, but its transformer.
+    """The parts of a pipeline, except its transformer.
 
     Args:
-        directory: of the pipeline.
+        directory: directory of the pipeline.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,9 +61,9 @@ class Parts:
         self.class_name = str(self.index.get("_class_name"))
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a part."""
-        named = self.index.get(name)
-        return isinstance(named, list) and len(named) == 2 and named[1] is not None
+        """Return whether the pipeline has this part."""
+        entry = self.index.get(name)
+        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
     @property
     def readers(self) -> list[str]:
@@ -71,22 +71,22 @@ class Parts:
         return [name for name in _READERS if self.has(name)]
 
     def files(self, name: str) -> list[Path]:
-        """Return the files of a part that shape what it does."""
+        """Return the files of a part that affect its results."""
         return sorted(path for path in (self.directory / name).iterdir() if path.suffix in (".json", ".safetensors",
                       ".model", ".txt"))  # fmt: skip
 
     def nbytes(self, names: Sequence[str]) -> int:
-        """Return the bytes of those of some parts that are there."""
+        """Return the total bytes of these parts, without missing ones."""
         files = [file for name in names if self.has(name) for file in self.files(name)]
         return sum(file.stat().st_size for file in files)
 
     @property
     def factor(self) -> int:
-        """How many pixels a latent is wide: 1 without a VAE, as the transformer learns the pixels themselves."""
+        """The width of a latent in pixels: 1 without a VAE, since the transformer learns the pixels themselves."""
         if not self.has("vae"):
             return 1
         config = read_object(self.directory / "vae" / "config.json")
-        # Diffusers' own spelling: a VAE that encodes films, of which a picture is one of a single frame.
+        # Diffusers' spelling, in VAEs that encode films; a picture is a film of one frame.
         of_films = config.get("temperal_downsample")
         halved = len(config["block_out_channels"][1:] if of_films is None else of_films)
         return 2 ** (halved + ("batch_norm_eps" in config))  # which normalises patches of 2 x 2 latents as one
@@ -98,43 +98,43 @@ class Parts:
 
     @contextmanager
     def reading(self, classes: Sequence[str], device: torch.device) -> Iterator[Any]:
-        """Yield the pipeline with what encodes prompts alone, on a device; it is dropped at the end.
+        """Yield the pipeline with only its prompt encoders, on a device; it is dropped at the end.
 
         Args:
-            classes: one of which the pipeline is.
+            classes: the allowed classes of the pipeline.
             device: where to encode.
 
         Raises:
-            EmlocError: it is another one, or a part cannot be loaded.
+            EmlocError: the pipeline has another class, or a part cannot be loaded.
         """
-        pipe = self._made(classes, self.readers).to(device)
-        # Where there is no T5, its embeddings are zeros as wide as the transformer says.
+        pipe = self._build(classes, self.readers).to(device)
+        # Without a T5, its embeddings are zeros of the width that the transformer's config says.
         config = read_config(self.directory / "transformer" / "config.json")
         pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config))
         yield pipe
 
-    def whole(self, classes: Sequence[str], transformer: Checkpoint) -> Any:
+    def complete(self, classes: Sequence[str], transformer: Checkpoint) -> Any:
         """Return the pipeline with a transformer, all of it in the transformer's dtype.
 
         Args:
-            classes: one of which it is.
-            transformer: its own, or an emulator of that.
+            classes: the allowed classes of the pipeline.
+            transformer: its own, or an emulator of it.
 
         Raises:
-            EmlocError: it is another one, or a part cannot be loaded.
+            EmlocError: the pipeline has another class, or a part cannot be loaded.
         """
-        said = read_config(transformer.directory / "config.json").dtype
-        dtype = said or most_common_dtype(transformer.tensors.values())
+        stored = read_config(transformer.directory / "config.json").dtype
+        dtype = stored or most_common_dtype(transformer.tensors.values())
         model = load_part("diffusers", self.index["transformer"][1], transformer.directory, dtype)
-        others = [name for name in self.index if self.has(name) and name != "transformer"]
-        pipe = self._made(classes, others, transformer=model)
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module) and part is not model:  # whose scales, of an emulator, have their own
-                part.to(dtype)
+        names = [name for name in self.index if self.has(name) and name != "transformer"]
+        pipe = self._build(classes, names, transformer=model)
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module) and component is not model:  # the scales of an emulator keep their own
+                component.to(dtype)
         return pipe
 
-    def _made(self, classes: Sequence[str], names: Sequence[str], **given: Any) -> Any:
-        """Return the pipeline with parts that are given, and those of these names; the others are None."""
+    def _build(self, classes: Sequence[str], names: Sequence[str], **components: Any) -> Any:
+        """Return the pipeline with the given components, and the parts of these names; the others are None."""
         if self.class_name not in classes:
             raise EmlocError(
                 f"{self.directory} is a {self.class_name}; pictures can only be learned with {', '.join(classes)}.",
@@ -142,11 +142,17 @@ class Parts:
                 code="unsupported",
             )
         kind = getattr(library(), self.class_name)
-        taken = inspect.signature(kind.__init__).parameters
-        told = {name: value for name, value in self.index.items() if name in taken and not isinstance(value, list)}
-        parts = {**told, **given, **{name: self.load(name) for name in names if name in taken}}
-        missing = [name for name, each in taken.items() if each.default is each.empty and name not in ("self", *parts)]
-        return kind(**dict.fromkeys(missing), **parts)
+        parameters = inspect.signature(kind.__init__).parameters
+        settings = {
+            name: value for name, value in self.index.items() if name in parameters and not isinstance(value, list)
+        }
+        arguments = {**settings, **components, **{name: self.load(name) for name in names if name in parameters}}
+        missing = [
+            name
+            for name, parameter in parameters.items()
+            if parameter.default is parameter.empty and name not in ("self", *arguments)
+        ]
+        return kind(**dict.fromkeys(missing), **arguments)
 
     def scheduler(self) -> dict[str, Any]:
         """Return the config of the scheduler."""

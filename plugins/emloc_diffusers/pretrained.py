@@ -1,4 +1,4 @@
-"""The only place here where transformers and parts of pipelines are built and loaded.
+"""The only module of the plugin that builds and loads transformers and parts of pipelines.
 
 As in :mod:`emloc_core.files.pretrained`: no code of their own is run, no pickle is read, nothing is downloaded.
 """
@@ -48,11 +48,11 @@ def new_transformer(class_name: str, config: Mapping[str, Any], dtype: "torch.dt
     kind = getattr(library(), class_name, None)
     if kind is None:
         raise EmlocError(f"This version of diffusers has no {class_name}.", "pip install --upgrade diffusers")
-    taken = inspect.signature(kind.__init__).parameters  # an emulator's config has more
-    known = {name: value for name, value in config.items() if name in taken}
+    parameters = inspect.signature(kind.__init__).parameters  # an emulator's config has more
+    arguments = {name: value for name, value in config.items() if name in parameters}
     try:
         with limited("Building the model of this config", _SECONDS, _BYTES):
-            model = kind.from_config(known)
+            model = kind.from_config(arguments)
     except EmlocError:
         raise
     except Exception as error:  # sizes that do not fit each other, negative ones, ...
@@ -70,8 +70,8 @@ def new_transformer(class_name: str, config: Mapping[str, Any], dtype: "torch.dt
 
 
 def _copied(_module: nn.Module, _args: Any, output: Any) -> Any:
-    """Copy what a module without weights answers, a table of positions that it keeps: samples wait with their own."""
-    return tree_map(lambda each: each.clone() if hasattr(each, "clone") else each, output)
+    """Copy the output of a module without weights, a table that it reuses: samples that wait need their own."""
+    return tree_map(lambda leaf: leaf.clone() if hasattr(leaf, "clone") else leaf, output)
 
 
 def load_part(owner: str, class_name: str, directory: Path, dtype: "torch.dtype | None" = None) -> Any:
@@ -79,8 +79,8 @@ def load_part(owner: str, class_name: str, directory: Path, dtype: "torch.dtype 
 
     Args:
         owner, class_name: library and class, as the pipeline's index names them.
-        directory: of the part.
-        dtype: of a part of diffusers; None: fp32. Those of transformers are in the dtype that they are stored in.
+        directory: directory of the part.
+        dtype: dtype of a part of diffusers; None for fp32. Parts of transformers keep their stored dtype.
 
     Raises:
         EmlocError: neither transformers nor diffusers has the class, or the part cannot be loaded.
@@ -96,20 +96,20 @@ def load_part(owner: str, class_name: str, directory: Path, dtype: "torch.dtype 
         settings |= {"use_safetensors": True, "torch_dtype": "auto" if owner == "transformers" else dtype}
     try:
         return kind.from_pretrained(str(directory), **settings)
-    except Exception as error:  # whatever the libraries raise of a damaged file
+    except Exception as error:  # whatever the libraries raise for a damaged file
         raise EmlocError(
             f"{directory} cannot be loaded ({first_line(error)}).", "Download or copy it again.", code="damaged"
         ) from error
 
 
-def _class_of(owner: str, class_name: str, place: Path) -> Any:
+def _class_of(owner: str, class_name: str, directory: Path) -> Any:
     import transformers
 
     libraries: dict[str, Any] = {"transformers": transformers, "diffusers": library()}
     kind = getattr(libraries.get(owner), class_name, None)
     if not hasattr(kind, "from_pretrained"):
         raise EmlocError(
-            f"{place} has a {owner}.{class_name}, which neither transformers nor diffusers has.",
+            f"{directory} has a {owner}.{class_name}, which neither transformers nor diffusers has.",
             "Use a pipeline without code of its own.",
             code="refused",
         )

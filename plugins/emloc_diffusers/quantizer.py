@@ -1,4 +1,4 @@
-"""The integration of emulators into diffusers, as :mod:`emloc_core.standins.quantizer` is that into transformers.
+"""Integrates emulators into diffusers, as :mod:`emloc_core.standins.quantizer` does into transformers.
 
 After its import, ``from_pretrained`` of a transformer loads an emulator, which a pipeline takes like any other
 (``FluxPipeline.from_pretrained(base, transformer=emulator)``).
@@ -33,7 +33,7 @@ class Quantizer(DiffusersQuantizer):
         _tell_shapes()
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
-        """Refuse an emulator that lacks a part of a stand-in; other weights are up to diffusers.
+        """Refuse an emulator that lacks a part of a stand-in; diffusers checks other weights.
 
         Raises:
             EmlocError: names the part.
@@ -49,7 +49,7 @@ class Quantizer(DiffusersQuantizer):
     def create_quantized_param(
         self, model: Any, _: torch.Tensor, name: str, device: Any, state_dict: Any, *__: Any, **___: Any
     ) -> None:
-        """Load a part as it is in the file: a range of scales would lose digits in the dtype of the model."""
+        """Load a part in its stored dtype: scales would lose digits in the dtype of the model."""
         set_module_tensor_to_device(model, name, device, state_dict[name])
 
     def _dequantize(self, model: Any) -> Any:
@@ -77,9 +77,9 @@ def _is_part(model: Any, name: str) -> bool:
 def _tell_shapes() -> None:
     """Tell pipelines of FLUX.1 the shapes of stand-ins.
 
-    They take what is stored for the weight, and one that is smaller than a LoRA's they fill up with zeros.
+    They would take the stored tensor for the weight, and pad it with zeros if a LoRA's shape is larger.
     """
-    # Not above: this module is imported while that one is, as it imports diffusers' quantizers.
+    # Imported here: that module imports diffusers' quantizers, and with them this module.
     from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 
     usual = FluxLoraLoaderMixin._calculate_module_shape
@@ -87,8 +87,8 @@ def _tell_shapes() -> None:
     def shape(model: Any, base_module: Any = None, base_weight_param_name: str | None = None) -> Sequence[int]:
         path = (base_weight_param_name or "").removesuffix(".weight")
         module = base_module or model.get_submodule(path)
-        found: Sequence[int] = usual(model, module)
-        return module.shape if isinstance(module, StandInLinear) else found
+        stored: Sequence[int] = usual(model, module)
+        return module.shape if isinstance(module, StandInLinear) else stored
 
     FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)
 

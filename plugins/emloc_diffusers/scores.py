@@ -1,4 +1,4 @@
-"""What a system is worth on held-out pictures: its loss on them, and how like them are those that it draws."""
+"""Scores of a system on held-out pictures: its loss on them, and how similar its own pictures are."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +23,12 @@ class Losses:
     """The loss of a model, with and without adapters, on held-out rows, with the same noise for all.
 
     Args:
-        model: its directory, or its pipeline's. It is streamed, so that it need not fit in memory.
+        model: its directory, or its pipeline's. It is streamed, so it need not fit in memory.
         rows: the rows.
-        side: height and width in pixels, to which the pictures are scaled down.
+        side: height and width in pixels that the pictures are scaled down to.
 
     Raises:
-        EmlocError: the rows are no pictures with prompts.
+        EmlocError: the rows are not pictures with prompts.
     """
 
     def __init__(self, model: str, rows: Sequence[Row], side: int) -> None:
@@ -37,11 +37,11 @@ class Losses:
         patches = max(1, side // patch_side(self.model)) ** 2  # of a square
         self.samples = self.model.samples(rows, patches, "evaluation")
 
-    def of(self, adapter: Path | None) -> float:
+    def mean(self, adapter: Path | None) -> float:
         """Return the mean loss of a picture.
 
         Raises:
-            EmlocError: the adapter is none, or was not made for such a model.
+            EmlocError: the directory is not an adapter, or not for such a model.
         """
         loras = Adapter(adapter).loras if adapter else {}
         total = summed_loss(self.model.skeleton, self.samples, loras)
@@ -49,10 +49,10 @@ class Losses:
 
 
 class Judge:
-    """A CLIP or a DINO, which tells how like pictures are, as DreamBooth does (Ruiz et al., 2023, arXiv 2208.12242).
+    """A CLIP or DINO that scores how similar pictures are, as in DreamBooth (Ruiz et al., 2023, arXiv 2208.12242).
 
     Args:
-        directory: of the model, with its image processor.
+        directory: directory of the model, with its image processor.
 
     Raises:
         EmlocError: the model gives no features of pictures, or cannot be loaded.
@@ -70,14 +70,14 @@ class Judge:
 
     @torch.no_grad()
     def features(self, pictures: "Sequence[Image]") -> torch.Tensor:
-        """Return what it sees in pictures, (N, d), each of length 1: CLIP's image embeddings, or DINO's first token."""
-        given = self._processor([each.convert("RGB") for each in pictures], return_tensors="pt")
-        pixels = given["pixel_values"].to(self._model.dtype)
+        """Return features of pictures, (N, d), each of length 1: CLIP's image embeddings, or DINO's first token."""
+        inputs = self._processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self._model.dtype)
         if hasattr(self._model, "get_image_features"):
-            found = self._model.get_image_features(pixel_values=pixels).pooler_output
+            features = self._model.get_image_features(pixel_values=pixels).pooler_output
         else:
-            found = self._model(pixel_values=pixels).last_hidden_state[:, 0]
-        return functional.normalize(found.float(), dim=-1)
+            features = self._model(pixel_values=pixels).last_hidden_state[:, 0]
+        return functional.normalize(features.float(), dim=-1)
 
     def similarity(self, pictures: "Sequence[Image]", references: "Sequence[Image]") -> float:
         """Return the mean cosine similarity of every picture to every reference, -1 to 1."""

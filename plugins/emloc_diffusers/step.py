@@ -1,4 +1,4 @@
-"""Pictures and prompts as plans know them: see :class:`emloc_core.objective.Step`."""
+"""Pictures and prompts in a plan: see :class:`emloc_core.objective.Step`."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +24,16 @@ from emloc_diffusers.encoding import patches
 from emloc_diffusers.flow import DRAWS, forward, squared_error
 from emloc_diffusers.pipeline import INDEX, Parts
 
-#: Rows where a plan is not given any: who personalises a model has five to thirty pictures.
+#: Rows of a plan without data: personalising a model takes five to thirty pictures.
 _ROWS = 32
-#: Pixels of a patch's side, and tokens of a prompt, where there is no pipeline to ask: those of all known here.
+#: Pixels of a patch's side, and tokens of a prompt, without a pipeline to ask: the same for all known ones.
 PATCH, TOKENS = 16, 512
-#: Parameters of the largest VAE of these pipelines, Qwen-Image's; those of the others have 84 million.
+#: Parameters of the largest VAE of these pipelines, Qwen-Image's; the others have 84 million.
 VAE = 127_000_000
 
 
 class FlowStep:
-    """A picture of so many patches, and a prompt.
+    """A picture of some patches, and a prompt.
 
     Args:
         memory: the plan; the length of its workload is the patches of a picture.
@@ -49,25 +49,25 @@ class FlowStep:
         self.row = RowSize(patches + TOKENS, patches + TOKENS)
 
     def positions(self, path: str) -> int:
-        """Return how many vectors a module is given of every row: patches, tokens, both, or one for the time."""
+        """Return the number of vectors per row that a module reads: patches, tokens, both, or one for the time."""
         return self._positions.get(path, self.row.tokens)
 
     @cached_property
     def _positions(self) -> Mapping[str, int]:
-        """Those of every Linear."""
-        work, kept = f"positions of {self.row.tokens}", planned_model(self._memory.config_file).traces
-        if work not in kept.values:
-            kept.add({work: self._followed()})
-        return kept.values[work]
+        """The positions of every Linear."""
+        work, cache = f"positions of {self.row.tokens}", planned_model(self._memory.config_file).traces
+        if work not in cache.values:
+            cache.add({work: self._followed()})
+        return cache.values[work]
 
     def _followed(self) -> Mapping[str, int]:
-        """Follow a forward of one row that has no contents."""
+        """Return the positions from a forward pass of one row without contents."""
         model: Any = copy.deepcopy(planned_model(self._memory.config_file).model)
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
 
         def follow(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-                found[path] = given[0].numel() // given[0].shape[-1]
+            def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                counts[path] = args[0].numel() // args[0].shape[-1]
 
             return hook
 
@@ -77,7 +77,7 @@ class FlowStep:
         with fake({}) as mode, torch.no_grad():
             without_contents(model, mode)
             self._passed(model, 1)
-        return found
+        return counts
 
     def waiting(self, purpose: Purpose, rows: int) -> int:
         """Return the bytes of the rows' draws: patches and prompts, as wide as the blocks."""
@@ -85,13 +85,13 @@ class FlowStep:
         width = max(
             linears_in(memory.model.get_submodule(path).get_submodule("0"))[0].in_features for path in memory.towers
         )
-        there = memory.workload.rows or _ROWS
-        return min(rows, there) * DRAWS[purpose] * self.row.tokens * width * memory.dtype.itemsize
+        available = memory.workload.rows or _ROWS
+        return min(rows, available) * DRAWS[purpose] * self.row.tokens * width * memory.dtype.itemsize
 
     def before(self) -> Sequence[Need]:
-        """Return what encoding takes: all that reads prompts at once, or the VAE."""
-        read, drawn = encoder_bytes(self._memory.config_file, self._call, vars(self._memory.config))
-        terms = {"weights": max(read, drawn), "overhead": overhead(self._memory.workload.device, tuning=False)}
+        """Return the memory of encoding: all prompt encoders at once, or the VAE."""
+        readers, vae = encoder_bytes(self._memory.config_file, self._call, vars(self._memory.config))
+        terms = {"weights": max(readers, vae), "overhead": overhead(self._memory.workload.device, tuning=False)}
         return [Need("encode the rows", terms, "text encoders, before; on the CPU if a GPU has no room")]
 
     def tracing(self, model: Any) -> AbstractContextManager[Any]:  # noqa: ARG002 - every model alike
@@ -103,23 +103,23 @@ class FlowStep:
         return ()
 
     def prepare(self, lora: Any, *, checkpointing: bool) -> None:
-        """Recompute blocks as diffusers does it."""
+        """Recompute blocks as diffusers does."""
         if checkpointing:
             lora.get_base_model().enable_gradient_checkpointing()
 
     def loss(self, lora: Any) -> tuple[torch.Tensor, Any]:
-        """Return the error of the velocity, with inputs."""
-        given = self._given(lora, self._memory.workload.batch_size)
-        return squared_error(lora, self._call, **given, weight=torch.ones(len(given["sigma"]))).mean(), given
+        """Return the error of the velocity, and the inputs."""
+        inputs = self._inputs(lora, self._memory.workload.batch_size)
+        return squared_error(lora, self._call, **inputs, weight=torch.ones(len(inputs["sigma"]))).mean(), inputs
 
     def predict(self, model: Any, enter: Callable[[torch.Tensor, str], None]) -> None:  # noqa: ARG002 - nothing is kept
         """Take one step of a solver."""
         self._passed(model, self._memory.workload.batch_size)
 
     def _passed(self, model: Any, rows: int) -> Any:
-        return forward(model, self._call, **self._given(model, rows))
+        return forward(model, self._call, **self._inputs(model, rows))
 
-    def _given(self, model: Any, rows: int) -> dict[str, Any]:
+    def _inputs(self, model: Any, rows: int) -> dict[str, Any]:
         patches, side = self._memory.workload.length, self._call.patch
         height = isqrt(patches)
         shape = (rows, self._call.channels(model.config), height * side, -(-patches // height) * side)
@@ -132,42 +132,42 @@ class FlowStep:
 
 
 def encoder_bytes(config_file: Path, call: Call, config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the bytes of all that reads prompts, and of the VAE: of the pipeline that is there, or as published.
+    """Return the bytes of all prompt encoders, and of the VAE: of the pipeline if it is there, or as published.
 
     Args:
-        config_file: the transformer's.
+        config_file: the transformer's config.
         call: how it is called.
-        config: what that file says, and the defaults of the class.
+        config: the content of that file, with the defaults of the class.
     """
-    place = config_file.absolute().parent.parent
-    if not (place / INDEX).is_file():
+    directory = config_file.absolute().parent.parent
+    if not (directory / INDEX).is_file():
         return 2 * call.readers(config), 2 * VAE
-    parts = Parts(place)
-    return parts.nbytes(parts.readers), parts.nbytes(["vae"])
+    pipeline = Parts(directory)
+    return pipeline.nbytes(pipeline.readers), pipeline.nbytes(["vae"])
 
 
 def most_patches(config_file: Path, call: Call, rows: Sequence[Row], most: int | None) -> int:
     """Return the patches of the largest picture, scaled down as it is for training.
 
     Args:
-        config_file: the transformer's, in its pipeline or alone.
+        config_file: the transformer's config, in its pipeline or alone.
         call: how it is called.
         rows: pictures.
-        most: patches of a picture, at most.
+        most: maximum patches of a picture.
 
     Raises:
         EmlocError: a picture cannot be read, or is smaller than a patch.
     """
-    place = config_file.absolute().parent.parent
-    side = Parts(place).factor * call.patch if (place / INDEX).is_file() else PATCH
+    directory = config_file.absolute().parent.parent
+    side = Parts(directory).factor * call.patch if (directory / INDEX).is_file() else PATCH
     return max((patches(row, side, most) for row in rows), default=0)
 
 
 def dtype_beside(config_file: Path) -> str:
-    """Return the dtype of the weights beside a config; bfloat16, in which they are published, without any."""
-    place = config_file.parent
-    if not any(place.glob("*.safetensors")):
+    """Return the dtype of the weights beside a config; without any, bfloat16, in which they are published."""
+    directory = config_file.parent
+    if not any(directory.glob("*.safetensors")):
         return "bfloat16"
     from emloc_core.model.skeleton import most_common_dtype
 
-    return str(most_common_dtype(Checkpoint(place).tensors.values())).removeprefix("torch.")
+    return str(most_common_dtype(Checkpoint(directory).tensors.values())).removeprefix("torch.")

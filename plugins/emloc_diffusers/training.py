@@ -25,12 +25,12 @@ from emloc_diffusers.calls import call_of
 from emloc_diffusers.encoding import Encoded
 from emloc_diffusers.flow import Drawn, Times, squared_error
 
-#: In a batch: its groups of pictures of one shape.
+#: The key of a batch's groups of pictures of one shape.
 GROUPS = "groups"
 
 
 class StreamedArguments(TrainingArguments):
-    """Transformers' arguments, for a model that stays where it is: its weights are read when they are needed."""
+    """Transformers' arguments for a model that is not moved: its weights are read when they are needed."""
 
     place_model_on_device = False
 
@@ -41,18 +41,18 @@ def arguments(settings: StepSettings, checkpoints: Path, *, exact: bool, **fixed
     fields |= {"use_cpu": not torch.accelerator.is_available(), "remove_unused_columns": False, **fixed}
     for name in ("max_length", "activation_checkpointing"):  # of text, and by diffusers' own means
         fields.pop(name, None)
-    found = (StreamedArguments if exact else TrainingArguments)(label_names=[GROUPS], **fields)
-    use_one_gpu(found)
-    return found
+    options = (StreamedArguments if exact else TrainingArguments)(label_names=[GROUPS], **fields)
+    use_one_gpu(options)
+    return options
 
 
 class Pictures(Dataset[Encoded | Drawn]):
-    """Rows to learn from, or draws of rows that are evaluated, for which noise and times stay the same.
+    """Rows to learn from, or draws of rows to evaluate, whose noise and times stay the same.
 
     Args:
         rows: the rows, or draws.
         times: how the times of rows are drawn.
-        class_name: of the transformer.
+        class_name: class of the transformer.
     """
 
     def __init__(self, rows: Sequence[Encoded] | Sequence[Drawn], times: Times, class_name: str) -> None:
@@ -68,8 +68,8 @@ class Pictures(Dataset[Encoded | Drawn]):
         """Return a batch: groups of rows of one shape, each with noise and times.
 
         Args:
-            rows: of the batch.
-            process: that they are drawn for. The global state of all is the same.
+            rows: rows of the batch.
+            process: index of the process; the global state is the same in all.
         """
         together: dict[Any, list[Drawn]] = {}
         for row in rows:
@@ -81,30 +81,32 @@ class Pictures(Dataset[Encoded | Drawn]):
         """Draw noise and a time, by a seed from the global state."""
         numbers = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + process)
         time, seed = torch.rand(1, generator=numbers), torch.randint(2**63 - 1, (), generator=numbers)
-        return Drawn(row, self.call, float(self.times.at(time)), int(seed))
+        return Drawn(row, self.call, float(self.times.shares(time)), int(seed))
 
 
 def _batch(group: Sequence[Drawn]) -> dict[str, Any]:
-    inputs = [each.inputs("cpu") for each in group]
-    found = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
-    drawn = {name: found.pop(name) for name in ("latents", "noise", "sigma")}
-    return {**drawn, "prompt": found, "weight": torch.tensor([each.encoded.weight for each in group])}
+    inputs = [sample.inputs("cpu") for sample in group]
+    tensors = {name: torch.cat([sample[name] for sample in inputs]) for name in inputs[0]}
+    drawn = {name: tensors.pop(name) for name in ("latents", "noise", "sigma")}
+    return {**drawn, "prompt": tensors, "weight": torch.tensor([sample.encoded.weight for sample in group])}
 
 
 def sizes(pictures: Pictures) -> list[RowSize]:
-    """Return the positions of every row: those of its picture, and of the longest sequence of its prompt."""
-    found = []
+    """Return the size of every row: the patches of its picture, plus the longest sequence of its prompt."""
+    rows = []
     for row in pictures.rows:
         encoded = row.encoded if isinstance(row, Drawn) else row
         _, height, width = encoded.latents.shape
-        sequences = [len(each) for each in encoded.prompt.values() if each.ndim > 1]  # and not what is pooled
+        sequences = [
+            len(tensor) for tensor in encoded.prompt.values() if tensor.ndim > 1
+        ]  # pooled prompts have no sequence
         tokens = height * width // pictures.call.patch**2 + max(sequences)
-        found.append(RowSize(tokens, tokens))
-    return found
+        rows.append(RowSize(tokens, tokens))
+    return rows
 
 
 class FlowTrainer(LoraSteps):
-    """Transformers' trainer for a LoRA, of the velocity."""
+    """Transformers' trainer for a LoRA that learns the velocity."""
 
     def __init__(self, model: Any, **options: Any) -> None:
         pictures: Pictures = options["train_dataset"]
@@ -123,28 +125,28 @@ class FlowTrainer(LoraSteps):
         """Return the mean loss of a batch's pictures."""
         collated: Any = self.collate(inputs[GROUPS], self.accelerator.process_index)
         groups = self._prepare_inputs(collated)[GROUPS]
-        # Several processes average gradients where the model that wraps theirs is called: once, as all of them do.
+        # Several processes average gradients where the wrapped model is called, so each must call it exactly once.
         called = chain([model], repeat(self.accelerator.unwrap_model(model)))
         loss = torch.cat([squared_error(next(called), self.call, **group) for group in groups]).mean()
         return (loss, {}) if return_outputs else loss
 
 
 def _together(rows: Sequence[Encoded | Drawn]) -> dict[str, Sequence[Encoded | Drawn]]:
-    """Return rows as they are: loaders are a batch ahead of the step, and of the state that a checkpoint keeps."""
+    """Return rows unchanged: loaders are a batch ahead of the step, and of the random state in a checkpoint."""
     return {GROUPS: rows}
 
 
 class StreamedFlowTrainer(Streamed, FlowTrainer):
-    """The same, by exact steps."""
+    """The same trainer, by exact steps."""
 
-    def attach(self, *given: Any) -> None:
+    def attach(self, *arguments: Any) -> None:
         """Let the steps draw noise themselves; see :meth:`emloc_core.tuning.exact.Streamed.attach`."""
         self.data_collator = self.collate
-        super().attach(*given)
+        super().attach(*arguments)
 
 
 class ExactFlow(ExactSteps):
-    """Exact steps of the velocity: there is no head, so that every unit is recomputed."""
+    """Exact steps on the velocity: there is no head, so every unit is recomputed."""
 
     def head_units(self, paths: Sequence[str]) -> list[str]:  # noqa: ARG002
         """Return none."""
@@ -170,7 +172,7 @@ class ExactFlow(ExactSteps):
 
 
 def new_trainer(
-    model: OpenModel, settings: StepSettings, targets: Sequence[str], arguments: TrainingArguments, **given: Any
+    model: OpenModel, settings: StepSettings, targets: Sequence[str], arguments: TrainingArguments, **options: Any
 ) -> FlowTrainer:
     """Return the trainer of a new LoRA; see :meth:`emloc_core.objective.Objective.trainer`."""
     assert isinstance(settings, TrainSettings)
@@ -182,4 +184,4 @@ def new_trainer(
     set_seed(arguments.seed)
     with refusing(SETTINGS):
         lora = get_peft_model(transformer, lora_config(settings, list(targets), None))
-        return FlowTrainer(lora, args=arguments, **given)
+        return FlowTrainer(lora, args=arguments, **options)

@@ -1,4 +1,4 @@
-"""Transformers of diffusers without weights, and the tensors of their checkpoints, whose keys are names of modules."""
+"""Diffusers' transformers without weights, and the tensors of their checkpoints, whose keys are module names."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ class Config(dict[str, Any]):
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that an emulator's config has; other configs have none."""
-        named = self.get("_dtype")
-        found = getattr(torch, named, None) if isinstance(named, str) else None
-        return found if isinstance(found, torch.dtype) else None
+        name = self.get("_dtype")
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     @property
     def model_type(self) -> str:
@@ -52,21 +52,21 @@ class TensorsByName:
 
         Args:
             tensors: slices of safetensors, by key.
-            device: where to.
+            device: the target device.
 
         Returns:
-            Nothing, and the names of those whose shape, given next, is not the model's, given last.
+            An empty mapping, and (name, shape, the model's shape) of tensors whose shape differs.
         """
         mismatched = []
         for name, piece in tensors.items():
             owner, _, attribute = name.rpartition(".")
             module = self._model.get_submodule(owner)
             before = getattr(module, attribute)
-            found = piece[...]
-            if found.shape != before.shape:
-                mismatched.append((name, found.shape, before.shape))
+            tensor = piece[...]
+            if tensor.shape != before.shape:
+                mismatched.append((name, tensor.shape, before.shape))
                 continue
-            found = found.to(device, before.dtype)
+            tensor = tensor.to(device, before.dtype)
             is_parameter = isinstance(before, nn.Parameter)
-            setattr(module, attribute, nn.Parameter(found, requires_grad=False) if is_parameter else found)
+            setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         return {}, mismatched

@@ -1,4 +1,4 @@
-"""Tiny transformers, and pictures and prompts that are made up for them."""
+"""Tiny transformers, with made-up pictures and prompts."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -17,7 +17,7 @@ from emloc_diffusers.flow import Drawn, Times, draws, forward
 from emloc_diffusers.pretrained import library, load_part
 from emloc_diffusers.transformer import Config
 
-#: Height and width of pictures, in latents: two shapes, since positions depend on them.
+#: Height and width of pictures, in latents: two shapes, because positions depend on them.
 _SHAPES = ((8, 8), (4, 8))
 #: Draws of each.
 _DRAWS = 2
@@ -34,8 +34,8 @@ class FlowTrial:
         """Return diffusers' config."""
         if "model_type" not in settings:
             raise EmlocError("A tiny config has no model_type.", "Declare the class in diffusers.")
-        others = {name: value for name, value in settings.items() if name != "model_type"}
-        return Config({"_class_name": settings["model_type"], **others})
+        fields = {name: value for name, value in settings.items() if name != "model_type"}
+        return Config({"_class_name": settings["model_type"], **fields})
 
     def samples(self, family: Family, config: Mapping[str, Any]) -> list[Drawn]:
         """Return draws of made-up pictures and prompts."""
@@ -49,7 +49,7 @@ class FlowTrial:
         return draws(rows, call, Times(call.density), _DRAWS, "trial")
 
     def rows(self, samples: Sequence[Any]) -> list[Row]:
-        """Return a picture for each, which stands for it."""
+        """Return a row with a placeholder picture for each sample."""
         from PIL import Image
 
         content = BytesIO()
@@ -58,13 +58,13 @@ class FlowTrial:
         return [Row(index + 1, prompt=f"picture {index}", images=(picture,)) for index in range(len(samples))]
 
     def save(self, model: Any, _config: Any, directory: Path) -> None:
-        """Write it alone: what is made up is encoded already."""
+        """Write only the model: the samples are encoded already."""
         model.save_pretrained(directory)
 
     def load(self, family: Family, directory: Path) -> Any:
         """Return the model or emulator in memory."""
         model = load_part("diffusers", family.auto_class, directory)
-        model.name_or_path = str(directory)  # as PEFT notes it in a LoRA
+        model.name_or_path = str(directory)  # PEFT records it in a LoRA
         return model
 
     def unpacked(self, model: Any) -> Any:
@@ -73,8 +73,8 @@ class FlowTrial:
 
     def loss(self, model: Any, sample: Drawn) -> torch.Tensor:
         """Return the mean squared error of the velocity."""
-        given: dict[str, Any] = sample.inputs("cpu")
-        drawn = {name: given.pop(name) for name in ("latents", "noise", "sigma")}
-        output = forward(model, sample.call, **drawn, prompt=given)
+        inputs: dict[str, Any] = sample.inputs("cpu")
+        drawn = {name: inputs.pop(name) for name in ("latents", "noise", "sigma")}
+        output = forward(model, sample.call, **drawn, prompt=inputs)
         target = sample.call.target(drawn["noise"] - drawn["latents"])
         return (sample.call.answer(output).float() - target).square().mean()

@@ -1,4 +1,4 @@
-"""The Gemma families: Gemma 3's text models, and these behind a vision tower (SigLIP)."""
+"""The Gemma families: Gemma 3's text models, alone and with a vision tower (SigLIP)."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from emloc_llama import LLAMA
 from emloc_core.family import TINY, Family, Tower
 from emloc_core.hookspecs import hookimpl
 
-#: Most layers see a window alone.
+#: Most layers attend only within a window.
 _TEXT = {**TINY, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
 
 GEMMA = replace(

@@ -9,12 +9,12 @@ from emloc_core.files.documents import read_object
 from emloc_internvl.internlm2 import tokenizer_files
 from emloc_internvl.tokens import require_token
 
-#: ImageNet's, which the source's own code normalises images with, whatever its preprocessor_config.json says.
+#: ImageNet's statistics, with which the source's code normalises images, whatever its preprocessor_config.json says.
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _BICUBIC = 3
 
 
-#: What the source's conversation templates, all of them ChatML, write after every message.
+#: What the source's conversation templates, all ChatML, write after every message.
 TEMPLATES = {"internvl2_5": "<|im_end|>\n", "internlm2-chat": "<|im_end|>", "Hermes-2": "<|im_end|>"}
 #: The processor finds its tokens under these names.
 _NAMED_TOKENS = {
@@ -30,7 +30,7 @@ def native_files(chat: Mapping[str, Any], directory: Path) -> dict[str, dict[str
 
     Args:
         chat: the source's config, defaults filled in.
-        directory: of the source.
+        directory: directory of the source.
 
     Raises:
         EmlocError: the tokenizer's files are missing or lack a token.
@@ -39,8 +39,8 @@ def native_files(chat: Mapping[str, Any], directory: Path) -> dict[str, dict[str
         require_token(directory, token)
     is_internlm2 = chat["llm_config"]["model_type"] == "internlm2"
     files = tokenizer_files(directory) if is_internlm2 else {}
-    found = files.get("tokenizer_config.json")
-    settings = found if isinstance(found, dict) else read_object(directory / "tokenizer_config.json")
+    converted = files.get("tokenizer_config.json")
+    settings = converted if isinstance(converted, dict) else read_object(directory / "tokenizer_config.json")
     begins = settings.get("add_bos_token", is_internlm2)
     generation = directory / "generation_config.json"
     return {
@@ -57,10 +57,10 @@ def native_files(chat: Mapping[str, Any], directory: Path) -> dict[str, dict[str
 
 
 def _tokenizer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in settings.items() if name not in ("auto_map", "chat_template")}
-    if isinstance(others := kept.get("extra_special_tokens"), list):
-        kept["additional_special_tokens"] = others
-    return {**kept, "extra_special_tokens": _NAMED_TOKENS, "processor_class": "InternVLProcessor"}
+    config = {name: value for name, value in settings.items() if name not in ("auto_map", "chat_template")}
+    if isinstance(tokens := config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = tokens
+    return {**config, "extra_special_tokens": _NAMED_TOKENS, "processor_class": "InternVLProcessor"}
 
 
 def _processor_config(chat: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _processor_config(chat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokens_a_tile(chat: Mapping[str, Any]) -> int:
-    """Return how many tokens the language model sees of a tile of an image."""
+    """Return how many tokens of the language model an image's tile becomes."""
     vision = chat["vision_config"]
     return round((vision["image_size"] // vision["patch_size"] * chat["downsample_ratio"]) ** 2)
 
@@ -101,9 +101,9 @@ def chat_template(end: str, system_message: str | None, *, begins: bool) -> str:
     """Return the Jinja template of the conversations that the model was tuned on.
 
     Args:
-        end: what follows every message.
+        end: text after every message.
         system_message: for conversations without one. None writes none, as the published native checkpoints do.
-        begins: start with the token for the beginning, as the tokenizer does.
+        begins: start with the BOS token, as the tokenizer does.
     """
     system, ends = (
         json.dumps(text, ensure_ascii=False) for text in (f"<|im_start|>system\n{system_message}{end}", end)

@@ -1,7 +1,7 @@
-"""The layout that InternVL is published in (``internvl_chat``), with code of its own that is never run.
+"""The layout that InternVL is published in (``internvl_chat``), with its own code, which is never run.
 
 Its vision tower is an InternViT with queries, keys and values in one weight; the language model, a Qwen2, Qwen3, Llama
-or InternLM2, stands under ``language_model``; ``mlp1`` is the projector.
+or InternLM2, is under ``language_model``; ``mlp1`` is the projector.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-#: What the source's own config classes take where a field lacks.
+#: Defaults of the source's config classes.
 CHAT_DEFAULTS: dict[str, Any] = {
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
@@ -61,7 +61,7 @@ _WHOLE_NUMBERS = (
     "max_dynamic_patch",
     *(f"vision_config.{name}" for name, value in VISION_DEFAULTS.items() if type(value) is int),
 )
-#: Language models whose tensors have the native names already; InternLM2 has rules of its own.
+#: Language models whose tensors have the native names already; InternLM2 has its own rules.
 _NATIVE_TEXT = ("qwen2", "qwen3", "llama")
 _NATIVE_NORM_EPS = 1e-6  # of the native query and key norms, whatever the config says
 
@@ -72,12 +72,12 @@ def read_config(config: Config) -> dict[str, Any]:
     Raises:
         EmlocError: a part is missing, or fields have values that the native model cannot have; names all of them.
     """
-    for part in ("vision_config", "llm_config"):
-        if not isinstance(config.get(part), Mapping):
-            raise EmlocError(f"The config of this 'internvl_chat' has no {part}.", "Copy config.json again.")
+    for section in ("vision_config", "llm_config"):
+        if not isinstance(config.get(section), Mapping):
+            raise EmlocError(f"The config of this 'internvl_chat' has no {section}.", "Copy config.json again.")
     chat = {**CHAT_DEFAULTS, **config, "vision_config": {**VISION_DEFAULTS, **config["vision_config"]}}
-    found = list(_malformed(chat)) or _unsupported(chat)
-    if wrong := [f"{field} is {value!r} ({reason})" for field, value, reason in found]:
+    problems = list(_malformed(chat)) or _unsupported(chat)
+    if wrong := [f"{field} is {value!r} ({reason})" for field, value, reason in problems]:
         raise EmlocError(
             f"The native InternVL cannot be given this config: {'; '.join(wrong)}.",
             "Only a checkpoint without these can be imported.",
@@ -86,10 +86,10 @@ def read_config(config: Config) -> dict[str, Any]:
 
 
 def _malformed(chat: Config) -> Iterable[tuple[str, Any, str]]:
-    """Yield (field, value, reason) of what is of another type than the field."""
+    """Yield (field, value, reason) for values of the wrong type."""
     for field in _WHOLE_NUMBERS:
-        part, _, name = field.rpartition(".")
-        value = (chat[part] if part else chat)[name]
+        section, _, name = field.rpartition(".")
+        value = (chat[section] if section else chat)[name]
         if type(value) is not int or value < 1:
             yield field, value, "not a whole number of at least 1"
     if type(chat["downsample_ratio"]) not in (int, float):
@@ -99,7 +99,7 @@ def _malformed(chat: Config) -> Iterable[tuple[str, Any, str]]:
 
 
 def _unsupported(chat: Config) -> Iterable[tuple[str, Any, str]]:
-    """Yield (field, value, reason) of what the native model cannot do."""
+    """Yield (field, value, reason) for what the native model cannot do."""
     vision, text = chat["vision_config"], chat["llm_config"]
     for field in ("use_backbone_lora", "use_llm_lora"):
         if chat[field]:
@@ -123,9 +123,9 @@ def _unsupported(chat: Config) -> Iterable[tuple[str, Any, str]]:
         yield "vision_config.norm_type", vision["norm_type"], "known: layer_norm, rms_norm"
     if vision["qk_normalization"] and vision["layer_norm_eps"] != _NATIVE_NORM_EPS:
         yield "vision_config.layer_norm_eps", vision["layer_norm_eps"], "native query and key norms have 1e-6"
-    known = (*_NATIVE_TEXT, "internlm2")
-    if text.get("model_type") not in known:
-        yield "llm_config.model_type", text.get("model_type"), f"known: {', '.join(known)}"
+    types = (*_NATIVE_TEXT, "internlm2")
+    if text.get("model_type") not in types:
+        yield "llm_config.model_type", text.get("model_type"), f"known: {', '.join(types)}"
 
 
 def native_config(config: Config, directory: Path) -> dict[str, Any]:
@@ -165,16 +165,16 @@ def native_config(config: Config, directory: Path) -> dict[str, Any]:
 
 
 def text_config(config: Config) -> dict[str, Any]:
-    """Return the native config of the language model: the fields that its class has, no settings of ``generate``."""
+    """Return the native config of the language model: the fields of its class, without settings of ``generate``."""
     if config["model_type"] == "internlm2":
         return internlm2.llama_config(config)
     from transformers import AutoConfig, PreTrainedConfig
 
     fields = AutoConfig.for_model(config["model_type"]).to_dict().keys() - PreTrainedConfig().to_dict().keys()
-    kept = {name: config[name] for name in sorted(fields | {"rope_theta", "rope_scaling"}) if name in config}
-    kept = {name: value for name, value in kept.items() if value is not None}
+    fields_set = {name: config[name] for name in sorted(fields | {"rope_theta", "rope_scaling"}) if name in config}
+    fields_set = {name: value for name, value in fields_set.items() if value is not None}
     # Training writes use_cache false into the config.
-    return {"model_type": config["model_type"], "tie_word_embeddings": False, **kept, "use_cache": True}
+    return {"model_type": config["model_type"], "tie_word_embeddings": False, **fields_set, "use_cache": True}
 
 
 def split_qkv(qkv: "torch.Tensor", _config: Config) -> "Iterable[torch.Tensor]":
@@ -182,18 +182,18 @@ def split_qkv(qkv: "torch.Tensor", _config: Config) -> "Iterable[torch.Tensor]":
     return qkv.unflatten(0, (3, -1)).unbind()
 
 
-_layer, _at = r"vision_model\.encoder\.layers\.(\d+)\.", r"model.vision_tower.encoder.layer.\1."
+_layer, _native_layer = r"vision_model\.encoder\.layers\.(\d+)\.", r"model.vision_tower.encoder.layer.\1."
 _embeddings, _embed = r"vision_model\.embeddings\.", "model.vision_tower.embeddings."
 _VISION = [
     (rf"{_embeddings}class_embedding", f"{_embed}cls_token"),
     (rf"{_embeddings}position_embedding", f"{_embed}position_embeddings"),
     (rf"{_embeddings}patch_embedding\.(weight|bias)", rf"{_embed}patch_embeddings.projection.\1"),
-    (rf"{_layer}norm1\.(weight|bias)", rf"{_at}layernorm_before.\2"),
-    (rf"{_layer}norm2\.(weight|bias)", rf"{_at}layernorm_after.\2"),
-    (rf"{_layer}ls([12])", rf"{_at}lambda_\2"),
-    (rf"{_layer}attn\.([qk])_norm\.weight", rf"{_at}attention.\2_norm.weight"),
-    (rf"{_layer}attn\.proj\.(weight|bias)", rf"{_at}attention.projection_layer.\2"),
-    (rf"{_layer}mlp\.fc([12])\.(weight|bias)", rf"{_at}mlp.fc\2.\3"),
+    (rf"{_layer}norm1\.(weight|bias)", rf"{_native_layer}layernorm_before.\2"),
+    (rf"{_layer}norm2\.(weight|bias)", rf"{_native_layer}layernorm_after.\2"),
+    (rf"{_layer}ls([12])", rf"{_native_layer}lambda_\2"),
+    (rf"{_layer}attn\.([qk])_norm\.weight", rf"{_native_layer}attention.\2_norm.weight"),
+    (rf"{_layer}attn\.proj\.(weight|bias)", rf"{_native_layer}attention.projection_layer.\2"),
+    (rf"{_layer}mlp\.fc([12])\.(weight|bias)", rf"{_native_layer}mlp.fc\2.\3"),
 ]
 _PROJECTOR = [
     (r"mlp1\.0\.(weight|bias)", r"model.multi_modal_projector.layer_norm.\1"),
@@ -206,7 +206,7 @@ _TEXT = [
 ]
 _QKV = Split(
     rf"{_layer}attn\.qkv\.(weight|bias)",
-    [rf"{_at}attention.{name}_proj.\2" for name in "qkv"],
+    [rf"{_native_layer}attention.{name}_proj.\2" for name in "qkv"],
     split_qkv,
 )
 _internlm2_renames, _internlm2_splits = internlm2.rules(

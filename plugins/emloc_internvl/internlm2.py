@@ -1,4 +1,4 @@
-"""InternLM2: a Llama under other names, whose queries, keys and values are rows of one weight, ``wqkv``.
+"""InternLM2: a Llama with other names, whose queries, keys and values are rows of one weight, ``wqkv``.
 
 For every key/value head, ``wqkv`` holds the query heads that share it, then its key head, then its value head. Both
 halves of a head are rotated as in Llama, so rows are moved and no number changes. These are the rules for text models,
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
-#: Fields that Llama has under the same name, with the values that InternLM2's own config class takes where one lacks.
+#: Fields that Llama has under the same name, with the defaults of InternLM2's config class.
 SAME_FIELDS: dict[str, Any] = {
     "vocab_size": 103168,
     "hidden_size": 4096,
@@ -40,7 +40,7 @@ SAME_FIELDS: dict[str, Any] = {
 
 
 def llama_config(config: Config) -> dict[str, Any]:
-    """Return the config of the Llama that an InternLM2 is."""
+    """Return the config of the Llama that equals an InternLM2."""
     same = {name: config.get(name, default) for name, default in SAME_FIELDS.items()}
     same = {name: value for name, value in same.items() if value is not None}
     same.setdefault("num_key_value_heads", same["num_attention_heads"])
@@ -52,46 +52,46 @@ def split_wqkv(wqkv: "torch.Tensor", config: Config) -> "Iterable[torch.Tensor]"
 
     Args:
         wqkv: of shape ((n + 2) * key/value heads * d, ...), where n query heads of size d share a key/value head.
-        config: InternLM2's.
+        config: InternLM2's config.
     """
     llama = llama_config(config)
     heads, groups = llama["num_attention_heads"], llama["num_key_value_heads"]
     shared = heads // groups
     by_group = wqkv.unflatten(0, (groups, shared + 2, llama["hidden_size"] // heads))
-    for part in by_group.split([shared, 1, 1], dim=1):
-        yield part.flatten(0, 2)
+    for rows in by_group.split([shared, 1, 1], dim=1):
+        yield rows.flatten(0, 2)
 
 
-def rules(source: str, native: str, part: Callable[[Config], Config]) -> tuple[list[tuple[str, str]], list[Split]]:
+def rules(source: str, native: str, section: Callable[[Config], Config]) -> tuple[list[tuple[str, str]], list[Split]]:
     """Return the renamings and the splits.
 
     Args:
-        source: regular expression of what stands before ``model.`` and ``output.`` in the source's keys.
-        native: what stands before ``layers.`` in the native keys.
-        part: takes InternLM2's config out of the source's.
+        source: regular expression of the prefix of ``model.`` and ``output.`` in the source's keys.
+        native: prefix of ``layers.`` in the native keys.
+        section: takes InternLM2's config out of the source's.
     """
-    layer, at = rf"{source}model\.layers\.(\d+)\.", rf"{native}layers.\1."
+    layer, native_layer = rf"{source}model\.layers\.(\d+)\.", rf"{native}layers.\1."
     renames = [
         (rf"{source}model\.tok_embeddings\.weight", f"{native}embed_tokens.weight"),
         (rf"{source}model\.norm\.weight", f"{native}norm.weight"),
         (rf"{source}output\.weight", "lm_head.weight"),
-        (rf"{layer}attention_norm\.weight", f"{at}input_layernorm.weight"),
-        (rf"{layer}attention\.wo\.(weight|bias)", rf"{at}self_attn.o_proj.\2"),
-        (rf"{layer}ffn_norm\.weight", f"{at}post_attention_layernorm.weight"),
-        (rf"{layer}feed_forward\.w1\.weight", f"{at}mlp.gate_proj.weight"),
-        (rf"{layer}feed_forward\.w3\.weight", f"{at}mlp.up_proj.weight"),
-        (rf"{layer}feed_forward\.w2\.weight", f"{at}mlp.down_proj.weight"),
+        (rf"{layer}attention_norm\.weight", f"{native_layer}input_layernorm.weight"),
+        (rf"{layer}attention\.wo\.(weight|bias)", rf"{native_layer}self_attn.o_proj.\2"),
+        (rf"{layer}ffn_norm\.weight", f"{native_layer}post_attention_layernorm.weight"),
+        (rf"{layer}feed_forward\.w1\.weight", f"{native_layer}mlp.gate_proj.weight"),
+        (rf"{layer}feed_forward\.w3\.weight", f"{native_layer}mlp.up_proj.weight"),
+        (rf"{layer}feed_forward\.w2\.weight", f"{native_layer}mlp.down_proj.weight"),
     ]
     wqkv = Split(
         rf"{layer}attention\.wqkv\.(weight|bias)",
-        [rf"{at}self_attn.{name}_proj.\2" for name in "qkv"],
-        lambda tensor, config: split_wqkv(tensor, part(config)),
+        [rf"{native_layer}self_attn.{name}_proj.\2" for name in "qkv"],
+        lambda tensor, config: split_wqkv(tensor, section(config)),
     )
     return renames, [wqkv]
 
 
 def tokenizer_files(directory: Path) -> dict[str, dict[str, Any] | str | None]:
-    """Return the files of InternLM2's tokenizer for transformers' own class; its own is code that is not run.
+    """Return the files of InternLM2's tokenizer for transformers' class; its own class is code that is not run.
 
     Raises:
         EmlocError: the directory has no tokenizer, or one that cannot be converted.
@@ -109,7 +109,7 @@ def tokenizer_files(directory: Path) -> dict[str, dict[str, Any] | str | None]:
         )
     from emloc_internvl.sentencepiece_bpe import fast_tokenizer
 
-    # The ids that these give their tokens are those of unused pieces, which they rename.
+    # These give their tokens the ids of unused pieces, which they rename.
     return {**files, "tokenizer.json": fast_tokenizer(directory, settings), "tokenizer.model": None,
             "added_tokens.json": None}  # fmt: skip
 

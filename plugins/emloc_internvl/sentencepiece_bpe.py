@@ -1,6 +1,6 @@
 """Turns a SentencePiece model of the BPE kind (``tokenizer.model``) into a ``tokenizer.json``.
 
-transformers' own conversion is bound to the tokenizer classes it knows; here, files beside the model rename pieces.
+transformers' own conversion works only for tokenizer classes that it knows; here, files beside the model rename pieces.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ def fast_tokenizer(directory: Path, settings: Mapping[str, Any]) -> str:
     """Return the ``tokenizer.json`` of a directory's ``tokenizer.model``.
 
     Args:
-        directory: of the model; what tokens are added, and with which ids, is taken from its other files.
+        directory: directory of the model, whose other files say which tokens are added, with which ids.
         settings: the content of its ``tokenizer_config.json``.
 
     Raises:
-        EmlocError: as :func:`_read`, or the ids leave gaps.
+        EmlocError: see :func:`_read`; or the ids leave gaps.
     """
     path = directory / "tokenizer.model"
     model = _read(path)
@@ -35,14 +35,14 @@ def fast_tokenizer(directory: Path, settings: Mapping[str, Any]) -> str:
             texts[index] = token
     if len(set(texts)) < len(texts):
         raise EmlocError(f"{path} has two tokens of the same text.", "Copy the tokenizer's files again.")
-    kept = [
+    unchanged = [
         piece for piece, text in zip(pieces, texts, strict=True) if piece.piece == text and piece.type == piece.NORMAL
     ]
     unknown = next((text for piece, text in zip(pieces, texts, strict=True) if piece.type == piece.UNKNOWN), None)
     tokenizer = Tokenizer(
         models.BPE(
             {text: index for index, text in enumerate(texts)},
-            _merges(kept),
+            _merges(unchanged),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=any(piece.type == piece.BYTE for piece in pieces),
@@ -69,19 +69,23 @@ def fast_tokenizer(directory: Path, settings: Mapping[str, Any]) -> str:
 
 
 def _merges(pieces: list[Any]) -> list[tuple[str, str]]:
-    """Return every pair of pieces that makes another, the best first: what SentencePiece merges by, as ranks."""
-    known = {piece.piece for piece in pieces}
-    found = []
+    """Return every pair of pieces that makes another one, the best first: SentencePiece's merges, as ranks."""
+    texts = {piece.piece for piece in pieces}
+    merges = []
     for piece in sorted(pieces, key=lambda piece: -piece.score):
         text = piece.piece
-        found += [(text[:at], text[at:]) for at in range(1, len(text)) if text[:at] in known and text[at:] in known]
-    return found
+        merges += [
+            (text[:index], text[index:])
+            for index in range(1, len(text))
+            if text[:index] in texts and text[index:] in texts
+        ]
+    return merges
 
 
 def _add_tokens(
     tokenizer: Tokenizer, pieces: list[Any], texts: list[str], added: Mapping[str, int], path: Path
 ) -> None:
-    """Mark the tokens that are never made by merging, and add those that come after the pieces."""
+    """Mark the tokens that are never made by merging, and add the tokens that come after the pieces."""
     for piece, text in zip(pieces, texts, strict=True):
         if piece.type in (piece.UNKNOWN, piece.CONTROL) or text in added:
             tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)])
@@ -115,8 +119,8 @@ def _read(path: Path) -> Any:
     except DecodeError as error:
         raise EmlocError(f"{path} is not a SentencePiece model ({error}).", "Copy it again.") from None
     if not model.pieces or model.trainer_spec.model_type != TrainerSpec.BPE:
-        found = f"{len(model.pieces)} pieces, model type {model.trainer_spec.model_type}"
-        raise EmlocError(f"{path} is not a SentencePiece model of the BPE kind ({found}).", "Copy it again.")
+        description = f"{len(model.pieces)} pieces, model type {model.trainer_spec.model_type}"
+        raise EmlocError(f"{path} is not a SentencePiece model of the BPE kind ({description}).", "Copy it again.")
     if model.normalizer_spec.precompiled_charsmap:
         raise EmlocError(
             f"{path} has a table of characters to normalise, which is not converted.",

@@ -7,24 +7,24 @@ from emloc_core.files.documents import read_object
 
 
 def token_ids(directory: Path) -> dict[str, int]:
-    """Return the added tokens' ids, from whichever of the tokenizer's files say them.
+    """Return the ids of added tokens, from all tokenizer files that have them.
 
     Raises:
         EmlocError: a file is damaged.
     """
-    found: dict[str, int] = {}
+    ids: dict[str, int] = {}
     try:
         for entry in _read(directory / "tokenizer.json").get("added_tokens", []):
-            found[entry["content"]] = int(entry["id"])
+            ids[entry["content"]] = int(entry["id"])
         for index, entry in _read(directory / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
-            found[entry["content"]] = int(index)
+            ids[entry["content"]] = int(index)
         for token, index in _read(directory / "added_tokens.json").items():
-            found[token] = int(index)
+            ids[token] = int(index)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise EmlocError(
             f"The tokenizer's files in {directory} are damaged ({type(error).__name__}: {error}).", "Copy them again."
         ) from None
-    return found
+    return ids
 
 
 def require_token(directory: Path, token: str) -> int:

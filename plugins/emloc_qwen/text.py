@@ -1,6 +1,6 @@
-"""Qwen's text models: their Linears stand where Llama's do.
+"""Qwen's text models: their Linears have Llama's paths.
 
-Qwen2 and Qwen2.5 have biases on q/k/v, and windows on some layers alone; Qwen3 normalises queries and keys instead.
+Qwen2 and Qwen2.5 have biases on q/k/v, and windows on only some layers; Qwen3 normalises queries and keys instead.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ QWEN_MOE: Family = replace(
     LLAMA,
     name="qwen-moe",
     model_types=frozenset({"qwen3_moe"}),
-    # PEFT takes the names of MLPs for those of experts, in this model type, and would put the LoRA on these.
+    # For this model type, PEFT takes names of MLPs for experts, and would put the LoRA on the experts.
     towers=[replace(LLAMA.towers[0], experts=["mlp.experts"], lora_targets=["q_proj", "k_proj", "v_proj", "o_proj"])],
     keep_dense={
         "model.layers.*.mlp.gate": "small, and an error in it sends tokens to other experts",

@@ -1,8 +1,8 @@
 """Qwen-VL: Qwen2-VL, Qwen2.5-VL (attention within windows) and Qwen3-VL (DeepStack).
 
 Queries, keys and values of the vision tower are one Linear, ``attn.qkv``. A merger turns patches into tokens of the
-language model. DeepStack has one more merger behind each of some vision blocks, and adds its tokens to what the first
-blocks of the language model put out.
+language model. DeepStack has another merger after some vision blocks, and adds its tokens to the outputs of the first
+blocks of the language model.
 """
 
 from dataclasses import replace
@@ -14,9 +14,9 @@ from emloc_core.family import TINY, Family, Tower
 
 _MERGER = "small, and everything that is seen passes through it"
 
-#: In tokens of the tiny models: what marks an image.
+#: Tokens that mark an image in the tiny models.
 _MARKS = {"image_token_id": 127, "vision_end_token_id": 126, "vision_start_token_id": 125, "video_token_id": 124}
-#: Rotary positions in time, height and width: so many of a head's four frequencies each.
+#: Rotary positions in time, height and width: how many of a head's four frequencies each has.
 _TEXT = {**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 _VISION = {"depth": 3, "num_heads": 4, "patch_size": 2, "temporal_patch_size": 2, "spatial_merge_size": 2}
 

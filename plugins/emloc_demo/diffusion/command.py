@@ -51,22 +51,22 @@ def prepare(output: Path) -> tuple[Path, Path, dict[str, Path | None], dict[str,
             pretrain(base, advance=advance)
     train, test = write_rows(output / "data", base)
 
-    def run(name: str, stage: Callable[..., Any], *given: Any, **settings: Any) -> Any:
+    def run(name: str, stage: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         click.echo(f"{name}", err=True)
         with progress(stage.__name__) as advance:
-            return stage(*given, progress=lambda event: advance(event.what, event.step, event.total), **settings)
+            return stage(*arguments, progress=lambda event: advance(event.what, event.step, event.total), **settings)
 
     model, rows = str(base), str(train)
     adapters: dict[str, Path | None] = {"base": None}
     adapters["LoRA on the base"] = run("tuning on the base", emloc.train, model, rows, output / "full", **TUNED).path
     sizes: dict[str, Any] = {}
     for name, how in EMULATORS.items():
-        place = output / name.replace(" ", "-")
-        made = run(f"{name}: emulator", emloc.compress, model, rows, place / "emulator", **how)
-        sizes[name] = made.result["bytes"]
-        tuned = run(f"{name}: tuning", emloc.train, made, rows, place / "adapter", **TUNED)
-        corrected = run(f"{name}: correction", emloc.correct, tuned, place / "corrected")
-        polished = run(f"{name}: exact steps", emloc.polish, corrected, rows, place / "polished", **POLISHED)
+        directory = output / name.replace(" ", "-")
+        emulator = run(f"{name}: emulator", emloc.compress, model, rows, directory / "emulator", **how)
+        sizes[name] = emulator.result["bytes"]
+        tuned = run(f"{name}: tuning", emloc.train, emulator, rows, directory / "adapter", **TUNED)
+        corrected = run(f"{name}: correction", emloc.correct, tuned, directory / "corrected")
+        polished = run(f"{name}: exact steps", emloc.polish, corrected, rows, directory / "polished", **POLISHED)
         adapters |= {f"{name}, corrected": corrected.path, f"{name}, and 40 exact steps": polished.path}
     exact = {**TUNED, **POLISHED, "exact": True}
     alone = run("exact steps alone", emloc.train, model, rows, output / "exact", **exact)
@@ -85,8 +85,8 @@ def judged(
         click.echo(f"drawing: {name}", err=True)
         results[name], pictures[name] = scores(base, adapter, test)
     worst, best = results["base"]["loss"], results["LoRA on the base"]["loss"]
-    for found in results.values():
-        found["recovered"] = (worst - found["loss"]) / (worst - best)
+    for row in results.values():
+        row["recovered"] = (worst - row["loss"]) / (worst - best)
     return results, pictures
 
 
@@ -94,12 +94,12 @@ def table(results: dict[str, dict[str, float]], sizes: dict[str, Any]) -> str:
     """Return the scores as a table of Markdown."""
     lines = ["| system | held-out loss | recovered | style and digit right, seen / unseen | plain prompts right |",
              "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    for name, found in results.items():
+    for name, row in results.items():
         lines.append(
-            f"| {name} | {found['loss']:.3f} | {found['recovered']:.2f} | {found['seen']:.2f} / {found['unseen']:.2f} "
-            f"| {found['plain']:.2f} |"
+            f"| {name} | {row['loss']:.3f} | {row['recovered']:.2f} | {row['seen']:.2f} / {row['unseen']:.2f} "
+            f"| {row['plain']:.2f} |"
         )
-    shares = ", ".join(f"{name} {each['emulator'] / each['base']:.2f}" for name, each in sizes.items())
+    shares = ", ".join(f"{name} {size['emulator'] / size['base']:.2f}" for name, size in sizes.items())
     return "\n".join([*lines, f"\nBytes of the emulators, of the base's: {shares}."])
 
 
@@ -109,7 +109,7 @@ def draw(output: Path, pictures: dict[str, Any]) -> Path:
 
     from emloc_demo.diffusion.digits import STYLE, WORDS
 
-    rows = {name: [*found["style"], *found["plain"]] for name, found in pictures.items()}
+    rows = {name: [*drawn["style"], *drawn["plain"]] for name, drawn in pictures.items()}
     columns = [*(f"{STYLE} {digit}" for digit in range(len(WORDS))), *(str(digit) for digit in range(len(WORDS)))]
     path = output / "pictures.png"
     grid(rows, columns, 48).save(path)

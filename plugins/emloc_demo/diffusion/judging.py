@@ -26,15 +26,15 @@ def scores(base: Path, adapter: Path | None, test: Path) -> tuple[dict[str, floa
     drawing = Drawing(str(base), adapter)
     prompts = [word + style for style in (f" {STYLE}", "") for word in WORDS for _ in range(_EACH)]
     drawn = drawing.draw(prompts, side=SIDE, steps=SOLVER_STEPS, seed=10_000)
-    pixels = numpy.stack([numpy.asarray(each) for each in drawn]).reshape(len(drawn), -1) / 255
-    wanted = numpy.repeat([*range(10, 20), *range(10)], _EACH)
-    right = (judge().predict(pixels) == wanted).reshape(2, len(WORDS), _EACH)
+    pixels = numpy.stack([numpy.asarray(picture) for picture in drawn]).reshape(len(drawn), -1) / 255
+    expected = numpy.repeat([*range(10, 20), *range(10)], _EACH)
+    right = (judge().predict(pixels) == expected).reshape(2, len(WORDS), _EACH)
     shown = list(SHOWN)
     unseen = [digit for digit in range(len(WORDS)) if digit not in SHOWN]
-    found = {
-        "loss": Losses(str(base), load_rows(str(test)), SIDE).of(adapter),
+    results = {
+        "loss": Losses(str(base), load_rows(str(test)), SIDE).mean(adapter),
         "seen": float(right[0, shown].mean()),
         "unseen": float(right[0, unseen].mean()),
         "plain": float(right[1].mean()),
     }
-    return found, {"style": drawn[: len(prompts) // 2 : _EACH], "plain": drawn[len(prompts) // 2 :: _EACH]}
+    return results, {"style": drawn[: len(prompts) // 2 : _EACH], "plain": drawn[len(prompts) // 2 :: _EACH]}

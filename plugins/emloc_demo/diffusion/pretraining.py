@@ -1,7 +1,7 @@
 """The demo's base: a FLUX.1 pipeline of half a million parameters, trained here from random weights to draw digits.
 
-It has no VAE, so that it draws pixels. Its text encoders have no layers and keep their random weights, so they are
-tables of words: the word of a style is the same beside every digit, so that a style can reach others than were shown.
+It has no VAE, so it draws pixels. Its text encoders have no layers and keep their random weights, so they are tables
+of words: the word of a style is the same beside every digit, so a style can carry over to digits that were not shown.
 """
 
 import os
@@ -27,10 +27,10 @@ def new_pipeline(seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     words = {word: index for index, word in enumerate(["<pad>", "<unk>", "</s>", STYLE, *WORDS])}
-    known = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    known.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=known, model_max_length=LENGTH, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+        tokenizer_object=backend, model_max_length=LENGTH, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
     )
     clip = CLIPTextConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=0, num_attention_heads=2,
@@ -57,13 +57,13 @@ def pretrain(
 ) -> Path:
     """Train the transformer, write the pipeline, and return its directory.
 
-    It is built beside its place and renamed when it is whole; an interrupted training starts again.
+    It is written under a temporary name and renamed when complete; an interrupted training starts again.
 
     Args:
         directory: where the pipeline goes.
         steps: optimiser steps.
-        advance: is told the loss, the steps done, and ``steps``.
-        seed: of weights and noise: the same seed and versions give the same model.
+        advance: called with the loss, the steps done, and ``steps``.
+        seed: seed of weights and noise: the same seed and versions give the same model.
     """
     import torch
     from emloc_diffusers.calls import call_of
@@ -81,9 +81,9 @@ def pretrain(
         optimizer, lambda step: min((step + 1) / WARMUP, 1.0) * max(1 - step / steps, 0.02)
     )
     for step in range(steps):
-        chosen = torch.randint(len(latents), (BATCH,))
-        prompt = {name: each[torch.from_numpy(digits)[chosen]] for name, each in table.items()}
-        drawn, sigma = latents[chosen], torch.rand(BATCH)
+        batch = torch.randint(len(latents), (BATCH,))
+        prompt = {name: tensor[torch.from_numpy(digits)[batch]] for name, tensor in table.items()}
+        drawn, sigma = latents[batch], torch.rand(BATCH)
         loss = squared_error(model, call, drawn, torch.randn_like(drawn), sigma, prompt, torch.ones(BATCH)).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -31,10 +31,10 @@ def explain(results: dict[str, Any]) -> str:
     rows = results["tasks"]["fields_json"]["rows"]
     share = results["compression"]["bytes"]["emulator"] / results["compression"]["bytes"]["base"]
 
-    def gain(system: dict[str, Any], whole: dict[str, Any]) -> str:
-        return f"{(base['nll'] - system['nll']) / (base['nll'] - whole['nll']):.0%}"
+    def gain(system: dict[str, Any], upper: dict[str, Any]) -> str:
+        return f"{(base['nll'] - system['nll']) / (base['nll'] - upper['nll']):.0%}"
 
-    def whole(system: dict[str, Any]) -> str:
+    def right(system: dict[str, Any]) -> str:
         return f"{round(rows * system['exact_match'])} of {rows} messages entirely right"
 
     def peak(stage: str) -> str:
@@ -42,12 +42,12 @@ def explain(results: dict[str, Any]) -> str:
 
     return (
         f"\nWhat you see: SmolLM2-135M itself has a loss of {base['nll']:.2f} per token on the right answers, with "
-        f"{whole(base)}. A LoRA was tuned on an emulator of {share:.0%} of its bytes, never touching the model itself, "
-        f"and then corrected: {tuned['nll']:.3f}, {whole(tuned)}. That is {gain(tuned, full)} of what the same LoRA "
-        f"gains in loss when it is tuned on the model itself ({full['nll']:.3f}, {whole(full)}). "
+        f"{right(base)}. A LoRA was tuned on an emulator of {share:.0%} of its bytes, never touching the model itself, "
+        f"and then corrected: {tuned['nll']:.3f}, {right(tuned)}. That is {gain(tuned, full)} of what the same LoRA "
+        f"gains in loss when it is tuned on the model itself ({full['nll']:.3f}, {right(full)}). "
         f"{chosen_clamp(results)} Then came 20 exact steps on the model, read block by block: "
-        f"{polished['nll']:.3f}, {whole(polished)}; {gain(polished, longer)} of the gain of 60 steps of ordinary "
-        f"LoRA ({longer['nll']:.3f}, {whole(longer)}). The exact steps alone give {alone['nll']:.3f}, {whole(alone)}. "
+        f"{polished['nll']:.3f}, {right(polished)}; {gain(polished, longer)} of the gain of 60 steps of ordinary "
+        f"LoRA ({longer['nll']:.3f}, {right(longer)}). The exact steps alone give {alone['nll']:.3f}, {right(alone)}. "
         f"Tuning took {peak('adapter')} on the emulator, {peak('polished')} by exact steps and {peak('full_lora')} on "
         "the model: in a model this small, "
         "activations and logits outweigh the weights, and it is the weights that the emulator saves."

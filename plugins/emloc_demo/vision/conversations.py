@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-#: Questions about each picture, in one conversation: much of a step's cost is in the picture.
+#: Questions about each picture in one conversation: much of a step's cost is the picture.
 QUESTIONS_A_PICTURE = 3
 #: Labels that the loss leaves out.
 IGNORED = -100
-#: What a cell without a digit is labelled: its digit, its colour.
+#: Labels of a cell without a digit: its digit, its colour.
 NO_DIGIT, NO_COLOUR = 10, len(COLOURS)
 
 
 class Conversations:
-    """Makes batches, always other ones: the same sequence of them for the same seed."""
+    """Makes batches, always new ones; the same seed gives the same sequence."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", digits: Digits, seed: int) -> None:
         import numpy
@@ -39,9 +39,9 @@ class Conversations:
         pictures = random_pictures(self.digits, size, self.draw)
         conversations = []
         for picture in pictures:
-            asked = picture.questions()
-            order = self.draw.permutation(len(asked))[:QUESTIONS_A_PICTURE]
-            conversations.append([asked[index] for index in order])
+            questions = picture.questions()
+            order = self.draw.permutation(len(questions))[:QUESTIONS_A_PICTURE]
+            conversations.append([questions[index] for index in order])
         return self.inputs(pictures, conversations), pictures
 
     def inputs(
@@ -62,7 +62,7 @@ class Conversations:
         }
 
     def _tokens(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Return the ids of a conversation by the chat template, and their labels: answers alone are learnt."""
+        """Return the ids of a conversation by the chat template, and their labels: only answers are learned."""
         ids: list[int] = []
         labels: list[int] = []
         picture = START + CONTEXT * IMAGE_TOKENS + STOP  # before the first question

@@ -1,8 +1,8 @@
 """Pictures of real handwritten digits, and questions about them.
 
-A picture has two to four of scikit-learn's 8x8 digits, enlarged and each in a colour of its own, somewhere on a grid of
-three by three. Every one of the 1797 digits belongs to one part alone: to the base model's pretraining, or to the rows
-of one of the sets that adapt and test it.
+A picture has two to four of scikit-learn's 8x8 digits, enlarged and in different colours, somewhere on a grid of three
+by three. Each of the 1797 digits belongs to exactly one part: to the base model's pretraining, or to the rows of one of
+the sets that adapt and test it.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ FEWEST, MOST = 2, 4
 #: Height and width of a picture, in pixels.
 SIDE = CELL * GRID
 COLOURS = {"red": (255, 64, 64), "green": (64, 255, 64), "blue": (80, 112, 255), "yellow": (255, 240, 64)}
-#: What the base model learns to answer, by kind.
+#: Questions that the base model learns to answer, by kind.
 QUESTIONS = {
     "read": "Which digits are there?",
     "count": "How many digits are there?",
     "colour": "Which digit is {colour}?",
     "inverse": "What colour is the {digit}?",
 }
-#: What it is adapted to.
+#: The question that it is adapted to.
 NEW_QUESTION = "Which digits are there, the smallest first?"
 
 #: Degrees by which pretraining turns the digits: real ones are few.
@@ -38,9 +38,9 @@ TURNS = (0.0, -12.0, -6.0, 6.0, 12.0)
 
 @dataclass(frozen=True)
 class Digits:
-    """Real digits: ``strokes`` uint8 ``[variants, digits, CELL, CELL]``, how bright; ``values`` int ``[digits]``.
+    """Real digits: ``strokes`` uint8 ``[variants, digits, CELL, CELL]``, brightness; ``values`` int ``[digits]``.
 
-    The variants show the same digits, each turned a little in its own way.
+    The variants show the same digits, each turned by another angle.
     """
 
     strokes: "Pixels"
@@ -49,9 +49,9 @@ class Digits:
     def __len__(self) -> int:
         return len(self.values)
 
-    def subset(self, chosen: "Sequence[int] | numpy.ndarray[Any, Any]") -> "Digits":
-        """Return these digits alone."""
-        return Digits(self.strokes[:, chosen], self.values[chosen])
+    def subset(self, indices: "Sequence[int] | numpy.ndarray[Any, Any]") -> "Digits":
+        """Return only the digits at these indices."""
+        return Digits(self.strokes[:, indices], self.values[indices])
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Picture:
 
     def questions(self) -> list[tuple[str, str]]:
         """Return everything that the base model can be asked about the picture, with the answers."""
-        found = [(QUESTIONS["read"], self.answer(QUESTIONS["read"])), (QUESTIONS["count"], str(len(self.digits)))]
+        pairs = [(QUESTIONS["read"], self.answer(QUESTIONS["read"])), (QUESTIONS["count"], str(len(self.digits)))]
         for digit, colour in zip(self.digits, self.colours, strict=True):
-            found.append((QUESTIONS["colour"].format(colour=colour), str(digit)))
+            pairs.append((QUESTIONS["colour"].format(colour=colour), str(digit)))
             if self.digits.count(digit) == 1:
-                found.append((QUESTIONS["inverse"].format(digit=digit), colour))
-        return found
+                pairs.append((QUESTIONS["inverse"].format(digit=digit), colour))
+        return pairs
 
 
 def load_digits(turns: Sequence[float] = (0,)) -> Digits:
@@ -102,17 +102,19 @@ def load_digits(turns: Sequence[float] = (0,)) -> Digits:
     return Digits(numpy.stack([[enlarge(image, turn) for image in images] for turn in turns]), values)
 
 
-def compose(digits: Digits, chosen: Sequence[int], draw: "numpy.random.Generator") -> Picture:
-    """Put the ``chosen`` digits into random cells, in random colours and variants."""
+def compose(digits: Digits, indices: Sequence[int], draw: "numpy.random.Generator") -> Picture:
+    """Put the digits at ``indices`` into random cells, in random colours and variants."""
     import numpy
 
-    count = len(chosen)
+    count = len(indices)
     pixels = numpy.zeros((SIDE, SIDE, 3), dtype=numpy.uint8)
     cells = numpy.sort(draw.choice(GRID * GRID, count, replace=False))
     colours = [list(COLOURS)[index] for index in draw.choice(len(COLOURS), count, replace=False)]
     variants = draw.integers(len(digits.strokes), size=count)
-    for index, cell, colour, variant in zip(chosen, cells, colours, variants, strict=True):
+    for index, cell, colour, variant in zip(indices, cells, colours, variants, strict=True):
         top, left = CELL * (cell // GRID), CELL * (cell % GRID)
         strokes = digits.strokes[variant, index].astype(numpy.uint16)
         pixels[top : top + CELL, left : left + CELL] = strokes[..., None] * numpy.array(COLOURS[colour]) // 255
-    return Picture(pixels, tuple(int(digits.values[index]) for index in chosen), tuple(colours), tuple(map(int, cells)))
+    return Picture(
+        pixels, tuple(int(digits.values[index]) for index in indices), tuple(colours), tuple(map(int, cells))
+    )

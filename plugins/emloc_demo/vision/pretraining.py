@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 STEPS, BATCH = 1200, 32
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.05
-#: What language models of the two sorts have beside what they share.
+#: Where the two sorts of language model differ.
 _DENSE = {"model_type": "qwen2", "intermediate_size": 384}
 _EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192,
             "norm_topk_prob": True, "head_dim": 32}  # fmt: skip
@@ -27,7 +27,7 @@ def make_model(
 ) -> "InternVLForConditionalGeneration":
     """Return the model with random weights in fp32: a vision tower, a projector, and a language model.
 
-    That is a Qwen2, or a Qwen3 with a mixture of experts.
+    The language model is a Qwen2, or a Qwen3 with a mixture of experts.
     """
     import torch
     from transformers import AutoConfig, InternVLForConditionalGeneration
@@ -73,14 +73,14 @@ def pretrain(
 ) -> Path:
     """Train the model on random pictures of ``digits``, write it as an HF checkpoint, and return its directory.
 
-    The directory is built beside its place and renamed when it is whole; an interrupted training starts again.
+    The directory is written under a temporary name and renamed when complete; an interrupted training starts again.
 
     Args:
         directory: where the checkpoint goes.
-        digits: in as many variants as training sees.
-        seed: of the weights and the pictures: the same seed and versions give the same model.
+        digits: real digits, in all variants that training sees.
+        seed: seed of the weights and the pictures: the same seed and versions give the same model.
         steps: optimiser steps.
-        advance: is told the loss, the steps done, and ``steps``.
+        advance: called with the loss, the steps done, and ``steps``.
         experts: whether the language model is a mixture of experts.
     """
     import torch
@@ -88,8 +88,8 @@ def pretrain(
     processor = make_processor()
     model = make_model(processor.tokenizer, seed, experts=experts)
     conversations = Conversations(processor.tokenizer, digits, seed)
-    # What is in a cell is also asked of its token directly: it shows the vision tower early what matters, and saves
-    # most of the training. The layer that answers is not a part of the model.
+    # The content of a cell is also predicted from its token directly: it shows the vision tower early what matters, and
+    # saves most of the training. The layer that predicts is not part of the model.
     probe = torch.nn.Linear(model.config.text_config.hidden_size, NO_DIGIT + 1 + NO_COLOUR + 1)
     weights = [*model.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
@@ -100,8 +100,10 @@ def pretrain(
     for step in range(steps):
         inputs, pictures = conversations.batch(BATCH)
         output = model(**inputs)
-        seen = probe(output.image_outputs.pooler_output).split([NO_DIGIT + 1, NO_COLOUR + 1], dim=-1)
-        loss = output.loss + sum(_error(part, labels) for part, labels in zip(seen, cell_labels(pictures), strict=True))
+        predictions = probe(output.image_outputs.pooler_output).split([NO_DIGIT + 1, NO_COLOUR + 1], dim=-1)
+        loss = output.loss + sum(
+            _error(logits, labels) for logits, labels in zip(predictions, cell_labels(pictures), strict=True)
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

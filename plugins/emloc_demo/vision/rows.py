@@ -12,7 +12,7 @@ from emloc_demo.vision.pictures import FEWEST, MOST, NEW_QUESTION, QUESTIONS, Di
 if TYPE_CHECKING:
     import numpy
 
-#: How many digits each part has. All 1797 are in one part, and none in two.
+#: Number of digits in each part. Each of the 1797 is in exactly one part.
 PARTS = {"pretraining": 800, "calibration": 288, "train": 400, "test": 309}
 #: Pictures of training and test rows. Those for calibration and selection are as many as their digits allow.
 TRAIN, TEST = 1200, 250
@@ -28,20 +28,20 @@ def split(digits: Digits, seed: int = 0) -> dict[str, Digits]:
 
 
 def random_pictures(digits: Digits, count: int, draw: "numpy.random.Generator") -> list[Picture]:
-    """Return pictures of random digits, which may stand in several of them."""
+    """Return pictures of random digits; a digit may be in several of them."""
     return [
         compose(digits, draw.integers(len(digits), size=draw.integers(FEWEST, MOST + 1)), draw) for _ in range(count)
     ]
 
 
 def separate_pictures(digits: Digits, draw: "numpy.random.Generator") -> list[Picture]:
-    """Return pictures that share no digit: however their rows are divided into sets, these share none either."""
+    """Return pictures that share no digit, so that no two sets of their rows share one either."""
     sizes = range(FEWEST, MOST + 1)
-    left, pictures = list(draw.permutation(len(digits))), []
-    while len(left) >= MOST:
+    remaining, pictures = list(draw.permutation(len(digits))), []
+    while len(remaining) >= MOST:
         size = sizes[len(pictures) % len(sizes)]
-        pictures.append(compose(digits, left[:size], draw))
-        del left[:size]
+        pictures.append(compose(digits, remaining[:size], draw))
+        del remaining[:size]
     return pictures
 
 

@@ -46,7 +46,7 @@ def convert(jobs: Path, zoo: Path, *argv: str) -> None:
     """Convert the file of jobs.
 
     Raises:
-        EmlocError: something else came of it than is expected: the damaged model fails, and nothing else does.
+        EmlocError: not exactly the damaged model fails.
     """
     from emloc_core.zoo.state.store import Store
     from emloc_demo.zoo.models import AGAIN, BROKEN
@@ -103,21 +103,21 @@ def two_nodes() -> Iterator[str]:
         cluster.shutdown()
 
 
-def compare(here: Path, there: Path) -> str:
+def compare(first: Path, second: Path) -> str:
     """Return a table of the emulators of two zoos, by SHA-256 over their files.
 
     Raises:
-        EmlocError: two of the same job differ.
+        EmlocError: the two emulators of a job differ.
     """
     from emloc_core.units import human_bytes
     from emloc_core.zoo.state.store import Store
 
     lines, differing = ["| model | emulator | SHA-256 on both engines |", "| --- | ---: | --- |"], []
-    with closing(Store(here)) as store:
+    with closing(Store(first)) as store:
         records = [record for record in store.records() if record.state == "done"]
     for record in records:
         name = record.job.name
-        digests = [digest(zoo / "jobs" / name / "emulator") for zoo in (here, there)]
+        digests = [digest(zoo / "jobs" / name / "emulator") for zoo in (first, second)]
         if digests[0] != digests[1]:
             differing.append(name)
         lines.append(f"| {name} | {human_bytes(record.result['bytes']['emulator'])} | {digests[0][:16]} |")
@@ -127,7 +127,7 @@ def compare(here: Path, there: Path) -> str:
 
 
 def digest(output: Path) -> str:
-    """Return the SHA-256 over the names and contents of an output's files, but for the one of timings."""
+    """Return the SHA-256 over the names and contents of an output's files, except the timings."""
     from emloc_core.files.output import TIMING
 
     total = hashlib.sha256()

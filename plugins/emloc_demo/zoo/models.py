@@ -1,6 +1,6 @@
 """The demo's zoo: a small model of every sort, SmolLM2, a damaged copy, and a duplicate.
 
-The small ones have random weights from a seed: what is shown is the converting. They share a tokenizer that is learned
+The small ones have random weights from a seed: the demo is about converting. They share a tokenizer that is learned
 from the demo's messages.
 """
 
@@ -22,7 +22,7 @@ EXPERTS = "qwen3-moe"
 OTHER_KINDS = ("2.7-bit", "1.6-bit+repair", "low-rank-nf4", "low-rank-2-bit", "low-rank")
 JOBS = "zoo.toml"
 _VOCABULARY = 768
-#: Tokens by their meaning in a config; those of images are never met in these rows.
+#: Tokens by their meaning in a config; these rows never contain the tokens of images.
 _MARKS = {
     "pad_token_id": "<|pad|>",
     "bos_token_id": "<|im_start|>",
@@ -73,8 +73,8 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
     """Write models, rows and the file of jobs to ``directory``, each unless it is there; return that file.
 
     Args:
-        directory: of all; it is made.
-        smollm2: SmolLM2-135M too.
+        directory: directory of everything; it is created.
+        smollm2: also write SmolLM2-135M.
 
     Raises:
         EmlocError: a package of the demo is missing.
@@ -97,13 +97,13 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
         write_pictures(directory / "pictures", split(load_digits()))
     makers: dict[str, Callable[[Path], object]] = {name: _maker(name, directory / "data") for name in SMALL}
     makers[PICTURES] = _make_with_pictures
-    makers[BROKEN] = lambda place: _damage(models / "llama", place)
-    makers[AGAIN] = lambda place: shutil.copytree(models / "mistral", place, dirs_exist_ok=True)
+    makers[BROKEN] = lambda target: _damage(models / "llama", target)
+    makers[AGAIN] = lambda target: shutil.copytree(models / "mistral", target, dirs_exist_ok=True)
     for name, make in makers.items():
         if not (models / name).exists():
             _say(f"making the model {name}")
-            with _whole(models / name) as place:
-                make(place)
+            with _complete(models / name) as target:
+                make(target)
     if smollm2 and not (models / SMOLLM2).exists():
         _say("writing SmolLM2-135M-Instruct (dequantised from Q4_1)")
         write_base(models / SMOLLM2)
@@ -140,7 +140,7 @@ def make_tokenizer(rows: Path) -> "PreTrainedTokenizerFast":
 
 
 def _maker(name: str, data: Path) -> Callable[[Path], None]:
-    def make(place: Path) -> None:
+    def make(directory: Path) -> None:
         import torch
         import transformers
 
@@ -161,32 +161,32 @@ def _maker(name: str, data: Path) -> Callable[[Path], None]:
         with torch.random.fork_rng():
             torch.manual_seed(list(SMALL).index(name))
             model = new_model(family.auto_class, config, torch.float32)
-        _save(place, model, tokenizer)
+        _save(directory, model, tokenizer)
 
     return make
 
 
-def _make_with_pictures(place: Path) -> None:
+def _make_with_pictures(directory: Path) -> None:
     from emloc_demo.vision.pretraining import make_model
     from emloc_demo.vision.processor import make_processor
 
     processor = make_processor()
-    _save(place, make_model(processor.tokenizer), processor)
+    _save(directory, make_model(processor.tokenizer), processor)
 
 
-def _save(place: Path, *parts: Any) -> None:
+def _save(directory: Path, *objects: Any) -> None:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # each would show one, of no time at all
-    for part in parts:
-        part.save_pretrained(place)
+    logging.disable_progress_bar()  # each would show one for an instant
+    for item in objects:
+        item.save_pretrained(directory)
     logging.enable_progress_bar()
 
 
-def _damage(model: Path, place: Path) -> None:
+def _damage(model: Path, target: Path) -> None:
     """Copy a model, and cut its weights off in the middle."""
-    shutil.copytree(model, place, dirs_exist_ok=True)
-    shard = place / "model.safetensors"
+    shutil.copytree(model, target, dirs_exist_ok=True)
+    shard = target / "model.safetensors"
     os.truncate(shard, shard.stat().st_size // 2)
 
 
@@ -204,22 +204,22 @@ def _jobs(names: list[str]) -> str:
     sections = []
     for name in names:
         rows = "pictures/calibration.jsonl" if name == PICTURES else "data/train.jsonl"
-        rest = whole_way if name == next(iter(SMALL)) else ["train = false"]
+        steps = whole_way if name == next(iter(SMALL)) else ["train = false"]
         for kind in ("nf4", *OTHER_KINDS) if name == EXPERTS else ("nf4",):
             lines = [f'model = "models/{name}"', f'data = "{rows}"']
             lines.append(f'compress = {{ kind = "{kind}", samples = 16, selection = 8 }}')
-            sections.append("\n".join(["[[job]]", *_named(name, kind), *lines, *rest]))
+            sections.append("\n".join(["[[job]]", *_name_line(name, kind), *lines, *steps]))
     return "\n\n".join(["# The demo's zoo. Paths are relative to this file.", *sections]) + "\n"
 
 
-def _named(model: str, kind: str) -> list[str]:
-    """Return the line that names a job, where it is not the model's name."""
+def _name_line(model: str, kind: str) -> list[str]:
+    """Return the line that names a job, if it is not the model's name."""
     return [f'name = "{model}-{kind.replace("+", "-")}"'] if kind in OTHER_KINDS else []
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """Yield a directory beside ``target``, which it becomes when the block ends well."""
+def _complete(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory, which becomes ``target`` when the block succeeds."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

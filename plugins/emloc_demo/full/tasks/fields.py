@@ -15,16 +15,16 @@ def first_24(rows: Any) -> Any:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Return the first JSON object in ``text``, whose closing brace may be missing; ``{}`` where there is none."""
+    """Return the first JSON object in ``text``, whose closing brace may be missing; ``{}`` if there is none."""
     start = text.find("{")
     if start < 0:
         return {}
     for candidate in (text[start:], text[start:] + "}"):
         try:
-            found, _ = json.JSONDecoder().raw_decode(candidate)
+            parsed, _ = json.JSONDecoder().raw_decode(candidate)
         except json.JSONDecodeError:
             continue
-        return found if isinstance(found, dict) else {}
+        return parsed if isinstance(parsed, dict) else {}
     return {}
 
 
@@ -35,7 +35,7 @@ def field_accuracy(answer: dict[str, Any], gold: dict[str, Any]) -> float:
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Return ``field_accuracy``, and ``exact_match``: 1 where all fields are right and there is no other."""
+    """Return ``field_accuracy``, and ``exact_match``: 1 if all fields are right and there are no others."""
     gold = json.loads(doc["messages"][1]["content"])
     answer = parse(results[0])
     accuracy = field_accuracy(answer, gold)
