@@ -16,7 +16,7 @@ from support.whole_run import CRASHED, REFUSED, RIGHT, WAYS, WRONG, Verdict, who
 from transformers import AutoConfig
 
 from emloc_core.conformance.check import under_test
-from emloc_core.conformance.inputs import as_sample, number_tokenizer, special_tokens, taken, vocabulary
+from emloc_core.conformance.inputs import as_sample, number_tokenizer, runnable, special_tokens, vocabulary
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.pretrained import new_model
@@ -80,7 +80,7 @@ def _in_all_ways(family: Family, config: Any, directory: Path) -> dict[str, Verd
     model.save_pretrained(directory / "base")
     number_tokenizer(config).save_pretrained(directory / "base")
     rows = [*_texts(config), *(_images(model, family) if family.modality == "image-text" else ())]
-    samples = taken(model, [as_sample(row, number) for number, row in enumerate(rows)])
+    samples = runnable(model, [as_sample(row, number) for number, row in enumerate(rows)])
     return {way: whole_run(directory / "base", samples, directory / way, **how) for way, how in WAYS.items()}
 
 
