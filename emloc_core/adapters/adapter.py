@@ -21,7 +21,7 @@ from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.lora import CONFIG, WEIGHTS, require_lora
-from emloc_core.files.manifest import made_from, manifest_value, read_manifest, require_unchanged
+from emloc_core.files.manifest import input_name, manifest_value, read_manifest, require_unchanged
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.shards import write_shard
@@ -43,7 +43,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the numbers that a LoRA's scale is computed from."""
+    """Yield the problems of the numbers that a LoRA's scale is computed from."""
     alpha, rank = config.get("lora_alpha"), config.get("r", 8)  # PEFT's default
     if not _is_positive(alpha):
         yield f"its lora_alpha is {alpha!r}, but the LoRA's scale depends on it"
@@ -130,7 +130,7 @@ class Adapter:
         """
         directory = self.trained_on
         if directory and (read_manifest(directory) or {}).get("kind") == "emulator":
-            return made_from(directory, "base")
+            return input_name(directory, "base")
         return self.model_name
 
     def fingerprint(self, files: Inputs) -> str:
@@ -166,7 +166,7 @@ class Adapter:
 
     @cached_property
     def replaced(self) -> dict[str, Replacement]:
-        """What it replaces of the embeddings and the output layer, by module path.
+        """Replacements of the embeddings and the output layer, by module path.
 
         Raises:
             EmlocError: as for :attr:`loras`.

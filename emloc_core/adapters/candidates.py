@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
         return {"clamp": "none" if self.clamp is None else self.clamp, "scale": self.scale}
 
 
-#: What ``auto`` compares; the first leaves the adapter as it is.
+#: The candidates that ``auto`` compares; the first leaves the adapter unchanged.
 CANDIDATES = (
     *(Candidate(clamp) for clamp in (0, 0.3, 1, 3)),
     *(Candidate(0, scale) for scale in (0.85, 1.15, 1.3, 1.5, 2, 3)),

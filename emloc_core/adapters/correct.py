@@ -2,7 +2,7 @@
 
 With a fixed clamp, one weight of the base is in memory at a time. With ``auto``, some clamps and some scales of the
 uncorrected LoRA are compared by the loss of the base with the adapter on held-out rows: forward passes only, all
-candidates in one streamed pass over the base, so that memory never exceeds that of inference.
+candidates in one streamed pass over the base, so that memory never exceeds inference's.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, may_be_hub_id
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
-from emloc_core.files.manifest import CONTENT, made_from
+from emloc_core.files.manifest import CONTENT, input_name
 from emloc_core.files.output import Output
 from emloc_core.model.opened import open_original
 from emloc_core.model.streaming import Stream
@@ -59,7 +59,7 @@ class Correct(Job):
     def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
         self.request, self.adapter, self.settings = request, adapter, request.settings
         self.emulator = Emulator(request.emulator or Path(adapter.model_name), adapter.directory)
-        self.base = open_original(request.base or made_from(self.emulator.directory, "base"), request.device)
+        self.base = open_original(request.base or input_name(self.emulator.directory, "base"), request.device)
         self.correct = plugin_manager().algorithm("corrections", self.settings.correction)
         if self.emulator.entry("request.settings.paper", bool) and "clamp" not in self.settings.model_fields_set:
             self.settings = self.settings.model_copy(update={"clamp": PAPER_CLAMP})

@@ -53,9 +53,9 @@ def command(
     MODEL is a model, an emulator, or an adapter, which names its model. Ctrl-C stops an answer. Without a terminal,
     every line of stdin is a message, and stdout has only the answers.
     """
-    from emloc_core.stages.precheck import check_place
+    from emloc_core.stages.precheck import check_exists
 
-    check_place(model)
+    check_exists(model)
     from transformers.utils import logging
 
     from emloc_core.evaluation.conversation import open_conversation

@@ -1,5 +1,5 @@
 """Parts of other libraries that EMLoC overrides or reads though nothing promises them, a module per library.
 
-Each part says why it is needed. ``tests/compat`` has a contract for each: it fails where a library has changed, with a
-sentence that says what, and what depends on it. The rest of EMLoC uses what is public, and this package.
+Each part says why it is needed. ``tests/compat`` has a contract for each: if a library has changed, it fails with a
+sentence that says what changed, and what depends on it. The rest of EMLoC uses only public parts, and this package.
 """

@@ -3,7 +3,7 @@
 A range in ``pyproject.toml`` ends at the next of these. ``emloc doctor`` warns of a newer one, installed all the same.
 """
 
-#: The newest version tested, and what is private there.
+#: The newest version tested, and the private parts used.
 TESTED = {
     "torch": ("2.15", "fake tensors, by which memory is planned"),
     "transformers": ("5.24", "the compiling of chat templates, the loading of tensors by name, and fused experts"),

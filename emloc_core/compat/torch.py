@@ -1,4 +1,4 @@
-"""torch: fake tensors, which have shapes but no contents; storages, writes in place, and modules as they are kept.
+"""torch: fake tensors, which have shapes but no contents; storages, writes in place, and children of modules.
 
 ``FakeTensorMode`` is what ``torch.export`` and ``torch.compile`` run on, and lies in a private package all the same.
 """

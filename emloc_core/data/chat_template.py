@@ -59,7 +59,7 @@ def _has_tools(row: Row) -> bool:
 
 
 def from_start(ids: list[int], start: int) -> Encoded:
-    """Return ids of which those from ``start`` on count in the loss."""
+    """Return ids with their mask: they count in the loss from ``start`` on."""
     return ids, [0] * start + [1] * (len(ids) - start)
 
 

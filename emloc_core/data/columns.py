@@ -46,10 +46,10 @@ def require_known(columns: Mapping[str, str]) -> None:
 def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
     """Return a row whose columns have the usual names; optional columns that it lacks are left out.
 
-    A row that has them already is returned as it is: rows that EMLoC wrote are read with the user's names, too.
+    A row that has the usual names already is returned unchanged: rows that EMLoC wrote are read with user's names, too.
 
     Args:
-        content: the row's columns; anything else is returned as it is.
+        content: the row's columns; anything else is returned unchanged.
         where: its name in messages.
         columns: names that the data have, by the usual ones.
 
@@ -74,8 +74,8 @@ def renamed(content: Any, where: str, columns: Mapping[str, str]) -> Any:
 def known_columns(content: Mapping[str, Any]) -> str:
     """Return which tool's columns a row has: ``TRL``, ``ShareGPT`` or ``Alpaca``; "" if none are complete.
 
-    TRL's conversations and prompts come first, then the others; a text comes last, since some files hold their rows as
-    one text besides.
+    TRL's conversations and prompts come first, then the others; a text comes last, since some files also hold each
+    row as one text.
     """
     has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
     if has >= {"prompt", "completion"} or "messages" in has:
@@ -103,7 +103,7 @@ def as_trl(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def _with_prompt(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a preference with the prompt that its answers begin with, as TRL takes it where they have one in common.
 
-    Some files have the question as text besides conversations that begin with it.
+    Some files also have the question as text, beside conversations that begin with it.
     """
     chosen: Any = content.get("chosen")
     rejected: Any = content.get("rejected")

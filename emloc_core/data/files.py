@@ -94,7 +94,7 @@ def _text(path: Path) -> Iterator[Numbered]:
 
 
 def _csv(path: Path) -> Iterator[Numbered]:
-    """Yield rows whose cells are text, as they are written: an empty one is absent, and nothing becomes a number."""
+    """Yield rows of text cells: an empty cell is absent, and nothing becomes a number."""
     csv.field_size_limit(sys.maxsize)  # 128 KB otherwise
     number = 0
     try:

@@ -103,11 +103,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that cannot be used: its source and number, and why."""
+    """A row that cannot be used: its source and number, and the reason."""
 
     source: str
     number: int
-    why: str
+    reason: str
 
 
 def parse_rows(

@@ -29,7 +29,7 @@ SKIPPED = "skipped_rows.jsonl"
 
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
     """Write which rows were left out and why, one JSON object per line, without their contents."""
-    lines = ({"source": Path(row.source).name, "row": row.number, "why": row.why} for row in skipped)
+    lines = ({"source": Path(row.source).name, "row": row.number, "why": row.reason} for row in skipped)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
@@ -37,7 +37,7 @@ def skipped_warnings(skipped: Sequence[Skipped]) -> list[str]:
     """Return a warning of rows that are left out, if there are any."""
     if not skipped:
         return []
-    first = f"the first is row {skipped[0].number} of {skipped[0].source}: {skipped[0].why}"
+    first = f"the first is row {skipped[0].number} of {skipped[0].source}: {skipped[0].reason}"
     return [f"rows that cannot be used are left out: {len(skipped)}, which {SKIPPED} will name ({first})"]
 
 
@@ -52,7 +52,7 @@ def load_rows(
 
     Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv``, ``.txt`` (one row per line) and ``.parquet``, also
     compressed (``.gz``, ``.zst``); saved datasets are directories that ``save_to_disk`` wrote; a folder of pictures has
-    a ``metadata.jsonl``, or a ``.txt`` beside each. Other columns than those of the row's form are ignored; if several
+    a ``metadata.jsonl``, or a ``.txt`` beside each. Columns that are not of the row's form are ignored; if several
     forms are complete, prompt and completion take precedence over messages, these over ShareGPT's and Alpaca's columns,
     which become messages, and all over text. All rows must have the same form.
 

@@ -1,6 +1,6 @@
-"""Where an answer starts among the tokens of prompt and answer: after those that the prompt alone begins with too.
+"""Where an answer starts among the tokens of a conversation: after the tokens that the prompt alone begins with too.
 
-Its last token may merge with the answer's first, so their numbers are compared and not counted.
+The prompt's last token may merge with the answer's first, so token ids are compared, not counted.
 """
 
 import re

@@ -173,7 +173,7 @@ class Decomposition:
             unit = model.get_submodule(block)
             modules = {path: model.get_submodule(path) for path in tapping}
             routed = [(model.get_submodule(path), self._keeping(path, fitting)) for path, fitting in experts.items()]
-            calls = [self._call(sample) for sample in self.stream.here[:probes]]
+            calls = [self._call(sample) for sample in self.stream.visiting[:probes]]
             watching = requiring_shared_inputs(self.stream, planned, self.skeleton.family)
             products = requiring_products(self.stream, planned, len(self.samples))
             with watching, products, tapped(modules, tapping, sink), forward_hooks(routed):

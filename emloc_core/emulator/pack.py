@@ -112,7 +112,7 @@ def fit_head(
     Raises:
         EmlocError: hidden states hold NaN or Inf.
     """
-    device, here = stream.skeleton.device, stream.here
+    device, here = stream.skeleton.device, stream.visiting
     # The target of the identity is the matrix that any weight is multiplied by.
     moments = PairedMoments([torch.eye(plan.features, device=device)], narrow=True) if max(here) >= rows else None
     gram = moments.emulator if moments else Gram("input", plan.features, device=device)
@@ -122,7 +122,7 @@ def fit_head(
             (moments or gram).add(*inputs)
         except EmlocError as error:
             raise blame(error, plan.path, row) from None
-    stream.here = []
+    stream.visiting = []
     target = moments.fit()[0] if moments else None
     del moments
     gram.narrow()

@@ -216,7 +216,7 @@ def fit_block(
     """
     fitted: dict[str, Any] = {}
     done: dict[str, Any] = {}
-    here = [sample for sample in stream.here if sample < rows]
+    here = [sample for sample in stream.visiting if sample < rows]
     model = stream.skeleton.model
     modules = {path: model.get_submodule(path) for path in [*(linear.path for linear in planned), *experts]}
     members = {group[0].path: group for group in groups(planned)}

@@ -86,7 +86,7 @@ def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
 
 
 def picture_directory(data: Sequence[Path]) -> Path:
-    """Return the directory that pictures' paths are relative to: that of the files of rows.
+    """Return the directory that pictures' paths are relative to: the one with the files of rows.
 
     Raises:
         EmlocError: there are several.

@@ -28,7 +28,7 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
 
     Args:
         kind: one of :data:`KINDS`.
-        data: rows that :func:`load_rows` reads. Those that lm-eval reads otherwise (CSV, saved datasets, columns of
+        data: rows that :func:`load_rows` reads. Rows that lm-eval reads differently (CSV, saved datasets, columns of
             other tools than TRL, texts in parts) are copied beside ``output``, as JSONL.
         output: the YAML file to write; the path of the data is relative to it.
 
@@ -96,7 +96,7 @@ def _jinja(expression: str) -> str:
 
 
 def _quoted(value: str | list[str]) -> str:
-    """Return a literal that YAML and Jinja read alike: JSON, but with ``\\U`` for what is not ASCII.
+    """Return a literal that YAML and Jinja read alike: JSON, but with ``\\U`` for other characters than ASCII.
 
     JSON may write such a character in two halves, which neither of them joins.
     """
@@ -118,7 +118,7 @@ def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
 
 
 def _roles(row: Row) -> list[str]:
-    """Return the roles of a conversation's messages, without that of a system message at its start."""
+    """Return the roles of a conversation's messages, without a system message at its start."""
     roles = [turn["role"] for turn in [*(row.prompt or []), *(row.completion or [])] if isinstance(turn, dict)]
     return roles[1:] if roles[:1] == ["system"] else roles
 

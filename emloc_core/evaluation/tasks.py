@@ -236,7 +236,7 @@ def _function_file(name: str, path: Path) -> Path:
 
 
 def require_bundled(tasks: Sequence[str]) -> None:
-    """Refuse names of tasks that lm-eval does not have, whose own it takes seconds to list."""
+    """Refuse names of tasks that lm-eval does not have; listing its tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
     names = TaskManager().all_tasks

@@ -16,7 +16,7 @@ from emloc_core.model.skeleton import Skeleton
 
 
 def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | str = "cpu") -> PeftModel:
-    """Return the skeleton's model with a LoRA, by PEFT; the skeleton stays as it is.
+    """Return the skeleton's model with a LoRA, by PEFT; the skeleton is not changed.
 
     Args:
         skeleton: of the base.

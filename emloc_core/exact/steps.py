@@ -81,7 +81,7 @@ class ExactSteps:
     def loss(self, batches: Iterable[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
         """Add the gradients of a step's mean loss to the LoRA's, and return that loss.
 
-        Every micro-batch draws its random numbers (dropout) from a seed of its own, taken from the global generator.
+        Every micro-batch draws its random numbers (dropout) from its own seed, taken from the global generator.
         Of several processes, each takes its share of the micro-batches, and all get the same; the LoRA must have no
         gradients before.
 

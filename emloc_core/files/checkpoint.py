@@ -68,7 +68,7 @@ class Checkpoint:
     def require_unquantised(self, option: str = "") -> None:
         """Refuse a checkpoint that is quantised or an emulator, since its tensors are not the weights themselves.
 
-        Experts in MXFP4 may be: they are published so, and unpacked as they are read.
+        Experts in MXFP4 are accepted: they are published like that, and unpacked as they are read.
 
         Args:
             option: the command-line option that names another checkpoint, for the message.
@@ -174,7 +174,7 @@ class Checkpoint:
     def content_hash(self, inputs: Inputs) -> str:
         """Return the SHA-256 over all that affects what is made from the model, as in an emulator's manifest.
 
-        Besides what :meth:`fingerprint` covers: the tokenizer, templates, and the rows that an emulator keeps.
+        In addition to :meth:`fingerprint`, it covers the tokenizer, templates, and the rows that an emulator keeps.
         """
         shaping = [path for path in self.side_files() if path.suffix in _SHAPING]
         return inputs.hash([*self._model_files, *shaping, *sorted(self.directory.glob("*.jsonl"))])

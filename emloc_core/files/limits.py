@@ -41,7 +41,7 @@ def limited(work: str, seconds: float, nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def unpacking(paths: Iterable[Path]) -> Iterator[None]:
-    """Bound the time and memory of reading compressed files, of which a small one may unpack to gigabytes.
+    """Bound the time and memory of reading compressed files: a small one may unpack to gigabytes.
 
     Raises:
         EmlocError: as :func:`limited`.
@@ -52,7 +52,7 @@ def unpacking(paths: Iterable[Path]) -> Iterator[None]:
         yield
 
 
-#: What is read may take so many times the bytes of its files, or so many bytes; and so many seconds.
+#: Unpacked content may take so many times the bytes of its files, or so many bytes; and so many seconds.
 _EXPANSION, _LEAST, _SECONDS = 100, 2 << 30, 3600.0
 _FIX = "Do not use it: it is damaged or malicious."
 

@@ -9,7 +9,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def require_lora(directory: Path) -> None:
-    """Refuse what is not the directory of a LoRA."""
+    """Refuse a directory that holds no LoRA."""
     if not directory.is_dir():
         raise EmlocError(f"There is no directory {directory}.", "Check the path of the adapter.", code="missing")
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():

@@ -33,7 +33,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def made_from(directory: Path, role: str) -> str:
+def input_name(directory: Path, role: str) -> str:
     """Return the path or hub id of an input that a finished directory was made from.
 
     Args:

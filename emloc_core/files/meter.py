@@ -27,7 +27,7 @@ def peak_rss_bytes() -> int:
 
 
 class Meter:
-    """Measures from its creation. Peak memory is that of the process, so run one stage per process for true figures."""
+    """Measures from its creation. Peak memory is the whole process's, so run one stage per process for true figures."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()

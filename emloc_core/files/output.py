@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
     return versions | {entry.dist.name: entry.dist.version for entry in entry_points(group=GROUP) if entry.dist}
 
 
-def made_at(path: Path) -> dict[str, Any] | None:
+def output_manifest(path: Path) -> dict[str, Any] | None:
     """Return the manifest of the output at a path; None if there is nothing, or an empty directory.
 
     Raises:
@@ -76,7 +76,7 @@ class Output:
     """A directory that one stage makes.
 
     Args:
-        kind: what it holds: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
+        kind: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
         request: everything that determines the content: settings, and fingerprints of the inputs. JSON values only.
         device: the kind of device that computes it: a run does not resume on another kind.
         inputs: role, such as ``base`` -> path or hub id of that input. Not part of the request: an input that has moved
@@ -127,7 +127,7 @@ class Output:
         return False
 
     def _is_there(self) -> bool:
-        manifest = made_at(self.path)
+        manifest = output_manifest(self.path)
         if manifest is None:
             return False
         if manifest.get("kind") != self.kind:
@@ -304,7 +304,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-#: Names of inputs of which a request has only hashes.
+#: Names of inputs that a request holds only hashes of.
 _ROLES = {
     "rows": "--data",
     "calibration": "--data",

@@ -37,7 +37,7 @@ class Inside(NamedTuple):
 
 
 def inside(model: nn.Module, family: Family) -> dict[str, Inside]:
-    """Return what a row holds inside every block of a model, by path; the model may be on the meta device."""
+    """Return the numbers that a row holds inside every block, by path; the model may be on the meta device."""
     active = experts_per_token(model.config)
     sizes = {}
     for path in block_paths(model, family):

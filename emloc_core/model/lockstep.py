@@ -57,14 +57,14 @@ class Lockstep:
         sample: index of the running sample, for hooks on the model's modules.
         waiting: index of every sample that waits -> the arguments that it called the unit with, or what its visitor
             paused it with. They may be parked: use :meth:`arguments`.
-        here: indices of the samples that wait at the unit being visited.
+        visiting: indices of the samples that wait at the unit being visited.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[str], block_lists: Sequence[str], parking: Parking) -> None:
         self.model, self.units, self.parking = model, list(units), parking
         self.sample = -1
         self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.here: list[int] = []
+        self.visiting: list[int] = []
         self._driver: greenlet | None = None
         self._runners: list[greenlet] = []
         self._results: list[Any] = []
@@ -180,10 +180,10 @@ class Lockstep:
             # Earliest unit first, so that samples that lag behind (without an image, say) catch up. Shared blocks come
             # last, since modules that images pass through first may follow them in the module tree.
             unit = min(self._positions.values(), key=lambda name: (name in self._shared, order.get(name, len(order))))
-            self.here = sorted(sample for sample, position in self._positions.items() if position == unit)
+            self.visiting = sorted(sample for sample, position in self._positions.items() if position == unit)
             self._finished.add(unit)
             with visit(unit):
-                for sample in self.here:
+                for sample in self.visiting:
                     if self._positions.get(sample) == unit:  # the visitor has not taken it further
                         self.step(sample)
             if unit == last:

@@ -36,7 +36,7 @@ class OpenModel:
 
     @property
     def objective(self) -> Objective:
-        """What it learns."""
+        """The objective that it is trained for."""
         return self.checkpoint.objective
 
     @cached_property

@@ -85,7 +85,7 @@ class _Ranges(ConversionOps):
 
 
 class _Unpack(ConversionOps):
-    """Unpacks the matrices of a stack one by one, transposed where those of the model are."""
+    """Unpacks the matrices of a stack one by one, transposed if the model's are."""
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **kwargs: Any) -> dict[str, list[torch.Tensor]]:
         if missing := [name for name in (_BLOCKS, _SCALES) if name not in input_dict]:

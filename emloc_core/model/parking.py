@@ -60,7 +60,7 @@ class Parking:
 
         Args:
             directory: as in the constructor; of a GPU, everything beyond the limit goes to CPU memory.
-            needed: bytes of a GPU that must stay free for other than samples.
+            needed: bytes of a GPU that must stay free for other things than samples.
         """
         if device.type == "cuda":
             free = free_of(device)
@@ -114,7 +114,7 @@ class Parking:
             self._moved[sample] = self._move(sample, list(storages.values()), size)
 
     def leave(self, sample: int) -> None:
-        """Give a sample back what it held when it was parked."""
+        """Restore the tensors that a sample held when it was parked."""
         self._on_device.pop(sample, None)
         for storage, content in self._moved.pop(sample, []):
             if isinstance(content, torch.UntypedStorage):

@@ -47,7 +47,7 @@ def _reads(kind: type) -> frozenset[str]:
 
 @cache
 def _module_reads(module: str) -> dict[str, frozenset[str]]:
-    """Return for every class of a module what it reads; see :func:`_reads`. Nothing where there is no source."""
+    """Return the reads of every class of a module, see :func:`_reads`; empty if there is no source."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError, KeyError):
@@ -61,9 +61,9 @@ def _module_reads(module: str) -> dict[str, frozenset[str]]:
 
 
 def _weights(method: ast.FunctionDef) -> Iterator[str]:
-    """Yield ``a.b`` for every ``self.a.b.weight`` of a method, except where only its shape or the like is asked for.
+    """Yield ``a.b`` for every ``self.a.b.weight`` of a method, except where only its shape or the like is read.
 
-    Its dtype may be asked for, except by what is cast to it.
+    Its dtype may be read, except to cast something to it.
     """
     harmless: set[ast.AST] = set()
     casts: set[ast.AST] = set()

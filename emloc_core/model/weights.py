@@ -125,7 +125,7 @@ class FrozenWeights:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(loaded.copied)
             assert loaded.buffer is not None
-            loaded.buffer.record_stream(stream)  # freed in this stream's order, not in that of the copy
+            loaded.buffer.record_stream(stream)  # freed in this stream's order, not the copy's
         if loaded.nbytes <= self.room:
             self.room -= loaded.nbytes
             self._staying[unit] = loaded

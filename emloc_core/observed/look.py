@@ -1,4 +1,4 @@
-"""Looks at a tiny model of a config, checks what it sees as the conformance kit does, and keeps it in the cache."""
+"""Looks at a tiny model of a config, checks the findings as the conformance kit does, and keeps them in the cache."""
 
 import json
 import logging

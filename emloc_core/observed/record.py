@@ -26,7 +26,7 @@ KNOWN: dict[str, Family] = {}
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """Return a digest of a config, the same for a model, its emulator and what is merged from it.
+    """Return a digest of a config, the same for a model, its emulator and a merged model.
 
     Args:
         config: the content of a ``config.json``.

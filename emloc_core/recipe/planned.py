@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
-from emloc_core.files.manifest import MANIFEST, made_from
+from emloc_core.files.manifest import MANIFEST, input_name
 from emloc_core.files.output import TIMING
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _model(emulator: Path | None, adapter: Path, tuned: Mapping[str, Any]) -> "M
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import CompressSettings, TrainSettings
 
-    config = Path(made_from(emulator, "base") if emulator else made_from(adapter, "model")) / "config.json"
+    config = Path(input_name(emulator, "base") if emulator else input_name(adapter, "model")) / "config.json"
     settings = TrainSettings(**tuned["request"]["settings"])
     device = "cuda" if "peak_cuda_bytes" in read_json(adapter / TIMING) else "cpu"
     if emulator is None:

@@ -52,7 +52,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
         progress: called with every item that is done; for training, None lets the trainer show its own bar.
 
     Returns:
-        The output; None in processes other than the main one, which writes it.
+        The output; None in all processes but the main one, which writes it.
 
     Raises:
         EmlocError: the stage failed. If the error is resumable, the same request resumes.

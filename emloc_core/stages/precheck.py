@@ -1,6 +1,6 @@
 """Refuses a request for its words and the files that it names, before torch is imported, which takes seconds.
 
-What is refused here would be refused later too, in the same words. What must be downloaded is left to the stage.
+The stage itself would refuse the same later, in the same words. Anything that must be downloaded is left to it.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from emloc_core.data.sources import reader_of
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
 from emloc_core.files.manifest import read_manifest
-from emloc_core.files.output import made_at
+from emloc_core.files.output import output_manifest
 from emloc_core.observed.record import recall
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Request
@@ -35,11 +35,11 @@ def precheck(request: Request) -> None:
     for owner in (fields, *systems):
         for path in filter(None, (getattr(owner, field, None) for field in _INPUTS)):
             recall(read_manifest(Path(path)))
-    made_at(request.output)
+    output_manifest(request.output)
     if adapter := getattr(fields, "adapter", None):
         require_lora(adapter)
     if source := getattr(fields, "source", None):
-        check_place(source)
+        check_exists(source)
     for rows in (getattr(fields, "data", None), getattr(fields, "selection_data", None)):
         check_rows(rows)
     for name in filter(
@@ -60,14 +60,14 @@ def check_model(name: str) -> None:
     """Refuse a model that does not exist, or that no family declares.
 
     Args:
-        name: directory or hub id, of which nothing is downloaded.
+        name: directory or hub id; nothing is downloaded.
     """
-    check_place(name)
+    check_exists(name)
     if Path(name).exists():
         plugin_manager().family_for(open_checkpoint(name).config)
 
 
-def check_place(name: str) -> None:
+def check_exists(name: str) -> None:
     """Refuse a path that does not exist and is no hub id."""
     if not Path(name).exists():
         require_name(name)

@@ -38,7 +38,7 @@ class VocabularyResult(TypedDict):
 
 
 class EmulatorResult(TypedDict):
-    """What ``compress`` found. ``tokens`` are those of the calibration rows."""
+    """What ``compress`` found. ``tokens`` counts the calibration rows' tokens."""
 
     family: str
     base: str
@@ -52,7 +52,7 @@ class EmulatorResult(TypedDict):
 
 
 class AdapterResult(TypedDict):
-    """What ``train`` and ``polish`` found. Losses are in nats per token; those of evaluations are of the kept step."""
+    """What ``train`` and ``polish`` found. Losses are in nats per token; evaluation losses are the kept step's."""
 
     steps: int
     train_loss: float | None
@@ -185,7 +185,7 @@ class Result(_Directory, Generic[Content]):
 
     @property
     def kind(self) -> str:
-        """What the directory holds: emulator, adapter, corrected-adapter, checkpoint, evaluation."""
+        """The kind of output: emulator, adapter, corrected-adapter, checkpoint, evaluation."""
         return str(self.manifest["kind"])
 
     @property

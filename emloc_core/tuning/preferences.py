@@ -89,7 +89,7 @@ def with_mismatched(dataset: Dataset, batch_size: int) -> Dataset:
 
 
 def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return ORPO's loss: that of chosen answers, less the log-sigmoid of the odds ratio, weighted.
+    """Return ORPO's loss: the loss of chosen answers, less the weighted log-sigmoid of the odds ratio.
 
     Hong et al., arXiv 2403.07691, equations 4, 6 and 7.
 

@@ -91,7 +91,7 @@ class NewLora:
         return {}
 
     def fingerprints(self, _files: Inputs) -> dict[str, Any]:
-        """Return what the adapter is made from, besides the model and the rows."""
+        """Return the fingerprints of further inputs, besides the model and the rows."""
         return {}
 
     @property
@@ -162,7 +162,7 @@ class GivenLora:
         return {"second_moments": (self.adapter / FILE).exists()}
 
     def fingerprints(self, files: Inputs) -> dict[str, Any]:
-        """Return what the adapter is made from, besides the model and the rows."""
+        """Return the fingerprints of further inputs, besides the model and the rows."""
         self._require_base(files)
         return {"adapter": self._opened.fingerprint(files), **hash_moments(self.adapter, files)}
 

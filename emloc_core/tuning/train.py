@@ -29,7 +29,7 @@ from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
-from emloc_core.files.manifest import CONTENT, made_from, manifest_value, read_manifest
+from emloc_core.files.manifest import CONTENT, input_name, manifest_value, read_manifest
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_sentence
 from emloc_core.model.opened import OpenModel, open_model
@@ -97,7 +97,7 @@ class Train(Job):
             raise EmlocError(
                 "There are no rows to evaluate the base on.", "Give them with --eval-data or --eval-split."
             )
-        return open_model(self.request.evaluation.base or made_from(self.model.checkpoint.directory, "base"), "cpu")
+        return open_model(self.request.evaluation.base or input_name(self.model.checkpoint.directory, "base"), "cpu")
 
     @property
     def warnings(self) -> list[str]:
@@ -159,8 +159,8 @@ class Train(Job):
         with ExitStack() as building:
             with Processes().together():
                 request = self._request(files, state.num_processes) if state.is_main_process else {}
-                device, made_from = config.device.type, self._inputs()
-                output = Output(self.path, "adapter", request, device, made_from, files, self.model.family)
+                device, inputs = config.device.type, self._inputs()
+                output = Output(self.path, "adapter", request, device, inputs, files, self.model.family)
                 finished = state.is_main_process and output.is_finished()
                 if state.is_main_process and not finished:
                     building.enter_context(output.build())
@@ -289,7 +289,7 @@ class Train(Job):
                 raise EmlocError(f"After the last step {name} is not finite.", DIVERGED, code="not-finite")
         (staging / "README.md").unlink(missing_ok=True)  # PEFT would read the card that a killed run began
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
-        if kept:  # with its own moments, and not those of steps that made it worse
+        if kept:  # with its own moments, not those of steps that made it worse
             copy_moments(kept, staging)
         else:
             rate = self.start.tuned_at or self.settings.learning_rate

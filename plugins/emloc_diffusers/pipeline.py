@@ -18,7 +18,7 @@ from torch import nn
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_object
-from emloc_core.files.manifest import made_from, read_manifest
+from emloc_core.files.manifest import input_name, read_manifest
 from emloc_core.model.skeleton import most_common_dtype
 from emloc_diffusers.pretrained import library, load_part
 from emloc_diffusers.transformer import read_config
@@ -37,7 +37,7 @@ def pipeline_of(checkpoint: Checkpoint) -> Path:
     directory = checkpoint.directory.absolute()
     manifest = read_manifest(directory)
     if manifest is not None and manifest.get("kind") == "emulator":
-        directory = open_checkpoint(made_from(directory, "base")).directory.absolute()
+        directory = open_checkpoint(input_name(directory, "base")).directory.absolute()
     if not (directory.parent / INDEX).is_file():
         raise EmlocError(
             f"{directory} is not part of a pipeline, so pictures and prompts cannot be encoded.",

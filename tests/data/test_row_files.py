@@ -103,7 +103,7 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path: Path):
     skipped: list[Skipped] = []
     assert [row.number for row in load_rows(path, skipped=skipped)] == [1, 5]
     assert [row.number for row in skipped] == [2, 3, 4]
-    assert "not valid JSON" in skipped[0].why
+    assert "not valid JSON" in skipped[0].reason
     write_skipped(tmp_path / "skipped.jsonl", skipped)
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [(line["source"], line["row"]) for line in lines] == [("rows.jsonl", number) for number in (2, 3, 4)]

@@ -135,7 +135,7 @@ def test_blocks_wait_for_a_sample_that_comes_through_what_stands_behind_them_in_
         skeleton.model.lm_head(hidden)
         skeleton.model(inputs_embeds=hidden, use_cache=False)
 
-    stream.run([text, image], lambda unit: seen.update({unit: stream.here}), "model.layers.2")
+    stream.run([text, image], lambda unit: seen.update({unit: stream.visiting}), "model.layers.2")
     assert list(seen) == ["model.embed_tokens", "lm_head", *(f"model.layers.{index}" for index in range(3))]
     assert seen.pop("lm_head") == [1]
     assert all(sorted(here) == [0, 1] for here in seen.values())

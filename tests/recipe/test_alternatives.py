@@ -14,7 +14,7 @@ from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
-from emloc_core.files.manifest import MANIFEST, made_from
+from emloc_core.files.manifest import MANIFEST, input_name
 from emloc_core.model.opened import OpenModel
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.page import write_page
@@ -179,7 +179,7 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
         assert total / tokens == pytest.approx(loss, abs=2e-6)
     end = ends[results["kept"]]
     assert results["final"] == f"merged{end}"
-    assert Path(made_from(run / f"merged{end}", "adapter")).name == f"polished{end}"
+    assert Path(input_name(run / f"merged{end}", "adapter")).name == f"polished{end}"
     polished = read_json(run / f"polished{end}" / MANIFEST)["result"]
     assert polished["excluded_rows"] == 6 + len(keys(run / f"emulator{end}" / CALIBRATION))
 
