@@ -1,6 +1,6 @@
 """Rounding with feedback: later columns compensate for the rounding error of earlier ones.
 
-As in GPTQ (Frantar et al., 2022, arXiv 2210.17323): the loss that counts is that of the outputs, ``||(M - Q) X||``, so
+As in GPTQ (Frantar et al., 2022, arXiv 2210.17323): the loss that counts is the outputs', ``||(M - Q) X||``, so
 the error of a column is spread over those not rounded yet, in proportion to how their inputs correlate with its own.
 The proportions are the factor U of the Gram, ``G = U D U^T``, which takes no inverse (QuIP: Chee et al., 2023, arXiv
 2307.13304, theorem 6). Columns with the largest inputs come first, while the most others are left. Then passes of

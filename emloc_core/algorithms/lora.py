@@ -36,7 +36,7 @@ class Lora:
         return self.a.shape[-2]
 
     def parameter(self, path: str) -> str:
-        """Return the name of the parameter that it is added to, where ``path`` is that of its Linear or stack."""
+        """Return the name of the parameter that it is added to; ``path`` is its Linear's or stack's."""
         return path if self.is_stacked else f"{path}.weight"
 
     def experts(self) -> "list[Lora]":

@@ -24,7 +24,7 @@ _RANGE = 1e-12, 1e24
 
 
 def cheaper_side(out_features: int, in_features: int) -> Side:
-    """Return which Gram of a Linear is smaller: that of its outputs, unless it has more outputs than inputs."""
+    """Return which Gram of a Linear is smaller: its outputs', unless it has more outputs than inputs."""
     return "output" if out_features <= in_features else "input"
 
 

@@ -139,7 +139,7 @@ class EmulatorFiles:
         self._write_rest(plan)
         self._write_index()
         settings = self.format.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
-        # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
+        # Without a dtype, transformers would take the first tensor's, perhaps a scale's.
         if plan.vocabulary:
             settings["vocabulary"] = packings(plan.vocabulary)
         config, key = {**self.base.config}, self.base.objective.dtype_key  # as it was when the job began

@@ -103,9 +103,9 @@ class _Shared:
         return self._calls[path] in (0, self._calls[self.first])
 
 
-def alike(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+def alike(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
     """Return whether two Linears were given equal tensors at every call."""
-    return len(some) == len(others) and all(map(torch.equal, some, others))
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def decide(
         budget: the memory; None: what inference on the base needs with as many rows.
         settings: how an emulator is made. With the kind ``auto``, which is the default here, the recommended kinds are
             compared; with a ratio, that one is planned instead of the largest that fits.
-        speed: that of the machine, for the time of a step.
+        speed: of the machine, for the time of a step.
 
     Raises:
         EmlocError: the model cannot be planned, or takes no such settings.

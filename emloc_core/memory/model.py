@@ -144,7 +144,7 @@ class MemoryModel:
         return coverage(self.model, self.family, self.linears)
 
     def plan(self, ratio: float | None = None) -> RankPlan:
-        """Return the ranks of the emulator at a ratio; None: that of the settings, if the kind has one.
+        """Return the ranks of the emulator at a ratio; None: the settings' ratio, if the kind has one.
 
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """

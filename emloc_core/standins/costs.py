@@ -69,9 +69,9 @@ def gram_bytes(linears: Sequence[Planned]) -> int:
     return 8 * sum(size**2 for size in (*inputs.values(), *outputs))
 
 
-def rounding_bytes(linears: Sequence[Planned], **how: Any) -> int:
+def rounding_bytes(linears: Sequence[Planned], **options: Any) -> int:
     """Return the peak of rounding the weights of a group with feedback, or of a block's; see :func:`rounding`."""
-    return max((rounding(m, n, **how) for m, n, _ in map(_sizes, groups(linears))), default=0)
+    return max((rounding(m, n, **options) for m, n, _ in map(_sizes, groups(linears))), default=0)
 
 
 def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 3, scales: bool = False) -> int:

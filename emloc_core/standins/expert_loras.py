@@ -1,4 +1,4 @@
-"""A LoRA on experts: PEFT attaches it to their stacks, and its part of the output is computed by itself.
+"""A LoRA on experts: PEFT attaches it to their stacks, and its part of the output is computed separately.
 
 PEFT wraps the module of experts once per stack, and adds a LoRA to a stack where that is read. That would unpack whole
 stacks, and a packed one is no parameter. So each packed stack has a parameter without storage that PEFT attaches to,

@@ -266,7 +266,7 @@ class Format(ABC):
         return costs.rounding_bytes(linears)
 
     def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:  # noqa: ARG002
-        """Return the peak of refining the Linears of a block, in place of fitting them."""
+        """Return the peak of refining the Linears of a block, instead of fitting them."""
         return 0
 
     def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:

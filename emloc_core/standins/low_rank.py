@@ -121,7 +121,7 @@ class LowRank(Factored):
         return 4 * self._factors(linears)
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of factorising."""
+        """The peak of factorising."""
         return costs.factoring_bytes(linears, propagated=propagated)
 
     def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
@@ -183,7 +183,7 @@ class RoundedLowRank(Factored):
         return list(map(in_single, factors))
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of factorising on the smaller Gram, and of rounding."""
+        """The peak of factorising on the smaller Gram, and of rounding."""
         smaller = not wants_inputs(self.factorize)
         return costs.rounded_factoring_bytes(linears, propagated=propagated, smaller=smaller)
 

@@ -171,7 +171,7 @@ class NF4(PackedNF4):
         }
 
     def names(self) -> list[str]:
-        """These, and the rest of bitsandbytes' ``QuantState``, as JSON."""
+        """Return the names of the parts, and of the rest of bitsandbytes' ``QuantState``, as JSON."""
         return [*super().names(), "weight.quant_state.bitsandbytes__nf4"]
 
     def pack(self, fitted: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ class RepairedThreeLevels(Format):
     """Weights on three levels with a low-rank repair in four bits (as in CALDERA, Saha et al., 2024, arXiv 2405.18886).
 
     Each is fitted in turn to what the other leaves of the weight, and seen as rounded by what is fitted after them.
-    The ratio is that of the repair alone.
+    The ratio is the repair's alone.
     """
 
     name = "1.6-bit+repair"
@@ -125,17 +125,17 @@ class RepairedThreeLevels(Format):
         return f"{self.layer.LEVELS} levels and rank {rank} in four bits"
 
     def numbers(self, shape: tuple[int, int], rank: int | None) -> int:
-        """Those of the weight, and of its repair."""
+        """The numbers of the weight and of its repair."""
         return super().numbers(shape, rank) + (rank or 0) * sum(shape)
 
     def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:
-        """Those of the repair, but its factors': many inputs are multiplied by the sum."""
+        """The repair's numbers per input, less those of computing ``U V``: many inputs are multiplied by the sum."""
         return (rank or 0) * max(0, inputs * sum(shape) - shape[0] * shape[1])
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Those of rounding beside factors, which :func:`leading` finds beside the Gram and without another.
+        """The peak of rounding beside factors, which :func:`leading` finds beside the Gram and without another.
 
-        There are the Gram, and a factor of it as damped for the weight and one for the repair.
+        There are the Gram, and its damped factors for the weight and for the repair.
         """
         return costs.rounding_bytes(linears, grams=3, at_once=5, scales=True)
 

@@ -72,7 +72,7 @@ class Packing(ABC):
         """Return codes and scales of rows, fp32, for a weight of this dtype."""
 
     def pack(self, weight: torch.Tensor, gram: Gram | None = None, target: torch.Tensor | None = None) -> Packed:
-        """Return a weight packed, with its relative error: that of the outputs on a Gram, if there is one.
+        """Return a weight packed, with its relative error: of the outputs on a Gram, if there is one.
 
         Args:
             weight: W, (rows, features), any floating dtype.
@@ -212,9 +212,9 @@ class PackedLayer(nn.Module):
         """The matrix."""
         return PackedRows.from_layer(self)
 
-    def rows(self, which: slice | torch.Tensor) -> torch.Tensor:
+    def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         """Return rows, (..., features): those of a slice, or of indices, (...)."""
-        codes, scales = self.codes[which], self.scales[which]
+        codes, scales = self.codes[index], self.scales[index]
         rows = self.packing.unpack(codes.flatten(0, -2), scales.flatten(0, -2), self.features)
         return rows.view(*codes.shape[:-1], self.features)
 
@@ -254,18 +254,18 @@ class _Logits(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scales.dtype
         logits = x.new_empty(*x.shape[:-1], len(codes), dtype=dtype)
-        for which in blocks(len(codes), ROWS):
-            rows = packing.unpack(codes[which], scales[which], x.shape[-1])
-            logits[..., which] = functional.linear(x.to(dtype), rows.to(dtype))
+        for words in blocks(len(codes), ROWS):
+            rows = packing.unpack(codes[words], scales[words], x.shape[-1])
+            logits[..., words] = functional.linear(x.to(dtype), rows.to(dtype))
         return logits
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, scales = ctx.saved_tensors  # checkpointing gives them once
         total = torch.zeros(*gradient.shape[:-1], ctx.features, device=gradient.device)
-        for which in blocks(len(codes), ROWS):
-            rows = ctx.packing.unpack(codes[which], scales[which], ctx.features)
-            total += gradient[..., which] @ rows.to(gradient.dtype)
+        for words in blocks(len(codes), ROWS):
+            rows = ctx.packing.unpack(codes[words], scales[words], ctx.features)
+            total += gradient[..., words] @ rows.to(gradient.dtype)
         return total.to(ctx.dtype), None, None, None
 
 
