@@ -23,12 +23,12 @@ def check(model: str, settings: Mapping[str, Any], polish: Mapping[str, Any]) ->
     """Refuse settings that name what a model or its trainer does not have. Reads no weights.
 
     Args:
-        polish: those of exact steps, if any follow.
+        polish: the settings of exact steps, if any follow.
     """
     opened, train = open_model(model, "cpu"), TrainSettings(**settings)
-    for each in (train, PolishSettings(**polish)):
-        opened.objective.check(each)
-        require_tracker(each)
+    for stage_settings in (train, PolishSettings(**polish)):
+        opened.objective.check(stage_settings)
+        require_tracker(stage_settings)
     choose_targets(opened, train)
 
 

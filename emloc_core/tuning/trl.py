@@ -89,8 +89,8 @@ def require_tracker(settings: StepSettings) -> None:
         for tracker in get_reporting_integration_callbacks(settings.report_to):
             tracker()
     except (ValueError, RuntimeError, ImportError) as error:
-        told = f"The tracker {settings.report_to!r} cannot be used: {first_line(error)}"
-        raise EmlocError(told, "Install it, or choose another.", code="unavailable") from error
+        message = f"The tracker {settings.report_to!r} cannot be used: {first_line(error)}"
+        raise EmlocError(message, "Install it, or choose another.", code="unavailable") from error
 
 
 def _config_class(settings: StepSettings) -> Any:
