@@ -1,7 +1,7 @@
 """Loss of untuned emulators of equal size by how their ranks are allocated: SmolLM2-135M on the demo's messages.
 
-Per seed (of the draw of calibration rows) the model is decomposed once, on its own activations; as the first k of the
-best factors are those of rank k, every ratio and allocator is cut from that.
+Per seed (of the draw of calibration rows) the model is decomposed once, on its own activations. The first k of the best
+factors are the best of rank k, so every ratio and allocator is cut from that decomposition.
 Beside `uniform` and `global`, `energies` is `global` with every sensitivity 1: what the spectra alone are worth. The
 loss is the mean NLL per token of the right answers of held-out messages, whose names, items, numbers and wordings stand
 in no calibration row. Factors are multiplied in fp32 and the forward is in bf16, the dtype of the published SmolLM2.
@@ -41,13 +41,13 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     """Decompose with one draw of calibration rows, and measure every ratio and allocator."""
     root = Path(directory)
     base = Checkpoint(root / "base")
-    place = {"model": str(base.directory), "data": str(root / "data" / "train.jsonl")}
+    paths = {"model": str(base.directory), "data": str(root / "data" / "train.jsonl")}
     settings = CompressSettings(kind="low-rank", calibration="base", allocator="uniform", seed=seed)
-    job = Compress(CompressRequest(**place, output=root / f"emulator-{seed}", settings=settings))
-    found, whole = job.method.linears, Whole()
-    largest = {linear.path: largest_rank(linear.out_features, linear.in_features) for linear in found.candidates}
-    how = (found.with_ranks(largest), job.samples, LowRank(), lambda *_: None)
-    Decomposition(job.base.skeleton, *how).run(whole, PROBES)
+    job = Compress(CompressRequest(**paths, output=root / f"emulator-{seed}", settings=settings))
+    linears, store = job.method.linears, FactorStore()
+    largest = {linear.path: largest_rank(linear.out_features, linear.in_features) for linear in linears.candidates}
+    arguments = (linears.with_ranks(largest), job.samples, LowRank(), lambda *_: None)
+    Decomposition(job.base.skeleton, *arguments).run(store, PROBES)
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
     held_out = encode(load_rows(str(root / "data" / "test.jsonl"))[:rows], tokenizer)
@@ -60,15 +60,15 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
 
     record(1.0, "base", 1.0)
     for ratio in ratios:
-        for name, spectrum in zip(ALLOCATORS, (None, whole.alike, whole.spectrum), strict=True):
-            plan = allocated(found, ratio, spectrum)
-            emulate(model, whole, plan)
+        for name, spectrum in zip(ALLOCATORS, (None, store.alike, store.spectrum), strict=True):
+            plan = allocated(linears, ratio, spectrum)
+            emulate(model, store, plan)
             before, after = plan.parameters(LowRank())
             record(ratio, name, after / before)
     return {"results": results}
 
 
-class Whole:
+class FactorStore:
     """The factors of all Linears at the largest useful ranks, in memory, as a decomposition stores them."""
 
     def __init__(self) -> None:
@@ -85,20 +85,20 @@ class Whole:
             self.factors[path], self._sensitivities[path] = factors, sensitivity
 
     def spectrum(self, linear: LinearPlan) -> Spectrum:
-        """Return a Linear's, for an allocator."""
+        """Return a Linear's spectrum, for an allocator."""
         energies = self.factors[linear.path].spectrum
         return Spectrum(linear.path, linear.block, energies, self._sensitivities[linear.path])
 
     def alike(self, linear: LinearPlan) -> Spectrum:
-        """Return it as if all Linears disturbed their blocks alike."""
+        """Return a Linear's spectrum as if all Linears disturbed their blocks alike."""
         return replace(self.spectrum(linear), sensitivity=1.0)
 
 
-def emulate(model: PreTrainedModel, whole: Whole, plan: RankPlan) -> None:
-    """Give every planned Linear the product of its factors for a weight: it answers as in the emulator."""
+def emulate(model: PreTrainedModel, store: FactorStore, plan: RankPlan) -> None:
+    """Replace every planned Linear's weight with the product of its factors: it answers as in the emulator."""
     for linear in plan.linears:
         if linear.rank is not None:
-            u, v = (getattr(whole.factors[linear.path], name) for name in ("u", "v"))
+            u, v = (getattr(store.factors[linear.path], name) for name in ("u", "v"))
             model.get_parameter(f"{linear.path}.weight").data.copy_(u[:, : linear.rank] @ v[: linear.rank])
 
 
@@ -123,16 +123,15 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]], messages: int) -> None:
     """Write the results: a line for every ratio and seed."""
-    found = {(row["ratio"], row["seed"], row["allocator"]): row for row in rows}
-    cases = sorted({key[:2] for key in found if key[2] == "global"})
+    by_case = {(row["ratio"], row["seed"], row["allocator"]): row for row in rows}
+    cases = sorted({key[:2] for key in by_case if key[2] == "global"})
 
     def column(value: str, name: str) -> list[float]:
-        return [found[*case, name][value] for case in cases]
+        return [by_case[*case, name][value] for case in cases]
 
     losses = [column("nll", name) for name in ALLOCATORS]
-    lines = [
-        [*case, *(f"{loss:.3f}" for loss in each)] for case, each in zip(cases, zip(*losses, strict=True), strict=True)
-    ]
+    rows_of_losses = zip(*losses, strict=True)
+    lines = [[*case, *(f"{loss:.3f}" for loss in row)] for case, row in zip(cases, rows_of_losses, strict=True)]
     table = markdown(["ratio", "seed", *ALLOCATORS], lines)
     base = next(row["nll"] for row in rows if row["allocator"] == "base")
     text = f"NLL per token on {messages} held-out messages, untuned; the base has {base:.3f}.\n\n{table}"

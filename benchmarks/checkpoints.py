@@ -24,13 +24,13 @@ from emloc_core.model.opened import open_model
 from emloc_core.plugins.manager import plugin_manager
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
-#: Llama-3.2-1B and Llama-3.1-8B: `num_hidden_layers` is for the caller to say.
+#: Llama-3.2-1B and Llama-3.1-8B; the caller chooses `num_hidden_layers`.
 LLAMA_1B = {**_LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
             "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
 LLAMA_8B = {**_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
             "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}  # fmt: skip
 BLOCKS_8B = 32
-_VALUES = (4 << 20) - 3  # drawn for a tensor: no multiple of a row
+_VALUES = (4 << 20) - 3  # values drawn for a tensor: not a multiple of a row
 
 
 def llama(shape: dict[str, Any], blocks: int) -> PreTrainedConfig:
@@ -75,12 +75,12 @@ def _values(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[byte
     """Yield a norm's ones, or normal values of the size that keeps activations as large as they are, in bf16."""
     drawn = torch.ones(_VALUES) if len(shape) == 1 else torch.randn(_VALUES, generator=generator) / shape[-1] ** 0.5
     pool = drawn.bfloat16()
-    left = torch.Size(shape).numel()
-    while left:
-        # Drawing every value would take longer than all that is measured; the pool's are taken from another place on.
-        values = pool.roll(int(torch.randint(_VALUES, (1,), generator=generator)))[:left]
+    remaining = torch.Size(shape).numel()
+    while remaining:
+        # Drawing every value would take longer than what is measured: the pool is reused, from a random start.
+        values = pool.roll(int(torch.randint(_VALUES, (1,), generator=generator)))[:remaining]
         yield bytes(values.view(torch.uint8).numpy())
-        left -= len(values)
+        remaining -= len(values)
 
 
 def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoint:

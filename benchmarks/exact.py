@@ -42,7 +42,7 @@ def wide_step(work: str, blocks: int) -> dict[str, Any]:
     steps = ExactSteps(lora.get_base_model(), model.skeleton)
     ids = [torch.randint(128000, (1, TOKENS[1])) for _ in range(TOKENS[0])]
     started = time.perf_counter()
-    steps.loss([{"input_ids": each, "labels": each} for each in ids])
+    steps.loss([{"input_ids": batch, "labels": batch} for batch in ids])
     seconds = time.perf_counter() - started
     reads = steps.weights.reads
     return {
@@ -75,19 +75,19 @@ def tune(work: str, micro_batches: int, way: str) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             marks.append(time.perf_counter())
 
-    make = LoraTrainer.__init__
+    initialise = LoraTrainer.__init__
 
     def clocked(self: Any, *args: Any, **options: Any) -> None:
-        make(self, *args, **options)
+        initialise(self, *args, **options)
         self.add_callback(Clock())
 
     LoraTrainer.__init__ = clocked  # type: ignore[method-assign]
     settings = TrainSettings(steps=STEPS, batch_size=1, accumulation=micro_batches, max_length=LENGTH, logging_steps=1)
-    place = Path(work)
-    given: Any = {"model": str(place / "smollm2"), "data": str(place / "rows.jsonl"), "settings": settings}
+    directory = Path(work)
+    arguments: Any = {"model": str(directory / "smollm2"), "data": str(directory / "rows.jsonl"), "settings": settings}
     if way != ORDINARY:
-        given |= {"exact": True, "limits": ExactSettings(park="disk" if way == PARKED else "memory")}
-    adapter = prepare(TrainRequest(output=place / f"{micro_batches}-{way}", **given)).run()
+        arguments |= {"exact": True, "limits": ExactSettings(park="disk" if way == PARKED else "memory")}
+    adapter = prepare(TrainRequest(output=directory / f"{micro_batches}-{way}", **arguments)).run()
     timing = json.loads((adapter / "timing.json").read_text())
     seconds = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
     losses = [entry["loss"] for entry in json.loads((adapter / "log.json").read_text())]
@@ -108,13 +108,13 @@ def prepare(work: str) -> dict[str, Any]:
     from emloc_demo.model import write_base
     from transformers import AutoModelForCausalLM
 
-    place = Path(work)
-    write_base(place / "smollm2")
-    model = AutoModelForCausalLM.from_pretrained(place / "smollm2", dtype=torch.bfloat16)
-    model.save_pretrained(place / "smollm2")
+    directory = Path(work)
+    write_base(directory / "smollm2")
+    model = AutoModelForCausalLM.from_pretrained(directory / "smollm2", dtype=torch.bfloat16)
+    model.save_pretrained(directory / "smollm2")
     messages = [row["messages"][0]["content"] for row in make_rows()[0]]
     rows = [{"text": " ".join(messages[start : start + 8])} for start in range(0, len(messages), 8)]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {}
 
 
@@ -128,13 +128,13 @@ def main() -> None:
         in_process(prepare, work)
         for count in MICRO_BATCHES:
             narrow += [in_process(tune, work, count, way) for way in WAYS]
-    most = max(row["peak_rss_bytes"] for row in wide)
+    peak = max(row["peak_rss_bytes"] for row in wide)
     growth = [
         (b["peak_rss_bytes"] - a["peak_rss_bytes"])
         - sum(b[term] - a[term] for term in ("lora_bytes", "boundary_bytes"))
         for a, b in pairwise(wide)
     ]
-    whole = wide[0]["checkpoint_bytes"] + 30 * (wide[1]["checkpoint_bytes"] - wide[0]["checkpoint_bytes"]) / 2
+    nbytes = wide[0]["checkpoint_bytes"] + 30 * (wide[1]["checkpoint_bytes"] - wide[0]["checkpoint_bytes"]) / 2
     by_way = {(row["way"], row["micro_batches"]): row for row in narrow}
 
     def beside_trl(way: str, key: str) -> list[float]:
@@ -146,7 +146,7 @@ def main() -> None:
     goals = [
         goal("growth per doubling besides boundaries and LoRA (GB)", 0.1, round(max(growth) / 1e9, 3),
              max(growth) < 1e8),
-        goal("peak over the checkpoint of 32 blocks", 0.25, round(most / whole, 3), most / whole <= 0.25),
+        goal("peak over the checkpoint of 32 blocks", 0.25, round(peak / nbytes, 3), peak / nbytes <= 0.25),
         goal("reads per block and step", 2, wide[-1]["reads_per_block"], wide[-1]["reads_per_block"] == 2),
         *(goal(f"step time over TRL's, {way}, {counts} micro-batches", 1.1, ratios, max(ratios) <= 1.1)
           for way, ratios in times.items()),

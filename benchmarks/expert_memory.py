@@ -1,6 +1,6 @@
 """Plans of stages 1 and 2 of a mixture of experts beside the measured peak: blocks as wide as those of Qwen3-30B-A3B.
 
-Packed weights are random: what they are worth does not matter, what they weigh does. Each kind is tuned for two steps
+Packed weights are random: only their size matters. Each kind is tuned for two steps
 in a process of its own, on this CPU. All weights are read once before: of a mapped file, embeddings of words that no
 row has would take no memory, which on a GPU they do. Stage 1 is of one block with a quarter of the experts: more of
 them take longer, not more memory. `python benchmarks/expert_memory.py` prints the table and writes it to
@@ -26,13 +26,13 @@ BATCH, LENGTH = 2, 512
 FEWER, SAMPLES, COMPRESSED = {"num_hidden_layers": 1, "num_experts": 32}, 48, ("nf4", "2.7-bit")
 
 
-def write_bases(place: str) -> dict[str, Any]:
-    """Write a base for each stage, the rows, and those of them that are cut at the length."""
+def write_bases(directory: str) -> dict[str, Any]:
+    """Write a base for each stage, all rows, and the rows that are cut at the length."""
     import torch
     from emloc_demo.model import write_base
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    work = Path(place)
+    work = Path(directory)
     write_base(work / "smollm2")
     for name, fewer in (("base", {}), ("smaller", FEWER)):
         config = AutoConfig.for_model("qwen3_moe", vocab_size=VOCABULARY, **SHAPE | fewer)
@@ -45,7 +45,7 @@ def write_bases(place: str) -> dict[str, Any]:
 
 
 def compress(base: str, rows: str, kind: str, output: str) -> dict[str, Any]:
-    """Make an emulator; return the peak of that as predicted, and what the process takes before, with its imports."""
+    """Make an emulator; return its predicted peak, and the memory of the process before, with its imports."""
     from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
 
     from emloc_core.emulator.compress import Compress
@@ -77,12 +77,12 @@ def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
     from emloc_core.settings import CompressSettings, TrainSettings
 
     train = TrainSettings(batch_size=BATCH)
-    # What is measured are the experts: the emulator written here has the vocabulary of its base.
+    # Only the experts are measured: the emulator written here has the vocabulary of its base.
     settings = CompressSettings(kind=kind, keep="head", allocator=None if kind in ("nf4", "2.7-bit") else "uniform")
     plans = MemoryModel(Path(base) / "config.json", Workload(BATCH, LENGTH, 0, train, "cpu"), settings)
     plan = plans.plan()
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    before = set(model.parameters())  # kept, so that no other gets the place of one
+    before = set(model.parameters())  # kept alive: a new parameter must not reuse the id of an old one
     plans.format.replace(model, plan.ranks)
     for parameter in set(model.parameters()) - before:
         random = torch.randint(0, 200, parameter.shape, dtype=torch.uint8)
@@ -96,7 +96,7 @@ def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
     return {"bytes": need.total - IMPORTS["cpu"], "terms": dict(need.terms)}
 
 
-def tune_read(*given: Any) -> dict[str, Any]:
+def tune_read(*args: Any) -> dict[str, Any]:
     """Take two steps of stage 2 on a model whose weights have all been read; see ``memory.tune``."""
     from unittest import mock
 
@@ -104,14 +104,14 @@ def tune_read(*given: Any) -> dict[str, Any]:
 
     load = pretrained.load_model
 
-    def read(*args: Any, **options: Any) -> Any:
+    def load_and_read(*args: Any, **options: Any) -> Any:
         model = load(*args, **options)
         for parameter in model.parameters():
             parameter.max()
         return model
 
-    with mock.patch.object(pretrained, "load_model", read):
-        return tune(*given)
+    with mock.patch.object(pretrained, "load_model", load_and_read):
+        return tune(*args)
 
 
 def measure(work: Path, stage: str, kind: str) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def measure(work: Path, stage: str, kind: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place:
-        work = Path(place)
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
         in_process(write_bases, work)
         cases = [("train", kind) for kind in KINDS] + [("compress", kind) for kind in COMPRESSED]
         rows = [measure(work, *case) for case in cases]

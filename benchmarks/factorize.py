@@ -2,8 +2,8 @@
 
 The textbook: eigendecomposition of the inputs' Gram for its root S, SVD of ``W S``, explicit inverse of S. A stronger
 peer replaces root and inverse by Cholesky (with the smallest jitter that succeeds) and a triangular solve. Both may
-share what depends on the input alone among the Linears of an input group. All in one process, in fp32, the Grams being
-there; errors are measured in fp64 on the inputs themselves. `--full` for the widths of the 8B model; half by default.
+share what depends on the input alone among the Linears of an input group. All in one process, in fp32, with the Grams
+given; errors are measured in fp64 on the inputs themselves. `--full` for the widths of the 8B model; half by default.
 
 Weights and activations are random. The activations' spectra follow those of SmolLM2-135M's inputs: the middle blocks',
 and the first block's, which are so steep that fp32 shows.
@@ -63,9 +63,9 @@ def hidden_states(tokens: int, width: int, decay: float, generator: torch.Genera
     channels; then RMS normalisation, as a Linear's input has.
     """
     mixing = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    place = torch.arange(1, width + 1)
+    index = torch.arange(1, width + 1)
     states = (
-        torch.randn(tokens, width, generator=generator) * ((-decay * place / width).exp() / place).sqrt()
+        torch.randn(tokens, width, generator=generator) * ((-decay * index / width).exp() / index).sqrt()
     ) @ mixing
     states += states.std() * torch.randn(width, generator=generator)
     states[:, torch.randperm(width, generator=generator)[:4]] *= 10
@@ -78,10 +78,10 @@ def weight(out_features: int, in_features: int, generator: torch.Generator) -> t
 
 
 def gram(side: Any, activations: torch.Tensor) -> Gram:
-    found = Gram(side, activations.shape[1], torch.float32)
+    sums = Gram(side, activations.shape[1], torch.float32)
     for chunk in activations.split(CHUNK):
-        found.add(chunk)
-    return found
+        sums.add(chunk)
+    return sums
 
 
 class Textbook:
@@ -120,25 +120,25 @@ class Cholesky:
 def relative_error(weight: torch.Tensor, pair: Pair, inputs: torch.Tensor) -> float:
     """Return ``||(W - U V) X|| / ||W X||`` in fp64."""
     weight, u, v = (tensor.double() for tensor in (weight, *pair))
-    lost = whole = 0.0
+    error = total = 0.0
     for chunk in inputs.split(CHUNK):
         rows = chunk.double()
         outputs = rows @ weight.T
-        whole += float(outputs.square().sum())
-        lost += float((outputs - (rows @ v.T) @ u.T).square().sum())
-    return (lost / whole) ** 0.5
+        total += float(outputs.square().sum())
+        error += float((outputs - (rows @ v.T) @ u.T).square().sum())
+    return (error / total) ** 0.5
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
-    found = work()
-    return found, time.perf_counter() - start
+    value = work()
+    return value, time.perf_counter() - start
 
 
 def measure_group(inputs: torch.Tensor, weights: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Factorise the Linears of one input group in every way.
 
-    The seconds of a peer are those of its own SVD; ``shared`` is what it does once per group, in the first row alone.
+    A peer's seconds are of its own SVD; ``shared`` are the seconds of what it does once per group.
     """
     source = gram("input", inputs)
     grams = {
@@ -150,9 +150,9 @@ def measure_group(inputs: torch.Tensor, weights: dict[str, torch.Tensor]) -> lis
     cholesky, cholesky_shared = timed(lambda: Cholesky(source.matrix))
     rows = []
     for name, weight in weights.items():
-        found, seconds = ours[name]
+        factors, seconds = ours[name]
         row: dict[str, Any] = {"linear": name, "shape": list(weight.shape), "rank": rank(weight), "ours": {
-            "seconds": seconds, "error": relative_error(weight, (found.u, found.v), inputs)}}  # fmt: skip
+            "seconds": seconds, "error": relative_error(weight, (factors.u, factors.v), inputs)}}  # fmt: skip
         for peer, method, shared in (("textbook", textbook, textbook_shared), ("cholesky", cholesky, cholesky_shared)):
             pair, seconds = timed(partial(method.factors, weight, rank(weight)))
             row[peer] = {"seconds": seconds, "shared": shared, "error": relative_error(weight, pair, inputs)}
@@ -179,7 +179,7 @@ def block_inputs(shape: Shape, decay: float, generator: torch.Generator) -> Any:
     """Yield the inputs and the weights of every input group, one group in memory at a time."""
     for name, linears in shape.groups().items():
         states = hidden_states(shape.tokens, shape.hidden, decay, generator)
-        if name == "down":  # what gate and up make of hidden states
+        if name == "down":  # its input is computed by gate and up from hidden states
             gate, up = (weight(shape.intermediate, shape.hidden, generator) for _ in range(2))
             states = torch.nn.functional.silu(states @ gate.T) * (states @ up.T)
         yield states, {path: weight(size, states.shape[1], generator) for path, size in linears.items()}
@@ -198,11 +198,11 @@ def measure(full: bool, spectra: list[str]) -> dict[str, Any]:
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return the seconds of each method for all Linears of a block; a peer's with and without sharing in a group."""
-    found = {"ours": sum(row["ours"]["seconds"] for row in rows)}
+    seconds = {"ours": sum(row["ours"]["seconds"] for row in rows)}
     for peer in PEERS:
-        found[peer] = sum(row[peer]["seconds"] + row[peer]["shared"] / row["group"] for row in rows)
-        found[f"{peer}, nothing shared"] = sum(row[peer]["seconds"] + row[peer]["shared"] for row in rows)
-    return found
+        seconds[peer] = sum(row[peer]["seconds"] + row[peer]["shared"] / row["group"] for row in rows)
+        seconds[f"{peer}, nothing shared"] = sum(row[peer]["seconds"] + row[peer]["shared"] for row in rows)
+    return seconds
 
 
 def cells(row: dict[str, Any]) -> list[Any]:
@@ -219,12 +219,12 @@ def report(rows: list[dict[str, Any]], name: str) -> None:
               "our error", "over textbook's", "over Cholesky's"]  # fmt: skip
     text, goals, sums = markdown(header, [cells(row) for row in rows]), [], []
     for spectrum in dict.fromkeys(row["activations"] for row in rows):
-        here = [row for row in rows if row["activations"] == spectrum]
-        seconds = totals(here)
-        times = {method: taken / seconds["ours"] for method, taken in seconds.items()}
-        worst = max(row["ours"]["error"] / row["textbook"]["error"] for row in here)
-        said = "; ".join(f"{method} {taken:.1f} s ({times[method]:.1f})" for method, taken in seconds.items())
-        text += f"\n\nA block in total, activations of the {spectrum} kind: {said}."
+        selected = [row for row in rows if row["activations"] == spectrum]
+        seconds = totals(selected)
+        times = {method: duration / seconds["ours"] for method, duration in seconds.items()}
+        worst = max(row["ours"]["error"] / row["textbook"]["error"] for row in selected)
+        summary = "; ".join(f"{method} {duration:.1f} s ({times[method]:.1f})" for method, duration in seconds.items())
+        text += f"\n\nA block in total, activations of the {spectrum} kind: {summary}."
         sums.append({"activations": spectrum, "linear": "all", "seconds": seconds, "times_ours": times})
         goals += [
             goal(f"{spectrum}: seconds of the textbook method, sharing within input groups, over ours", "at least 10",

@@ -2,13 +2,13 @@
 
 Both are given the same inputs of the Linears of one block, and round its weights with feedback to 4.13 bits a number:
 ``nf4`` to NF4, with a scale in eight bits for every 64, and llm-compressor by its scheme W4A16, to integers with a
-scale in sixteen bits for every 128, or where that is no part of the width, as in SmolLM2, for every 64, in 4.25 bits.
-What is timed is what follows the forward pass, in one thread: the sums of ``x x^T`` and the rounding. The error is that
-of the outputs on these inputs, ``||(What - W) X|| / ||W X||``, in the mean of the Linears.
+scale in sixteen bits for every 128, or, where 128 does not divide the width, as in SmolLM2, for every 64, in 4.25 bits.
+Timed is what follows the forward pass, in one thread: the sums of ``x x^T`` and the rounding. The error is of the
+outputs on these inputs, ``||(What - W) X|| / ||W X||``, the mean over the Linears.
 
-The block is the last of four of SmolLM2-135M, on the demo's messages; or, if they are asked for (``1B 8B``), one at the
-widths of Llama-3.2-1B and Llama-3.1-8B with random weights. llm-compressor asks for older versions of transformers, but
-what is used here, its functions of tensors, does not::
+The block is the last of four of SmolLM2-135M, on the demo's messages; or, on request (``1B 8B``), one at the widths of
+Llama-3.2-1B and Llama-3.1-8B with random weights. llm-compressor requires older versions of transformers, but its
+functions of tensors, which are used here, do not::
 
     pip install --no-deps --target build/gptq llmcompressor compressed-tensors loguru
     PYTHONPATH=build/gptq python benchmarks/gptq.py
@@ -48,33 +48,35 @@ def inputs_of(work: str, samples: int) -> tuple[Mapping[str, Any], Mapping[str, 
 
     model = AutoModelForCausalLM.from_pretrained(Path(work) / "base", dtype="auto").eval()
     block = model.model.layers[-1]
-    seen: dict[str, list[Any]] = {group[0]: [] for group in GROUPS}
+    inputs: dict[str, list[Any]] = {group[0]: [] for group in GROUPS}
 
-    def keep(name: str, _module: Any, args: tuple[Any, ...]) -> None:
-        seen[name].append(args[0][0].float())
+    def record(name: str, _module: Any, args: tuple[Any, ...]) -> None:
+        inputs[name].append(args[0][0].float())
 
-    for name in seen:
-        block.get_submodule(name).register_forward_pre_hook(partial(keep, name))
+    for name in inputs:
+        block.get_submodule(name).register_forward_pre_hook(partial(record, name))
     rows = load_rows(str(Path(work) / "rows.jsonl"))[:samples]
     with torch.no_grad():
         for sample in encode(rows, AutoTokenizer.from_pretrained(Path(work) / "base")):
             model.model(torch.tensor([sample.input_ids]))
-    return {name: block.get_submodule(name).float() for group in GROUPS for name in group}, seen
+    return {name: block.get_submodule(name).float() for group in GROUPS for name in group}, inputs
 
 
-def by_nf4(linears: Mapping[str, Any], seen: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Return the weights as stage 1 rounds them: those of a group together, by one sum."""
+def by_nf4(linears: Mapping[str, Any], inputs: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Return the weights as stage 1 rounds them: each group together, with one sum."""
     from emloc_core.algorithms.products import by_onednn
     from emloc_core.standins.nf4 import NF4
 
-    kind, found = NF4(), {}
+    kind, rounded = NF4(), {}
     with by_onednn():
         for group in GROUPS:
             weights = [linears[name].weight for name in group]
-            for name, weight, of in zip(group, weights, kind.fit(weights, gram_of(seen[group[0]]), ()), strict=True):
-                parts = list(kind.pack(of, weight.dtype).values())
-                found[name] = kind.read(parts, tuple(weight.shape), weight.dtype).weight()
-    return found
+            for name, weight, part in zip(
+                group, weights, kind.fit(weights, gram_of(inputs[group[0]]), ()), strict=True
+            ):
+                parts = list(kind.pack(part, weight.dtype).values())
+                rounded[name] = kind.read(parts, tuple(weight.shape), weight.dtype).weight()
+    return rounded
 
 
 def gram_of(rows: list[Any]) -> Any:
@@ -87,7 +89,7 @@ def gram_of(rows: list[Any]) -> Any:
     return gram
 
 
-def by_gptq(linears: Mapping[str, Any], seen: Mapping[str, list[Any]]) -> dict[str, Any]:
+def by_gptq(linears: Mapping[str, Any], inputs: Mapping[str, list[Any]]) -> dict[str, Any]:
     """Return the weights as llm-compressor rounds them: one by one, each with a sum of its own."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs
@@ -97,17 +99,17 @@ def by_gptq(linears: Mapping[str, Any], seen: Mapping[str, list[Any]]) -> dict[s
 
     size = 64 if any(linear.in_features % 128 for linear in linears.values()) else 128
     scheme = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=size, actorder="static")
-    found = {}
+    rounded = {}
     for group in GROUPS:
         for name in group:
             linear, sums, count = linears[name], make_empty_hessian(linears[name]), torch.zeros(())
-            for row in seen[group[0]]:
+            for row in inputs[group[0]]:
                 sums, count = accumulate_hessian(row[None], linear, sums, count)
             parts = linear.weight.detach().view(linear.out_features, -1, size)
             scales, zeros = calculate_qparams(parts.amin(-1), parts.amax(-1), scheme)
             weights, sums = linear.weight.detach().clone()[None], (sums / count)[None]
-            found[name] = quantize_weight(weights, sums, scales[None], zeros[None], None, scheme)[0][0]
-    return found
+            rounded[name] = quantize_weight(weights, sums, scales[None], zeros[None], None, scheme)[0][0]
+    return rounded
 
 
 def measure(work: str, samples: int, way: str) -> dict[str, Any]:
@@ -116,16 +118,16 @@ def measure(work: str, samples: int, way: str) -> dict[str, Any]:
 
     from emloc_core.algorithms.factorize import output_error
 
-    rounded = {"nf4": by_nf4, "GPTQ": by_gptq}[way]
+    quantize = {"nf4": by_nf4, "GPTQ": by_gptq}[way]
     with torch.no_grad():
-        linears, seen = inputs_of(work, samples)
+        linears, inputs = inputs_of(work, samples)
         small = {name: torch.nn.Linear(128, 128) for name in linears}  # imports, and tables that are made once
-        rounded(small, {group[0]: [torch.randn(8, 128)] for group in GROUPS})
+        quantize(small, {group[0]: [torch.randn(8, 128)] for group in GROUPS})
         started = time.process_time()
-        found = rounded(linears, seen)
+        weights = quantize(linears, inputs)
         seconds = time.process_time() - started
-        grams = {name: gram_of(seen[group[0]]).matrix for group in GROUPS for name in group}
-        errors = [output_error(linear.weight, found[name], grams[name]) for name, linear in linears.items()]
+        grams = {name: gram_of(inputs[group[0]]).matrix for group in GROUPS for name in group}
+        errors = [output_error(linear.weight, weights[name], grams[name]) for name, linear in linears.items()]
     return {"processor_seconds": seconds, "mean_error": sum(errors) / len(errors)}
 
 
@@ -133,11 +135,13 @@ def main() -> None:
     rows = []
     for size in sys.argv[1:] or ["SmolLM2"]:
         blocks, samples = SIZES[size]
-        with tempfile.TemporaryDirectory() as place:
-            in_process(smollm2, place, blocks) if size == "SmolLM2" else in_process(prepare, place, size, blocks)
+        with tempfile.TemporaryDirectory() as directory:
+            in_process(smollm2, directory, blocks) if size == "SmolLM2" else in_process(
+                prepare, directory, size, blocks
+            )
             for way in WAYS:
-                found = in_process(measure, place, samples, way, env={"OMP_NUM_THREADS": "1"})
-                rows.append({"size": size, "samples": samples, "name": way, **found})
+                measurement = in_process(measure, directory, samples, way, env={"OMP_NUM_THREADS": "1"})
+                rows.append({"size": size, "samples": samples, "name": way, **measurement})
                 print(json.dumps(rows[-1]), file=sys.stderr)
     report(rows)
 
@@ -151,15 +155,15 @@ def report(rows: list[dict[str, Any]]) -> None:
             [
                 ours["size"],
                 ours["samples"],
-                *(round(each["processor_seconds"], 1) for each in (ours, theirs)),
+                *(round(row["processor_seconds"], 1) for row in (ours, theirs)),
                 f"{ours['processor_seconds'] / theirs['processor_seconds']:.2f}",
-                *(f"{each['mean_error']:.5f}" for each in (ours, theirs)),
+                *(f"{row['mean_error']:.5f}" for row in (ours, theirs)),
             ]
             for ours, theirs in pairs
         ],
     )
     time_of, error_of = (
-        max(ours[what] / theirs[what] for ours, theirs in pairs) for what in ("processor_seconds", "mean_error")
+        max(ours[key] / theirs[key] for ours, theirs in pairs) for key in ("processor_seconds", "mean_error")
     )
     goals = [
         goal("time over GPTQ's, the most", "at most 1.0", round(time_of, 2), time_of <= 1),

@@ -52,14 +52,14 @@ def card(small: bool) -> list[dict[str, Any]]:
     """What the card gives: products in bf16, its memory, and the bus from pinned and pageable memory."""
     size, nbytes = (256, 1 << 20) if small else (8192, GIB)
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    there = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+    buffer = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
     pageable = torch.empty(nbytes, dtype=torch.uint8)
     pinned = pageable.pin_memory() if DEVICE == "cuda" else pageable
     return [
         {"what": "bf16, TFLOP/s", "value": 2 * size**3 / seconds(lambda: a @ b) / 1e12},
-        {"what": "memory, GB/s", "value": 2 * nbytes / seconds(there.clone) / 1e9},
-        {"what": "bus, pinned, GB/s", "value": nbytes / seconds(lambda: there.copy_(pinned, non_blocking=True)) / 1e9},
-        {"what": "bus, pageable, GB/s", "value": nbytes / seconds(lambda: there.copy_(pageable)) / 1e9},
+        {"what": "memory, GB/s", "value": 2 * nbytes / seconds(buffer.clone) / 1e9},
+        {"what": "bus, pinned, GB/s", "value": nbytes / seconds(lambda: buffer.copy_(pinned, non_blocking=True)) / 1e9},
+        {"what": "bus, pageable, GB/s", "value": nbytes / seconds(lambda: buffer.copy_(pageable)) / 1e9},
     ]
 
 
@@ -74,13 +74,13 @@ def layers(small: bool) -> list[dict[str, Any]]:
             for tokens in (16,) if small else (1024, 4096, 8192):
                 x = torch.randn(tokens, n, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
 
-                def both(layer: nn.Module = layer, x: torch.Tensor = x) -> None:
+                def forward_and_backward(layer: nn.Module = layer, x: torch.Tensor = x) -> None:
                     layer(x).sum().backward()
 
                 with memory() as used:
-                    taken = seconds(both)
-                told: dict[str, Any] = {"shape": [m, n], "kind": kind or "base", "tokens": tokens}
-                rows.append({**told, "ms": 1e3 * taken, "waits": waits(both), **used})
+                    elapsed = seconds(forward_and_backward)
+                entry: dict[str, Any] = {"shape": [m, n], "kind": kind or "base", "tokens": tokens}
+                rows.append({**entry, "ms": 1e3 * elapsed, "waits": waits(forward_and_backward), **used})
     return rows
 
 
@@ -110,12 +110,12 @@ def stage1(small: bool) -> list[dict[str, Any]]:
     from emloc_core.settings import CompressSettings
 
     rows = []
-    with TemporaryDirectory() as place:
-        base, data = checkpoint(Path(place), LLAMA_8B, 2, small=small)
+    with TemporaryDirectory() as directory:
+        base, data = checkpoint(Path(directory), LLAMA_8B, 2, small=small)
         for kind, ratio in KINDS.items():
             settings = CompressSettings(kind=kind, ratio=ratio, samples=4 if small else 64, selection=0)
             request = CompressRequest(
-                model=str(base), data=str(data), output=Path(place) / kind, settings=settings, device=DEVICE
+                model=str(base), data=str(data), output=Path(directory) / kind, settings=settings, device=DEVICE
             )
             rows.append({"kind": kind, **block_seconds(Compress(request))})
     return rows
@@ -131,22 +131,22 @@ def exact(small: bool) -> list[dict[str, Any]]:
 
     rows = []
     for name, shape, blocks in (("8B", LLAMA_8B, 8), ("38B", SHAPE_38B, 16)):
-        with TemporaryDirectory() as place, memory() as used:
-            base, _ = checkpoint(Path(place), shape, 2 if small else blocks, small=small)
+        with TemporaryDirectory() as directory, memory() as used:
+            base, _ = checkpoint(Path(directory), shape, 2 if small else blocks, small=small)
             model = open_model(str(base), "cpu")  # which reads; the steps are taken on the GPU
             lora: Any = lora_on(model.skeleton, lora_config(TrainSettings(), model.family.lora_targets()), DEVICE)
             steps = ExactSteps(lora.train().get_base_model(), model.skeleton, torch.device(DEVICE))
             ids = [torch.randint(200, (1, 16 if small else 1024)) for _ in range(4)]
-            batches = [{"input_ids": each, "labels": each} for each in ids]
+            batches = [{"input_ids": batch, "labels": batch} for batch in ids]
             for number in range(3):
                 before = steps.weights.bytes_read, steps.weights.waited, time.perf_counter()
                 steps.loss(batches, autocast=True)
                 wait()
-                taken = time.perf_counter() - before[2]
-                read = (steps.weights.bytes_read - before[0]) / taken / 1e9
-                waited = (steps.weights.waited - before[1]) / taken
-                told: dict[str, Any] = {"shape": name, "blocks": blocks, "step": number, "seconds": taken}
-                rows.append({**told, "read_gb_per_second": read, "waiting": waited})
+                elapsed = time.perf_counter() - before[2]
+                read_rate = (steps.weights.bytes_read - before[0]) / elapsed / 1e9
+                waited = (steps.weights.waited - before[1]) / elapsed
+                entry: dict[str, Any] = {"shape": name, "blocks": blocks, "step": number, "seconds": elapsed}
+                rows.append({**entry, "read_gb_per_second": read_rate, "waiting": waited})
             steps.close()
         rows = [{**row, **used} if row["shape"] == name else row for row in rows]
     return rows
@@ -177,7 +177,7 @@ def tuned(shape: dict[str, Any], blocks: int, kind: str | None, lengths: tuple[i
         model: Any = AutoModelForCausalLM.from_config(llama(shape, blocks), dtype=torch.bfloat16)
     with memory() as used:  # from the weights on
         materialise(packed(model, kind))
-        model.is_loaded_in_4bit = kind == OTHER  # how PEFT knows
+        model.is_loaded_in_4bit = kind == OTHER  # PEFT reads this
         lora = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear")).train()
         lora.gradient_checkpointing_enable({"use_reentrant": False})
         lora.enable_input_require_grads()
@@ -185,23 +185,23 @@ def tuned(shape: dict[str, Any], blocks: int, kind: str | None, lengths: tuple[i
         for length in lengths:
             ids = torch.randint(0, shape["vocab_size"], (1, length), device=DEVICE)
 
-            def once(ids: torch.Tensor = ids) -> None:
+            def training_step(ids: torch.Tensor = ids) -> None:
                 with torch.autocast(DEVICE, torch.bfloat16):
                     lora(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-            taken = seconds(once)
-            rows.append({"kind": kind or "base", "tokens": length, "seconds": taken, "waits": waits(once)})
+            elapsed = seconds(training_step)
+            rows.append({"kind": kind or "base", "tokens": length, "seconds": elapsed, "waits": waits(training_step)})
     return [{**row, **used} for row in rows]
 
 
 def materialise(model: nn.Module) -> None:
-    """Give parameters that are on the meta device numbers on the device: time is the same whichever."""
+    """Move parameters from the meta device to the device, with any numbers: they do not change the time."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                there = torch.empty_like(parameter, device=DEVICE)
-                setattr(module, name, nn.Parameter(there, requires_grad=False))
-                fill(there)
+                values = torch.empty_like(parameter, device=DEVICE)
+                setattr(module, name, nn.Parameter(values, requires_grad=False))
+                fill(values)
     model.to(DEVICE)
 
 
@@ -226,9 +226,9 @@ def packed(model: nn.Module, kind: str | None) -> nn.Module:
         from bitsandbytes.nn import Linear4bit
 
         for path, (m, n) in shapes.items():
-            made = Linear4bit(n, m, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device=DEVICE)
-            made = made.to(torch.bfloat16).to(DEVICE)  # as models are: it unpacks to the dtype that it packed
-            model.set_submodule(path, made.requires_grad_(requires_grad=False))
+            layer = Linear4bit(n, m, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device=DEVICE)
+            layer = layer.to(torch.bfloat16).to(DEVICE)  # as models are: it unpacks to the dtype that it packed
+            model.set_submodule(path, layer.requires_grad_(requires_grad=False))
         return model
     ratio = KINDS[kind]
     ranks: list[int | None] = [*uniform(list(shapes.values()), ratio)] if ratio else [None] * len(shapes)
@@ -240,17 +240,17 @@ def packed(model: nn.Module, kind: str | None) -> nn.Module:
     return model
 
 
-def checkpoint(place: Path, shape: dict[str, Any], blocks: int, *, small: bool) -> tuple[Path, Path]:
+def checkpoint(directory: Path, shape: dict[str, Any], blocks: int, *, small: bool) -> tuple[Path, Path]:
     """Write a base of a shape with random weights, whose words are numbers, and rows, in which no two are alike."""
     from emloc_core.conformance.inputs import number_tokenizer
 
     config = llama({**shape, **(SMALL if small else {"vocab_size": 49152})}, blocks)
-    write_checkpoint(place / "base", config)
-    number_tokenizer(config).save_pretrained(place / "base")
+    write_checkpoint(directory / "base", config)
+    number_tokenizer(config).save_pretrained(directory / "base")
     draw, length = random.Random(0), 16 if small else 512
     texts = [" ".join(str(draw.randrange(9, 200)) for _ in range(length - 1)) for _ in range(80)]
-    (place / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return place / "base", place / "rows.jsonl"
+    (directory / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return directory / "base", directory / "rows.jsonl"
 
 
 def seconds(work: Callable[[], Any], runs: int = 5) -> float:
@@ -272,22 +272,22 @@ def wait() -> None:
 
 
 def waits(work: Callable[[], Any]) -> int:
-    """Return how often the CPU waits for the GPU in work that was done before."""
+    """Return how often the CPU waits for the GPU in work that has run before."""
     if DEVICE != "cuda":
         return 0
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as found:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(each.message) for each in found)
+    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 @contextmanager
 def memory() -> Iterator[dict[str, float]]:
-    """Fill the dict with what the block allocates at most beside what is there, and what is reserved in all, in GB."""
+    """Fill the dict, in GB, with the peak that the block allocates beyond what was there, and with all reserved."""
     used: dict[str, float] = {}
     if DEVICE != "cuda":
         yield used
@@ -306,30 +306,30 @@ def run(section: str, small: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the sections that are asked for, and write each one's result when it is there."""
+    """Run the requested sections, and write each result as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}.  [default: all]")
     parser.add_argument("--small", action="store_true", help="Take tiny shapes.")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json", help="Where results are kept.")
-    given = parser.parse_args()
-    if DEVICE != "cuda" and not given.small:
+    options = parser.parse_args()
+    if DEVICE != "cuda" and not options.small:
         sys.exit("There is no GPU. Give --small to see that everything runs.")
-    found = json.loads(given.out.read_text()) if given.out.exists() else {}
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
     failed = []
-    for section in given.sections or SECTIONS:
+    for section in options.sections or SECTIONS:
         try:
-            rows = in_process(run, section, given.small)["rows"]
+            rows = in_process(run, section, options.small)["rows"]
         except SystemExit as error:  # the next one may be worth its minutes
             failed.append(str(error))
             continue
-        found[section] = {"machine": machine(), "rows": rows}
-        write_json(given.out, found)
-        print(f"\n{section}\n\n{markdown(list(rows[0]), [[shown(value) for value in row.values()] for row in rows])}")
+        results[section] = {"machine": machine(), "rows": rows}
+        write_json(options.out, results)
+        print(f"\n{section}\n\n{markdown(list(rows[0]), [[rounded(value) for value in row.values()] for row in rows])}")
     if failed:
         sys.exit("\n".join(failed))
 
 
-def shown(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Return a number with three digits, and anything else as it is."""
     return float(f"{value:.3g}") if isinstance(value, float) else str(value)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_wheels.py [--python 3.12] [--cuda 130] [--there NAME...]
 
-Versions are those of this environment. The machine is taken to have :data:`THERE`. Of bitsandbytes' libraries, which
-take 400 MB, the one for the machine's CUDA travels alone.
+Versions are this environment's. The machine is assumed to have :data:`PREINSTALLED`. Of bitsandbytes' libraries,
+400 MB, only the one for the machine's CUDA is packed.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PLACE = ROOT / "build" / "gpu-wheels"
-#: What an image for PyTorch has, and is large; so it has what these need.
-THERE = ("torch", "torchvision", "triton", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "matplotlib",
+DIRECTORY = ROOT / "build" / "gpu-wheels"
+#: Large packages that an image for PyTorch has, and with them what they need.
+PREINSTALLED = ("torch", "torchvision", "triton", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "matplotlib",
          "pillow", "lxml", "aiohttp", "hf-xet", "regex", "pyyaml", "setuptools")  # fmt: skip
 #: What the tests and benchmarks of a GPU need; and what builds the checkout, in an environment of its own.
 NEEDED, BUILDS = ("emloc[vision]", "pytest", "hypothesis"), ("hatchling", "editables")
@@ -32,59 +32,62 @@ INSTALL = "python -m pip install --no-index --find-links build/gpu-wheels --edit
 MOST = 64_000_000  # bytes that such a machine may be given, with the checkout
 
 
-def requirements(python: str, there: Iterable[str]) -> list[str]:
-    """Return what is needed and not there, and what it needs in turn, as pip reads it, in the versions of here."""
+def requirements(python: str, available: Iterable[str]) -> list[str]:
+    """Return the requirements of what is missing, with its dependencies, pinned to this environment's versions."""
     machine: Any = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
-    found: dict[str, str] = {}
-    has = {canonicalize_name(name) for name in there}
-    left, seen = [Requirement(name) for name in NEEDED], set[tuple[str, ...]]()
-    while left:
-        each = left.pop()
-        name = canonicalize_name(each.name)
-        if name in has or (name, *each.extras) in seen:
+    pins: dict[str, str] = {}
+    available_names = {canonicalize_name(name) for name in available}
+    queue, visited = [Requirement(name) for name in NEEDED], set[tuple[str, ...]]()
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        if name in available_names or (name, *requirement.extras) in visited:
             continue
-        seen.add((name, *each.extras))
-        known = distribution(name)
-        found[name] = f"{name}=={known.version}"
-        for further in map(Requirement, known.requires or []):
-            extras = ("", *each.extras)
-            if not further.marker or any(further.marker.evaluate({**machine, "extra": of}) for of in extras):
-                left.append(further)
-    del found["emloc"]  # which is the checkout
-    return list(found.values())
+        visited.add((name, *requirement.extras))
+        package = distribution(name)
+        pins[name] = f"{name}=={package.version}"
+        for further in map(Requirement, package.requires or []):
+            extras = ("", *requirement.extras)
+            if not further.marker or any(further.marker.evaluate({**machine, "extra": extra}) for extra in extras):
+                queue.append(further)
+    del pins["emloc"]  # the checkout itself
+    return list(pins.values())
 
 
-def fetch(wanted: Sequence[str], python: str) -> None:
-    """Get wheels for a Python on Linux. One that serves every Python is built where there is no file of it."""
-    everywhere = [each for each in wanted if "-none-any" in (distribution(each.split("=")[0]).read_text("WHEEL") or "")]
-    compiled = [each for each in wanted if each not in everywhere]
+def fetch(pins: Sequence[str], python: str) -> None:
+    """Get wheels for a Python on Linux. One for every Python is built where none is published."""
+    everywhere = [pin for pin in pins if "-none-any" in (distribution(pin.split("=")[0]).read_text("WHEEL") or "")]
+    compiled = [pin for pin in pins if pin not in everywhere]
     tags = [f"manylinux_2_{minor}" for minor in (34, 31, 28, 27, 26, 24, 17, 12, 5)] + ["manylinux2014", "manylinux1"]
     platforms = [option for tag in tags for option in ("--platform", f"{tag}_{platform.machine()}")]
     others = ["--only-binary=:all:", "--python-version", python, *platforms]
-    for how in (
-        ["wheel", "--wheel-dir", str(PLACE), *BUILDS],
-        ["wheel", "--wheel-dir", str(PLACE), "--no-deps", *everywhere],
-        ["download", "--dest", str(PLACE), "--no-deps", *others, *compiled],
+    for arguments in (
+        ["wheel", "--wheel-dir", str(DIRECTORY), *BUILDS],
+        ["wheel", "--wheel-dir", str(DIRECTORY), "--no-deps", *everywhere],
+        ["download", "--dest", str(DIRECTORY), "--no-deps", *others, *compiled],
     ):
-        if subprocess.run([sys.executable, "-m", "pip", *how, "--quiet"], check=False).returncode:
+        if subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet"], check=False).returncode:
             sys.exit("pip did not get all wheels; see above.")
 
 
-def with_one_library(wheel: Path, kept: str) -> None:
+def with_one_library(wheel: Path, library: str) -> None:
     """Leave only one of bitsandbytes' libraries for a GPU in its wheel."""
 
-    def stays(name: str) -> bool:
-        return kept in name or "/libbitsandbytes_" not in name or "_cpu" in name
+    def is_kept(name: str) -> bool:
+        return library in name or "/libbitsandbytes_" not in name or "_cpu" in name
 
     smaller = wheel.with_suffix(".new")
-    with zipfile.ZipFile(wheel) as given, zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as made:
-        if not any(kept in name for name in given.namelist()):
-            sys.exit(f"{wheel.name} has no library {kept}. Give the machine's --cuda, 128 say.")
-        for name in filter(stays, given.namelist()):
-            content = given.read(name)
+    with (
+        zipfile.ZipFile(wheel) as source,
+        zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as target,
+    ):
+        if not any(library in name for name in source.namelist()):
+            sys.exit(f"{wheel.name} has no library {library}. Give the machine's --cuda, 128 say.")
+        for name in filter(is_kept, source.namelist()):
+            content = source.read(name)
             if name.endswith("/RECORD"):
-                content = b"".join(line for line in content.splitlines(keepends=True) if stays(line.decode()))
-            made.writestr(given.getinfo(name), content, zipfile.ZIP_DEFLATED)
+                content = b"".join(line for line in content.splitlines(keepends=True) if is_kept(line.decode()))
+            target.writestr(source.getinfo(name), content, zipfile.ZIP_DEFLATED)
     smaller.replace(wheel)
 
 
@@ -102,22 +105,22 @@ def main() -> None:
     parser.add_argument(
         "--there", nargs="*", default=[], metavar="NAME", help="Packages that it has, beside the usual."
     )
-    given = parser.parse_args()
-    shutil.rmtree(PLACE, ignore_errors=True)
-    wanted = requirements(given.python, [*THERE, *given.there])
-    fetch(wanted, given.python)
-    for wheel in PLACE.glob("bitsandbytes-*.whl"):
-        with_one_library(wheel, f"_cuda{given.cuda}.so")
-    sizes = {wheel.name: wheel.stat().st_size for wheel in PLACE.iterdir()}
-    whole = sum(sizes.values()) + checkout_bytes()
-    told = f"{len(sizes)} wheels, {sum(sizes.values()) / 1e6:.1f} MB, {whole / 1e6:.1f} with the checkout"
-    if whole > MOST:
+    options = parser.parse_args()
+    shutil.rmtree(DIRECTORY, ignore_errors=True)
+    pins = requirements(options.python, [*PREINSTALLED, *options.there])
+    fetch(pins, options.python)
+    for wheel in DIRECTORY.glob("bitsandbytes-*.whl"):
+        with_one_library(wheel, f"_cuda{options.cuda}.so")
+    sizes = {wheel.name: wheel.stat().st_size for wheel in DIRECTORY.iterdir()}
+    total = sum(sizes.values()) + checkout_bytes()
+    summary = f"{len(sizes)} wheels, {sum(sizes.values()) / 1e6:.1f} MB, {total / 1e6:.1f} with the checkout"
+    if total > MOST:
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]
-        named = ", ".join(f"{name} ({sizes[name] / 1e6:.1f})" for name in largest)
+        listing = ", ".join(f"{name} ({sizes[name] / 1e6:.1f})" for name in largest)
         sys.exit(
-            f"{told}: more than {MOST / 1e6:.0f}. Name with --there what the machine has; the largest are {named}."
+            f"{summary}: more than {MOST / 1e6:.0f}. Name with --there what the machine has; the largest are {listing}."
         )
-    print(f"{told}. In the checkout on the machine:\n\n    {INSTALL}")
+    print(f"{summary}. In the checkout on the machine:\n\n    {INSTALL}")
 
 
 if __name__ == "__main__":

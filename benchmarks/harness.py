@@ -38,10 +38,10 @@ def in_process(work: Callable[..., dict[str, Any]] | str, *args: Any, env: dict[
     else:
         command = [__file__, work.__code__.co_filename, work.__name__, json.dumps(args, default=str)]
     environment = {**VARIABLES, **os.environ, **(env or {})}
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False, env=environment)
-    if done.returncode:
-        sys.exit(f"{work if isinstance(work, str) else work.__name__} {args} failed with {done.returncode}.")
-    return json.loads(done.stdout.splitlines()[-1])
+    run = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    if run.returncode:
+        sys.exit(f"{work if isinstance(work, str) else work.__name__} {args} failed with {run.returncode}.")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def resident_bytes() -> int:
@@ -56,7 +56,7 @@ def goal(name: str, goal: Any, value: Any, met: bool) -> dict[str, Any]:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table; numbers stand right."""
-    numeric = [all(not isinstance(row[at], str) for row in rows) for at in range(len(header))]
+    numeric = [all(not isinstance(row[column], str) for row in rows) for column in range(len(header))]
     lines = [header, ["---:" if right else "---" for right in numeric], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -91,7 +91,7 @@ def write_results(
     """
     verdicts = [[entry["name"], entry["goal"], entry["value"], "yes" if entry["met"] else "**no**"] for entry in goals]
     text = f"{table}\n\n{markdown(['goal', 'aimed at', 'measured', 'reached'], verdicts)}\n"
-    result = {
+    document = {
         **more,
         "command": command,
         "machine": machine(),
@@ -100,7 +100,7 @@ def write_results(
         "goals": list(goals),
     }
     RESULTS.mkdir(exist_ok=True)
-    for kind, content in (("json", json.dumps(result, indent=2) + "\n"), ("md", text)):
+    for kind, content in (("json", json.dumps(document, indent=2) + "\n"), ("md", text)):
         new = RESULTS / f".{name}.{kind}.new"
         new.write_text(content, encoding="utf-8")
         new.replace(RESULTS / f"{name}.{kind}")  # at once, so that a kill leaves what was there
@@ -113,8 +113,8 @@ def _serve(file: str, function: str, arguments: str) -> None:
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    found = getattr(module, function)(*json.loads(arguments))
-    print(json.dumps({"peak_rss_bytes": peak_rss_bytes(), **found}))
+    measurement = getattr(module, function)(*json.loads(arguments))
+    print(json.dumps({"peak_rss_bytes": peak_rss_bytes(), **measurement}))
 
 
 if __name__ == "__main__":

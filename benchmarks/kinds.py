@@ -1,9 +1,9 @@
-"""What stage 1 takes for every kind of emulator: processor time, and the peak beside that of ``emloc plan``.
+"""Costs of stage 1 for every kind of emulator: processor time, and peak memory beside the plan of ``emloc plan``.
 
 Four blocks of SmolLM2-135M in fp32 on the demo's rows, of 142 tokens, and a block each at the widths of Llama-3.2-1B
 and Llama-3.1-8B with random weights, on rows of 128 tokens; one thread. Output layer and embeddings stay as they are,
-so that time and peak are those of blocks. A process of its own makes each emulator: what counts is its peak. The plan
-is a formula, not a trace: it should not promise less than is taken.
+so that blocks alone count. Each emulator is made in a process of its own, whose peak is measured. The plan is a
+formula, not a trace: it should not promise less than the peak.
 
 ``make bench-kinds`` resumes: what was measured is kept in ``build/kinds``, which ``make clean`` removes.
 ``python benchmarks/kinds.py SmolLM2`` measures and shows one size.
@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "low-rank": {"kind": "low-rank"},
     "low-rank, paper": {"kind": "low-rank", "calibration": "base", "allocator": "uniform"},
 }
-KEPT = Path(__file__).parents[1] / "build" / "kinds"
+CACHE = Path(__file__).parents[1] / "build" / "kinds"
 
 
 def smollm2(work: str, blocks: int) -> dict[str, Any]:
@@ -41,13 +41,13 @@ def smollm2(work: str, blocks: int) -> dict[str, Any]:
     from emloc_demo.model import write_base
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = Path(work)
-    whole = write_base(place / "whole")
-    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    directory = Path(work)
+    source = write_base(directory / "whole")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:blocks], blocks
-    model.save_pretrained(place / "base")
-    AutoTokenizer.from_pretrained(whole).save_pretrained(place / "base")
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()[0]), encoding="utf-8")
+    model.save_pretrained(directory / "base")
+    AutoTokenizer.from_pretrained(source).save_pretrained(directory / "base")
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()[0]), encoding="utf-8")
     return {}
 
 
@@ -57,16 +57,16 @@ def compress(work: str, settings: dict[str, Any]) -> dict[str, Any]:
     from emloc_core.requests import CompressRequest
     from emloc_core.settings import CompressSettings
 
-    place = Path(work)
-    with tempfile.TemporaryDirectory(dir=place) as output:
-        given = {"model": str(place / "base"), "data": str(place / "rows.jsonl"), "device": "cpu"}
-        chosen = CompressSettings(**settings)
-        job = Compress(CompressRequest(**given, output=Path(output) / "emulator", settings=chosen))
+    directory = Path(work)
+    with tempfile.TemporaryDirectory(dir=directory) as output:
+        arguments = {"model": str(directory / "base"), "data": str(directory / "rows.jsonl"), "device": "cpu"}
+        compress_settings = CompressSettings(**settings)
+        job = Compress(CompressRequest(**arguments, output=Path(output) / "emulator", settings=compress_settings))
         job.output  # noqa: B018 - hashes the base
         started = time.process_time()
         job.run()
         seconds = time.process_time() - started
-    errors = [each["relative_error"] for each in job.output.result["linears"]]
+    errors = [linear["relative_error"] for linear in job.output.result["linears"]]
     return {"processor_seconds": seconds, "mean_error": sum(errors) / len(errors)}
 
 
@@ -85,25 +85,25 @@ def planned(work: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(size: str) -> list[dict[str, Any]]:
-    """Measure every kind at a size, but what an earlier run did."""
+    """Measure every kind at a size, except those that an earlier run measured."""
     blocks, samples = SIZES[size]
     rows = []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         for name, settings in WAYS.items():
-            kept = KEPT / f"{size}-{name}.json"
-            if not kept.exists():
-                if not (Path(place) / "base").exists():
-                    in_process(smollm2, place, blocks) if size == "SmolLM2" else in_process(
-                        prepare, place, size, blocks
+            cache = CACHE / f"{size}-{name}.json"
+            if not cache.exists():
+                if not (Path(directory) / "base").exists():
+                    in_process(smollm2, directory, blocks) if size == "SmolLM2" else in_process(
+                        prepare, directory, size, blocks
                     )
-                given = {**settings, "samples": samples, "keep": "head"}
-                said = in_process(planned, place, given)
-                measured = in_process(compress, place, given, env={"OMP_NUM_THREADS": "1"})
-                row = {"size": size, "blocks": blocks, "name": name, "settings": given, **said, **measured}
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(row), encoding="utf-8")
+                case = {**settings, "samples": samples, "keep": "head"}
+                plan = in_process(planned, directory, case)
+                measured = in_process(compress, directory, case, env={"OMP_NUM_THREADS": "1"})
+                row = {"size": size, "blocks": blocks, "name": name, "settings": case, **plan, **measured}
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                cache.write_text(json.dumps(row), encoding="utf-8")
                 print(json.dumps(row), file=sys.stderr)
-            rows.append(json.loads(kept.read_text(encoding="utf-8")))
+            rows.append(json.loads(cache.read_text(encoding="utf-8")))
     return rows
 
 

@@ -39,13 +39,13 @@ CASES = [
 ]
 
 
-def write_models(place: str) -> dict[str, Any]:
+def write_models(directory: str) -> dict[str, Any]:
     """Write the bases, and the rows."""
     import torch
     from emloc_demo.model import write_base
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    work = Path(place)
+    work = Path(directory)
     write_base(work / SMOL)
     tokenizer = AutoTokenizer.from_pretrained(work / SMOL)
     for name, shape in SHAPES.items():
@@ -68,7 +68,7 @@ def write_rows(path: Path) -> None:
 
 
 def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
-    """Write an emulator whose factors are random: what it is worth does not matter, what it weighs does."""
+    """Write an emulator whose factors are random: only its size matters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -163,10 +163,10 @@ def measure(work: Path, case: tuple[Any, ...]) -> dict[str, Any]:
     else:
         output = work / f"adapter-{CASES.index(case)}"
         reading = in_process(tune, model, work / "rows.jsonl", output, batch, length, checkpointing)
-    where = "base" if predicted["ratio"] is None else "emulator"
+    model_kind = "base" if predicted["ratio"] is None else "emulator"
     return {
         "model": name,
-        "stage": f"{'inference' if stage == 'inference' else 'LoRA'} on {where}",
+        "stage": f"{'inference' if stage == 'inference' else 'LoRA'} on {model_kind}",
         "ratio": predicted["ratio"],
         "ratio_chosen_by_plan": ratio == "plan",
         "batch": batch,
@@ -189,8 +189,8 @@ def compared(predicted: dict[str, Any], reading: dict[str, Any]) -> dict[str, An
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place:
-        work = Path(place)
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
         in_process(write_models, work)
         rows = [measure(work, case) for case in CASES]
     worst = max(abs(row["error"]) for row in rows)

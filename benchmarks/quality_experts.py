@@ -39,22 +39,22 @@ def upcycled(model: Any) -> Any:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    known = model.config.to_dict()
+    llama = model.config.to_dict()
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
               "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "bos_token_id",
               "eos_token_id", "pad_token_id", "tie_word_embeddings")  # fmt: skip
-    config = MixtralConfig(**{name: known[name] for name in shared}, sliding_window=None,
+    config = MixtralConfig(**{name: llama[name] for name in shared}, sliding_window=None,
                            num_local_experts=EXPERTS, num_experts_per_tok=PER_TOKEN)  # fmt: skip
-    found = MixtralForCausalLM(config)
-    found.load_state_dict(model.state_dict(), strict=False)
+    mixture = MixtralForCausalLM(config)
+    mixture.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
-        for layer, dense in zip(found.model.layers, model.model.layers, strict=True):
+        for layer, dense in zip(mixture.model.layers, model.model.layers, strict=True):
             mlp = dense.mlp
             layer.mlp.experts.gate_up_proj.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
             layer.mlp.experts.down_proj.copy_(mlp.down_proj.weight)
             torch.nn.init.normal_(layer.mlp.gate.weight, std=0.02)
-    found.generation_config = model.generation_config
-    return found
+    mixture.generation_config = model.generation_config
+    return mixture
 
 
 def tune_apart(model: Any, tokenizer: Any, archives: Path) -> None:

@@ -47,18 +47,18 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], wid
 
 def _draw_recovery(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:
     """Draw means over the tasks with text."""
-    found: dict[tuple[str, float], list[float]] = {}
+    recoveries: dict[tuple[str, float], list[float]] = {}
     for row in recovery:
         if row["task"] in TEXTS:
-            found.setdefault((row["system"], row["memory"]), []).append(row["mean"])
-    known = {way: mean(values) for way, values in found.items() if len(values) == len(TEXTS)}
+            recoveries.setdefault((row["system"], row["memory"]), []).append(row["mean"])
+    means = {way: mean(values) for way, values in recoveries.items() if len(values) == len(TEXTS)}
     lines = {
         "emloc+polish20": "recommended, and 20 exact steps", "emloc": "recommended", "2.7-bit+auto": "six levels",
         "1.6-bit+auto": "three levels", "low-rank+auto": "factors in 16 bits",
         "low-rank-paper+paper": "as in the paper",
     }  # fmt: skip
     for system, label in lines.items():
-        points = sorted((memory, value) for (name, memory), value in known.items() if name == system and memory < 0.6)
+        points = sorted((memory, value) for (name, memory), value in means.items() if name == system and memory < 0.6)
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
@@ -68,18 +68,18 @@ def _draw_recovery(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:
 
 def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the loss of the base over the seconds until there is a LoRA that gives it; one task, the first seed."""
-    chosen = {
+    by_way = {
         (row["kind"], row["memory"]): row
         for row in rows
         if (row["task"], row["seed"], row["steps"]) == (TIMED, 0, 60) and "stages" in row
     }
     for way in _TIMED:
-        if way in chosen:
+        if way in by_way:
             label = "a LoRA on the base" if way[0] == FULL else f"{way[0]} at {way[1]:g}"
-            axes.plot(*zip(*sorted(_times(chosen[way])), strict=True), marker="o", label=label)
+            axes.plot(*zip(*sorted(_times(by_way[way])), strict=True), marker="o", label=label)
     axes.set(xlabel="seconds on one core, all stages", ylabel="loss of the base per token", xscale="log", yscale="log")
-    for axis, at in ((axes.xaxis, (300, 500, 1000, 2000)), (axes.yaxis, (0.2, 0.3, 0.5))):
-        axis.set_major_locator(_at(at))
+    for axis, ticks in ((axes.xaxis, (300, 500, 1000, 2000)), (axes.yaxis, (0.2, 0.3, 0.5))):
+        axis.set_major_locator(_locator(ticks))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     axes.legend(frameon=False)
@@ -106,7 +106,7 @@ def _draw_trend(axes: Any, wider: Sequence[dict[str, Any]]) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def _at(ticks: Sequence[float]) -> Any:
+def _locator(ticks: Sequence[float]) -> Any:
     from matplotlib.ticker import FixedLocator
 
     return FixedLocator(ticks)
@@ -125,5 +125,5 @@ if __name__ == "__main__":
     from quality_table import Table
 
     results = json.loads((RESULTS / "quality.json").read_text())
-    usual = [row for row in results["rows"] if not Cell.of(row).is_wider]
+    usual = [row for row in results["rows"] if not Cell.from_row(row).is_wider]
     draw(results["recovery"], Table(usual).best, results["wider"])

@@ -24,15 +24,15 @@ def picture_sets(seed: int, directory: Path) -> dict[str, list[Row]]:
 
     parts = split(load_digits())  # those of the base's training are never in another part
 
-    def written(seed: int) -> Path:
-        place = directory.absolute() / f"pictures-{seed}"
-        return place if place.exists() else write_data(place, parts, seed)
+    def picture_directory(seed: int) -> Path:
+        path = directory.absolute() / f"pictures-{seed}"
+        return path if path.exists() else write_data(path, parts, seed)
 
-    own, first = written(seed), written(0)
-    known = _rows(own, "calibration")
+    own, first = picture_directory(seed), picture_directory(0)
+    calibration = _rows(own, "calibration")
     return {
-        "calibration": known[: SIZES["calibration"]],
-        "selection": known[SIZES["calibration"] :][:SELECTION],
+        "calibration": calibration[: SIZES["calibration"]],
+        "selection": calibration[SIZES["calibration"] :][:SELECTION],
         "tuning": _rows(own, "train")[: SIZES["tuning"]],
         "test": _rows(first, "test")[:TEST],
     }
@@ -43,7 +43,7 @@ def _rows(directory: Path, name: str) -> list[Row]:
     return [{**row, "images": [str(directory / image) for image in row["images"]]} for row in rows]
 
 
-def write_reader(place: Path, *, experts: bool) -> Path:
+def write_reader(directory: Path, *, experts: bool) -> Path:
     """Train the demo's model, or one with a mixture of experts; the same every time on processors of one type."""
     import torch
     from emloc_demo.vision.pictures import TURNS, load_digits
@@ -53,6 +53,6 @@ def write_reader(place: Path, *, experts: bool) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # sums in another order would give another model
     try:
-        return pretrain(place, split(load_digits(TURNS))["pretraining"], experts=experts)
+        return pretrain(directory, split(load_digits(TURNS))["pretraining"], experts=experts)
     finally:
         torch.set_num_threads(threads)

@@ -33,7 +33,7 @@ SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
 
 def recovery_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``recovery``: mean and spread over bases and seeds of every system, and of the recommended way."""
-    found = []
+    summaries = []
     kinds = list(dict.fromkeys((row["kind"], row["memory"]) for row in table.rows if row["memory"] < 1))
     of_recommended = [(name, system, recommended_runs(table.best, system))
                       for name, system in (("emloc", "auto"), ("emloc+polish20", "polish20"))]  # fmt: skip
@@ -52,10 +52,10 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
         values_of.append((f"{SCRATCH}{EXACT[-1]}", 1, table.recoveries(task, SCRATCH, 1, SCRATCH)))
         for name, memory, values in values_of:
             if values:
-                found.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
+                summaries.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
                               "spread": round(stdev(values), 4) if len(values) > 1 else None,
                               "runs": len(values)})  # fmt: skip
-    return found
+    return summaries
 
 
 def recommended_runs(
@@ -67,22 +67,22 @@ def recommended_runs(
     base on the selection rows; only where all runs of the recommended kind with this system have both, so that means
     are over the same runs.
     """
-    found = {}
+    chosen_runs = {}
     measured = [row for row in rows if system in row["systems"]]
     for task, memory in itertools.product(TASKS, MEMORIES):
         usual, *others = (
             {(row["base"], row["seed"]): row for row in measured if (row["task"], row["kind"], row["memory"]) == way}
-            for way in tried(task, memory)
+            for way in ways_tried(task, memory)
         )
         if all(usual.keys() <= other.keys() for other in others):
-            found[task, memory] = {run: best_of([usual[run], *(other[run] for other in others)]) for run in usual}
-    return found
+            chosen_runs[task, memory] = {run: best_of([usual[run], *(other[run] for other in others)]) for run in usual}
+    return chosen_runs
 
 
-def tried(task: str, memory: float) -> list[tuple[str, str, float]]:
+def ways_tried(task: str, memory: float) -> list[tuple[str, str, float]]:
     """Return the ways, by task, kind and memory, that a recipe tries within a memory; the recommended kind first."""
-    known = (RECOMMENDED[task][memory], ALTERNATIVES.get((task, memory)))
-    return [(task, *way) for way in known if way]
+    ways = (RECOMMENDED[task][memory], ALTERNATIVES.get((task, memory)))
+    return [(task, *way) for way in ways if way]
 
 
 def paired_rows(table: Table) -> list[dict[str, Any]]:
@@ -93,24 +93,24 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     ``auto`` chose as it does now; with exact steps, ways are compared where both began with the moments of tuning.
     """
     began_with_moments = [row for row in table.best if row.get("exact_moments")]
-    found = _behind("emloc", "auto", ("uncorrected", "auto"), table.best)
-    found += _behind("emloc+polish20", "polish20", ("polish20",), began_with_moments)
-    return sorted(found, key=lambda row: TASKS.index(row["task"]))
+    comparisons = _behind("emloc", "auto", ("uncorrected", "auto"), table.best)
+    comparisons += _behind("emloc+polish20", "polish20", ("polish20",), began_with_moments)
+    return sorted(comparisons, key=lambda row: TASKS.index(row["task"]))
 
 
 def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return how much more a system of the recommended way loses than these systems of every way."""
-    found = []
+    comparisons = []
     recommended = recommended_runs(rows, system).items()
     ways = _runs(rows, "task", "kind", "memory").items()
     for ((task, memory), runs), (way, other), theirs in itertools.product(recommended, ways, others):
-        own = tried(task, memory)
+        own = ways_tried(task, memory)
         if way[0] != task or way[2] > memory or ([way] == own and theirs == system):
             continue
         is_same_lora = theirs == "uncorrected" and way in own
         ours = {run: row["systems"][system] for run, row in runs.items() if not is_same_lora or _chose_as_now(row)}
-        found += _compared(name, memory, ours, way, theirs, other)
-    return found
+        comparisons += _compared(name, memory, ours, way, theirs, other)
+    return comparisons
 
 
 def _compared(
@@ -141,7 +141,7 @@ def variant_rows(table: Table) -> list[dict[str, Any]]:
     Both are at the same memory and learning rate.
     """
     ways = _runs(table.rows, "task", "kind", "memory", "learning_rate")
-    found = []
+    comparisons = []
     for (task, kind, memory, rate), own in ways.items():
         if kind not in VARIANTS:
             continue
@@ -150,16 +150,16 @@ def variant_rows(table: Table) -> list[dict[str, Any]]:
             losses = {name: round(mean(way[run]["auto"]["nll"] for run in runs), 4)
                       for name, way in (("nll", own), ("default_nll", default))}  # fmt: skip
             apart = _apart([(own[run]["auto"], default[run]["auto"]) for run in runs])
-            found.append({"task": task, "memory": memory, "variant": kind, **losses, **apart})
-    return sorted(found, key=lambda row: (TASKS.index(row["task"]), row["memory"]))
+            comparisons.append({"task": task, "memory": memory, "variant": kind, **losses, **apart})
+    return sorted(comparisons, key=lambda row: (TASKS.index(row["task"]), row["memory"]))
 
 
 def _runs(rows: Sequence[dict[str, Any]], *keys: str) -> dict[Any, dict[tuple[str, int], dict[str, Any]]]:
     """Return the systems of measurements by the values of these keys, and there by base and seed."""
-    found: dict[Any, dict[tuple[str, int], dict[str, Any]]] = {}
+    runs: dict[Any, dict[tuple[str, int], dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), {})[row["base"], row["seed"]] = row["systems"]
-    return found
+        runs.setdefault(tuple(row[key] for key in keys), {})[row["base"], row["seed"]] = row["systems"]
+    return runs
 
 
 def _apart(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _apart(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
     """Return how much more every test row loses."""
-    losses = (map(float, each["losses"].split()) for each in (ours, theirs))
+    losses = (map(float, system["losses"].split()) for system in (ours, theirs))
     return [a - b for a, b in zip(*losses, strict=True)]
 
 
@@ -193,18 +193,18 @@ def best_table(table: Table) -> str:
         systems = row["systems"]
         name = f"the base itself, {row['steps']} steps" if row["kind"] == FULL else f"`{row['kind']}`"
         alone, tuned = ("base", FULL) if row["kind"] == FULL else ("emulator", "tuned")
-        uncorrected, auto, polished = (table.told(row, system) for system in ("uncorrected", "auto", "polish20"))
-        auto = ", ".join(filter(None, (auto, chosen(row))))
+        uncorrected, auto, polished = (table.describe(row, system) for system in ("uncorrected", "auto", "polish20"))
+        auto = ", ".join(filter(None, (auto, describe_choice(row))))
         if polished and not row.get("exact_moments"):
             polished += " °"
-        own = (f"{systems[each]['nll']:.3f}" if each in systems else "" for each in (alone, tuned))
+        own = (f"{systems[system]['nll']:.3f}" if system in systems else "" for system in (alone, tuned))
         task = row["task"] if of_task[row["task"]] == 1 else f"{row['task']}, base {row['base']}"
         lines.append([task, name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}", *own,
                       uncorrected, auto, polished])  # fmt: skip
     return markdown(header, lines)
 
 
-def chosen(row: dict[str, Any]) -> str:
+def describe_choice(row: dict[str, Any]) -> str:
     """Return what ``auto`` chose in a cell, in words; nothing where it was not asked."""
     if "chosen" not in row:
         return ""
@@ -216,7 +216,7 @@ def stage_table(table: Table) -> str:
     """Return what the stages took of every way at its best rate, in Markdown."""
     shown = ("compress", "train", "auto", "polish20")
 
-    def told(stage: dict[str, float] | None) -> str:
+    def summary(stage: dict[str, float] | None) -> str:
         return f"{stage['seconds']:.0f} s, {stage['peak_rss_bytes'] / 1e9:.1f} GB" if stage else "-"
 
     lines = [
@@ -225,7 +225,7 @@ def stage_table(table: Table) -> str:
             row["kind"],
             str(row["memory"]),
             str(row["steps"]),
-            *(told(row["stages"].get(name)) for name in shown),
+            *(summary(row["stages"].get(name)) for name in shown),
         ]
         for row in table.best
         if row["seed"] == 0 and "stages" in row
@@ -233,9 +233,9 @@ def stage_table(table: Table) -> str:
     return markdown(["task", "kind", "memory", "steps", *shown], lines)
 
 
-def report(everything: list[dict[str, Any]]) -> None:
+def report(all_rows: list[dict[str, Any]]) -> None:
     """Write the results that there are: recovery, goals, and a line for every cell."""
-    rows = [row for row in everything if not Cell.of(row).is_wider]
+    rows = [row for row in all_rows if not Cell.from_row(row).is_wider]
     table = Table(rows)
     recovery = recovery_rows(table)
     goals = []
@@ -252,10 +252,10 @@ def report(everything: list[dict[str, Any]]) -> None:
         systems = row["systems"]
         shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
         alone, itself = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
-        cell = Cell.of(row)
+        cell = Cell.from_row(row)
         lines.append([row["task"], row["base"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
                       row["learning_rate"],
-                      alone, itself, *shown, chosen(row) or "-",
+                      alone, itself, *shown, describe_choice(row) or "-",
                       row["seconds"]])  # fmt: skip
     header = ["task", "base", "kind", "memory", "arithmetic", "seed", "steps", "learning rate", "base", "tuned on it",
               "emulator", "tuned", *SYSTEMS, "chosen", "seconds"]  # fmt: skip
@@ -270,11 +270,11 @@ def report(everything: list[dict[str, Any]]) -> None:
     )
     text += "\n\nSeconds and peak memory of the stages:\n\n" + stage_table(table)
     paired, variants = paired_rows(table), variant_rows(table)
-    for title, found in (("another way within the same memory", paired), ("the default of its kind", variants)):
-        if found:
+    for title, comparisons in (("another way within the same memory", paired), ("the default of its kind", variants)):
+        if comparisons:
             text += f"\n\nNats per answer above {title}, with 95 % intervals:\n\n"
-            text += markdown(list(found[0]), [[str(value) for value in row.values()] for row in found])
-    all_cells = Table(everything)
+            text += markdown(list(comparisons[0]), [[str(value) for value in row.values()] for row in comparisons])
+    all_cells = Table(all_rows)
     wider = wider_rows(all_cells)
     text += f"\n\nRecovery with another model, length, rank or place of the LoRA:\n\n{wider_table(wider)}"
     text += "\n\nLoss of the base with LoRAs on rows that they were not tuned for:\n\n" + forgotten_table(
@@ -285,6 +285,6 @@ def report(everything: list[dict[str, Any]]) -> None:
         worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in own if row["low"] > 0]
         goals.append(goal(f"ways within the same memory that are better than {system}", "none",
                           ", ".join(worse) or "none", not worse))  # fmt: skip
-    known = {"recovery": recovery, "paired": paired, "variants": variants, "wider": wider}
-    write_results("quality", "make bench-quality", everything, goals, text, **known)
+    tables = {"recovery": recovery, "paired": paired, "variants": variants, "wider": wider}
+    write_results("quality", "make bench-quality", all_rows, goals, text, **tables)
     draw(recovery, table.best, wider)

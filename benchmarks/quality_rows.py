@@ -51,13 +51,13 @@ def make_sets(task: str, seed: int, directory: Path, tuning: int = SIZES["tuning
     random.Random(f"{task}-{seed}").shuffle(pool)
     if len(pool) < sum(SIZES.values()) + FURTHER or len(test) < TEST:
         sys.exit(f"The task {task} has {len(pool)} rows for tuning and {len(test)} for testing: too few.")
-    found, start = {"test": test}, 0
+    sets, start = {"test": test}, 0
     for name, size in SIZES.items():
-        found[name] = pool[start : start + size]
+        sets[name] = pool[start : start + size]
         start += size
-    found["calibration"] += pool[start : start + FURTHER]
-    found["tuning"] += pool[start + FURTHER :][: tuning - SIZES["tuning"]]
-    return found
+    sets["calibration"] += pool[start : start + FURTHER]
+    sets["tuning"] += pool[start + FURTHER :][: tuning - SIZES["tuning"]]
+    return sets
 
 
 def conversation(instruction: str, question: str, answer: str) -> Row:
@@ -70,8 +70,8 @@ def without_chat(row: Row) -> Row:
     """Return a conversation as a prompt and its completion, for models without a chat template; text as it is."""
     if "messages" not in row:
         return row
-    instruction, asked, answer = (message["content"] for message in row["messages"])
-    return {"prompt": f"{instruction}\n\n{asked}\n\n", "completion": answer}
+    instruction, user, answer = (message["content"] for message in row["messages"])
+    return {"prompt": f"{instruction}\n\n{user}\n\n", "completion": answer}
 
 
 def question(row: Row) -> str:
@@ -86,8 +86,8 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
 
 def without(rows: Iterable[Row], others: Iterable[Row]) -> list[Row]:
     """Return the rows whose question is in none of the others."""
-    taken = {question(row) for row in others}
-    return [row for row in rows if question(row) not in taken]
+    questions = {question(row) for row in others}
+    return [row for row in rows if question(row) not in questions]
 
 
 def extraction(_directory: Path) -> tuple[list[Row], list[Row]]:
@@ -118,16 +118,16 @@ def classification(directory: Path) -> tuple[list[Row], list[Row]]:
         ordered = sorted(group, key=lambda row: hashlib.sha256(row[0].encode()).digest())
         rows += ordered[:size]
     rows.sort(key=lambda row: hashlib.sha256(f"order {row[0]}".encode()).digest())
-    found = [conversation("Name the source and the feeling of this text.", text, f"{source}, {feeling}")
+    conversations = [conversation("Name the source and the feeling of this text.", text, f"{source}, {feeling}")
              for text, feeling, source in rows]  # fmt: skip
-    return found[2 * TEST :], found[: 2 * TEST]
+    return conversations[2 * TEST :], conversations[: 2 * TEST]
 
 
 def general_text(directory: Path) -> list[str]:
     """Return the rated sentences of all sources, in an order that is always the same."""
     archive = rated_archive(directory)
-    found = [text for source in _SOURCES for text, _, _ in read_rated(archive, source)]
-    return sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+    sentences = [text for source in _SOURCES for text, _, _ in read_rated(archive, source)]
+    return sorted(sentences, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 def rated_archive(directory: Path) -> bytes:
@@ -135,11 +135,11 @@ def rated_archive(directory: Path) -> bytes:
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
                "--dest", str(directory), RATED]  # fmt: skip
-    found = sorted(directory.glob("vader*.tar.gz"))
-    if not found:
+    archives = sorted(directory.glob("vader*.tar.gz"))
+    if not archives:
         subprocess.run(command, check=True)
-        found = sorted(directory.glob("vader*.tar.gz"))
-    with tarfile.open(found[0]) as outer:
+        archives = sorted(directory.glob("vader*.tar.gz"))
+    with tarfile.open(archives[0]) as outer:
         name = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
         inner = outer.extractfile(name)
         assert inner is not None
@@ -153,13 +153,13 @@ def read_rated(archive: bytes, source: str) -> list[tuple[str, str, str]]:
         file = inner.extractfile(name)
         assert file is not None
         lines = file.read().decode("utf-8", "replace").splitlines()
-    found = []
+    sentences = []
     for line in lines:
         _, rating, text = line.split("\t", 2)
         feeling = next((name for name, (low, high) in _FEELINGS.items() if low <= float(rating) <= high), None)
         if feeling and 4 <= len(text.split()) <= 40:
-            found.append((text.strip(), feeling, _SOURCES[source]))
-    return found
+            sentences.append((text.strip(), feeling, _SOURCES[source]))
+    return sentences
 
 
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kim", "Leo", "Mia", "Nils", "Ola")

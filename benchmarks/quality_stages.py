@@ -19,15 +19,15 @@ class Metered:
     def __call__(self, stage: str, function: Callable[[], Any], output: Path | None = None) -> Any:
         """Call a function without arguments as a stage; where its output is there, read there what it took."""
         if output and output.exists():
-            known = json.loads((output / "timing.json").read_text())
-            self.stages[stage] = {name: known[name] for name in ("seconds", "peak_rss_bytes")}
+            timing = json.loads((output / "timing.json").read_text())
+            self.stages[stage] = {name: timing[name] for name in ("seconds", "peak_rss_bytes")}
             return output
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
         meter = Meter()
-        found = function()
-        taken = meter.read()
-        self.stages[stage] = {name: taken[name] for name in ("seconds", "peak_rss_bytes")}
-        return found
+        value = function()
+        reading = meter.read()
+        self.stages[stage] = {name: reading[name] for name in ("seconds", "peak_rss_bytes")}
+        return value
 
 
 def trained(
@@ -38,14 +38,14 @@ def trained(
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.exact import prepare
 
-    how: dict[str, Any] = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank,
+    options: dict[str, Any] = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank,
                            "lora_alpha": 2 * cell.rank, "batch_size": cell.batch}  # fmt: skip
     if cell.targets == ATTENTION:
-        how["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    how["use_rslora"] = cell.scaling == RSLORA
-    settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)
-    asked = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
-    return metered("train", lambda: prepare(asked).run(), output)
+        options["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    options["use_rslora"] = cell.scaling == RSLORA
+    settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **options)
+    request = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
+    return metered("train", lambda: prepare(request).run(), output)
 
 
 def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | str, output: Path) -> Path:
@@ -54,10 +54,10 @@ def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | s
     from emloc_core.requests import CorrectRequest
     from emloc_core.settings import CorrectSettings
 
-    asked = {"adapter": adapter, "base": str(base), "output": output, "settings": CorrectSettings(clamp=clamp)}
+    arguments = {"adapter": adapter, "base": str(base), "output": output, "settings": CorrectSettings(clamp=clamp)}
     if clamp == "auto":
-        asked["selection_data"] = rows["selection"]
-    return prepare(CorrectRequest(**asked)).run()
+        arguments["selection_data"] = rows["selection"]
+    return prepare(CorrectRequest(**arguments)).run()
 
 
 def polish(
@@ -76,9 +76,9 @@ def polish(
     *fewer, most = EXACT
     # Stages with as many steps share a name: what the last one took is kept.
     tried = {rate: steps(most, rate) for rate in (cell.learning_rate / 2, cell.learning_rate / 4)}
-    rate = min(tried, key=lambda rate: selection.of(tried[rate])["nll"])
-    found = {most: tried[rate]} | {count: steps(count, rate) for count in fewer}
-    return rate, {f"polish{count}": path for count, path in sorted(found.items())}
+    rate = min(tried, key=lambda rate: selection.measure(tried[rate])["nll"])
+    adapters = {most: tried[rate]} | {count: steps(count, rate) for count in fewer}
+    return rate, {f"polish{count}": path for count, path in sorted(adapters.items())}
 
 
 def polish_once(cell: Cell, adapter: Path, base: Path, rows: dict[str, Path], metered: Metered) -> Path:
@@ -96,16 +96,16 @@ def polished(
     from emloc_core.tuning.exact import prepare
 
     settings = PolishSettings(steps=steps, learning_rate=rate, seed=seed + 1000)  # other rows first than in tuning
-    place = {"adapter": adapter, "base": str(base), "output": output}
-    return prepare(PolishRequest(**place, data=str(rows["tuning"]), settings=settings)).run()
+    paths = {"adapter": adapter, "base": str(base), "output": output}
+    return prepare(PolishRequest(**paths, data=str(rows["tuning"]), settings=settings)).run()
 
 
-def taken(compress: Any) -> float:
+def emulator_share(compress: Any) -> float:
     """Return the share of the base's bytes that block Linears and experts take in an emulator that is to be made."""
     dtype = compress.base.skeleton.dtype
-    planned = [each for each in compress.plan.planned if each.is_replaced]
-    held = sum(each.nbytes(compress.format, dtype) for each in planned)
-    return held / sum(each.numbers * dtype.itemsize for each in planned)
+    planned = [part for part in compress.plan.planned if part.is_replaced]
+    emulator_bytes = sum(part.nbytes(compress.format, dtype) for part in planned)
+    return emulator_bytes / sum(part.numbers * dtype.itemsize for part in planned)
 
 
 class Scores:
@@ -117,11 +117,11 @@ class Scores:
         from emloc_core.files.pretrained import load_model
         from emloc_core.model.opened import open_model
 
-        opened, kept = open_model(str(model)), load_rows(str(rows))[:limit]
-        self.samples = encode(kept, opened.processing(kept))
+        opened, loaded = open_model(str(model)), load_rows(str(rows))[:limit]
+        self.samples = encode(loaded, opened.processing(loaded))
         self.load = lambda: load_model(opened.family.auto_class, model, dtype=dtype).eval()
 
-    def of(self, adapter: Path | None) -> dict[str, Any]:
+    def measure(self, adapter: Path | None) -> dict[str, Any]:
         """Return the loss per token, the share of rows that greedy decoding would write right, and each row's loss."""
         from torch.nn import functional
 

@@ -19,16 +19,16 @@ class Table:
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = [{**asdict(Cell.of(row)), **row} for row in rows]
+        self.rows = [{**asdict(Cell.from_row(row)), **row} for row in rows]
         ways: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in self.rows:
             ways.setdefault(tuple(row[key] for key in _WAY), []).append(row)
-        self.best = [best_of(found) for found in ways.values()]
+        self.best = [best_of(group) for group in ways.values()]
 
     def control(self, row: dict[str, Any], steps: int) -> dict[str, Any] | None:
         """Return the systems of the LoRA of so many steps on a cell's base, otherwise like the cell's; or None."""
         wanted = {**row, "kind": FULL, "memory": 1, "steps": steps}
-        return next((each["systems"] for each in self.best if all(each[key] == wanted[key] for key in _WAY)), None)
+        return next((row["systems"] for row in self.best if all(row[key] == wanted[key] for key in _WAY)), None)
 
     def recovery(self, row: dict[str, Any], system: str) -> float | None:
         """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all.
@@ -46,7 +46,7 @@ class Table:
         base, full = (beside[name]["nll"] for name in ("base", reference))
         return float((base - row["systems"][system]["nll"]) / (base - full))
 
-    def told(self, row: dict[str, Any], system: str) -> str:
+    def describe(self, row: dict[str, Any], system: str) -> str:
         """Return the loss of a system of a cell, and its recovery in brackets; nothing where it was not measured."""
         recovery = self.recovery(row, system)
         return "" if recovery is None else f"{row['systems'][system]['nll']:.3f} ({recovery:.3f})"
@@ -59,5 +59,5 @@ class Table:
 
     def recoveries_of(self, rows: Iterable[dict[str, Any]], system: str) -> list[float]:
         """Return the recovery of a system in these measurements, where it is known."""
-        found = [self.recovery(row, system) for row in rows]
-        return [each for each in found if each is not None]
+        recoveries = [self.recovery(row, system) for row in rows]
+        return [recovery for recovery in recoveries if recovery is not None]

@@ -41,22 +41,22 @@ def wider_rows(table: Table) -> list[dict[str, Any]]:
     ``divergence`` the emulator's from the base, where it was measured.
     """
     usual = {(task, *way, 0, STEPS, BATCH) for task in (WIDER_TASK, SECOND_TASK) for way in wider_ways()}
-    found = []
+    rows = []
     for row in table.best:
-        cell = Cell.of(row)
+        cell = Cell.from_row(row)
         of_usual = (cell.task, cell.kind, cell.memory, cell.seed, cell.steps, cell.batch) in usual
         if cell.kind == FULL or not (cell.is_wider or of_usual):
             continue
         recoveries = {system: table.recovery(row, system) for system in SYSTEMS}
         if recoveries["auto"] is None:
             continue
-        known = {name: None if value is None else round(value, 4) for name, value in recoveries.items()}
+        rounded = {name: None if value is None else round(value, 4) for name, value in recoveries.items()}
         described = {name: getattr(cell, name) for name in DESCRIBED}
-        found.append({**described, **known, "reach": _reach(table, row), "divergence": row.get("divergence")})
-    return sorted(found, key=_place)
+        rows.append({**described, **rounded, "reach": _reach(table, row), "divergence": row.get("divergence")})
+    return sorted(rows, key=_order)
 
 
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return what orders rows: by scaling, place and rank of the LoRA, the usual first; by task, model and length."""
     unusual = (row["scaling"] != PLAIN, row["targets"] != ALL, row["rank"] != RANK)
     return (*unusual, row["rank"], row["task"], -row["batch"], row["model"], row["steps"], -row["memory"])
@@ -66,7 +66,7 @@ def _reach(table: Table, row: dict[str, Any]) -> float:
     """Return half of the 95 % interval of a cell's recovery with ``auto``, paired by test rows."""
     control = table.control(row, row["steps"])
     assert control is not None
-    base, full, own = (_losses(each) for each in (control["base"], control[FULL], row["systems"]["auto"]))
+    base, full, own = (_losses(system) for system in (control["base"], control[FULL], row["systems"]["auto"]))
     behind = [a - b for a, b in zip(own, full, strict=True)]
     return round(1.96 * stdev(behind) / len(behind) ** 0.5 / (mean(base) - mean(full)), 4)
 
@@ -81,10 +81,10 @@ def wider_table(rows: Sequence[dict[str, Any]]) -> str:
               "`auto`", "95 %", "and 20 exact steps", "KL"]  # fmt: skip
     lines = []
     for row in rows:
-        told = [row["task"], MODELS[row["model"]], str(row["steps"]), str(row["batch"]), _lora(row), f"`{row['kind']}`"]
-        told += [f"{row['memory']:g}", f"{row['learning_rate']:g}"]
+        line = [row["task"], MODELS[row["model"]], str(row["steps"]), str(row["batch"]), _lora(row), f"`{row['kind']}`"]
+        line += [f"{row['memory']:g}", f"{row['learning_rate']:g}"]
         uncorrected, auto, polished = ("" if row[name] is None else f"{row[name]:.3f}" for name in SYSTEMS)
-        lines.append([*told, uncorrected, auto, f"± {row['reach']:.3f}", polished, _divergence(row)])
+        lines.append([*line, uncorrected, auto, f"± {row['reach']:.3f}", polished, _divergence(row)])
     return markdown(header, lines)
 
 
@@ -93,39 +93,39 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
 
     Last, what 20 exact steps make of the longest tuning.
     """
-    cells: dict[tuple[str, ...], str] = {}
+    line: dict[tuple[str, ...], str] = {}
     for row in rows:
-        if _which(row) == USUAL_LORA and row["model"] not in MIXTURES:
+        if _lora_key(row) == USUAL_LORA and row["model"] not in MIXTURES:
             way = (row["task"], MODELS[row["model"]], *_standin(row))
-            cells[*way, f"{row['steps']} steps"] = _recovered(row)
+            line[*way, f"{row['steps']} steps"] = _recovered(row)
             if row["steps"] == LONGER[-1] and row[SYSTEMS[-1]] is not None:
-                cells[*way, _POLISHED] = f"{row[SYSTEMS[-1]]:.3f}"
+                line[*way, _POLISHED] = f"{row[SYSTEMS[-1]]:.3f}"
     columns = [*(f"{steps} steps" for steps in (STEPS, *LONGER)), _POLISHED]
-    return _pivoted(["task", "model", "kind", "memory"], columns, cells)
+    return _pivoted(["task", "model", "kind", "memory"], columns, line)
 
 
 def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, what ``auto`` recovers on mixtures of experts from emulators of usual kinds, by task."""
-    cells: dict[tuple[str, ...], str] = {}
+    line: dict[tuple[str, ...], str] = {}
     for row in sorted(rows, key=lambda row: -row["memory"]):
         if row["model"] in MIXTURES and row["kind"] not in VARIANTS:
-            cells[*_standin(row), row["task"]] = _recovered(row)
-    return _pivoted(["kind", "memory"], TASKS, cells)
+            line[*_standin(row), row["task"]] = _recovered(row)
+    return _pivoted(["kind", "memory"], TASKS, line)
 
 
 def _standin(row: dict[str, Any]) -> tuple[str, str]:
     return f"`{row['kind']}`", f"{row['memory']:g}"
 
 
-def _pivoted(keys: list[str], columns: Sequence[str], cells: dict[tuple[str, ...], str]) -> str:
+def _pivoted(keys: list[str], columns: Sequence[str], line: dict[tuple[str, ...], str]) -> str:
     """Return a table of cells by all their keys, the last of which names the column."""
-    ways = dict.fromkeys(cell[:-1] for cell in cells)
-    return markdown([*keys, *columns], [[*way, *(cells.get((*way, each), "") for each in columns)] for way in ways])
+    ways = dict.fromkeys(cell[:-1] for cell in line)
+    return markdown([*keys, *columns], [[*way, *(line.get((*way, column), "") for column in columns)] for way in ways])
 
 
 def places_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, what ``auto`` recovers with LoRAs of other ranks and places."""
-    others = [row for row in rows if _which(row) != USUAL_LORA]
+    others = [row for row in rows if _lora_key(row) != USUAL_LORA]
     return markdown(["LoRA", "recovery"], [[_lora(row), _recovered(row)] for row in others])
 
 
@@ -139,23 +139,23 @@ def _divergence(row: dict[str, Any]) -> str:
 
 def forgotten_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, the loss of the base with a LoRA on rows that it was not tuned for, beside its control's."""
-    tuned = [f"{name}, tuned on the {on}" for name in UNRELATED for on in ("base", "emulator")]
+    tuned = [f"{name}, tuned on the {source}" for name in UNRELATED for source in ("base", "emulator")]
     lines = []
     for row, control, own in _elsewhere(rows):
-        told = [row["task"], MODELS[row["model"]], str(row["steps"]), _lora(row), f"`{row['kind']}`"]
-        lines.append([*told, *(f"{each[name]:.3f}" for name in UNRELATED for each in (control, own))])
+        line = [row["task"], MODELS[row["model"]], str(row["steps"]), _lora(row), f"`{row['kind']}`"]
+        lines.append([*line, *(f"{losses[name]:.3f}" for name in UNRELATED for losses in (control, own))])
     return markdown(["task", "model", "steps", "LoRA", "kind", *tuned], lines)
 
 
 def forgotten(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in a sentence, how many LoRAs from emulators lose more elsewhere than their controls, and how much."""
     more = {name: [own[name] - control[name] for _, control, own in _elsewhere(rows)] for name in UNRELATED}
-    told = []
-    for name, found in more.items():
-        worse = [each for each in found if each > 0]
+    parts = []
+    for name, differences in more.items():
+        worse = [difference for difference in differences if difference > 0]
         most = f", by at most {max(worse):.3f}" if worse else ""
-        told.append(f"on {UNRELATED[name]}, {len(worse)} of {len(found)}{most}")
-    return "; ".join(told)
+        parts.append(f"on {UNRELATED[name]}, {len(worse)} of {len(differences)}{most}")
+    return "; ".join(parts)
 
 
 def _elsewhere(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, float], dict[str, float]]]:
@@ -175,9 +175,9 @@ def _way(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _lora(row: dict[str, Any]) -> str:
-    place = "" if row["targets"] == ALL else f", {row['targets']} alone"
-    return f"rank {row['rank']}{place}" + (", rsLoRA" if row["scaling"] == RSLORA else "")
+    targets = "" if row["targets"] == ALL else f", {row['targets']} alone"
+    return f"rank {row['rank']}{targets}" + (", rsLoRA" if row["scaling"] == RSLORA else "")
 
 
-def _which(row: dict[str, Any]) -> tuple[Any, ...]:
+def _lora_key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in LORA)

@@ -1,7 +1,7 @@
 """The best learning rate for exact steps, with and without the moments of tuning.
 
 Starts are cells of ``quality.py``: an emulator, a LoRA tuned on it, carried over to the base. From there 20 exact steps
-are taken at shares of tuning's learning rate, which is the best of several. The loss is that of ``quality.py``, on the
+are taken at shares of tuning's learning rate, which is the best of several. The loss is as in ``quality.py``, on the
 same test rows.
 
 About half an hour. Every start is added to ``results/rates.json`` as soon as it is measured, and not repeated.
@@ -33,23 +33,23 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
     from emloc_core.adapters.moments import FILE
 
     cell = Cell(**values)
-    place = ROOT / f"rates-{cell.name}"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    rows, base = write_rows(place, cell, ROOT), base_of(cell.model, cell.task, ROOT)
-    _, _, adapter = tuned(base, place, cell, rows, Metered())
-    start = corrected(adapter, base, rows, "auto", place / "start")
-    fresh = Path(shutil.copytree(start, place / "fresh"))
+    directory = ROOT / f"rates-{cell.name}"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    rows, base = write_rows(directory, cell, ROOT), base_of(cell.model, cell.task, ROOT)
+    _, _, adapter = tuned(base, directory, cell, rows, Metered())
+    start = corrected(adapter, base, rows, "auto", directory / "start")
+    fresh = Path(shutil.copytree(start, directory / "fresh"))
     (fresh / FILE).unlink()
     scores, losses = Scores(base, rows["test"]), {}
-    for name, at in ((WITH, start), (WITHOUT, fresh)):
+    for name, initial in ((WITH, start), (WITHOUT, fresh)):
         for share in SHARES:
-            output = place / f"{at.name}-{share:g}"
-            polished(at, base, rows, STEPS, share * cell.learning_rate, cell.seed, output)
-            losses[f"{name}, {share:g}"] = scores.of(output)["nll"]
-    found = {**values, "base": digest(base), "start": scores.of(start)["nll"], "losses": losses}
-    shutil.rmtree(place)
-    return found
+            output = directory / f"{initial.name}-{share:g}"
+            polished(initial, base, rows, STEPS, share * cell.learning_rate, cell.seed, output)
+            losses[f"{name}, {share:g}"] = scores.measure(output)["nll"]
+    row = {**values, "base": digest(base), "start": scores.measure(start)["nll"], "losses": losses}
+    shutil.rmtree(directory)
+    return row
 
 
 def report(rows: list[dict[str, Any]]) -> None:

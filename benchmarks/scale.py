@@ -1,8 +1,8 @@
 """Memory and time of compress at the widths of Llama-3.2-1B and Llama-3.1-8B, with few blocks and random weights.
 
-Memory must not grow with the number of blocks. Time is split among phases, and compared with what the arithmetic that
-one needs (:func:`arithmetic`) would take at the speed of a plain matrix product. Calibration is the one that needs the
-least, on the base's activations, on 64 rows of 128 tokens; the vocabulary is the whole one.
+Memory must not grow with the number of blocks. Time is split among phases, and compared with the time of the arithmetic
+that each needs (:func:`arithmetic`) at the speed of a plain matrix product. Calibration is the kind that needs the
+least, on the base's activations, on 64 rows of 128 tokens; the vocabulary is full-size.
 """
 
 import random
@@ -29,10 +29,10 @@ def compress(work: str) -> dict[str, Any]:
     from emloc_core.requests import CompressRequest
     from emloc_core.settings import CompressSettings
 
-    place = Path(work)
+    directory = Path(work)
     settings = CompressSettings(calibration="base", allocator="uniform")
-    given = {"model": str(place / "base"), "data": str(place / "rows.jsonl"), "output": place / "emulator"}
-    job = Compress(CompressRequest(**given, device="cpu", settings=settings))
+    paths = {"model": str(directory / "base"), "data": str(directory / "rows.jsonl"), "output": directory / "emulator"}
+    job = Compress(CompressRequest(**paths, device="cpu", settings=settings))
     ends = []
     with measured(len(job.samples)) as phases:
         job.run(lambda *_: ends.append(time.perf_counter()))
@@ -63,10 +63,10 @@ def arithmetic(linears: Iterable[Any], tokens: int) -> dict[str, float]:
         operations["fitting"] += 14 / 3 * side**3 + 2.0 * m * n * k
         if linear.tap != "output":
             operations["fitting"] += 1.0 * m * n * n + 4.0 * n**3 + 2.0 * m * n * k
-        which = linear.path if linear.tap == "output" else tuple(linear.group)
-        if which not in gathered:
+        key = linear.path if linear.tap == "output" else tuple(linear.group)
+        if key not in gathered:
             operations["Grams"] += 1.0 * tokens * side**2
-            gathered.add(which)
+            gathered.add(key)
     return dict(operations)
 
 
@@ -105,24 +105,24 @@ def prepare(work: str, size: str, blocks: int) -> dict[str, Any]:
 
 
 def measure(size: str, blocks: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as place:
-        sizes = in_process(prepare, place, size, blocks)
-        found = in_process(compress, place)
-        shutil.rmtree(place, ignore_errors=True)
-        Path(place).mkdir()
-    return {**found, "size": size, "blocks": blocks, "bytes": sizes["bytes"], "whole_8b_bytes": sizes["whole_8b_bytes"]}
+    with tempfile.TemporaryDirectory() as directory:
+        sizes = in_process(prepare, directory, size, blocks)
+        run = in_process(compress, directory)
+        shutil.rmtree(directory, ignore_errors=True)
+        Path(directory).mkdir()
+    return {**run, "size": size, "blocks": blocks, "bytes": sizes["bytes"], "whole_8b_bytes": sizes["whole_8b_bytes"]}
 
 
 def add_shares(row: dict[str, Any], speeds: dict[str, float]) -> None:
     """Add each phase's share of the time, and the fraction of a plain product's speed that it reaches."""
     seconds = row["seconds"]
-    whole = sum(seconds.values())
-    row["shares"] = {phase: taken / whole for phase, taken in seconds.items()}
+    total = sum(seconds.values())
+    row["shares"] = {phase: duration / total for phase, duration in seconds.items()}
     ideal = {
         phase: count / speeds["bfloat16" if phase == "base forward" else "float32"]
         for phase, count in row["operations"].items()
     }
-    row["of_limit"] = {phase: ideal[phase] / seconds[phase] for phase in ideal} | {"whole": sum(ideal.values()) / whole}
+    row["of_limit"] = {phase: ideal[phase] / seconds[phase] for phase in ideal} | {"whole": sum(ideal.values()) / total}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -130,10 +130,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['shares'][phase]:.0%}" + (f" ({row['of_limit'][phase]:.2f})" if phase in row["of_limit"] else "")
         for phase in SHOWN
     ]
-    whole = sum(row["seconds"].values())
+    total = sum(row["seconds"].values())
     last = row["last_block_seconds"]
     return [f"{row['size']}, {row['blocks']} blocks", f"{row['bytes'] / 1e9:.2f}", f"{row['peak_rss_bytes'] / 1e9:.2f}",
-            f"{whole:.0f}", f"{last:.0f}" if last else "", *shares, f"{row['of_limit']['whole']:.2f}"]  # fmt: skip
+            f"{total:.0f}", f"{last:.0f}" if last else "", *shares, f"{row['of_limit']['whole']:.2f}"]  # fmt: skip
 
 
 def main() -> None:

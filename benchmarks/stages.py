@@ -23,10 +23,10 @@ RUNS = 3  # the median counts
 def prepare(work: str) -> dict[str, Any]:
     from checkpoints import LLAMA_8B, llama, write_checkpoint, write_emulator, write_lora
 
-    place = Path(work)
-    base = write_checkpoint(place / "base", llama(LLAMA_8B, BLOCKS))
-    emulator = write_emulator(place / "emulator", base, RATIO)
-    write_lora(place / "adapter", base, emulator.directory, RANK)
+    directory = Path(work)
+    base = write_checkpoint(directory / "base", llama(LLAMA_8B, BLOCKS))
+    emulator = write_emulator(directory / "emulator", base, RATIO)
+    write_lora(directory / "adapter", base, emulator.directory, RANK)
     sizes = [tensor.nbytes for key, tensor in base.tensors.items() if "layers" in key]
     largest = max(tensor.nbytes for tensor in base.tensors.values())
     return {"bytes": base.nbytes, "largest": largest, "largest_with_lora": max(sizes), "with_lora": sum(sizes)}
@@ -37,9 +37,9 @@ def correct(work: str) -> dict[str, Any]:
     from emloc_core.requests import CorrectRequest
     from emloc_core.settings import CorrectSettings
 
-    place, floor, start = Path(work), _floor(), time.perf_counter()
-    given = {"adapter": place / "adapter", "base": str(place / "base"), "output": place / "corrected"}
-    prepare(CorrectRequest(**given, device="cpu", settings=CorrectSettings(clamp=CLAMP))).run()
+    directory, floor, start = Path(work), _floor(), time.perf_counter()
+    arguments = {"adapter": directory / "adapter", "base": str(directory / "base"), "output": directory / "corrected"}
+    prepare(CorrectRequest(**arguments, device="cpu", settings=CorrectSettings(clamp=CLAMP))).run()
     return {"seconds": time.perf_counter() - start, "floor_bytes": floor}
 
 
@@ -47,9 +47,9 @@ def merge(work: str) -> dict[str, Any]:
     from emloc_core.adapters.merge import Merge
     from emloc_core.requests import MergeRequest
 
-    place, floor, start = Path(work), _floor(), time.perf_counter()
-    given = {"adapter": place / "corrected", "base": str(place / "base"), "output": place / "merged"}
-    Merge(MergeRequest(**given)).run()
+    directory, floor, start = Path(work), _floor(), time.perf_counter()
+    arguments = {"adapter": directory / "corrected", "base": str(directory / "base"), "output": directory / "merged"}
+    Merge(MergeRequest(**arguments)).run()
     return {"seconds": time.perf_counter() - start, "floor_bytes": floor}
 
 
@@ -57,9 +57,9 @@ def peft_merge(work: str) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    place, floor, start = Path(work), _floor(), time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(place / "base", dtype="auto")
-    PeftModel.from_pretrained(model, place / "corrected").merge_and_unload().save_pretrained(place / "peft")
+    directory, floor, start = Path(work), _floor(), time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", dtype="auto")
+    PeftModel.from_pretrained(model, directory / "corrected").merge_and_unload().save_pretrained(directory / "peft")
     return {"seconds": time.perf_counter() - start, "floor_bytes": floor}
 
 
@@ -149,15 +149,15 @@ def measure(work: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place:
-        work = Path(place)
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
         sizes = in_process(prepare, work)
         rows = measure(work)
         difference = in_process(compare, work)
     by_name = {row["what"]: row for row in rows}
 
-    def shares(what: str, of: str) -> float:
-        return by_name[of]["seconds"] / by_name[what]["seconds"]
+    def shares(command: str, reference: str) -> float:
+        return by_name[reference]["seconds"] / by_name[command]["seconds"]
 
     goals = [
         goal(f"{name}: peak above imports, in largest tensors ({sizes['largest'] / 1e9:.2f} GB)", "at most 3",

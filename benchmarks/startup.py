@@ -70,11 +70,11 @@ COMMANDS: dict[str, tuple[list[str], float | None]] = {
         for form, options in FIRST_STEPS.items()
     },
 }
-#: Those that keep what they find for the next time.
+#: Commands that keep what they find for the next time.
 KEEPING = ("emloc plan", "emloc run")
 
 
-def least_seconds(command: Sequence[str], place: Path, cache: Path | None) -> float:
+def least_seconds(command: Sequence[str], directory: Path, cache: Path | None) -> float:
     """Return the least processor time of several runs: what else the machine does makes it longer.
 
     Args:
@@ -82,71 +82,71 @@ def least_seconds(command: Sequence[str], place: Path, cache: Path | None) -> fl
         place: working directory.
         cache: of what is kept between runs; None: a new one each time.
     """
-    found = []
+    seconds = []
     for _ in range(RUNS):
-        shutil.rmtree(place / "adapter", ignore_errors=True)
+        shutil.rmtree(directory / "adapter", ignore_errors=True)
         with TemporaryDirectory() as new:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             environment = {**os.environ, "COLUMNS": "100", "EMLOC_CACHE": str(cache or new)}
-            subprocess.run(command, cwd=place, env=environment, check=False, capture_output=True)
+            subprocess.run(command, cwd=directory, env=environment, check=False, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(found)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(seconds)
 
 
-def write_many_rows(place: Path) -> None:
+def write_many_rows(directory: Path) -> None:
     """Write 20,000 rows of each form, and the model that is trained on them."""
-    draw, known = random.Random(0), " ".join(WORDS).split()
+    draw, vocabulary = random.Random(0), " ".join(WORDS).split()
 
-    def said(words: int) -> str:
-        return " ".join(draw.choices(known, k=words))
+    def sentence(words: int) -> str:
+        return " ".join(draw.choices(vocabulary, k=words))
 
-    asked = [(f"{said(60)} {number}?", f" {said(40)}.", f" {said(40)}.") for number in range(20_000)]
+    examples = [(f"{sentence(60)} {number}?", f" {sentence(40)}.", f" {sentence(40)}.") for number in range(20_000)]
 
     def turn(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
 
     rows: dict[str, list[dict[str, Any]]] = {
-        "prompt and completion": [{"prompt": prompt, "completion": answer} for prompt, answer, _ in asked],
-        "conversations": [{"messages": turn("user", a) + turn("assistant", b)} for a, b, _ in asked],
+        "prompt and completion": [{"prompt": prompt, "completion": answer} for prompt, answer, _ in examples],
+        "conversations": [{"messages": turn("user", a) + turn("assistant", b)} for a, b, _ in examples],
         "preferences": [
             {"prompt": turn("user", a), "chosen": turn("assistant", b), "rejected": turn("assistant", c)}
-            for a, b, c in asked
+            for a, b, c in examples
         ],
     }
-    for form, of_form in rows.items():
-        (place / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_form))
+    for form, form_rows in rows.items():
+        (directory / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in form_rows))
     model = (
         f"import torch; from transformers import AutoConfig, AutoModelForCausalLM as Auto;"
         f"Auto.from_config(AutoConfig.for_model(**{SMALL!r}), dtype=torch.float32).save_pretrained('small')"
     )
-    subprocess.run([*PYTHON, model], cwd=place, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*PYTHON, model], cwd=directory, check=True, stdout=subprocess.DEVNULL)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(place / "base" / name, place / "small" / name)
+        shutil.copyfile(directory / "base" / name, directory / "small" / name)
 
 
 def main() -> None:
     rows: list[dict[str, Any]] = []
-    with TemporaryDirectory() as directory:
-        place = Path(directory)
-        (place / "odd").mkdir()
-        (place / "odd" / "config.json").write_text('{"model_type": "odd"}')
+    with TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        (directory / "odd").mkdir()
+        (directory / "odd" / "config.json").write_text('{"model_type": "odd"}')
         texts = (
             json.dumps({"prompt": f"Add one to {number}: ", "completion": str(number + 1)}) for number in range(200)
         )
-        (place / "rows.jsonl").write_text("\n".join(texts))
-        (place / "recipe.toml").write_text(RECIPE)
-        write = f"from emloc_demo.model import write_base; write_base({str(place / 'base')!r})"
+        (directory / "rows.jsonl").write_text("\n".join(texts))
+        (directory / "recipe.toml").write_text(RECIPE)
+        write = f"from emloc_demo.model import write_base; write_base({str(directory / 'base')!r})"
         subprocess.run([*PYTHON, write], check=True, stdout=subprocess.DEVNULL)
-        write_many_rows(place)
+        write_many_rows(directory)
         for name, (command, allowed) in COMMANDS.items():
             times: dict[str, Path | None] = {name: None}
             if name.startswith(KEEPING):
-                times = {f"{name}: for the first time": None, f"{name}: again": place / "cache"}
-            for what, cache in times.items():
-                seconds = least_seconds(command, place, cache)
-                rows.append({"command": what, "seconds": seconds, "allowed": allowed})
-                print(f"{seconds:6.2f} s  {what}", flush=True)
+                times = {f"{name}: for the first time": None, f"{name}: again": directory / "cache"}
+            for label, cache in times.items():
+                seconds = least_seconds(command, directory, cache)
+                rows.append({"command": label, "seconds": seconds, "allowed": allowed})
+                print(f"{seconds:6.2f} s  {label}", flush=True)
     imports = rows[1]["seconds"]
     table = markdown(
         ["command", f"processor seconds, least of {RUNS}", "x importing torch and transformers"],

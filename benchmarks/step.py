@@ -35,11 +35,11 @@ def model(shape: dict[str, Any], blocks: int, kind: str | None) -> torch.nn.Modu
     from transformers import AutoModelForCausalLM
 
     config = llama({**shape, "vocab_size": VOCABULARY}, blocks)
-    found = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    found = peft.get_peft_model(packed(found, kind), peft.LoraConfig(r=8, target_modules="all-linear"))
-    found.gradient_checkpointing_enable({"use_reentrant": False})
-    found.enable_input_require_grads()
-    return found.train()
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    network = peft.get_peft_model(packed(network, kind), peft.LoraConfig(r=8, target_modules="all-linear"))
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    network.enable_input_require_grads()
+    return network.train()
 
 
 def seconds(name: str) -> dict[str, Any]:
@@ -50,11 +50,11 @@ def seconds(name: str) -> dict[str, Any]:
     models = {kind: model(shape, blocks, kind) for kind in (None, *KINDS)}
 
     def step(kind: str | None) -> float:
-        began = time.process_time()
+        started = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
             loss = models[kind](input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        return time.process_time() - began
+        return time.process_time() - started
 
     for kind in models:
         step(kind)  # the first one also sets up the libraries

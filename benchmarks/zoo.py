@@ -48,7 +48,7 @@ def make_models(root: str, count: int) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(100))]
-    backend = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     settings = dict(CONFIG)
@@ -58,7 +58,7 @@ def make_models(root: str, count: int) -> dict[str, Any]:
         directory = Path(root) / "models" / f"model-{seed}"
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    texts = [" ".join(f"w{(row * 7 + at * (row + 3)) % 100}" for at in range(96)) for row in range(ROWS)]
+    texts = [" ".join(f"w{(row * 7 + index * (row + 3)) % 100}" for index in range(96)) for row in range(ROWS)]
     (Path(root) / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {}
 
@@ -114,10 +114,10 @@ def main() -> None:
         {
             "jobs": options.models,
             "workers": workers,
-            "seconds": found["seconds"],
-            "with_planning": found["with_planning"],
+            "seconds": measurement["seconds"],
+            "with_planning": measurement["with_planning"],
         }
-        for workers, found in ((1, one), (2, two))
+        for workers, measurement in ((1, one), (2, two))
     ]
     rows.append({"jobs": options.trivial, "workers": 2, **trivial})
     if options.dry:

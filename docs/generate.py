@@ -34,7 +34,7 @@ STAGES: dict[str, type[BaseModel]] = {
 
 def settings_page() -> str:
     """Return every setting of every stage with its default, once."""
-    known: dict[str, Any] = {}
+    descriptions: dict[str, Any] = {}
     parts = [
         "# Settings\n\nOn the command line a setting is an option (`learning_rate` is `--learning-rate`, a field of "
         "`extra` is `--set KEY=VALUE`); in Python, a keyword of the stage's function, except `memory` and `park` of "
@@ -44,10 +44,10 @@ def settings_page() -> str:
         rows = [
             _item(name, field)
             for name, field in model.model_fields.items()
-            if not field.is_required() and known.get(name) != field.description
+            if not field.is_required() and descriptions.get(name) != field.description
         ]
         parts += [f"## {stage}\n", "\n".join(rows), ""]
-        known |= {name: field.description for name, field in model.model_fields.items()}
+        descriptions |= {name: field.description for name, field in model.model_fields.items()}
     return "\n".join(parts)
 
 
@@ -68,8 +68,8 @@ def _item(name: str, field: FieldInfo) -> str:
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the dotted name of every key of a recipe, and its field."""
     for name, field in section.model_fields.items():
-        inner = [each for each in (field.annotation, *get_args(field.annotation)) if isinstance(each, type)]
-        nested = next((each for each in inner if issubclass(each, BaseModel)), None)
+        inner = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
+        nested = next((part for part in inner if issubclass(part, BaseModel)), None)
         by_name = get_origin(field.annotation) is dict
         if nested is not None and not by_name:
             yield from _keys(nested, f"{prefix}{name}.")
@@ -78,7 +78,7 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
             yield key, field
 
 
-#: The numbers of the records of decisions, by topic; those that are in none come last.
+#: The numbers of the records of decisions, by topic; records without a topic come last.
 TOPICS = {
     "The method": "0001 0002 0009 0024 0026 0046 0396",
     "Formats of emulators": "0171 0016 0017 0018 0020 0021 0380 0370 0364",
@@ -166,7 +166,7 @@ KEYWORDS: dict[type[BaseModel], str] = {
     EvalSection: "EvalKwargs",
     Recipe: "RecipeKwargs",
 }
-#: Those of functions that take some of them alone.
+#: Keyword types of functions that take only some of the settings.
 _SOME = {
     "PlanKwargs": (settings.TrainSettings, settings.MEMORY_SETTINGS),
     "EvaluateKwargs": (EvaluateRequest, ("limit", "batch_size", "chat", "seed")),
@@ -181,8 +181,8 @@ def keywords() -> str:
     )
     some = {name: (model, tuple(model.model_fields)) for model, name in KEYWORDS.items()} | _SOME
     for name, (model, fields) in some.items():
-        known = model.model_json_schema(mode="validation")["properties"]  # what may be given, not what it becomes
-        lines = "".join(f"    {field}: {_typed(known[field])}\n" for field in fields)
+        schemas = model.model_json_schema(mode="validation")["properties"]  # of the input, not of the validated value
+        lines = "".join(f"    {field}: {_typed(schemas[field])}\n" for field in fields)
         text += f'\n\nclass {name}(TypedDict, total=False):\n    """Of :class:`{model.__name__}`."""\n\n{lines}'
     return text
 

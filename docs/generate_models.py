@@ -1,7 +1,7 @@
 """Writes models.md: the memory of every model of the registry, and what fits common GPUs (`make docs-models`).
 
-Every entry is planned as `emloc plan` does it, which takes a while; so it is not part of `make docs`. With `--new` only
-those are planned that the page is not about yet.
+Every entry is planned as `emloc plan` does it, which takes a while; so it is not part of `make docs`. With `--new`,
+only entries that the page lacks are planned.
 """
 
 import json
@@ -29,13 +29,13 @@ from emloc_core.units import human_seconds
 PAGE = Path(__file__).parent / "models.md"
 #: Memory of cards without a name, in 10^9 bytes.
 SMALL = (12,)
-#: Those with one, whose times are computed.
+#: Named cards, for which step times are computed.
 NAMED = [CARDS[name] for name in ("RTX 4080", "RTX 4090", "L40S", "A100")]
 #: Tokens per row of the workload, which is one row.
 LENGTH = 1024
 
 
-def named(card: Card) -> str:
+def heading(card: Card) -> str:
     """Return the heading of a card."""
     return f"{card.memory // 10**9} GB ({card.name})"
 
@@ -60,13 +60,13 @@ free, at most 1 GiB. Memory is in GB, 10^9 bytes. All figures are [predictions](
 Times are lower bounds for an optimiser step, **computed** from the card's published figures, as by
 `emloc plan ID --card "RTX 4090"`.
 """
-#: Kinds whose weights are told of mixtures of experts.
+#: Kinds whose weights are listed for mixtures of experts.
 WHOLE, KINDS = "bf16", ("nf4", "2.7-bit", "1.6-bit+repair")
 EXPERTS = """## Mixtures of experts
 
 The weights in GB, of the model in bfloat16 and of its emulators, whose experts and vocabulary are packed too.
 """
-HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{size} GB" for size in SMALL), *map(named, NAMED)]
+HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{size} GB" for size in SMALL), *map(heading, NAMED)]
 
 
 def figures(entry: Entry) -> dict[str, str]:
@@ -76,7 +76,7 @@ def figures(entry: Entry) -> dict[str, str]:
         workload = make_workload(file, train.model_copy(update={"batch_size": 1}), "cuda", length=LENGTH)
         model = MemoryModel(file, workload, CompressSettings(kind=workload.recommended_kinds[0]))
         plan = model.plan()
-        found = {
+        needs = {
             "inference": gigabytes(model.inference().total),
             "LoRA": gigabytes(model.tuning().total),
             "EMLoC": gigabytes(model.tuning(plan).total),
@@ -84,10 +84,10 @@ def figures(entry: Entry) -> dict[str, str]:
             **weights(model),
         }
         for size in SMALL:
-            found[f"{size} GB"] = cell(decide(file, workload, Budget.parse(f"{size}GB")))
+            needs[f"{size} GB"] = cell(decide(file, workload, Budget.parse(f"{size}GB")))
         for card in NAMED:
-            found[named(card)] = cell(decide(file, workload, Budget.parse(str(card.memory)), speed=card.speed))
-    return found
+            needs[heading(card)] = cell(decide(file, workload, Budget.parse(str(card.memory)), speed=card.speed))
+    return needs
 
 
 def weights(model: MemoryModel) -> dict[str, str]:
@@ -95,9 +95,9 @@ def weights(model: MemoryModel) -> dict[str, str]:
     if not model.linears.experts:
         return {}
     kinds = {kind: MemoryModel(model.config_file, model.workload, CompressSettings(kind=kind)) for kind in KINDS}
-    emulators = {f"`{kind}`": each.emulator_bytes(each.plan()) for kind, each in kinds.items()}
-    found = {WHOLE: model.parameters() * model.dtype.itemsize, **emulators}
-    return {column: gigabytes(nbytes) for column, nbytes in found.items()}
+    emulators = {f"`{kind}`": emulator.emulator_bytes(emulator.plan()) for kind, emulator in kinds.items()}
+    sizes = {WHOLE: model.parameters() * model.dtype.itemsize, **emulators}
+    return {column: gigabytes(nbytes) for column, nbytes in sizes.items()}
 
 
 def gigabytes(nbytes: int) -> str:
@@ -116,7 +116,7 @@ def cell(decision: Decision) -> str:
     return (way.kind if way.ratio is None else f"{way.kind} {way.ratio:g}") + time
 
 
-def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
+def page(entries: list[Entry], figures_by_entry: Mapping[str, Mapping[str, str]]) -> str:
     """Return the page: a table of the models, and the fingerprints of their entries.
 
     Args:
@@ -124,40 +124,40 @@ def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
         found: their figures, by fingerprint.
     """
     parts = [INTRODUCTION]
-    rows = [["`" + entry.id + "`", *(found[entry.fingerprint][column] for column in HEADINGS[1:])]
+    rows = [["`" + entry.id + "`", *(figures_by_entry[entry.fingerprint][column] for column in HEADINGS[1:])]
             for entry in sorted(entries, key=lambda entry: entry.family)]  # fmt: skip
     parts.append(table(HEADINGS, rows))
     columns = [WHOLE, *(f"`{kind}`" for kind in KINDS)]
-    mixtures = [["`" + entry.id + "`", *(found[entry.fingerprint][column] for column in columns)]
+    mixtures = [["`" + entry.id + "`", *(figures_by_entry[entry.fingerprint][column] for column in columns)]
                 for entry in sorted(entries, key=lambda entry: entry.family)
-                if WHOLE in found[entry.fingerprint]]  # fmt: skip
+                if WHOLE in figures_by_entry[entry.fingerprint]]  # fmt: skip
     parts += [EXPERTS, table(["model", *columns], mixtures)]
     parts.append("An entry's file in `registry/` says where its numbers were published, and under which licence.\n")
     parts.append("".join(map(mark, entries)) + "\n")
     return "\n".join(parts)
 
 
-def shown() -> list[Entry]:
+def listed_entries() -> list[Entry]:
     """Return the entries of the page: models of tokens. Those of pictures are planned in ``pictures.md``."""
     return [entry for entry in load_entries() if plugin_manager().family_for(entry.config).objective == TOKENS]
 
 
-def written() -> dict[str, dict[str, str]]:
-    """Return the figures on the page, by column, of the entries that are as they were then, by fingerprint."""
+def figures_on_page() -> dict[str, dict[str, str]]:
+    """Return the figures on the page, by column, of the entries that have not changed since, by fingerprint."""
     text = PAGE.read_text(encoding="utf-8")
-    found: dict[str, dict[str, str]] = defaultdict(dict)
+    by_id: dict[str, dict[str, str]] = defaultdict(dict)
     headings: list[str] = []
     for line in text.splitlines():
         first, *cells = line.strip("| ").split(" | ")
         if first == HEADINGS[0]:
             headings = cells
         elif line.startswith("| `"):
-            found[first.strip("`")] |= dict(zip(headings, cells, strict=True))
-    return {entry.fingerprint: found[entry.id] for entry in shown() if mark(entry) in text}
+            by_id[first.strip("`")] |= dict(zip(headings, cells, strict=True))
+    return {entry.fingerprint: by_id[entry.id] for entry in listed_entries() if mark(entry) in text}
 
 
 def mark(entry: Entry) -> str:
-    """Return a comment by which one sees that the page is about an entry as it is."""
+    """Return a comment that shows that the page is about this version of an entry."""
     return f"<!--{entry.id}:{entry.fingerprint[:16]}-->"
 
 
@@ -169,18 +169,18 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 def main(*options: str) -> None:
     """Plan all entries or new ones, architectures that are the same once, and write the page."""
-    entries = shown()
-    found = written() if "--new" in options else {}
+    entries = listed_entries()
+    figures_by_entry = figures_on_page() if "--new" in options else {}
     alike = defaultdict(list)
     for entry in entries:
-        if entry.fingerprint not in found:
+        if entry.fingerprint not in figures_by_entry:
             alike[json.dumps([entry.config, entry.preset().model_dump()], sort_keys=True)].append(entry)
     with ProcessPoolExecutor(os.cpu_count()) as pool, progress("models") as report:
         planned = pool.map(figures, [first for first, *_ in alike.values()])
-        for done, (same, each) in enumerate(zip(alike.values(), planned, strict=True), 1):
-            found |= dict.fromkeys((entry.fingerprint for entry in same), each)
-            report(same[0].id, done, len(alike))
-    PAGE.write_text(page(entries, found), encoding="utf-8")
+        for count, (group, needs) in enumerate(zip(alike.values(), planned, strict=True), 1):
+            figures_by_entry |= dict.fromkeys((entry.fingerprint for entry in group), needs)
+            report(group[0].id, count, len(alike))
+    PAGE.write_text(page(entries, figures_by_entry), encoding="utf-8")
 
 
 if __name__ == "__main__":

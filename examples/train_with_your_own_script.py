@@ -30,7 +30,7 @@ import emloc_core.standins.quantizer  # noqa: F401 - loads emulators, even where
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the prompts and completions of a JSONL file."""
     with path.open("rb") as file:  # in bytes: str.splitlines would also break a line at U+2028 within a string
         rows = [json.loads(line) for line in file if line.strip()]
@@ -60,8 +60,8 @@ def tune_with_trainer(
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-        return {"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]}
+        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
     peft_model = get_peft_model(model, LORA)
     trainer = Trainer(
@@ -116,9 +116,9 @@ def main() -> None:
     held_out = [
         row
         for name in ("calibration.jsonl", "selection.jsonl")
-        for row in read(options.emulator / name)  # empty where none were held out
+        for row in read_rows(options.emulator / name)  # empty where none were held out
     ]
-    rows = [row for row in read(options.rows) if row not in held_out]
+    rows = [row for row in read_rows(options.rows) if row not in held_out]
 
     tune = {"sft": tune_with_sft, "plain": tune_with_trainer, "grpo": tune_with_grpo}[options.trainer]
     settings = {

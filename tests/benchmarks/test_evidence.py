@@ -49,7 +49,7 @@ def test_plans_say_what_longer_tuning_changes(kind, ratio):
 
 def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
     results = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
-    usual = [row for row in results["rows"] if not Cell.of(row).is_wider]
+    usual = [row for row in results["rows"] if not Cell.from_row(row).is_wider]
     assert recovery_rows(Table(usual)) == results["recovery"]
 
 

@@ -3,13 +3,13 @@
 import zipfile
 
 import pytest
-from gpu_wheels import THERE, requirements, with_one_library
+from gpu_wheels import PREINSTALLED, requirements, with_one_library
 
 NAMES = ["cpu", "cuda128", "cuda130"]
 
 
 def test_what_is_needed_is_packed_in_the_versions_of_here_but_for_what_is_there():
-    names = [each.partition("==")[0] for each in requirements("3.12", [*THERE, "peft"])]
+    names = [each.partition("==")[0] for each in requirements("3.12", [*PREINSTALLED, "peft"])]
     assert {"transformers", "bitsandbytes", "huggingface-hub", "pytest"} <= set(names)
     assert not {"emloc", "torch", "numpy", "peft"} & set(names)
     assert len(names) == len(set(names))

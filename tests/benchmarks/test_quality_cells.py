@@ -39,9 +39,9 @@ def test_a_name_tells_what_leaves_the_usual_set_up():
 
 def test_a_measurement_gives_its_cell_whatever_it_leaves_out():
     usual = Cell("arithmetic", "nf4", 0.28, 0, 60, 2e-3)
-    assert set(usual.given) == {"task", "kind", "memory", "seed", "steps", "learning_rate"}
+    assert set(usual.values) == {"task", "kind", "memory", "seed", "steps", "learning_rate"}
     for cell in (usual, replace(usual, rank=64)):
-        assert Cell.of({**cell.given, "systems": {}}) == cell
+        assert Cell.from_row({**cell.values, "systems": {}}) == cell
 
 
 def test_no_usual_cell_is_wider():
