@@ -45,20 +45,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         case = getattr(item, "callspec", None)
         if case and item.path.parent.name == "conformance" and case.params.get("index", 0) > 0:
             item.add_marker(pytest.mark.thorough)
-    places = {ROOT / "tests" / name: index for index, name in enumerate(LONG)}
-    rest = len(LONG)
-    items.sort(key=lambda item: min((places.get(path, rest) for path in (item.path, *item.path.parents)), default=rest))
+    order = {ROOT / "tests" / name: index for index, name in enumerate(LONG)}
+    last = len(LONG)
+    items.sort(key=lambda item: min((order.get(path, last) for path in (item.path, *item.path.parents)), default=last))
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what is imported, which stays, and come seldom: that took a sixth."""
+    """Let the garbage collector skip what is imported, which stays, and run seldom: it took a sixth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
 
 
 def pytest_unconfigure() -> None:
-    """Let it all go again: libraries complain at the end of what is left."""
+    """Unfreeze all again: libraries complain at the end about what is left."""
     gc.unfreeze()
 
 
@@ -72,7 +72,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def measured_soon() -> None:
-    """Let plans measure this machine by one small product and one read: a tenth of a second for each is many plans'."""
+    """Let plans measure this machine by one small product and one read: tenths of a second add up over many plans."""
     from emloc_core.memory import speed
 
     speed._SECONDS, speed._SIDES["cpu"] = 1e-6, 64
@@ -89,7 +89,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of one block, which takes a third of the time to plan."""
+    """The same with one block, which takes a third of the time to plan."""
     from emloc_llama import LLAMA
     from support.models import save_tiny_model
 
@@ -153,7 +153,7 @@ class Environment:
         """Run a command of the environment, broken plugins being errors; return what it prints on stdout."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [str(self.directory / "bin" / script), *map(str, argv)]
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             cwd=cwd,
             env={**environment, "EMLOC_STRICT_PLUGINS": "1"},
@@ -161,23 +161,23 @@ class Environment:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The wheel of emloc, built from its source distribution, which is beside it; once for all workers of pytest."""
     base = tmp_path_factory.getbasetemp()
-    place = (base if worker_id == "master" else base.parent) / "wheel"
-    place.mkdir(exist_ok=True)
-    with (place / "lock").open("w") as lock:
+    directory = (base if worker_id == "master" else base.parent) / "wheel"
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not list(place.glob("*.whl")):
-            build = [sys.executable, "-m", "build", "--outdir", str(place), str(ROOT)]
-            done = subprocess.run(build, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = place.glob("emloc-*.whl")
+        if not list(directory.glob("*.whl")):
+            build = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
+            process = subprocess.run(build, capture_output=True, text=True, check=False)
+            assert process.returncode == 0, process.stdout + process.stderr
+    (built,) = directory.glob("emloc-*.whl")
     return built
 
 

@@ -15,7 +15,7 @@ from emloc_internvl import INTERNVL
 from PIL import Image
 from support.jobs import compress_job, train_job
 from support.rows import write_jsonl
-from support.vision_models import ask, internvl_processor, picture, picture_rows, save_model
+from support.vision_models import conversation, internvl_processor, picture, picture_rows, save_model
 
 from emloc_core.data.images import Picture
 from emloc_core.data.rows import load_rows, write_rows
@@ -24,7 +24,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.settings import CompressSettings, TrainSettings
 
-ROW = ask("which colours?", "red and blue.")
+ROW = conversation("which colours?", "red and blue.")
 
 
 def png(image: Image.Image) -> bytes:
@@ -82,31 +82,34 @@ def test_an_image_is_upright_and_in_rgb():
         ({"images": ["good.png"], "image": "good.png"}, "has both `image` and `images`"),
         ({"messages": None, "text": "cat", "images": ["good.png"]}, "a row of text has images"),
         ({"prompt": "a", "completion": "b", "image": "good.png"}, "a row of prompt and completion has images"),
-        ({"messages": ask([{"type": "image"}], "a")["messages"]}, "1 image parts, but there are 0 images"),
+        ({"messages": conversation([{"type": "image"}], "a")["messages"]}, "1 image parts, but there are 0 images"),
         (
-            {"messages": ask([{"type": "image"}] * 2, "a")["messages"], "images": ["good.png"]},
+            {"messages": conversation([{"type": "image"}] * 2, "a")["messages"], "images": ["good.png"]},
             "2 image parts, but there are 1 images",
         ),
         (
-            {"messages": ask([{"type": "image"}], "a")["messages"], "images": ["good.png"] * 2},
+            {"messages": conversation([{"type": "image"}], "a")["messages"], "images": ["good.png"] * 2},
             "1 image parts, but there are 2 images",
         ),
-        ({"messages": ask("<image>\na", "b")["messages"], "images": ["good.png"]}, "a user's text contains <image>"),
+        (
+            {"messages": conversation("<image>\na", "b")["messages"], "images": ["good.png"]},
+            "a user's text contains <image>",
+        ),
         (
             {
-                "messages": ask([{"type": "image"}, {"type": "text", "text": "<image> a"}], "b")["messages"],
+                "messages": conversation([{"type": "image"}, {"type": "text", "text": "<image> a"}], "b")["messages"],
                 "images": ["good.png"],
             },
             "a user's text contains <image>",
         ),
         (
-            {"messages": ask("a", [{"type": "image"}])["messages"], "images": ["good.png"]},
+            {"messages": conversation("a", [{"type": "image"}])["messages"], "images": ["good.png"]},
             "the answer contains an image",
         ),
-        ({"messages": ask([{"type": "image", "image": "good.png"}], "a")["messages"]}, r"\['image', 'type'\]"),
-        ({"messages": ask([{"type": "video"}], "a")["messages"]}, "of type 'video'"),
-        ({"messages": ask(["a"], "a")["messages"]}, "a part that is not an object"),
-        ({"messages": ask([], "a")["messages"]}, "content is empty"),
+        ({"messages": conversation([{"type": "image", "image": "good.png"}], "a")["messages"]}, r"\['image', 'type'\]"),
+        ({"messages": conversation([{"type": "video"}], "a")["messages"]}, "of type 'video'"),
+        ({"messages": conversation(["a"], "a")["messages"]}, "a part that is not an object"),
+        ({"messages": conversation([], "a")["messages"]}, "content is empty"),
         (
             {"messages": [{"role": "system", "content": "a"}, ROW["messages"][1]], "images": ["good.png"]},
             "0 image parts, but there are 1 images",
@@ -169,7 +172,7 @@ def test_a_model_without_a_processor_is_refused(model: Path, tmp_path: Path):
 
 
 def test_a_special_token_in_the_text_is_refused(model: Path, tmp_path: Path):
-    rows = load_rows(write_row(tmp_path, messages=ask("a <context>", "b")["messages"], images=["good.png"]))
+    rows = load_rows(write_row(tmp_path, messages=conversation("a <context>", "b")["messages"], images=["good.png"]))
     with pytest.raises(EmlocError, match="Row 2: the model's processor rejects it"):
         encode(rows, load_processing(model, INTERNVL, rows))
 
@@ -210,12 +213,14 @@ def test_a_copy_is_the_same_row_wherever_its_picture_is(tmp_path: Path):
     (tmp_path / "other.png").write_bytes(png(picture(["red", "pink"])))
     file = write_row(tmp_path, image="copy.png")
     with open(file, "a") as more:
-        more.write(json.dumps({"messages": ask(parts, "red and blue.")["messages"], "images": ["copy.png"]}) + "\n")
+        more.write(
+            json.dumps({"messages": conversation(parts, "red and blue.")["messages"], "images": ["copy.png"]}) + "\n"
+        )
         more.write(
             json.dumps({"prompt": ROW["messages"][:1], "completion": ROW["messages"][1:], "images": ["good.png"]})
         )
     table = pyarrow.Table.from_pylist(
-        [{"messages": ask(parts, [{"type": "text", "text": "red and blue."}])["messages"],
+        [{"messages": conversation(parts, [{"type": "text", "text": "red and blue."}])["messages"],
           "images": [{"bytes": PICTURE, "path": None}]}]
     )  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
@@ -232,7 +237,7 @@ def test_a_copy_is_the_same_row_wherever_its_picture_is(tmp_path: Path):
 
 def test_parts_of_text_alone_are_a_string(tmp_path: Path):
     parts = [{"type": "text", "text": "which "}, {"type": "text", "text": "colours?"}]
-    (row,) = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", [ask(parts, "red and blue.")])))
+    (row,) = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", [conversation(parts, "red and blue.")])))
     assert row.prompt == ROW["messages"][:1]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from support.evaluation import evaluate, metrics_of, system
 from support.jobs import compress_job
 from support.rows import example_rows, tokenized_row, write_jsonl
-from support.vision_models import ask, internvl_processor, picture, qwen_processor, save_model
+from support.vision_models import conversation, internvl_processor, picture, qwen_processor, save_model
 from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -45,7 +45,7 @@ def rows_with_pictures(tmp_path_factory):
         picture([colour]).save(directory / "pictures" / f"{colour}.png")
     asked = [((one,), question) for one in COLOURS for question in ("which colour?", "colour of it:")]
     asked += [((one, other), "which colour is the last?") for one in COLOURS for other in COLOURS]
-    rows = [ask(question, names[-1]) | {"images": [f"pictures/{name}.png" for name in names]}
+    rows = [conversation(question, names[-1]) | {"images": [f"pictures/{name}.png" for name in names]}
             for names, question in asked]  # fmt: skip
     return write_jsonl(directory / "rows.jsonl", rows)
 
@@ -385,7 +385,7 @@ def test_a_prompt_that_does_not_fit_is_refused(lm):
 
 def test_a_choice_among_too_many_answers_names_other_kinds_for_images(rows_with_pictures, tmp_path):
     shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
-    rows = [ask("which?", f"answer {n}") | {"images": ["pictures/red.png"]} for n in range(21)]
+    rows = [conversation("which?", f"answer {n}") | {"images": ["pictures/red.png"]} for n in range(21)]
     with pytest.raises(EmlocError, match=r"21 different answers; .* Choose image_question or image_nll\."):
         write_task("image_choice", write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "task.yaml")
 

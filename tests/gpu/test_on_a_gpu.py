@@ -1,6 +1,6 @@
 """What a GPU computes is what the CPU does: layers, fitting, exact steps from pinned memory, stages.
 
-``make test-gpu`` says before Triton is imported that kernels are compiled, not interpreted.
+``make test-gpu`` has kernels compiled, not interpreted; Triton reads that when it is imported.
 """
 
 import multiprocessing
@@ -40,15 +40,15 @@ def compiled():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_layer_computes_what_it_does_on_the_cpu(format, dtype):
-    here, there = layer(format, dtype, "cpu"), layer(format, dtype, "cuda")
+    on_cpu, on_gpu = layer(format, dtype, "cpu"), layer(format, dtype, "cuda")
     if isinstance(format, SixLevels):
-        assert torch.equal(there.unpacked().cpu(), here.unpacked())
+        assert torch.equal(on_gpu.unpacked().cpu(), on_cpu.unpacked())
     x = torch.randn(33, N, dtype=dtype)
-    given = [x.clone().requires_grad_(), x.to("cuda").requires_grad_()]
-    outputs = [each(input) for each, input in zip((here, there), given, strict=True)]
+    inputs = [x.clone().requires_grad_(), x.to("cuda").requires_grad_()]
+    outputs = [module(input) for module, input in zip((on_cpu, on_gpu), inputs, strict=True)]
     for output in outputs:
         output.float().square().sum().backward()
-    for cpu, gpu in (outputs, [input.grad for input in given]):
+    for cpu, gpu in (outputs, [input.grad for input in inputs]):
         assert (gpu.cpu() - cpu).norm() <= 0.02 * cpu.norm()
 
 
@@ -58,8 +58,8 @@ def test_what_is_fitted_is_as_good(format):
     for device in ("cpu", "cuda"):
         gram = Gram("input", N, device=device)
         gram.add(inputs.to(device))
-        (found,) = format.fit([weight.to(device)], gram, [64])
-        errors.append(found.error or found.relative_error())
+        (fitted,) = format.fit([weight.to(device)], gram, [64])
+        errors.append(fitted.error or fitted.relative_error())
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
@@ -67,51 +67,51 @@ def test_units_come_from_pinned_memory_as_they_are(tiny_model):
     skeleton = open_model(str(tiny_model), "cpu").skeleton
     expected = {}
     for block in skeleton.blocks:
-        with skeleton.parameters(skeleton.names(block)) as found:
-            expected[block] = {name.removeprefix(f"{block}."): tensor.clone() for name, tensor in found.items()}
+        with skeleton.parameters(skeleton.names(block)) as tensors:
+            expected[block] = {name.removeprefix(f"{block}."): tensor.clone() for name, tensor in tensors.items()}
     # All stay in pinned memory; or they pass through one buffer, and are copied before or when they are asked for.
-    for how in ({"pinned": float("inf")}, {}, {"begins": False}):
-        weights = FrozenWeights(skeleton, skeleton.blocks, torch.device("cuda"), **how)
+    for options in ({"pinned": float("inf")}, {}, {"begins": False}):
+        weights = FrozenWeights(skeleton, skeleton.blocks, torch.device("cuda"), **options)
         weights.expect(skeleton.blocks)
         for block in skeleton.blocks * 3:
-            given = weights.parameters(block)
-            assert all(torch.equal(given[name].cpu(), tensor) for name, tensor in expected[block].items())
+            parameters = weights.parameters(block)
+            assert all(torch.equal(parameters[name].cpu(), tensor) for name, tensor in expected[block].items())
         weights.close()
 
 
 def test_streamed_rows_have_the_logits_of_the_whole_model(tiny_model):
     skeleton = open_model(str(tiny_model), "cuda").skeleton
-    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval().to("cuda")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval().to("cuda")
     rows = [torch.randint(3, 40, (1, length), device="cuda") for length in (5, 17, 9)]
     stream = Stream(skeleton)
     assert stream.pins
-    found = stream.run([lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in rows])
+    logits = stream.run([lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in rows])
     with torch.no_grad():
-        assert all(torch.equal(got, whole(input_ids=ids).logits) for ids, got in zip(rows, found, strict=True))
+        assert all(torch.equal(actual, model(input_ids=ids).logits) for ids, actual in zip(rows, logits, strict=True))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_layer_does_not_wait_for_the_gpu(format):
-    made, x = layer(format, torch.bfloat16, "cuda"), torch.randn(33, N, dtype=torch.bfloat16, device="cuda")
+    module, x = layer(format, torch.bfloat16, "cuda"), torch.randn(33, N, dtype=torch.bfloat16, device="cuda")
     x.requires_grad_()
-    made(x).sum().backward()  # the first time, kernels are compiled and tables copied
+    module(x).sum().backward()  # the first time, kernels are compiled and tables copied
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made(x).sum().backward()
+        module(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def allocate(told):
-    """Take 2 GiB of a GPU of which 1 GiB is allowed beside the context, and write what comes of it."""
+def allocate(path):
+    """Take 2 GiB of a GPU of which 1 GiB is allowed beside the context, and write the outcome."""
     cap_gpus((1 << 30) + overhead("cuda", tuning=True))
-    found = {"free": free_of(0)}
+    outcome = {"free": free_of(0)}
     try:
         torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     except torch.OutOfMemoryError:
-        found["refused"] = True
+        outcome["refused"] = True
     torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    write_json(told, {**found, **Meter().read()})
+    write_json(path, {**outcome, **Meter().read()})
 
 
 def test_no_more_than_the_cap_is_taken(tmp_path):
@@ -119,10 +119,10 @@ def test_no_more_than_the_cap_is_taken(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 0
-    told = read_json(tmp_path / "told.json")
-    assert told["refused"]
-    assert told["free"] <= 1 << 30
-    assert 1 << 29 <= told["peak_cuda_bytes"] <= told["peak_cuda_reserved_bytes"] <= 1 << 30
+    outcome = read_json(tmp_path / "told.json")
+    assert outcome["refused"]
+    assert outcome["free"] <= 1 << 30
+    assert 1 << 29 <= outcome["peak_cuda_bytes"] <= outcome["peak_cuda_reserved_bytes"] <= 1 << 30
 
 
 def test_exact_steps_have_the_gradients_of_the_cpu(tiny_model):
@@ -145,8 +145,8 @@ def test_exact_steps_have_the_gradients_of_the_cpu(tiny_model):
 def test_an_emulator_is_made_on_the_gpu_by_default(tiny_model, rows_file, tmp_path):
     assert choose_device("auto").type == "cuda"
     settings = CompressSettings(kind="2.7-bit", samples=8, selection=0)
-    places = {"model": str(tiny_model), "data": str(rows_file), "output": tmp_path / "emulator"}
-    made = Compress(CompressRequest(**places, settings=settings)).run()
-    skeleton = open_model(str(made), "cuda").skeleton
+    paths = {"model": str(tiny_model), "data": str(rows_file), "output": tmp_path / "emulator"}
+    emulator = Compress(CompressRequest(**paths, settings=settings)).run()
+    skeleton = open_model(str(emulator), "cuda").skeleton
     skeleton.load(skeleton.blocks[0])
     assert all(parameter.is_cuda for parameter in skeleton.model.get_submodule(skeleton.blocks[0]).parameters())

@@ -31,12 +31,14 @@ OF_PLAN = {"lora_rank", "target_modules", "batch_size"}
 
 def entries():
     """Draw entries of models of tokens that are declared: what a row of pictures costs is another matter."""
-    declared = set().union(*(each.model_types for each in plugin_manager().families() if each.objective == "tokens"))
+    declared = set().union(
+        *(family.model_types for family in plugin_manager().families() if family.objective == "tokens")
+    )
     return st.sampled_from([entry for entry in load_entries() if entry.config["model_type"] in declared])
 
 
 def tuning(model, plan=None, **_):
-    """Stand for what takes seconds to trace: weights as they are, and activations that grow as real ones do."""
+    """Stand in for a trace, which takes seconds: exact weights, and activations that grow as real ones do."""
     weights = model.parameters() * model.dtype.itemsize if plan is None else model.emulator_bytes(plan)
     rows = model.workload.batch_size * model.workload.sequences_per_row
     text = model.config.get_text_config()
@@ -83,9 +85,9 @@ def test_no_two_commands_disagree(tmp_path_factory, rows_file, entry, share, bat
         size = str(
             int(share * 2 * MemoryModel(config, make_workload(config, train, length=length)).parameters()) + 10**9
         )
-        asked = {"memory": size, "headroom": headroom}
+        budget = {"memory": size, "headroom": headroom}
         planned = api.plan(
-            entry.id, **asked, length=length, device=device, **train.model_dump(include=OF_PLAN, exclude_unset=True)
+            entry.id, **budget, length=length, device=device, **train.model_dump(include=OF_PLAN, exclude_unset=True)
         ).decision
         in_zoo = fit(entry, Budget.parse(size, headroom), batch_size=batch, length=length, device=device)
         way, emulator = planned.way, planned.emulator
@@ -93,19 +95,19 @@ def test_no_two_commands_disagree(tmp_path_factory, rows_file, entry, share, bat
         assert (in_zoo.kind, in_zoo.ratio) == (emulator and emulator.kind, emulator and emulator.ratio)
         if emulator:
             request = CompressRequest(
-                model=entry.id, data=str(rows_file), output=Path("emulator"), tuning=train, tuned_on=device, **asked
+                model=entry.id, data=str(rows_file), output=Path("emulator"), tuning=train, tuned_on=device, **budget
             )
-            made = fitted(request)
-            assert (made.settings.kind, made.settings.ratio) == (emulator.kind, emulator.ratio)
-            assert (made.tuning.batch_size, made.tuning.accumulation) == (emulator.micro_batch, emulator.accumulation)
+            final = fitted(request)
+            assert (final.settings.kind, final.settings.ratio) == (emulator.kind, emulator.ratio)
+            assert (final.tuning.batch_size, final.tuning.accumulation) == (emulator.micro_batch, emulator.accumulation)
         if way and device == planned.base.workload.device == "cpu":  # where recipes are run, without a GPU
             recipe = Recipe(
-                model=ModelSection(base=entry.id, **asked), data=DataSection(train=str(rows_file)), train=train
+                model=ModelSection(base=entry.id, **budget), data=DataSection(train=str(rows_file)), train=train
             )
-            tune = Tune(model=entry.id, data=str(rows_file), output=Path("tuned"), settings=train, **asked)
-            for done in (decided(recipe, lambda _: None), tune.plan()[0]):
-                assert done.way == way.key
-                assert (done.train.batch_size, done.train.accumulation) == (way.micro_batch, way.accumulation)
+            tune = Tune(model=entry.id, data=str(rows_file), output=Path("tuned"), settings=train, **budget)
+            for decision in (decided(recipe, lambda _: None), tune.plan()[0]):
+                assert decision.way == way.key
+                assert (decision.train.batch_size, decision.train.accumulation) == (way.micro_batch, way.accumulation)
                 if way.kind:
-                    assert (done.compress.kind, done.compress.ratio) == (way.kind, way.ratio)
-            assert bool(done.polish) == way.is_polished  # tune adds exact steps where they pay
+                    assert (decision.compress.kind, decision.compress.ratio) == (way.kind, way.ratio)
+            assert bool(decision.polish) == way.is_polished  # tune adds exact steps where they pay

@@ -20,25 +20,25 @@ from emloc_core.memory.planned_model import planned_model
 from emloc_core.settings import CompressSettings
 
 
-def counted(of: FlopCounterMode) -> int:
-    products = of.get_flop_counts().get("Global", {})
+def counted(counter: FlopCounterMode) -> int:
+    products = counter.get_flop_counts().get("Global", {})
     return sum(count for operation, count in products.items() if "convolution" not in str(operation))
 
 
-def of_a_forward(planned: MemoryModel, model: Any) -> int:
+def forward_operations(planned: MemoryModel, model: Any) -> int:
     """What a forward pass of the workload counts; the whole of the model's shapes, without numbers."""
     with fake(planned.step.inputs) as mode, torch.no_grad():
         without_contents(model, mode)
-        with FlopCounterMode(display=False) as found:
+        with FlopCounterMode(display=False) as counter:
             model.eval()(**fake_inputs(**planned.step.inputs))
-    return counted(found)
+    return counted(counter)
 
 
-def plan_of(family: Family, settings: dict[str, Any], place: Path, **chosen: Any) -> MemoryModel:
+def plan_of(family: Family, settings: dict[str, Any], directory: Path, **options: Any) -> MemoryModel:
     images, size = int(family.modality == "image-text"), (16, 24) if family is QWEN_VL else None
-    given = replace(workload(batch=2, length=48, images=images), image_size=size)
+    load = replace(workload(batch=2, length=48, images=images), image_size=size)
     return MemoryModel(
-        write_config(place, family, **settings), given, CompressSettings(**{"kind": "low-rank", **chosen})
+        write_config(directory, family, **settings), load, CompressSettings(**{"kind": "low-rank", **options})
     )
 
 
@@ -46,10 +46,10 @@ def plan_of(family: Family, settings: dict[str, Any], place: Path, **chosen: Any
 def test_a_forward_pass_is_counted_exactly(family: Family, settings: dict[str, Any], tmp_path: Path) -> None:
     planned = plan_of(family, settings, tmp_path / "model")
     blocks = [planned.model.get_submodule(tower.blocks) for tower in family.towers]
-    routers = [gate.weight.numel() for each in blocks for block in each for name, gate in block.named_modules()
+    routers = [gate.weight.numel() for tower in blocks for block in tower for name, gate in block.named_modules()
                if name.endswith(".gate") and not isinstance(gate, torch.nn.Linear)]  # fmt: skip
     assert bool(routers) == planned.linears.has_experts
-    exact = of_a_forward(planned, copy.deepcopy(planned_model(planned.config_file).model))
+    exact = forward_operations(planned, copy.deepcopy(planned_model(planned.config_file).model))
     assert 2 * arithmetic.forward(planned) == exact - 2 * 2 * 48 * sum(routers)
 
 
@@ -58,7 +58,7 @@ def test_an_emulator_has_its_own(kind: str, tmp_path: Path) -> None:
     planned = plan_of(INTERNVL, INTERNVL.tiny_configs[0], tmp_path / "model", kind=kind)
     plan, model = planned.plan(0.3), copy.deepcopy(planned_model(planned.config_file).model)
     planned.format.replace(model, plan.ranks)
-    assert 2 * arithmetic.forward(planned, plan) == of_a_forward(planned, model)
+    assert 2 * arithmetic.forward(planned, plan) == forward_operations(planned, model)
 
 
 def test_without_images_their_tower_computes_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is kept of models between runs is what they are, and done without where it is damaged, old or unwritable."""
+"""What is cached of models equals what they are; a damaged, old or unwritable cache is done without."""
 
 import json
 from collections.abc import Callable
@@ -10,10 +10,9 @@ import pytest
 from emloc_qwen import QWEN_VL
 from support.planned import CASES, label, workload, write_config
 
-import emloc_core.memory.cache as kept
 from emloc_core.api import plan
 from emloc_core.family import Family
-from emloc_core.memory import planned_model
+from emloc_core.memory import cache, planned_model
 from emloc_core.memory.cache import VARIABLE, Cache
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.outline import Outline, described
@@ -22,7 +21,7 @@ from emloc_core.registry.registry import load_entries
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     planned_model._cached.cache_clear()
     return tmp_path / "cache"
@@ -31,15 +30,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows with every trace."""
-    found: list[str] = []
+    names: list[str] = []
     follow = MemoryModel._follow
 
     def followed(self: MemoryModel, *args: Any) -> Phases:
-        found.append(self.format.name)
+        names.append(self.format.name)
         return follow(self, *args)
 
     monkeypatch.setattr(MemoryModel, "_follow", followed)
-    return found
+    return names
 
 
 def planned(file: Path) -> dict[str, Any]:
@@ -54,16 +53,16 @@ def inference(file: Path) -> Need:
     return MemoryModel(file, workload()).inference()
 
 
-def test_what_was_traced_once_is_not_traced_again(place: Path, shallow_model: Path, traces: list[str]) -> None:
+def test_what_was_traced_once_is_not_traced_again(directory: Path, shallow_model: Path, traces: list[str]) -> None:
     fresh = planned(shallow_model / "config.json")
     assert traces
     traces.clear()
     assert planned(shallow_model / "config.json") == fresh
     assert not traces
-    assert {path.name.partition("-")[2] for path in place.iterdir()} == {"outline.json", "traces.json"}
+    assert {path.name.partition("-")[2] for path in directory.iterdir()} == {"outline.json", "traces.json"}
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("directory")
 @pytest.mark.parametrize("change", ["config", "rows", "version", "code", "family"])
 def test_what_depends_on_something_else_is_traced(
     change: str, tiny_model: Path, tmp_path: Path, traces: list[str], monkeypatch: pytest.MonkeyPatch
@@ -78,9 +77,9 @@ def test_what_depends_on_something_else_is_traced(
     elif change == "rows":
         load = workload(batch=5)
     elif change == "version":
-        monkeypatch.setattr(kept, "versions", lambda: {"torch": "99"})
+        monkeypatch.setattr(cache, "versions", lambda: {"torch": "99"})
     elif change == "code":
-        monkeypatch.setattr(kept, "_code", lambda _: "other")
+        monkeypatch.setattr(cache, "_code", lambda _: "other")
     else:
         family = replace(MemoryModel(file, load).family, keep_dense={"model.layers.0.*": "first"})
         monkeypatch.setattr(planned_model.plugin_manager(), "family_for", lambda _: family)
@@ -99,11 +98,11 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def test_a_damaged_file_is_made_again(place: Path, shallow_model: Path, traces: list[str]) -> None:
+def test_a_damaged_file_is_made_again(directory: Path, shallow_model: Path, traces: list[str]) -> None:
     fresh = inference(shallow_model / "config.json")
     for name, damage in DAMAGE.items():
         traces.clear()
-        for path in place.glob("*.json"):
+        for path in directory.glob("*.json"):
             damage(path)
         assert inference(shallow_model / "config.json") == fresh
         assert len(traces) == 1, name
@@ -123,20 +122,20 @@ def test_a_place_that_cannot_be_written_is_done_without(
 
 
 def test_processes_add_to_what_others_keep_and_the_oldest_files_go(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, other = Cache("some"), Cache("some")
     other.add({"b": 2})
     mine.add({"a": 1})
     assert Cache("some").values == {"a": 1, "b": 2}
-    monkeypatch.setattr(kept, "_MOST", 2)
+    monkeypatch.setattr(cache, "_MOST", 2)
     Cache("more").add({"c": 3})
     Cache("most").add({"d": 4})
-    assert sorted(path.name for path in place.iterdir()) == ["more.json", "most.json"]
+    assert sorted(path.name for path in directory.iterdir()) == ["more.json", "most.json"]
 
 
 @pytest.mark.parametrize(
-    ("variables", "found"),
+    ("variables", "path"),
     [
         ({VARIABLE: "/somewhere"}, Path("/somewhere")),
         ({VARIABLE: ""}, None),
@@ -144,15 +143,15 @@ def test_processes_add_to_what_others_keep_and_the_oldest_files_go(
         ({"HOME": "/home/me"}, Path("/home/me/.cache/emloc")),
     ],
 )
-def test_the_place_is_the_users(variables: dict[str, str], found: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_is_the_users(variables: dict[str, str], path: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert kept.directory() == found
+    assert cache.directory() == path
 
 
-def same(outline: Outline, model: Any) -> None:
+def assert_same(outline: Outline, model: Any) -> None:
     """Compare an outline with the model."""
     ours, theirs = dict(outline.named_modules()), dict(model.named_modules())
     assert list(ours) == list(theirs)
@@ -160,24 +159,24 @@ def same(outline: Outline, model: Any) -> None:
         type(module).__name__ for module in list(theirs.values())[1:]
     ]
     for duplicates in (True, False):
-        found, real = (
-            [(name, each.shape, each.dtype) for name, each in of.named_parameters(remove_duplicate=not duplicates)]
-            for of in (outline, model)
+        outlined, real = (
+            [(name, p.shape, p.dtype) for name, p in source.named_parameters(remove_duplicate=not duplicates)]
+            for source in (outline, model)
         )
-        assert found == real
+        assert outlined == real
     head = getattr(model, "get_output_embeddings", lambda: None)()  # a model of pictures has none
     assert [path for path, module in ours.items() if module is outline.get_output_embeddings()] == [
         path for path, module in theirs.items() if module is head
     ]
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("directory")
 @pytest.mark.parametrize(("family", "settings"), CASES, ids=label)
 def test_an_outline_is_that_of_the_model(family: Family, settings: dict, tmp_path: Path) -> None:
     file = write_config(tmp_path / "model", family, **settings)
     model = planned_model.planned_model(file).model
     outline = Outline(json.loads(json.dumps(described(model), sort_keys=True)))
-    same(outline, model)
+    assert_same(outline, model)
     images = int(family.modality == "image-text")
     load = replace(workload(batch=2, length=48, images=images), image_size=(16, 24) if family is QWEN_VL else None)
     fresh = MemoryModel(file, load)
@@ -190,7 +189,7 @@ def test_an_outline_is_that_of_the_model(family: Family, settings: dict, tmp_pat
     assert again.image == fresh.image
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("directory")
 @pytest.mark.thorough
 @pytest.mark.parametrize("entry", load_entries()[::6], ids=lambda entry: entry.id)
 def test_the_outline_of_an_entry_is_that_of_its_model(entry: Any) -> None:
@@ -198,11 +197,11 @@ def test_the_outline_of_an_entry_is_that_of_its_model(entry: Any) -> None:
         fresh = planned_model.planned_model(file)
         outline, model = fresh.outline, fresh.model  # the outline is made of the model, and kept
         planned_model._cached.cache_clear()
-        read = planned_model.planned_model(file).outline
-    same(outline, model)
-    same(read, model)
+        reloaded = planned_model.planned_model(file).outline
+    assert_same(outline, model)
+    assert_same(reloaded, model)
     planned_model._cached.cache_clear()
     with entry.config_file() as file:
         later = planned_model.planned_model(file)
-    same(read, later.model)  # which is built when the file is gone
-    assert vars(read.config) == vars(outline.config)
+    assert_same(reloaded, later.model)  # which is built when the file is gone
+    assert vars(reloaded.config) == vars(outline.config)

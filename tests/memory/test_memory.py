@@ -256,7 +256,7 @@ def test_stages_that_stream_are_below_the_whole(tmp_path: Path) -> None:
 
 
 def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
-    """Where down_proj, 1024 x 8192, is what takes most; how much that is, tests/emulator/test_needs.py measures."""
+    """Where down_proj, 1024 x 8192, takes most; tests/emulator/test_needs.py measures how much that is."""
     sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16}
     file = write_config(tmp_path / "wide", QWEN, **{**sizes, "head_dim": 64})
     m, n = 1024, 8192
@@ -271,12 +271,12 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
         ({"kind": "1.6-bit+repair"}, repairing, dense),
     ]
     rows = []
-    for chosen, statistics, stand_ins in expected:
-        model = MemoryModel(file, workload(), CompressSettings(**chosen))
+    for options, statistics, stand_ins in expected:
+        model = MemoryModel(file, workload(), CompressSettings(**options))
         plan = model.plan()
         terms = streamed.compress(model, plan).terms
-        packed = sum(each.nbytes(model.format, model.dtype) for each in plan.linears if each.block.endswith(".0"))
-        assert terms["statistics"] == statistics + packed, chosen
+        packed = sum(linear.nbytes(model.format, model.dtype) for linear in plan.linears if linear.block.endswith(".0"))
+        assert terms["statistics"] == statistics + packed, options
         assert terms["stand-ins"] == stand_ins * model.dtype.itemsize
         assert terms["weights"] == (4 * m**2 + 3 * m * n + 5 * m) * model.dtype.itemsize  # with norms and biases
         rows.append(terms["activations"] - inside * model.dtype.itemsize)
@@ -299,7 +299,7 @@ def test_stage_one_takes_what_its_largest_phase_does(tmp_path: Path) -> None:
     first, even = (CompressSettings(calibration="base", allocator=name, ratio=0.05) for name in ("global", "uniform"))
     by_spectra, uniform = (
         streamed.compress(model, model.plan()).total
-        for model in (MemoryModel(blocks, workload(), each) for each in (first, even))
+        for model in (MemoryModel(blocks, workload(), settings) for settings in (first, even))
     )
     assert by_spectra > uniform  # factors of half of the parameters, in the pass before
 
@@ -308,15 +308,15 @@ def test_stage_one_takes_what_its_largest_phase_does(tmp_path: Path) -> None:
 def test_stage_one_leaves_a_gpu_what_is_planned(tiny_model: Path, rows_file: Path, tmp_path: Path, kind: str) -> None:
     settings = CompressSettings(kind=kind, samples=4, selection=2)
     job = compress_job(tiny_model, rows_file, tmp_path / "e", settings)
-    how = (job.samples, job.format, lambda *_: None, job.settings.refine)
-    found = Decomposition(job.base.skeleton, job.plan, *how).needs(propagated=True)
+    arguments = (job.samples, job.format, lambda *_: None, job.settings.refine)
+    block_needs = Decomposition(job.base.skeleton, job.plan, *arguments).needs(propagated=True)
     model = MemoryModel(tiny_model / "config.json", workload(device="cuda"), settings)
     terms = streamed.compress(model, model.plan(job.settings.ratio)).terms
-    most = max(found, key=lambda each: each.nbytes)
+    most = max(block_needs, key=lambda need: need.nbytes)
     assert most.nbytes - most.inside == terms["weights"] + terms["statistics"] + terms.get("stand-ins", 0)
     inside = most.inside // max(sample.size for sample in job.samples) * model.workload.length
     assert terms["activations"] == 2 * model.step.waiting("calibration", 1) + inside
-    assert {"the output layer", "packed embeddings"} <= {each.phase for each in found}
+    assert {"the output layer", "packed embeddings"} <= {need.phase for need in block_needs}
 
 
 def test_the_sums_of_stage_three_by_hand(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> Non
     assert need.terms["weights"] == even.tuning(plan).terms["weights"] == shared.emulator_bytes(plan)
     assert need.terms["activations"] > even.tuning(plan).terms["activations"]
     assert shared.tuning(plan, exists=True) == even.tuning(plan)
-    shapes = {each.path: (each.out_features, each.in_features) for each in plan.linears}
+    shapes = {linear.path: (linear.out_features, linear.in_features) for linear in plan.linears}
     draw = random.Random(0)
     for _ in range(3):
         spectra = [
@@ -412,19 +412,19 @@ def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> Non
             for path, shape in shapes.items()
         ]
         ranks = dict(zip(shapes, global_budget(list(shapes.values()), 0.4, spectra), strict=True))
-        made = shared.tuning(plan.with_ranks(ranks), exists=True)
-        assert made.terms["weights"] <= need.terms["weights"]
-        assert made.terms["activations"] <= need.terms["activations"]
+        actual = shared.tuning(plan.with_ranks(ranks), exists=True)
+        assert actual.terms["weights"] <= need.terms["weights"]
+        assert actual.terms["activations"] <= need.terms["activations"]
 
 
 def test_a_config_with_the_fields_of_the_language_model_outside_its_section(tmp_path: Path) -> None:
     """As Qwen2.5-VL was published."""
-    whole = read_json(write_config(tmp_path / "now", QWEN_VL, **QWEN_VL.tiny_configs[1]))
-    text = whole.pop("text_config")
-    flat = {**text, **whole, "vision_config": {**whole["vision_config"], "model_type": "qwen2_5_vl"}}
+    config = read_json(write_config(tmp_path / "now", QWEN_VL, **QWEN_VL.tiny_configs[1]))
+    text = config.pop("text_config")
+    flat = {**text, **config, "vision_config": {**config["vision_config"], "model_type": "qwen2_5_vl"}}
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    found = MemoryModel(tmp_path / "config.json", workload())
-    assert found.parameters() == MemoryModel(tmp_path / "now" / "config.json", workload()).parameters()
+    model = MemoryModel(tmp_path / "config.json", workload())
+    assert model.parameters() == MemoryModel(tmp_path / "now" / "config.json", workload()).parameters()
     del flat["hidden_size"]
     (tmp_path / "config.json").write_text(json.dumps(flat))
     with pytest.raises(EmlocError, match=r"has no text_config\.hidden_size"):

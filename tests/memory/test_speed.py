@@ -24,13 +24,13 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "nothing.safetensors").touch()
     os.mkfifo(tmp_path / "empty" / "pipe.safetensors")  # nobody will ever write to it
-    found, without = measure("cpu", tmp_path), measure("cpu", tmp_path / "empty")
-    assert found is not None
+    measured, without = measure("cpu", tmp_path), measure("cpu", tmp_path / "empty")
+    assert measured is not None
     assert without is not None
-    assert found.read is not None
-    assert found.read > 0
+    assert measured.read is not None
+    assert measured.read > 0
     assert without.read is None
-    assert min(found.flops, without.flops) > 0
+    assert min(measured.flops, without.flops) > 0
     monkeypatch.setattr(speed, "free_memory", lambda _: 1)
     beyond_memory = measure("cpu", tmp_path)
     assert beyond_memory is not None

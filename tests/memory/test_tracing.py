@@ -83,7 +83,7 @@ def test_a_trace_equals_what_the_trainer_allocates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The trainer's own step, on real tensors, under the same ledger; every token counts, as plans assume."""
-    seen: list[tuple[tuple[int, ...], int]] = []
+    peaks: list[tuple[tuple[int, ...], int]] = []
     step = LoraTrainer.training_step
 
     def followed(self: LoraTrainer, model: torch.nn.Module, inputs: dict, *rest: object) -> object:
@@ -93,14 +93,14 @@ def test_a_trace_equals_what_the_trainer_allocates(
             for tensor in inputs.values():
                 ledger.enter(tensor, "activations")
             loss = step(self, model, inputs, *rest)
-        seen.append((tuple(inputs["input_ids"].shape), peak(ledger.phases)))
+        peaks.append((tuple(inputs["input_ids"].shape), peak(ledger.phases)))
         return loss
 
     monkeypatch.setattr(LoraTrainer, "training_step", followed)
     settings = TrainSettings(steps=2, batch_size=6, gradient_checkpointing=checkpointing, bf16=bf16)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "animal: cat, colour: red. " * 8}] * 12)
     train_job(tiny_emulator, rows, tmp_path / "adapter", settings).run()
-    for (batch, length), real in seen:
+    for (batch, length), real in peaks:
         model = MemoryModel(tiny_model / "config.json", Workload(batch, length, 0, settings, "cpu"))
         terms = model.tuning(model.plan(0.6)).terms
         traced = sum(size for term, size in terms.items() if term not in ("optimiser", "overhead"))
@@ -214,11 +214,11 @@ def test_few_blocks_extended_equal_all_blocks(
         assert few[-1].phase == "language forward"
     monkeypatch.setattr(emloc_core.memory.depth, "_OUTER", 100)
     emloc_core.memory.planned_model._cached.cache_clear()
-    whole = needs()
+    all_blocks = needs()
     if settings["model_type"] == "qwen2_5_vl":  # the numbers that say where windows end are fewer without windows
-        assert [need.total for need in few] == pytest.approx([need.total for need in whole], abs=64)
+        assert [need.total for need in few] == pytest.approx([need.total for need in all_blocks], abs=64)
     else:
-        assert few == whole
+        assert few == all_blocks
 
 
 @pytest.mark.parametrize(

@@ -87,20 +87,20 @@ def test_a_cap_says_of_what_it_is():
         keep_to_cap({CAP: "cpu=100MiB"})
 
 
-def allocate(told, gib):
+def allocate(path, gib):
     """Perform a stage that takes so many GiB of the CPU's memory, where 2 are allowed; write the error."""
     import os
 
     def run(_):
         torch.empty(int(gib * GIB), dtype=torch.uint8)
-        return told.parent
+        return path.parent
 
     os.environ[CAP] = "cpu=2GiB"
     try:
         finish("train", SimpleNamespace(run=run, is_main_process=False))
-        write_json(told, {})
+        write_json(path, {})
     except EmlocError as error:
-        write_json(told, {"error": str(error), "code": error.code, "resumable": error.resumable})
+        write_json(path, {"error": str(error), "code": error.code, "resumable": error.resumable})
 
 
 @pytest.mark.parametrize("gib", [1, 3])
@@ -108,8 +108,8 @@ def test_what_is_beyond_the_cap_of_a_process_is_one_error(gib, tmp_path):
     process = warm_process(allocate, tmp_path / "told.json", gib)
     process.start()
     process.join()
-    told = read_json(tmp_path / "told.json")
-    assert bool(told) is (gib > 2)
-    if told:
-        assert (told["code"], told["resumable"]) == ("memory", True)
-        assert "EMLOC_MEMORY_CAP is cpu=2GiB" in told["error"]
+    error = read_json(tmp_path / "told.json")
+    assert bool(error) is (gib > 2)
+    if error:
+        assert (error["code"], error["resumable"]) == ("memory", True)
+        assert "EMLOC_MEMORY_CAP is cpu=2GiB" in error["error"]

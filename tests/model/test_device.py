@@ -29,11 +29,11 @@ def test_auto_is_the_gpu_where_there_is_one():
 
 def test_what_a_limited_container_keeps_of_files_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr("emloc_core.processes.group._DIRECTORY", tmp_path)
-    whole = free_memory("cpu")
+    machine_memory = free_memory("cpu")
     stat = "anon 100\nfile 750\nactive_file 300\ninactive_file 400\n"
     for name, text in (("memory.max", "1000\n"), ("memory.current", "900\n"), ("memory.stat", stat)):
         (tmp_path / name).write_text(text)
-    assert free_memory("cpu") == 800 < whole
+    assert free_memory("cpu") == 800 < machine_memory
     assert _memory() == (800, 1000)
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory("cpu") > 1000
@@ -75,7 +75,7 @@ def test_the_models_own_buffers_stay():
 
 
 def test_a_blocks_parameters_stay_as_long_as_it_is_there(tmp_path):
-    """A Linear may read one, as that of a memory that is learned."""
+    """A Linear may read one, as a learned memory's does."""
     parking, weight = Parking(float("inf"), directory=tmp_path), nn.Parameter(torch.ones(10))
     with parking.keeping([weight]):
         parking.enter(0, ((weight,), {}), weight, inside=True)
@@ -87,10 +87,10 @@ def test_a_blocks_parameters_stay_as_long_as_it_is_there(tmp_path):
 
 def test_a_tensor_of_another_row_is_refused(tmp_path):
     """Where a model keeps what it has computed for one row, its bytes are away while that row waits."""
-    parking, kept = Parking(float("inf"), directory=tmp_path), torch.ones(10)
-    parking.enter(0, ((kept,), {}), kept, inside=True)
+    parking, shared = Parking(float("inf"), directory=tmp_path), torch.ones(10)
+    parking.enter(0, ((shared,), {}), shared, inside=True)
     with pytest.raises(EmlocError, match="Two rows share a tensor"):
-        parking.enter(1, ((kept,), {}), kept, inside=True)
+        parking.enter(1, ((shared,), {}), shared, inside=True)
 
 
 def test_inside_a_block_hidden_states_go_to_a_file(tmp_path):
@@ -101,7 +101,7 @@ def test_inside_a_block_hidden_states_go_to_a_file(tmp_path):
     assert inputs.untyped_storage().nbytes() == 160
     parking.leave(0)
     parking.enter(0, ((inner,), {"mask": mask}), inner, inside=True)
-    assert [each.untyped_storage().nbytes() for each in (inputs, inner, mask)] == [0, 0, 40]  # the mask may be shared
+    assert [t.untyped_storage().nbytes() for t in (inputs, inner, mask)] == [0, 0, 40]  # the mask may be shared
     parking.leave(0)
     assert torch.equal(inputs, torch.arange(40.0))
     assert torch.equal(view, torch.arange(10.0, 90.0))
@@ -121,17 +121,17 @@ def test_queries_keys_and_values_of_rows_that_wait_behind_attention_go_to_the_fi
         o_proj = skeleton.model.get_submodule(f"{unit}.self_attn.o_proj")
         hook = o_proj.register_forward_pre_hook(lambda _, args: stream.pause("o_proj", args, inside=True))
         assert stream.step(0) == "o_proj"
-        alive = [of for ref in attended if (of := ref()) is not None]
-        sizes.append([each.untyped_storage().nbytes() for each in alive])
+        alive = [t for ref in attended if (t := ref()) is not None]
+        sizes.append([t.untyped_storage().nbytes() for t in alive])
         hook.remove()
         stream.step(0)
         yield
 
-    whole = Stream(skeleton).run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits])
+    expected = Stream(skeleton).run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits])
     visiting = lambda unit: visit(unit) if unit in skeleton.blocks else None  # noqa: E731
-    (found,) = stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits], visiting)
-    assert torch.equal(found, whole[0])
-    assert all(len(each) >= 4 and not any(each) for each in sizes)  # those three, and what o_proj is called with
+    (logits,) = stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits], visiting)
+    assert torch.equal(logits, expected[0])
+    assert all(len(alive) >= 4 and not any(alive) for alive in sizes)  # those three, and what o_proj is called with
 
 
 def test_logits_are_the_same_when_nothing_may_stay(tiny_model):
@@ -174,14 +174,14 @@ def test_an_interrupted_run_does_not_go_on_with_another_kind_of_device(tiny_mode
 
 def test_the_next_block_is_read_ahead(tiny_model):
     skeleton = OpenModel(Checkpoint(tiny_model), LLAMA).skeleton
-    asked = []
+    futures = []
     submit = skeleton._reader.submit
-    skeleton._reader.submit = lambda *read: asked.append(submit(*read))
+    skeleton._reader.submit = lambda *read: futures.append(submit(*read))
     ids = torch.tensor([[5, 6, 7]])
     stream = Stream(skeleton)
     stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False)])
     sizes = [sum(p.numel() * 4 for p in skeleton.model.get_submodule(unit).parameters()) for unit in stream.units[1:]]
-    assert [future.result() for future in asked] == sizes
+    assert [future.result() for future in futures] == sizes
 
 
 def test_a_copy_of_what_is_not_loaded_names_the_same_device():

@@ -8,19 +8,19 @@ from emloc_core.model.hooks import forward_hooks, forwards
 
 
 def test_another_forward_is_computed_in_place_of_the_own():
-    linear, inputs, seen = nn.Linear(3, 2), torch.ones(1, 3), []
+    linear, inputs, outputs = nn.Linear(3, 2), torch.ones(1, 3), []
     expected, own = linear(inputs), linear.forward
     linear.weight.data[0, 0] = torch.nan  # whatever computes with it shows
 
-    def other(given):
-        return given.sum(-1, keepdim=True)
+    def other(x):
+        return x.sum(-1, keepdim=True)
 
-    with forward_hooks([(linear, lambda *given: seen.append(given[2].item()))]), forwards([(linear, other)]):
+    with forward_hooks([(linear, lambda *args: outputs.append(args[2].item()))]), forwards([(linear, other)]):
         assert linear(inputs).tolist() == [[3.0]]
-        with forwards([(linear, lambda given: 2 * other(given))]):
+        with forwards([(linear, lambda x: 2 * other(x))]):
             assert linear(inputs).tolist() == [[6.0]]
         assert linear(inputs).tolist() == [[3.0]]
-    assert seen == [3.0, 6.0, 3.0]
+    assert outputs == [3.0, 6.0, 3.0]
     assert linear.forward == own
     assert linear(inputs)[0].isnan().tolist() == [True, False]
     assert linear(inputs)[0, 1] == expected[0, 1]
@@ -28,6 +28,6 @@ def test_another_forward_is_computed_in_place_of_the_own():
 
 def test_the_own_forward_comes_back_after_an_error():
     linear = nn.Linear(3, 2)
-    with pytest.raises(ZeroDivisionError), forwards([(linear, lambda _given: 1 / 0)]):
+    with pytest.raises(ZeroDivisionError), forwards([(linear, lambda _x: 1 / 0)]):
         linear(torch.ones(1, 3))
     assert linear(torch.ones(1, 3)).shape == (1, 2)

@@ -30,9 +30,9 @@ def test_an_image_is_as_many_tokens_as_the_processor_makes_of_it(
     if grid:
         patch = {"qwen3_vl": 16}.get(model_type, 14)
         picture = numpy.zeros((*(size or (448, 448)), 3), dtype=numpy.uint8)
-        made = Qwen2VLImageProcessor(patch_size=patch)(picture, return_tensors="pt")
-        assert tuple(made["pixel_values"].shape) == pixels
-        assert tuple(made["image_grid_thw"][0].tolist()) == grid
+        processed = Qwen2VLImageProcessor(patch_size=patch)(picture, return_tensors="pt")
+        assert tuple(processed["pixel_values"].shape) == pixels
+        assert tuple(processed["image_grid_thw"][0].tolist()) == grid
 
 
 def test_sizes_of_images() -> None:

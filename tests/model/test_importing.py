@@ -59,15 +59,15 @@ MESSAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "tex
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A function of a case: the source's directory, the model it was written from, and where it was imported to."""
-    made = {}
+    cases = {}
 
     def make(case):
-        if case not in made:
+        if case not in cases:
             config = CASES[case]
             model = randomise(InternVLChat(config))
             source = save_source(tmp_path_factory.mktemp("import") / "source", model, config)
-            made[case] = source, model, import_job(source, source.with_name("native")).run()
-        return made[case]
+            cases[case] = source, model, import_job(source, source.with_name("native")).run()
+        return cases[case]
 
     return make
 
@@ -95,19 +95,19 @@ def test_logits_with_images_are_the_source_s(models, case):
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = reference(ids, pixels, token)
-        found = model(input_ids=ids, pixel_values=pixels).logits
+        logits = model(input_ids=ids, pixel_values=pixels).logits
         blind = model(input_ids=ids, pixel_values=pixels.flip(0)).logits
     scale = expected.abs().max()
     # fp32 in another order of operations; a wrong weight or row changes logits by their own size, as the images do.
-    assert (found - expected).abs().max() < 2e-5 * scale
+    assert (logits - expected).abs().max() < 2e-5 * scale
     assert (blind - expected).abs().max() > 1e-2 * scale
 
 
 def test_nothing_is_lost_and_no_code_travels(models):
     source, _, native = models("internlm2")
     old, new = (
-        torch.cat([tensor.flatten() for path in Checkpoint(at).shards for tensor in load_file(path).values()])
-        for at in (source, native)
+        torch.cat([tensor.flatten() for path in Checkpoint(directory).shards for tensor in load_file(path).values()])
+        for directory in (source, native)
     )
     assert torch.equal(old.sort().values, new.sort().values)  # the same numbers, in other places
     assert (native / "BASE_README.md").read_text() == "# A model\n"
@@ -149,10 +149,10 @@ def test_a_system_message_of_the_config_is_written_where_a_conversation_has_none
     source = shutil.copytree(models("qwen2")[0], tmp_path / "source")
     edit(source, "config.json", system_message='你好 "a"', template="Hermes-2")
     tokenizer = AutoTokenizer.from_pretrained(import_job(source, tmp_path / "out").run())
-    ask = {"role": "user", "content": "hi"}
+    question = {"role": "user", "content": "hi"}
     system = '<|im_start|>system\n你好 "a"<|im_end|>'
-    assert tokenizer.apply_chat_template([ask], tokenize=False) == f"{system}<|im_start|>user\nhi<|im_end|>"
-    own = tokenizer.apply_chat_template([{"role": "system", "content": "x"}, ask], tokenize=False)
+    assert tokenizer.apply_chat_template([question], tokenize=False) == f"{system}<|im_start|>user\nhi<|im_end|>"
+    own = tokenizer.apply_chat_template([{"role": "system", "content": "x"}, question], tokenize=False)
     assert own == "<|im_start|>system\nx<|im_end|><|im_start|>user\nhi<|im_end|>"
 
 
@@ -208,7 +208,7 @@ def test_internlm2_s_tokenizer_is_sentencepiece_s(models, text):
 def test_at_most_one_fused_tensor_is_read_at_a_time(models, tmp_path, monkeypatch):
     """Everything else is copied from file to file. The tensors read before are gone when the next is."""
     source = models("internlm2")[0]
-    read, alive, inner = [], weakref.WeakSet(), Checkpoint.slices
+    keys_read, alive, inner = [], weakref.WeakSet(), Checkpoint.slices
 
     @contextmanager
     def watched(self, keys):
@@ -219,16 +219,16 @@ def test_at_most_one_fused_tensor_is_read_at_a_time(models, tmp_path, monkeypatc
         def __init__(self, key, piece):
             self.key, self.piece = key, piece
 
-        def __getitem__(self, at):
-            assert not list(alive), f"{read[-1]} is still held when {self.key} is read"
-            tensor = self.piece[at]
-            read.append(self.key)
+        def __getitem__(self, index):
+            assert not list(alive), f"{keys_read[-1]} is still held when {self.key} is read"
+            tensor = self.piece[index]
+            keys_read.append(self.key)
             alive.add(tensor)
             return tensor
 
     monkeypatch.setattr(Checkpoint, "slices", watched)
     import_job(source, tmp_path / "out").run()
-    assert sorted(read) == sorted(key for key in weights(source) if "qkv." in key)
+    assert sorted(keys_read) == sorted(key for key in weights(source) if "qkv." in key)
 
 
 def test_an_output_of_something_else_is_not_overwritten(source, tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_an_output_of_something_else_is_not_overwritten(source, tmp_path, monkey
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert import_job(source, out).run() == out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    other = replace(INTERNVL_CHAT, config=lambda *given: {**INTERNVL_CHAT.config(*given), "use_cache": False})
+    other = replace(INTERNVL_CHAT, config=lambda *args: {**INTERNVL_CHAT.config(*args), "use_cache": False})
     with monkeypatch.context() as changed:
         changed.setattr(plugin_manager(), "layout_for", lambda _: other)
         with pytest.raises(EmlocError, match="made from something else: what the layout's plugin makes of it differs"):
@@ -271,7 +271,7 @@ KILLED = """
 
 @pytest.mark.thorough
 def test_an_import_that_was_killed_goes_on(models, tmp_path):
-    source, _, whole = models("internlm2")
+    source, _, native = models("internlm2")
     command = [sys.executable, "-c", textwrap.dedent(KILLED), source, tmp_path / "out", "1"]
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -281,8 +281,8 @@ def test_an_import_that_was_killed_goes_on(models, tmp_path):
     out = import_job(source, tmp_path / "out").run()
     assert (out / first.name).stat().st_mtime_ns == written
     contents = [
-        {path.name: path.read_bytes() for path in at.iterdir() if path.name not in ("timing.json", "emloc.json")}
-        for at in (whole, out)
+        {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in ("timing.json", "emloc.json")}
+        for directory in (native, out)
     ]
     assert contents[0] == contents[1]
 
@@ -290,16 +290,16 @@ def test_an_import_that_was_killed_goes_on(models, tmp_path):
 def test_the_command_tells_first_and_then_does(source, tmp_path, capsys):
     arguments = ["import", str(source), "-o", str(tmp_path / "out"), "--json"]
     cli.main([*arguments, "--dry-run"], standalone_mode=False)
-    told = json.loads(capsys.readouterr().out)
-    assert (told["layout"], told["model_type"], told["split"]) == ("internvl_chat", "internvl", 5)
-    assert told["tensors"] == len(weights(source))
-    assert not told["finished"]
+    preview = json.loads(capsys.readouterr().out)
+    assert (preview["layout"], preview["model_type"], preview["split"]) == ("internvl_chat", "internvl", 5)
+    assert preview["tensors"] == len(weights(source))
+    assert not preview["finished"]
     assert not (tmp_path / "out").exists()
     cli.main(arguments, standalone_mode=False)
-    done = json.loads(capsys.readouterr().out)
-    assert done["result"]["bytes"] == told["bytes"]
-    assert done["result"]["tensors"] == told["tensors"] + 2 * told["split"]
-    assert Path(done["output"]) == tmp_path / "out"
+    result = json.loads(capsys.readouterr().out)
+    assert result["result"]["bytes"] == preview["bytes"]
+    assert result["result"]["tensors"] == preview["tensors"] + 2 * preview["split"]
+    assert Path(result["output"]) == tmp_path / "out"
 
 
 def test_every_family_of_the_layouts_is_installed():

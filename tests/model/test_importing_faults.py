@@ -107,11 +107,11 @@ def test_what_cannot_be_imported_is_named_and_nothing_is_written(source, tmp_pat
     assert not {path.name for path in tmp_path.iterdir()} & {"out", ".out.partial"}
 
 
-@pytest.mark.parametrize("place", [".", "native", "a/native"])
-def test_an_output_within_the_source_is_refused(source, place):
+@pytest.mark.parametrize("subdirectory", [".", "native", "a/native"])
+def test_an_output_within_the_source_is_refused(source, subdirectory):
     before = sorted(source.rglob("*"))
     with pytest.raises(EmlocError, match="is inside the source"):
-        import_job(source, source / place)
+        import_job(source, source / subdirectory)
     assert sorted(source.rglob("*")) == before
 
 
@@ -174,8 +174,8 @@ def test_a_shard_that_shrinks_meanwhile_leaves_nothing_that_looks_finished(sourc
     job = import_job(source, tmp_path / "out")
     shard = job.source.shards[1]
 
-    def truncate(what, *_):
-        if what == job.source.shards[0].name:
+    def truncate(shard_name, *_):
+        if shard_name == job.source.shards[0].name:
             os.truncate(shard, shard.stat().st_size - 10)
 
     with pytest.raises(EmlocError, match="truncated"):

@@ -21,10 +21,10 @@ def test_a_block_holds_no_more_than_is_planned(family):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False)
     (held,) = inside(model, family).values()
     block, hidden = model.model.layers[0], torch.randn(1, TOKENS, config.hidden_size)
-    where = model.model.rotary_emb(hidden, torch.arange(TOKENS)[None])
+    rotary = model.model.rotary_emb(hidden, torch.arange(TOKENS)[None])
 
     def forward(hidden):
-        output = block(hidden, position_embeddings=where)
+        output = block(hidden, position_embeddings=rotary)
         return output[0] if isinstance(output, tuple) else output
 
     def back():

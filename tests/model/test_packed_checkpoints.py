@@ -47,34 +47,34 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(base):
+def unpacked_model(base):
     """The model as transformers unpacks it."""
-    how = {"dtype": "auto", "quantization_config": Mxfp4Config(dequantize=True)}
-    return AutoModelForCausalLM.from_pretrained(base, **how).eval()
+    options = {"dtype": "auto", "quantization_config": Mxfp4Config(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(base, **options).eval()
 
 
 def emulator_of(base, rows, output, kind="2.7-bit", **settings):
     return compress_job(base, rows, output, CompressSettings(kind=kind, samples=12, selection=6, **settings))
 
 
-def test_stacks_are_those_that_transformers_unpacks(base, whole):
+def test_stacks_are_those_that_transformers_unpacks(base, unpacked_model):
     skeleton = open_model(str(base), "cpu").skeleton
-    for path in expert_stacks(whole):
-        with skeleton.parameters([path]) as found:
-            assert torch.equal(found[path], whole.get_parameter(path))
+    for path in expert_stacks(unpacked_model):
+        with skeleton.parameters([path]) as tensors:
+            assert torch.equal(tensors[path], unpacked_model.get_parameter(path))
         assert skeleton.model.get_parameter(path).is_meta
-    assert float(whole.get_parameter(path).abs().max()) > 0
+    assert float(unpacked_model.get_parameter(path).abs().max()) > 0
 
 
 @pytest.mark.parametrize("kind", ["nf4", "2.7-bit", "low-rank"])
-def test_an_emulator_of_it_is_made_and_as_large_as_said(base, whole, rows_file, tmp_path, kind):
+def test_an_emulator_of_it_is_made_and_as_large_as_said(base, unpacked_model, rows_file, tmp_path, kind):
     job = emulator_of(base, rows_file, tmp_path / "emulator", kind, **({"ratio": 0.6} if kind == "low-rank" else {}))
     emulator = job.run()
     assert job.describe()["emulator_bytes"] == Checkpoint(emulator).nbytes
     model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
     with torch.no_grad():
-        found, expected = model(IDS).logits, whole(IDS).logits
-    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 1.5
+        logits, expected = model(IDS).logits, unpacked_model(IDS).logits
+    assert 1e-4 < float((logits - expected).norm() / expected.norm()) < 1.5
 
 
 @pytest.mark.parametrize("on_experts", [False, True])
@@ -89,19 +89,19 @@ def test_a_lora_comes_back_to_it(base, rows_file, tmp_path, on_experts):
             merge_job(corrected, base, tmp_path / "merged")
         return
     merged = merge_job(corrected, base, tmp_path / "merged").run()
-    before, after = (load_file(place / "model.safetensors") for place in (base, merged))
+    before, after = (load_file(directory / "model.safetensors") for directory in (base, merged))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed
     assert all(".self_attn." in key for key in changed)
     assert Checkpoint(merged).config["quantization_config"] == Checkpoint(base).config["quantization_config"]
 
 
-def test_its_memory_is_planned_as_that_of_the_model_in_bf16(base, whole, tmp_path):
+def test_its_memory_is_planned_as_that_of_the_model_in_bf16(base, unpacked_model, tmp_path):
     plain = json.loads((base / "config.json").read_text())
     del plain["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(plain))
-    plans = [MemoryModel(place / "config.json", Workload(1, 32)) for place in (base, tmp_path)]
-    assert plans[0].parameters() == sum(each.numel() for each in whole.parameters())
+    plans = [MemoryModel(directory / "config.json", Workload(1, 32)) for directory in (base, tmp_path)]
+    assert plans[0].parameters() == sum(parameter.numel() for parameter in unpacked_model.parameters())
     assert plans[0].tuning(plans[0].plan()).terms == plans[1].tuning(plans[1].plan()).terms
 
 

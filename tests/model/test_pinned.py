@@ -17,14 +17,14 @@ TENSORS = st.dictionaries(
 
 @pytest.fixture(autouse=True)
 def unpinned(monkeypatch):
-    made = []
+    sizes = []
 
     def buffer(nbytes):
-        made.append(nbytes)
+        sizes.append(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8)
 
     monkeypatch.setattr(pinned, "_buffer", buffer)
-    return made
+    return sizes
 
 
 @settings(max_examples=50, deadline=None)
@@ -35,12 +35,12 @@ def test_units_are_as_they_were_read_and_read_once_where_there_is_room(units, ro
     memory, reads, kept = PinnedMemory(room), [], set()
     for index in [*range(len(files)), *range(len(files))]:
         before = len(reads)
-        found = memory.unit(str(index), lambda index=index: reads.append(index) or files[index])
-        given = found.places.tensors(found.memory)
-        assert given.keys() == files[index].keys()
-        assert all(torch.equal(given[name], tensor) for name, tensor in files[index].items())
+        unit = memory.unit(str(index), lambda index=index: reads.append(index) or files[index])
+        tensors = unit.places.tensors(unit.memory)
+        assert tensors.keys() == files[index].keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in files[index].items())
         assert all(
-            given[name].data_ptr() % 512 == found.memory.data_ptr() % 512 for name in given if given[name].numel()
+            tensors[name].data_ptr() % 512 == unit.memory.data_ptr() % 512 for name in tensors if tensors[name].numel()
         )
         if len(reads) == before:
             kept.add(index)

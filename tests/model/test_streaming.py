@@ -54,12 +54,12 @@ def test_what_is_not_loaded_says_where_it_will_be(skeleton):
 
 
 def test_logits_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton, samples):
-    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     stream = Stream(skeleton)
     forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in samples]
     with torch.no_grad():
         for ids, logits in zip(samples, stream.run(forwards), strict=True):
-            assert torch.equal(logits, whole(input_ids=ids, use_cache=False).logits)
+            assert torch.equal(logits, reference(input_ids=ids, use_cache=False).logits)
 
 
 def test_statistics_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton, samples):
@@ -84,11 +84,11 @@ def test_statistics_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skele
     forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False) for ids in samples]
     Stream(skeleton).run(forwards, gather, block_paths(skeleton.model, LLAMA)[-1])
 
-    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
-    modules = {path: whole.get_submodule(path) for path in taps}
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    modules = {path: reference.get_submodule(path) for path in taps}
     with torch.no_grad(), tapped(modules, taps, lambda path, activations: ordinary[path].add(activations)):
         for ids in samples:
-            whole(input_ids=ids, use_cache=False)
+            reference(input_ids=ids, use_cache=False)
     for path, gram in ordinary.items():
         assert torch.equal(gram.matrix, streamed[path].matrix), path
         assert streamed[path].tokens == sum(LENGTHS)
@@ -114,10 +114,10 @@ def test_samples_that_skip_units_catch_up(skeleton, samples):
         hidden, model = torch.ones(1, 1, 32), skeleton.model.model
         return model.layers[2](hidden, position_embeddings=model.rotary_emb(hidden, torch.zeros(1, 1)))
 
-    def whole():
+    def complete():
         return skeleton.model(input_ids=samples[0], use_cache=False).logits
 
-    results = Stream(skeleton).run([short, whole], order.append)
+    results = Stream(skeleton).run([short, complete], order.append)
     assert order == units(skeleton.model, BLOCKS)  # the block waited for the sample that came the long way
     assert [tuple(result.shape) for result in results] == [(1, 1, 32), (1, 5, 128)]
 
@@ -125,7 +125,7 @@ def test_samples_that_skip_units_catch_up(skeleton, samples):
 def test_blocks_wait_for_a_sample_that_comes_through_what_stands_behind_them_in_the_tree(skeleton, samples):
     """As an image that passes through a projector which the model made after its language model."""
     stream = Stream(skeleton)
-    embed, seen = skeleton.model.get_input_embeddings(), {}
+    embed, visited = skeleton.model.get_input_embeddings(), {}
 
     def text():
         skeleton.model(input_ids=samples[0], use_cache=False)
@@ -135,25 +135,25 @@ def test_blocks_wait_for_a_sample_that_comes_through_what_stands_behind_them_in_
         skeleton.model.lm_head(hidden)
         skeleton.model(inputs_embeds=hidden, use_cache=False)
 
-    stream.run([text, image], lambda unit: seen.update({unit: stream.visiting}), "model.layers.2")
-    assert list(seen) == ["model.embed_tokens", "lm_head", *(f"model.layers.{index}" for index in range(3))]
-    assert seen.pop("lm_head") == [1]
-    assert all(sorted(here) == [0, 1] for here in seen.values())
+    stream.run([text, image], lambda unit: visited.update({unit: stream.visiting}), "model.layers.2")
+    assert list(visited) == ["model.embed_tokens", "lm_head", *(f"model.layers.{index}" for index in range(3))]
+    assert visited.pop("lm_head") == [1]
+    assert all(sorted(rows) == [0, 1] for rows in visited.values())
 
 
 def test_a_module_outside_the_blocks_may_run_again(tiny_model, skeleton, samples):
     """As the last norm of a vision tower, on all of its tokens and on one that stands for them."""
 
     def forward(model):
-        once = model.get_input_embeddings()(samples[0]).sum()
-        return model(input_ids=samples[0], use_cache=False).logits + once
+        embedded = model.get_input_embeddings()(samples[0]).sum()
+        return model(input_ids=samples[0], use_cache=False).logits + embedded
 
     order = []
-    (found,) = Stream(skeleton).run([lambda: forward(skeleton.model)], order.append)
+    (logits,) = Stream(skeleton).run([lambda: forward(skeleton.model)], order.append)
     assert order.count("model.embed_tokens") == 2
-    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     with torch.no_grad():
-        assert torch.equal(found, forward(whole))
+        assert torch.equal(logits, forward(reference))
 
 
 def test_a_block_that_runs_twice_is_refused(skeleton, samples):
@@ -196,19 +196,19 @@ def test_buffers_that_the_checkpoint_holds_are_loaded(tmp_path):
     skeleton = OpenModel(Checkpoint(tmp_path), family).skeleton
     ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
     (logits,) = Stream(skeleton).run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits])
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     with torch.no_grad():
-        assert torch.equal(logits, whole(input_ids=ids, use_cache=False).logits)
+        assert torch.equal(logits, reference(input_ids=ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "low-rank"])
 def test_stages_write_the_same_bytes(kind, tiny_model, rows_file, tmp_path, monkeypatch):
-    made, settings, adapter = [], CompressSettings(kind=kind, samples=6, selection=4), None
+    outputs, settings, adapter = [], CompressSettings(kind=kind, samples=6, selection=4), None
     for name in ("page cache", "thread"):
         monkeypatch.setattr(Stream, "pins", name == "thread")
         emulator = compress_job(tiny_model, rows_file, tmp_path / name / "emulator", settings).run()
         adapter = adapter or make_adapter(emulator, tmp_path / "adapter")
         corrected = correct_job(adapter, tiny_model, tmp_path / name / "corrected", CorrectSettings()).run()
         files = [*sorted(emulator.glob("*.safetensors")), corrected / "adapter_model.safetensors"]
-        made.append([(file.name, file.read_bytes()) for file in files])
-    assert made[0] == made[1]
+        outputs.append([(file.name, file.read_bytes()) for file in files])
+    assert outputs[0] == outputs[1]

@@ -34,7 +34,7 @@ ROWS = example_rows()[:48]
 
 
 @pytest.fixture
-def here(tmp_path: Path, shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh directory with a model, and rows of every form."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(shallow_model)
@@ -82,7 +82,7 @@ def program(path: Path) -> str:
         for name in sorted(SCRIPTS.keys() - {"zoo.sh"})
     ],
 )
-def test_a_newcomer(script: str, here: Path, emloc) -> None:
+def test_a_newcomer(script: str, workspace: Path, emloc) -> None:
     path = HERE / script
     prepare(script)
     if path.suffix != ".sh":
@@ -91,17 +91,17 @@ def test_a_newcomer(script: str, here: Path, emloc) -> None:
         if not line.startswith("#"):
             code, _, err = emloc(*shlex.split(line)[1:])
             assert code == 0, f"{line}\n{err}"
-    assert [name for name in SCRIPTS[script] if not (here / name).exists()] == []
+    assert [name for name in SCRIPTS[script] if not (workspace / name).exists()] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_newcomer_with_processes_of_their_own(script: str, here: Path) -> None:
+def test_a_newcomer_with_processes_of_their_own(script: str, workspace: Path) -> None:
     """As above, as they would run it: a shell or an interpreter, with nothing of the test's in it."""
     path = HERE / script
     prepare(script)
     command = ["bash", "-e", str(path)] if path.suffix == ".sh" else [sys.executable, "-c", program(path)]
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, env={**os.environ, "PATH": search}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [name for name in SCRIPTS[script] if not (here / name).exists()] == []
+    process = subprocess.run(command, env={**os.environ, "PATH": search}, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert [name for name in SCRIPTS[script] if not (workspace / name).exists()] == []

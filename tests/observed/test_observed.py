@@ -34,7 +34,7 @@ TYPES = (
     *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "opt")),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo2", "bloom", "cohere")),
 )
-#: What these call the sizes.
+#: Sizes that these types call by other names.
 OTHER_NAMES = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 TRAIN = ("--steps", 2, "--lr", "1e-2")
 
@@ -98,7 +98,7 @@ def test_every_stage_runs_and_later_ones_use_the_declaration_that_was_stored(
         assert "No plugin declares" not in err
     outputs = ("emulator", "adapter", "corrected", "polished", "merged", "served")
     stored = [read_manifest(tmp_path / name)[DECLARATIONS] for name in outputs]
-    assert all(each == stored[0] for each in stored)
+    assert all(declarations == stored[0] for declarations in stored)
     assert stored[0][0]["config"] == digest(json.loads((model / "config.json").read_text()))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.model_type == model_type
 
@@ -143,19 +143,19 @@ def test_a_model_type_that_another_family_has_for_a_name_is_observed(model_type)
     family = plugin_manager().family_for(content(model_type))
     assert (family.name, family.model_types) == (f"{model_type}_model", {model_type})
     assert other in plugin_manager().families()
-    kept = family.observed[0]
-    recall({DECLARATIONS: [{**kept, "family": {**kept["family"], "name": other.name}}]})  # of an earlier version
+    record = family.observed[0]
+    recall({DECLARATIONS: [{**record, "family": {**record["family"], "name": other.name}}]})  # of an earlier version
     assert plugin_manager().family_for(content(model_type)).name == other.name
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_was_observed_is_kept_by_config(tmp_path, monkeypatch, never_again):
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
-    parallel, serial = (content("stablelm", use_parallel_residual=each) for each in (True, False))
-    found = [plugin_manager().family_for(each) for each in (parallel, serial)]
-    assert [len(family.towers[0].input_groups[0]) for family in found] == [5, 3]  # gate and up read it too, or do not
+    parallel, serial = (content("stablelm", use_parallel_residual=value) for value in (True, False))
+    families = [plugin_manager().family_for(config) for config in (parallel, serial)]
+    assert [len(family.towers[0].input_groups[0]) for family in families] == [5, 3]  # gate and up read it too, or not
     never_again()
-    assert [plugin_manager().family_for(each) for each in (parallel, serial)] == found
+    assert [plugin_manager().family_for(config) for config in (parallel, serial)] == families
     with pytest.raises(pytest.fail.Exception):
         plugin_manager().family_for({**serial, "num_hidden_layers": 3})
 
@@ -178,7 +178,7 @@ def test_a_refusal_is_kept_unless_it_is_of_this_machine(tmp_path, monkeypatch, n
 
 
 @pytest.mark.parametrize(
-    ("place", "fault"),
+    ("target", "fault"),
     [
         ("scaffold.scaffold.random_model", MemoryError()),
         ("scaffold.scaffold.Observation", RuntimeError("can't allocate memory")),
@@ -186,10 +186,10 @@ def test_a_refusal_is_kept_unless_it_is_of_this_machine(tmp_path, monkeypatch, n
         ("conformance.tiny.decompose", DiskFullError("The disk is full.", "Free some space.")),
     ],
 )
-def test_a_refusal_is_not_kept_where_another_exception_is_behind_it(place, fault, tmp_path, monkeypatch, never_again):
+def test_a_refusal_is_not_kept_where_another_exception_is_behind_it(target, fault, tmp_path, monkeypatch, never_again):
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(f"emloc_core.{place}", Mock(side_effect=fault))
+        patch.setattr(f"emloc_core.{target}", Mock(side_effect=fault))
         with pytest.raises(EmlocError, match="No plugin declares"):
             plugin_manager().family_for(content("granite"))
     never_again()
@@ -198,7 +198,7 @@ def test_a_refusal_is_not_kept_where_another_exception_is_behind_it(place, fault
 
 
 @pytest.mark.parametrize(
-    "place",
+    "target",
     [
         "scaffold.scaffold.random_model",
         "scaffold.scaffold.Observation",
@@ -206,9 +206,9 @@ def test_a_refusal_is_not_kept_where_another_exception_is_behind_it(place, fault
         "conformance.tiny.decompose",
     ],
 )
-def test_a_refusal_is_kept_where_the_model_s_own_code_fails(place, tmp_path, monkeypatch, never_again):
+def test_a_refusal_is_kept_where_the_model_s_own_code_fails(target, tmp_path, monkeypatch, never_again):
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
-    monkeypatch.setattr(f"emloc_core.{place}", Mock(side_effect=TypeError("no such argument")))
+    monkeypatch.setattr(f"emloc_core.{target}", Mock(side_effect=TypeError("no such argument")))
     for _ in range(2):
         with pytest.raises(EmlocError, match="no such argument"):
             plugin_manager().family_for(content("granite"))
@@ -290,7 +290,7 @@ def test_experts_of_another_layout_are_packed_and_loaded(rows_file, tmp_path):
     emulator = compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(samples=4, selection=2)).run()
     small, ids = AutoModelForCausalLM.from_pretrained(emulator).eval(), torch.arange(5, 40)[None]
     stacks = [module for module in small.modules() if isinstance(module, StandInExperts)]
-    assert [sorted(each.ranks) for each in stacks] == [["down_proj", "gate_up_proj"]] * 3
+    assert [sorted(stack.ranks) for stack in stacks] == [["down_proj", "gate_up_proj"]] * 3
     small.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         logits = small(ids).logits
@@ -343,9 +343,9 @@ def test_a_zoo_converts_a_model_that_no_plugin_declares(rows_file, tmp_path):
     """Its worker is another process, as on a cluster."""
     model_of("olmo2", tmp_path / "models" / "olmo")
     command = ["zoo", "convert", tmp_path / "models", "--data", rows_file, "-o", tmp_path / "zoo", "--samples", "8"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "emloc_core", *map(str, command)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     (emulator,) = (tmp_path / "zoo").rglob("emulator/emloc.json")
     assert read_manifest(emulator.parent)[DECLARATIONS][0]["family"]["model_types"] == ["olmo2"]

@@ -22,8 +22,8 @@ _PATIENCE = 120.0
 def executable() -> str:
     """The browser's path; there is no test of a page without one."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     raise FileNotFoundError("no chromium on this machine: apt-get install chromium (tests of the page need one)")
 
 
@@ -54,12 +54,12 @@ class Page:
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self._events: list[str] = []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
+            self.call(f"{domain}.enable")
 
-    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol; return its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
@@ -76,18 +76,18 @@ class Page:
     def open(self, file: Path, width: int, height: int = 900, dark: bool = False) -> None:
         """Show a file in a window of a size in CSS pixels; a phone's below 600."""
         phone = width < 600
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self._events.clear()
-        self.ask("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=file.resolve().as_uri())
         deadline = time.monotonic() + _PATIENCE
         while "Page.loadEventFired" not in self._events:
             self._next(deadline)
 
     def value(self, expression: str) -> Any:
         """Return what a JavaScript expression comes to in the page."""
-        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -100,7 +100,7 @@ class Page:
 
     def screenshot(self, file: Path) -> None:
         """Save the whole page as PNG."""
-        answer = self.ask("Page.captureScreenshot", captureBeyondViewport=True)
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         file.write_bytes(b64decode(answer["data"]))
 
     def close(self) -> None:
@@ -117,9 +117,9 @@ class Page:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
             assert ready, "the browser does not answer"
-            read = os.read(self._in, 1 << 20)
-            assert read, f"the browser has ended ({self._process.poll()})"
-            self._buffer += read
+            chunk = os.read(self._in, 1 << 20)
+            assert chunk, f"the browser has ended ({self._process.poll()})"
+            self._buffer += chunk
         text, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(text)
         self._note(message)

@@ -16,6 +16,6 @@ def contract(library: str, dependent: str) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ if isinstance(error, EmlocError) and error.__cause__ else error
-        what = first_line(cause) if isinstance(cause, AssertionError) else typed_line(cause)
-        told = f"{library} {version(library)}: {what}. emloc_core.{dependent} depends on it."
-        raise pytest.fail.Exception(told, pytrace=False) from None
+        problem = first_line(cause) if isinstance(cause, AssertionError) else typed_line(cause)
+        message = f"{library} {version(library)}: {problem}. emloc_core.{dependent} depends on it."
+        raise pytest.fail.Exception(message, pytrace=False) from None

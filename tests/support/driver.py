@@ -19,7 +19,7 @@ from emloc_core.zoo.jobs.task import JOB
 class ForkingDriver:
     """A function that converts a zoo, in a fork of a process that has imported everything, as are its workers.
 
-    It is offline, since these libraries read at their import alone whether they are.
+    It is offline: these libraries read only at their import whether they are.
 
     Args:
         log: file to which its stdout is added; its stderr goes beside it, with the suffix ``.err``.
@@ -53,8 +53,8 @@ def emloc(*argv: object) -> None:
 class _Fork:
     """A worker, with the methods of ``Popen`` that an engine calls."""
 
-    def __init__(self, job, place, log, _inherited, variables=None, _command=()) -> None:
-        (place / OUTCOME).unlink(missing_ok=True)
+    def __init__(self, job, directory, log, _inherited, variables=None, _command=()) -> None:
+        (directory / OUTCOME).unlink(missing_ok=True)
         log.parent.mkdir(exist_ok=True)
         variables = {**environment(job), **(variables or {})}
         self.returncode: int | None = None
@@ -63,12 +63,12 @@ class _Fork:
             code = 1
             try:
                 os.setsid()
-                os.chdir(place)
+                os.chdir(directory)
                 os.environ.update(variables)
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
                 for stream in (1, 2):
                     os.dup2(output, stream)
-                code = worker.main(str(place / JOB))
+                code = worker.main(str(directory / JOB))
             finally:
                 sys.stdout.flush()
                 os._exit(code)

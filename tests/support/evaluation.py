@@ -16,8 +16,8 @@ from emloc_core.requests import System, make_request
 def metrics_of(model_directory, task, adapter=None, **settings):
     spec = find_task(str(task), Inputs())
     model, processing = load_system(Path(model_directory), adapter, images=spec.shows_images)
-    result = run_tasks(model, processing, load_task(spec), **settings)
-    return result["tasks"][spec.name], result["samples"]
+    report = run_tasks(model, processing, load_task(spec), **settings)
+    return report["tasks"][spec.name], report["samples"]
 
 
 def direct_nll(model, pairs):
@@ -33,8 +33,8 @@ def direct_nll(model, pairs):
 
 def completions(tokenizer, n):
     for row in example_rows()[:n]:
-        whole, context = tokenizer.encode(row["prompt"] + row["completion"]), tokenizer.encode(row["prompt"])
-        yield context, whole[len(context) :]
+        ids, context = tokenizer.encode(row["prompt"] + row["completion"]), tokenizer.encode(row["prompt"])
+        yield context, ids[len(context) :]
 
 
 def system(name, model, adapter=None):
@@ -44,4 +44,4 @@ def system(name, model, adapter=None):
 def evaluate(systems, tasks, output, **options):
     """Compare systems; return the results in their order."""
     request = make_request("eval", systems=tuple(systems), tasks=tuple(tasks), output=output, **options)
-    return read_results(Evaluate(request).run(), [each.name for each in systems])
+    return read_results(Evaluate(request).run(), [system.name for system in systems])

@@ -65,39 +65,39 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.refuses:
                 self._json({"error": "You are not logged in."}, 401)
             elif path == "/api/repos/create":
-                asked = json.loads(body)
-                name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+                query = json.loads(body)
+                name = f"{query['organization']}/{query['name']}" if query.get("organization") else query["name"]
                 hub.files.setdefault(name, {})
-                hub.private[name] = asked.get("private", False) or asked.get("visibility") == "private"
+                hub.private[name] = query.get("private", False) or query.get("visibility") == "private"
                 self._json({"url": f"{hub.address}/{name}", "id": name})
             elif path == "/api/validate-yaml":
                 self._json({"errors": [], "warnings": []})
             elif path.endswith("/preupload/main"):
-                files = [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                         for each in json.loads(body)["files"]]  # fmt: skip
+                files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                         for file in json.loads(body)["files"]]  # fmt: skip
                 self._json({"files": files})
-            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
-                        hub.files[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                        hub.files[match[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                     elif line["key"] == "deletedFile":
-                        del hub.files[found[1]][line["value"]["path"]]
-                address = f"{hub.address}/{found[1]}/commit/{COMMIT}"
+                        del hub.files[match[1]][line["value"]["path"]]
+                address = f"{hub.address}/{match[1]}/commit/{COMMIT}"
                 self._json({"success": True, "commitOid": COMMIT, "commitUrl": address})
             else:
                 self._json({"error": path}, 404)
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            if (found := re.match(r"/api/models/([^/]+/[^/]+)(/|$)", path)) and found[1] in hub.files:
-                files = sorted(hub.files[found[1]])
+            if (match := re.match(r"/api/models/([^/]+/[^/]+)(/|$)", path)) and match[1] in hub.files:
+                files = sorted(hub.files[match[1]])
                 if "/tree/" in path:
                     self._json([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in files])
                 else:
-                    self._json({"id": found[1], "sha": COMMIT, "private": False,
+                    self._json({"id": match[1], "sha": COMMIT, "private": False,
                                 "siblings": [{"rfilename": name} for name in files]})  # fmt: skip
-            elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-                content = hub.files.get(found[1], {}).get(found[2])
+            elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+                content = hub.files.get(match[1], {}).get(match[2])
                 if content is None:
                     self._answer(b"", 404, X_Error_Code="EntryNotFound")
                 else:

@@ -21,7 +21,7 @@ def modules(checkout: Path) -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
 
 
-def imports(path: Path, known: Iterable[str]) -> set[str]:
+def imports(path: Path, available: Iterable[str]) -> set[str]:
     """Return the modules of the core that a module imports, at any time; those for type checking do not count."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing = {
@@ -30,7 +30,7 @@ def imports(path: Path, known: Iterable[str]) -> set[str]:
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for node in ast.walk(block)
     }
-    found = set()
+    imported = set()
     for node in ast.walk(tree):
         if id(node) in typing:
             continue
@@ -38,16 +38,16 @@ def imports(path: Path, known: Iterable[str]) -> set[str]:
             base = node.module.removeprefix(CORE).lstrip(".")
             for alias in node.names:
                 inner = f"{base}.{alias.name}".lstrip(".")
-                found.add(inner if inner in known else base)
+                imported.add(inner if inner in available else base)
         elif isinstance(node, ast.Import):
-            found.update(alias.name.removeprefix(f"{CORE}.") for alias in node.names)
-    return found & set(known) - {"__init__"}
+            imported.update(alias.name.removeprefix(f"{CORE}.") for alias in node.names)
+    return imported & set(available) - {"__init__"}
 
 
 def arrows(checkout: Path) -> Graph:
     """Return what every module of the core imports."""
-    known = modules(checkout)
-    return {name: imports(path, known) for name, path in known.items()}
+    paths = modules(checkout)
+    return {name: imports(path, paths) for name, path in paths.items()}
 
 
 def room(module: str) -> str:
@@ -71,31 +71,31 @@ def circles(graph: Graph) -> list[set[str]]:
 
 
 def _reached(graph: Graph, node: str) -> set[str]:
-    seen: set[str] = set()
+    reached: set[str] = set()
     waiting = list(graph[node])
     while waiting:
-        if (other := waiting.pop()) not in seen:
-            seen.add(other)
+        if (other := waiting.pop()) not in reached:
+            reached.add(other)
             waiting += graph[other]
-    return seen
+    return reached
 
 
 def floors(graph: Graph) -> dict[str, int]:
     """Return the floor of every node, 0 for what imports nothing."""
     circle_of = {node: frozenset(circle) for circle in circles(graph) for node in circle}
-    found: dict[str, int] = {}
+    heights: dict[str, int] = {}
 
     def floor(node: str) -> int:
-        if node not in found:
+        if node not in heights:
             together = circle_of.get(node, frozenset({node}))
-            below = {other for each in together for other in graph[each]} - together
+            below = {other for member in together for other in graph[member]} - together
             height = 1 + max(map(floor, below), default=-1)
-            found.update(dict.fromkeys(together, height))
-        return found[node]
+            heights.update(dict.fromkeys(together, height))
+        return heights[node]
 
     for node in graph:
         floor(node)
-    return found
+    return heights
 
 
 def count(graph: Graph) -> dict[str, int]:

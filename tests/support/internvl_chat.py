@@ -173,8 +173,8 @@ class InternVLChat(nn.Module):
     def forward(self, ids, pixels, image_token):
         x = self.language_model.get_input_embeddings()(ids).clone()
         x[ids == image_token] = self.features(pixels).flatten(0, 1)
-        found = self.language_model(inputs_embeds=x)
-        return getattr(found, "logits", found)
+        output = self.language_model(inputs_embeds=x)
+        return getattr(output, "logits", output)
 
 
 def randomise(model):
@@ -323,7 +323,7 @@ def save_tokenizer(directory, model_type):
     ids = {piece[0]: index for index, piece in enumerate(pieces)}
     renamed = {ids["[UNUSED_1]"]: "<|im_start|>", ids["[UNUSED_2]"]: "<|im_end|>"}
     added = {token: len(pieces) + index for index, token in enumerate(["<img>", "</img>", "<IMG_CONTEXT>"])}
-    known = {0: "<unk>", 1: "<s>", 2: "</s>", **renamed, **{index: token for token, index in added.items()}}
+    special = {0: "<unk>", 1: "<s>", 2: "</s>", **renamed, **{index: token for token, index in added.items()}}
     write(directory, "added_tokens.json", added)
     write(
         directory,
@@ -331,7 +331,9 @@ def save_tokenizer(directory, model_type):
         {
             "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
             "tokenizer_class": "InternLM2Tokenizer",
-            "added_tokens_decoder": {str(index): {"content": token, "special": True} for index, token in known.items()},
+            "added_tokens_decoder": {
+                str(index): {"content": token, "special": True} for index, token in special.items()
+            },
             "additional_special_tokens": ["<|im_start|>", "<|im_end|>", *added],
             "bos_token": "<s>",
             "eos_token": "</s>",

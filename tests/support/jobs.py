@@ -23,47 +23,47 @@ from emloc_core.tuning.train import Train
 
 def compress_job(model: Any, data: Any, output: Path, settings: CompressSettings | None = None) -> Compress:
     """Stage 1 on the CPU."""
-    place = {"model": _place(model), "output": output, "device": "cpu"}
-    return Compress(CompressRequest(**place, data=_source(data), settings=settings or CompressSettings()))
+    arguments = {"model": _directory(model), "output": output, "device": "cpu"}
+    return Compress(CompressRequest(**arguments, data=_source(data), settings=settings or CompressSettings()))
 
 
 def train_job(model: Any, data: Any, output: Path, settings: TrainSettings, **more: Any) -> Train:
     """Stage 2 by ordinary steps."""
-    request = TrainRequest(model=_place(model), data=_source(data), output=output, settings=settings, **more)
+    request = TrainRequest(model=_directory(model), data=_source(data), output=output, settings=settings, **more)
     return prepare_tuning(request)
 
 
 def exact_job(model: Any, data: Any, output: Path, settings: TrainSettings, **more: Any) -> Train:
     """Stage 2 by exact steps."""
-    place = {"model": _place(model), "output": output}
-    return prepare_tuning(TrainRequest(**place, data=_source(data), exact=True, settings=settings, **more))
+    arguments = {"model": _directory(model), "output": output}
+    return prepare_tuning(TrainRequest(**arguments, data=_source(data), exact=True, settings=settings, **more))
 
 
 def polish_job(adapter: Any, base: Any, data: Any, output: Path, settings: PolishSettings, **more: Any) -> Train:
     """Exact steps from an adapter."""
-    place = {"adapter": _place(adapter), "base": _place(base), "output": output}
-    return prepare_tuning(PolishRequest(**place, data=_source(data), settings=settings, **more))
+    arguments = {"adapter": _directory(adapter), "base": _directory(base), "output": output}
+    return prepare_tuning(PolishRequest(**arguments, data=_source(data), settings=settings, **more))
 
 
 def correct_job(adapter: Any, base: Any, output: Path, settings: CorrectSettings, **more: Any) -> Correct | AsTrained:
     """Stage 3 on the CPU."""
-    place = {"adapter": _place(adapter), "base": _place(base), "output": output, "device": "cpu"}
-    return prepare(CorrectRequest(**place, settings=settings, **more))
+    arguments = {"adapter": _directory(adapter), "base": _directory(base), "output": output, "device": "cpu"}
+    return prepare(CorrectRequest(**arguments, settings=settings, **more))
 
 
 def merge_job(adapter: Any, base: Any, output: Path, **more: Any) -> Merge:
     """A merge."""
-    return Merge(MergeRequest(adapter=_place(adapter), base=_place(base), output=output, **more))
+    return Merge(MergeRequest(adapter=_directory(adapter), base=_directory(base), output=output, **more))
 
 
 def import_job(source: Any, output: Path) -> Import:
     """An import."""
-    return Import(ImportRequest(source=_place(source), output=output))
+    return Import(ImportRequest(source=_directory(source), output=output))
 
 
-def _place(given: Any) -> Any:
-    """Return the directory of a model, an adapter or spectra, open or not, if one is given."""
-    return given and str(getattr(given, "directory", given))
+def _directory(source: Any) -> Any:
+    """Return the directory of a model, an adapter or spectra, open or not; None for None."""
+    return source and str(getattr(source, "directory", source))
 
 
 def _source(data: Any) -> Any:

@@ -19,12 +19,12 @@ def sources():
     grid = {"levels": "*fp32", "middles": "*fp32", "scales": "*fp32", "originals": "*fp32"}
     sizes = {"m": "i32", "k": "i32", "width": "i32"}
     block = {"block": "*fp32", "changes": "*fp32", "factor": "*fp32", "places": "*i64"}
-    again = {"block": "*fp32", "slopes": "*fp32", "changes": "*fp32", "curvature": "*fp32", "start": "i32"}
-    for count, kept in (16, "*i1"), (3, "*fp32"):
-        types = grid | {"kept": kept} | sizes
-        values = {"LEVELS": count, "KEPT": kept == "*i1", "COLUMNS": 64, "ROWS": 32}
+    descent = {"block": "*fp32", "slopes": "*fp32", "changes": "*fp32", "curvature": "*fp32", "start": "i32"}
+    for count, kept_type in (16, "*i1"), (3, "*fp32"):
+        types = grid | {"kept": kept_type} | sizes
+        values = {"LEVELS": count, "KEPT": kept_type == "*i1", "COLUMNS": 64, "ROWS": 32}
         yield f"round {count}", ASTSource(rounding._round, block | types, values), 1
-        yield f"descend {count}", ASTSource(rounding._descend, again | types, values), 1
+        yield f"descend {count}", ASTSource(rounding._descend, descent | types, values), 1
     for dtype in "bf16", "fp16", "fp32":
         types = {"codes": "*u8", "scales": "*bf16", "levels": f"*{dtype}", "matrix": f"*{dtype}"}
         types |= {"nbytes": "i32", "m": "i32", "n": "i32", "groups": "i32"}
@@ -35,5 +35,5 @@ def sources():
 if __name__ == "__main__":
     for capability in map(int, sys.argv[1:]):
         for name, source, warps in sources():
-            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-            print(capability, name, len(made.asm["cubin"]), made.metadata.shared)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+            print(capability, name, len(compiled.asm["cubin"]), compiled.metadata.shared)

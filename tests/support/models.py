@@ -13,7 +13,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-#: The same, but for what it writes before the last answer and does not ask for one with, as models that may think do.
+#: The same, with a thought before the last answer that the generation prompt lacks, as models that may think have.
 THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
     "{{ message['content'] }}",
     "{% if message['role'] == 'assistant' and loop.last %}<system>thought. {% endif %}{{ message['content'] }}",

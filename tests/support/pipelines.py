@@ -37,7 +37,7 @@ def tokenizer(length: int = 6) -> PreTrainedTokenizerFast:
 
 
 def random(model: Any) -> Any:
-    """Return a model with no weight that is zero or one, as those of norms would be."""
+    """Return a model in which no weight is zero or one, as norms' weights would be."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -104,10 +104,10 @@ def qwen_image_pipeline(directory: Path) -> Path:
     """Write a Qwen-Image pipeline."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
-    looks = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
     reader = Qwen2_5_VLConfig(
         text_config={**_QWEN, "num_hidden_layers": 2, "rope_parameters": rope},
-        vision_config={**looks, "patch_size": 14, "fullatt_block_indexes": [0]},
+        vision_config={**vision, "patch_size": 14, "fullatt_block_indexes": [0]},
         vision_start_token_id=12, vision_end_token_id=13, image_token_id=14, video_token_id=15,
     )  # fmt: skip
     autoencoder = diffusers.AutoencoderKLQwenImage(
@@ -163,9 +163,9 @@ def _t5(width: int) -> Any:
 
 
 def _chat() -> PreTrainedTokenizerFast:
-    found = tokenizer()
-    found.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    return found
+    chat_tokenizer = tokenizer()
+    chat_tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return chat_tokenizer
 
 
 def picture_rows(directory: Path, count: int = 6, side: int = 8) -> list[dict[str, Any]]:

@@ -38,12 +38,12 @@ def waiting(name, seconds=0):
     return ZooJob(name=name, model=f"none/{name}", data=str(seconds))
 
 
-def plan_here(jobs, cache_dir, known=(), _=None):
+def plan_here(jobs, cache_dir, planned=(), _=None):
     """Plan as the planner does, but in this process, which has imported already what takes that one seconds."""
-    return [answer(job, cache_dir, known) for job in jobs]
+    return [answer(job, cache_dir, planned) for job in jobs]
 
 
-#: Has conversions and dry runs of this process plan in it.
+#: Makes conversions and dry runs of this process plan in it.
 planning_here = partial(patch, "emloc_core.zoo.convert.plan", plan_here)
 
 
@@ -67,19 +67,19 @@ def wait(zoo, jobs, *, engine=WaitingEngine, **options):
 def driver(zoo, jobs, workers=2):
     """Start a driver in a process of its own; ``jobs`` are seconds by name."""
     script = textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parents[1])))
-    named = [f"{name}={seconds}" for name, seconds in jobs.items()]
-    return subprocess.Popen([sys.executable, "-c", script, str(zoo), str(workers), *named])
+    arguments = [f"{name}={seconds}" for name, seconds in jobs.items()]
+    return subprocess.Popen([sys.executable, "-c", script, str(zoo), str(workers), *arguments])
 
 
 def workers_of(zoo, name):
-    """Return the processes, the worker and its stage, that do a job now: they are at home where its outputs are."""
-    place = (zoo / "jobs" / name).resolve()
-    found = []
+    """Return the processes, the worker and its stage, that do a job now: those whose directory is its outputs'."""
+    home = (zoo / "jobs" / name).resolve()
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
-            if (process / "cwd").readlink() == place:
-                found.append(int(process.name))
-    return sorted(found)
+            if (process / "cwd").readlink() == home:
+                pids.append(int(process.name))
+    return sorted(pids)
 
 
 def until(condition, seconds=300.0):

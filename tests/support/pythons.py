@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support.paths import ROOT
 
-PLACE = ROOT / "build" / "pythons"
+DIRECTORY = ROOT / "build" / "pythons"
 #: Files, rows, settings, plugins, and the contracts with libraries.
 TESTS = ["test_errors.py", "test_units.py", "algorithms", "adapters/test_adapter.py", "data", "files/test_files.py",
          "plugins/test_plugins.py", "recipe/test_recipe.py", "compat"]  # fmt: skip
@@ -43,23 +43,23 @@ def interpreter(version: str) -> str | None:
 
 def failures(version: str, python: str, wheel: Path) -> Iterator[str]:
     """Install the wheel for one version, and yield the names of the commands that fail."""
-    place = PLACE / version
+    environment = DIRECTORY / version
     uv = [sys.executable, "-m", "uv"]
     packages = [f"{wheel}[vision]", "pytest>=8.4", "hypothesis>=6.130"]
     steps = {
-        "install": [*uv, "pip", "install", "--quiet", "--python", str(place), *packages],
-        "--help": [str(place / "bin" / "emloc"), "--help"],
-        "doctor": [str(place / "bin" / "emloc"), "doctor"],
-        "tests": [str(place / "bin" / "pytest"), *(str(ROOT / "tests" / name) for name in TESTS)],
+        "install": [*uv, "pip", "install", "--quiet", "--python", str(environment), *packages],
+        "--help": [str(environment / "bin" / "emloc"), "--help"],
+        "doctor": [str(environment / "bin" / "emloc"), "doctor"],
+        "tests": [str(environment / "bin" / "pytest"), *(str(ROOT / "tests" / name) for name in TESTS)],
     }
-    subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", python, str(place)], check=True)
+    subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", python, str(environment)], check=True)
     for name, command in steps.items():
         start = time.monotonic()
-        done = subprocess.run(command, cwd=PLACE, capture_output=True, text=True, check=False)
-        print(f"{version} {name}: {'ok' if done.returncode == 0 else 'FAILED'}, {time.monotonic() - start:.0f} s")
-        if name == "tests" or done.returncode:
-            print("\n".join((done.stdout + done.stderr).splitlines()[-12:]))
-        if done.returncode:
+        process = subprocess.run(command, cwd=DIRECTORY, capture_output=True, text=True, check=False)
+        print(f"{version} {name}: {'ok' if process.returncode == 0 else 'FAILED'}, {time.monotonic() - start:.0f} s")
+        if name == "tests" or process.returncode:
+            print("\n".join((process.stdout + process.stderr).splitlines()[-12:]))
+        if process.returncode:
             yield f"{version} {name}"
             if name == "install":
                 return
@@ -67,10 +67,10 @@ def failures(version: str, python: str, wheel: Path) -> Iterator[str]:
 
 def main() -> None:
     """Test the versions that are given, or all."""
-    shutil.rmtree(PLACE, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(PLACE), str(ROOT)],
+    shutil.rmtree(DIRECTORY, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(DIRECTORY), str(ROOT)],
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-    (wheel,) = PLACE.glob("*.whl")
+    (wheel,) = DIRECTORY.glob("*.whl")
     failed: list[str] = []
     for version in sys.argv[1:] or supported():
         python = interpreter(version)

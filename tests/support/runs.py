@@ -25,17 +25,17 @@ def finished_run(directory: Path) -> Path:
         "emulator": {"bytes": {"base": 2_000_000_000, "emulator": 600_000_000}, "linears": linears},
         "adapter": {},
         "corrected": {**compared[2], "candidates": [
-            {**each, "nll": 1.5 - index / 10, "gain": index / 2, "gain_stderr": 0.1, "rows": 32}
-            for index, each in enumerate(compared)
+            {**candidate, "nll": 1.5 - index / 10, "gain": index / 2, "gain_stderr": 0.1, "rows": 32}
+            for index, candidate in enumerate(compared)
         ]},
         "polished": {},
         "full_lora": {},
         "full_lora_60": {},
         "evaluation": {},
     }  # fmt: skip
-    made = {"kind": "low-rank", "ratio": 0.6, "lora_rank": 8}
+    compress_settings = {"kind": "low-rank", "ratio": 0.6, "lora_rank": 8}
     for index, (name, result) in enumerate(results.items()):
-        settings = {"settings": {"learning_rate": 0.001, "extra": {}, "note": HOSTILE, **made}}
+        settings = {"settings": {"learning_rate": 0.001, "extra": {}, "note": HOSTILE, **compress_settings}}
         inputs = {"base": "/home/someone/models/base-1b", "data": HOSTILE}
         versions = {"emloc": "0.2.0", "torch": "2.13.0", "device": "cpu"}
         content = {"request": settings, "result": result, "inputs": inputs, "versions": versions}

@@ -103,16 +103,16 @@ def picture_rows(directory: Path, *, text_rows: bool = True) -> Path:
     """Write 100 rows with two colours to name, and ten without a picture; return the file."""
     (directory / "pictures").mkdir(parents=True)
     rows = []
-    for one in COLOURS:
-        for other in COLOURS:
-            name = f"pictures/{one}-{other}.png"
-            picture([one, other]).save(directory / name)
-            rows.append(ask("which colours?", f"{one} and {other}.") | {"images": [name]})
+    for first in COLOURS:
+        for second in COLOURS:
+            name = f"pictures/{first}-{second}.png"
+            picture([first, second]).save(directory / name)
+            rows.append(conversation("which colours?", f"{first} and {second}.") | {"images": [name]})
     if text_rows:
-        rows += [ask(f"write {colour}.", f"{colour}.") | {"images": []} for colour in COLOURS]
+        rows += [conversation(f"write {colour}.", f"{colour}.") | {"images": []} for colour in COLOURS]
     return write_jsonl(directory / "rows.jsonl", rows)
 
 
-def ask(question: str, answer: str) -> dict:
+def conversation(question: str, answer: str) -> dict:
     """One turn each."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

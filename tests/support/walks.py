@@ -23,7 +23,7 @@ from support.paths import ROOT
 
 #: Classes that stand for the model or the adapter.
 MODELS = {"Adapter", "Checkpoint", "Family", "GivenLora", "NewLora", "OpenModel", "Skeleton"}
-#: What finds out what is known of a model: its family, its config, and what loads its weights.
+#: What opens a model: its family, its config, and what loads its weights.
 OPENERS = ("family_for", "load_config", "Skeleton")
 #: How code names each format of emulator.
 FORMATS = {"low-rank": "LowRank|low-rank", "nf4": "(?i)nf4", "levels": r"(?i)\blevels\b", "experts": r"(?i)experts"}
@@ -49,12 +49,12 @@ STARTS = (
 
 @dataclass
 class Scope:
-    """What the names of a function stand for while it is read: classes of their values, and what holds the request."""
+    """What a function's names stand for while it is read: classes of their values, and what holds the request."""
 
     module: str
     types: dict[str, tuple[str, str]] = field(default_factory=dict)
     followed: set[str] = field(default_factory=set)
-    kept: set[str] = field(default_factory=set)
+    attributes: set[str] = field(default_factory=set)
 
 
 class Code:
@@ -67,14 +67,14 @@ class Code:
 
     def _names(self, module: str, tree: ast.Module) -> dict[str, tuple[str, str]]:
         """Return what the names of a module stand for: (module, name), or (module, "") for modules themselves."""
-        known = {node.name: (module, node.name) for node in tree.body if isinstance(node, Function | ast.ClassDef)}
+        meanings = {node.name: (module, node.name) for node in tree.body if isinstance(node, Function | ast.ClassDef)}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == CORE:
                 base = (node.module or "").removeprefix(CORE).lstrip(".")
                 for alias in node.names:
                     inner = f"{base}.{alias.name}".lstrip(".")
-                    known[alias.asname or alias.name] = (inner, "") if inner in self.paths else (base, alias.name)
-        return known
+                    meanings[alias.asname or alias.name] = (inner, "") if inner in self.paths else (base, alias.name)
+        return meanings
 
     @cached_property
     def defined(self) -> dict[tuple[str, str], ast.AST]:
@@ -88,20 +88,20 @@ class Code:
 
     def calls(self, name: str) -> int:
         """Return in how many places a function of this name is called."""
-        called = (node.func for tree in self.trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
-        return sum(getattr(func, "attr", getattr(func, "id", None)) == name for func in called)
+        functions = (node.func for tree in self.trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
+        return sum(getattr(func, "attr", getattr(func, "id", None)) == name for func in functions)
 
-    def classes(self, at: tuple[str, str]) -> Iterator[tuple[str, ast.ClassDef]]:
+    def classes(self, key: tuple[str, str]) -> Iterator[tuple[str, ast.ClassDef]]:
         """Yield a class and those that it inherits from, each with its module."""
-        node = self.defined.get(at)
+        node = self.defined.get(key)
         if isinstance(node, ast.ClassDef):
-            yield at[0], node
+            yield key[0], node
             for base in node.bases:
-                yield from self.classes(self.names[at[0]].get(ast.unparse(base), ("", "")))
+                yield from self.classes(self.names[key[0]].get(ast.unparse(base), ("", "")))
 
-    def method(self, at: tuple[str, str], name: str) -> tuple[Stop, Function] | None:
+    def method(self, key: tuple[str, str], name: str) -> tuple[Stop, Function] | None:
         """Return a method or property of a class, wherever it is inherited from."""
-        for module, node in self.classes(at):
+        for module, node in self.classes(key):
             for item in node.body:
                 if isinstance(item, Function) and item.name == name:
                     return Stop(module, node.name, name), item
@@ -114,16 +114,16 @@ class Code:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 nodes += ast.walk(ast.parse(node.value, mode="eval"))
         for node in nodes:
-            known = self.names[module].get(node.id) if isinstance(node, ast.Name) else None
-            if known and isinstance(self.defined.get(known), ast.ClassDef):
-                return known
+            class_key = self.names[module].get(node.id) if isinstance(node, ast.Name) else None
+            if class_key and isinstance(self.defined.get(class_key), ast.ClassDef):
+                return class_key
         return None
 
-    def attribute(self, at: tuple[str, str], name: str) -> tuple[str, str] | None:
+    def attribute(self, key: tuple[str, str], name: str) -> tuple[str, str] | None:
         """Return the class of an attribute, by what the class annotates, computes, or assigns to ``self``."""
-        if (found := self.method(at, name)) is not None:
-            return self.annotated(found[0].module, found[1].returns)
-        for module, node in self.classes(at):
+        if (resolved := self.method(key, name)) is not None:
+            return self.annotated(resolved[0].module, resolved[1].returns)
+        for module, node in self.classes(key):
             for item in ast.walk(node):
                 if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) in {name, f"self.{name}"}:
                     return self.annotated(module, item.annotation)
@@ -132,16 +132,16 @@ class Code:
                 for item in ast.walk(method):
                     if isinstance(item, ast.Assign):
                         for target, value in pairs(item):
-                            if ast.unparse(target) == f"self.{name}" and (known := self.type(value, scope)):
-                                return known
+                            if ast.unparse(target) == f"self.{name}" and (class_key := self.type(value, scope)):
+                                return class_key
         return None
 
     def scope(self, stop: Stop, node: Function) -> Scope:
         """Return the scope of a function as its parameters are annotated."""
         scope = Scope(stop.module)
         for argument in arguments(node):
-            if known := self.annotated(stop.module, argument.annotation):
-                scope.types[argument.arg] = known
+            if class_key := self.annotated(stop.module, argument.annotation):
+                scope.types[argument.arg] = class_key
         if stop.owner:
             scope.types["self"] = (stop.module, stop.owner)
         return scope
@@ -157,38 +157,38 @@ class Code:
             return self.type(value.body, scope) or self.type(value.orelse, scope)
         if not isinstance(value, ast.Call):
             return None
-        at = self.target(value.func, scope)
-        if at and isinstance(self.defined.get(at), ast.ClassDef):
-            return at
-        found = self.called(value, scope)
-        return self.annotated(found[0].module, found[1].returns) if found else None
+        key = self.target(value.func, scope)
+        if key and isinstance(self.defined.get(key), ast.ClassDef):
+            return key
+        function = self.called(value, scope)
+        return self.annotated(function[0].module, function[1].returns) if function else None
 
-    def target(self, called: ast.expr, scope: Scope) -> tuple[str, str] | None:
+    def target(self, expression: ast.expr, scope: Scope) -> tuple[str, str] | None:
         """Return the function or class at the top of a module that an expression names."""
-        if isinstance(called, ast.Name):
-            return self.names[scope.module].get(called.id)
-        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
-            module, name = self.names[scope.module].get(called.value.id, ("", "-"))
+        if isinstance(expression, ast.Name):
+            return self.names[scope.module].get(expression.id)
+        if isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name):
+            module, name = self.names[scope.module].get(expression.value.id, ("", "-"))
             if not name:
-                return module, called.attr
+                return module, expression.attr
         return None
 
     def called(self, node: ast.expr, scope: Scope) -> tuple[Stop, Function] | None:
         """Return the function of the core that is called, or the property that is computed."""
-        called = node.func if isinstance(node, ast.Call) else node
-        if isinstance(node, ast.Call) and (at := self.target(called, scope)):
-            if isinstance(found := self.defined.get(at), Function):
-                return Stop(at[0], "", at[1]), found
-            return self.method(at, "__init__")
-        if not isinstance(called, ast.Attribute):
+        callee = node.func if isinstance(node, ast.Call) else node
+        if isinstance(node, ast.Call) and (key := self.target(callee, scope)):
+            if isinstance(definition := self.defined.get(key), Function):
+                return Stop(key[0], "", key[1]), definition
+            return self.method(key, "__init__")
+        if not isinstance(callee, ast.Attribute):
             return None
-        if ast.unparse(called.value) == "super()" and isinstance(node, ast.Call):
+        if ast.unparse(callee.value) == "super()" and isinstance(node, ast.Call):
             bases = list(self.classes(scope.types["self"]))[1:]
-            return self.method((bases[0][0], bases[0][1].name), called.attr) if bases else None
-        owner = self.type(called.value, scope)
-        found = owner and self.method(owner, called.attr)
-        is_property = found and any("property" in ast.unparse(each) for each in found[1].decorator_list)
-        return found if found and isinstance(node, ast.Call) != bool(is_property) else None
+            return self.method((bases[0][0], bases[0][1].name), callee.attr) if bases else None
+        owner = self.type(callee.value, scope)
+        definition = owner and self.method(owner, callee.attr)
+        is_property = definition and any("property" in ast.unparse(item) for item in definition[1].decorator_list)
+        return definition if definition and isinstance(node, ast.Call) != bool(is_property) else None
 
     def holds(self, value: ast.expr, scope: Scope) -> bool:
         """Return whether an expression is the request, a part of it, or the model."""
@@ -196,27 +196,27 @@ class Code:
             return True
         if isinstance(value, ast.Attribute):
             of_self = isinstance(value.value, ast.Name) and value.value.id == "self"
-            if value.attr in scope.kept if of_self else self.holds(value.value, scope):
+            if value.attr in scope.attributes if of_self else self.holds(value.value, scope):
                 return True
         if isinstance(value, ast.IfExp | ast.BoolOp | ast.Starred | ast.Tuple | ast.Dict):
             parts = [part for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
             return any(self.holds(part, scope) for part in parts)
-        known = self.type(value, scope)
-        return known is not None and known[1] in MODELS
+        class_key = self.type(value, scope)
+        return class_key is not None and class_key[1] in MODELS
 
     def handed(self, node: ast.expr, callee: Function, scope: Scope) -> set[str]:
         """Return the parameters of a function, ``self`` included, that hold the request in this call."""
         names = [argument.arg for argument in arguments(callee)]
         followed = set()
-        called = node.func if isinstance(node, ast.Call) else node
-        if isinstance(called, ast.Attribute) and (on_self(node) or self.holds(called.value, scope)):
+        expression = node.func if isinstance(node, ast.Call) else node
+        if isinstance(expression, ast.Attribute) and (on_self(node) or self.holds(expression.value, scope)):
             followed.add("self")
         if isinstance(node, ast.Call):
             names = [name for name in names if name not in {"self", "cls"}]
             followed |= {name for name, value in zip(names, node.args, strict=False) if self.holds(value, scope)}
-            followed |= {each.arg for each in node.keywords if each.arg and self.holds(each.value, scope)}
-            unpacked = [*node.args, *(each.value for each in node.keywords if not each.arg)]
-            if any(isinstance(each, ast.Starred) or each not in node.args for each in unpacked):
+            followed |= {keyword.arg for keyword in node.keywords if keyword.arg and self.holds(keyword.value, scope)}
+            unpacked = [*node.args, *(keyword.value for keyword in node.keywords if not keyword.arg)]
+            if any(isinstance(argument, ast.Starred) or argument not in node.args for argument in unpacked):
                 followed |= set(names)
         return followed
 
@@ -232,43 +232,45 @@ def pairs(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
         if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
             yield from zip(target.elts, node.value.elts, strict=False)
         elif isinstance(target, ast.Tuple):
-            yield from ((each, node.value) for each in target.elts)
+            yield from ((element, node.value) for element in target.elts)
         else:
             yield target, node.value
 
 
 def walk(code: Code, start: Stop) -> list[Stop]:
     """Return the functions that are read, in the order of reading."""
-    read: dict[Stop, None] = {}
-    kept: dict[str, set[str]] = defaultdict(set)  # class -> attributes that hold the request
+    visited: dict[Stop, None] = {}
+    attributes: dict[str, set[str]] = defaultdict(set)  # class -> attributes that hold the request
 
-    def follow(stop: Stop, node: Function, given: set[str]) -> None:
-        read[stop] = None
+    def follow(stop: Stop, node: Function, followed: set[str]) -> None:
+        visited[stop] = None
         scope = code.scope(stop, node)
-        scope.followed, scope.kept = given, kept[stop.owner]
+        scope.followed, scope.attributes = followed, attributes[stop.owner]
         for item in in_order(node):
             if isinstance(item, ast.Assign):
                 for target, value in pairs(item):
-                    known, name = code.type(value, scope), ast.unparse(target)
-                    if isinstance(target, ast.Name) and known:
-                        scope.types[name] = known
+                    class_key, name = code.type(value, scope), ast.unparse(target)
+                    if isinstance(target, ast.Name) and class_key:
+                        scope.types[name] = class_key
                     if code.holds(value, scope):
-                        (scope.kept if name.startswith("self.") else scope.followed).add(name.removeprefix("self."))
-            elif isinstance(item, ast.Call | ast.Attribute) and (found := code.called(item, scope)):
-                handed = code.handed(item, found[1], scope)
-                if found[0] not in read and handed:
-                    kept[found[0].owner] |= scope.kept if on_self(item) else set()
-                    follow(*found, handed)
+                        (scope.attributes if name.startswith("self.") else scope.followed).add(
+                            name.removeprefix("self.")
+                        )
+            elif isinstance(item, ast.Call | ast.Attribute) and (resolved := code.called(item, scope)):
+                handed = code.handed(item, resolved[1], scope)
+                if resolved[0] not in visited and handed:
+                    attributes[resolved[0].owner] |= scope.attributes if on_self(item) else set()
+                    follow(*resolved, handed)
 
     method = code.method((start.module, start.owner), start.name)
     follow(start, method[1] if method else code.defined[start.module, start.name], {"request"})  # type: ignore[arg-type]
-    return list(read)
+    return list(visited)
 
 
 def on_self(node: ast.expr) -> bool:
     """Return whether a method or property is the object's own."""
-    called = node.func if isinstance(node, ast.Call) else node
-    return isinstance(called, ast.Attribute) and ast.unparse(called.value) in {"self", "super()"}
+    callee = node.func if isinstance(node, ast.Call) else node
+    return isinstance(callee, ast.Attribute) and ast.unparse(callee.value) in {"self", "super()"}
 
 
 def in_order(node: ast.AST) -> Iterator[ast.AST]:

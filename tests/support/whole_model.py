@@ -27,28 +27,28 @@ def logits(model: Any, rows: Sequence[Inputs]) -> list[torch.Tensor]:
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:
-    """Return what a Linear, or a Conv1D, multiplies by, (m, n): its weight, or a view of that."""
+    """Return the matrix that a Linear, or a Conv1D, multiplies by, (m, n): its weight, or a view of it."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
 def inputs_of(model: Any, rows: Sequence[Inputs], linears: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Return all tokens that Linears were given, (tokens, in_features), in fp64, by path; those that ran alone."""
-    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    """Return all inputs of Linears, (tokens, in_features), in fp64, by path; only of Linears that ran."""
+    inputs: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def watching(path: str) -> Callable[..., None]:
-        return lambda _module, args: seen[path].append(args[0].detach().double().flatten(0, -2).clone())
+        return lambda _module, args: inputs[path].append(args[0].detach().double().flatten(0, -2).clone())
 
     hooks = [model.get_submodule(path).register_forward_pre_hook(watching(path)) for path in linears]
     logits(model, rows)
     for hook in hooks:
         hook.remove()
-    return {path: torch.cat(parts) for path, parts in seen.items()}
+    return {path: torch.cat(parts) for path, parts in inputs.items()}
 
 
-def output_error(weight: torch.Tensor, stand_in: torch.Tensor, x: torch.Tensor, given: torch.Tensor) -> float:
+def output_error(weight: torch.Tensor, stand_in: torch.Tensor, x: torch.Tensor, stand_in_inputs: torch.Tensor) -> float:
     """Return ``||W X - What X'|| / ||W X||`` for tokens x in the base and x' in the emulator, both (tokens, n)."""
     exact = x @ weight.double().T
-    return float((exact - given @ stand_in.double().T).norm() / exact.norm().clamp(min=1e-30))
+    return float((exact - stand_in_inputs @ stand_in.double().T).norm() / exact.norm().clamp(min=1e-30))
 
 
 def least_error(weight: torch.Tensor, x: torch.Tensor, rank: int) -> float:
@@ -59,8 +59,8 @@ def least_error(weight: torch.Tensor, x: torch.Tensor, rank: int) -> float:
 
 def in_four_bits(weight: torch.Tensor) -> torch.Tensor:
     """Return the weight with every number rounded on its own to NF4, by bitsandbytes."""
-    how = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}
-    return functional.dequantize_4bit(*functional.quantize_4bit(weight.float().contiguous(), **how)).view_as(weight)
+    options = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}
+    return functional.dequantize_4bit(*functional.quantize_4bit(weight.float().contiguous(), **options)).view_as(weight)
 
 
 def on_three_levels(weight: torch.Tensor) -> torch.Tensor:
@@ -71,11 +71,11 @@ def on_three_levels(weight: torch.Tensor) -> torch.Tensor:
 
 
 def effective_weight(linear: nn.Linear) -> torch.Tensor:
-    """Return the matrix that a Linear, or what stands in for one, multiplies by, (m, n): what it makes of identity."""
+    """Return the matrix that a Linear, or its stand-in, multiplies by, (m, n): its output for the identity."""
     with torch.no_grad():
         identity = torch.eye(linear.in_features)
-        found: torch.Tensor = linear(identity).float()
-        return (found if linear.bias is None else found - linear.bias.float()).T.contiguous()
+        output: torch.Tensor = linear(identity).float()
+        return (output if linear.bias is None else output - linear.bias.float()).T.contiguous()
 
 
 def stacks(experts: Any) -> dict[str, torch.Tensor]:
@@ -134,9 +134,9 @@ def loras(directory: Path) -> dict[str, Lora]:
     config = json.loads((directory / "adapter_config.json").read_text())
     tensors = load_file(directory / "adapter_model.safetensors")
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    found = {}
+    by_path = {}
     for name, a in tensors.items():
         path, is_a, _ = name.removeprefix("base_model.model.").partition(".lora_A.weight")
         if is_a:
-            found[path] = Lora(a, tensors[name.replace(".lora_A.", ".lora_B.")], scale)
-    return found
+            by_path[path] = Lora(a, tensors[name.replace(".lora_A.", ".lora_B.")], scale)
+    return by_path

@@ -26,14 +26,14 @@ from emloc_core.standins.vocabulary import PackedEmbedding
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
 #: How far two ways to compute the same in fp32 may lie apart, relative to the largest number.
 TOLERANCE = 1e-4
-#: The same of logits, which a deep model takes further apart.
+#: The same for logits, which a deep model takes further apart.
 OF_LOGITS = 1e-3
 #: How far an output error may lie above what is possible, as a share, and absolute: factors are computed in fp32 from
 #: squares. On the emulator's inputs, kinds that round with feedback are measured by plain rounding.
 OF_BASE, OF_EMULATOR = (1e-3, 1e-3), (0.5, 0.1)
 #: Models whose weights are off by a rounding, to see how far it takes the logits.
 NUDGES = 8
-#: What these kinds do at least: every number rounded on its own.
+#: The least that these kinds reach: every number rounded on its own.
 PLAIN = {"nf4": reference.in_four_bits, "1.6-bit+repair": reference.on_three_levels}
 #: Ways to make an emulator: by name, the kind and its settings.
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -69,8 +69,8 @@ def whole_run(base: Path, samples: Sequence[Sample], directory: Path, **settings
     except EmlocError as error:
         return Verdict(REFUSED, str(error.args[0]))
     except Exception as error:  # an unknown model's code
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return Verdict(CRASHED, f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return Verdict(CRASHED, f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})")
     return Verdict(WRONG, "; ".join(problems[:4])) if problems else Verdict(RIGHT)
 
 
@@ -81,7 +81,7 @@ class _Run:
         self.family = plugin_manager().family_for(self.base.config)
         self.texts = text_rows(self.samples)
         self.settings = CompressSettings(samples=len(self.texts), selection=0, **settings)
-        self.whole = self._load(base)
+        self.model = self._load(base)
 
     def _load(self, directory: Path) -> Any:
         return _as_in_training(load_model(self.family.auto_class, directory).eval())
@@ -89,16 +89,20 @@ class _Run:
     def problems(self) -> Iterator[str]:
         """Yield what is wrong, stage by stage."""
         emulator = self._load(self._compress())
-        weights = {path: reference.weight_of(module).detach().clone() for path, module in _linears(self.whole)}
+        weights = {path: reference.weight_of(module).detach().clone() for path, module in _linears(self.model)}
         stand_ins = {path: reference.effective_weight(module) for path, module in _linears(emulator)
-                     if type(module) is not type(self.whole.get_submodule(path))}  # fmt: skip
+                     if type(module) is not type(self.model.get_submodule(path))}  # fmt: skip
         if not stand_ins:
             yield "nothing was compressed"
         yield from self._poor(emulator, weights, stand_ins)
-        modules = [(path, each) for path, each in emulator.named_modules() if isinstance(each, StandInExperts)]
-        others = {f"{path}.{name}": stack for path, each in modules for name, stack in reference.stacks(each).items()}
-        others |= {path: each.weight[:] for path, each in emulator.named_modules() if isinstance(each, PackedEmbedding)}
-        yield from self._apart("the emulator", emulator, reference.with_weights(self.whole, others | stand_ins))
+        modules = [(path, module) for path, module in emulator.named_modules() if isinstance(module, StandInExperts)]
+        others = {
+            f"{path}.{name}": stack for path, module in modules for name, stack in reference.stacks(module).items()
+        }
+        others |= {
+            path: table.weight[:] for path, table in emulator.named_modules() if isinstance(table, PackedEmbedding)
+        }
+        yield from self._apart("the emulator", emulator, reference.with_weights(self.model, others | stand_ins))
 
         tuned = _as_in_training(tune(emulator, self.family.lora_targets(), self.samples).model)
         adapter = self.directory / "adapter"
@@ -106,22 +110,22 @@ class _Run:
         learned = reference.loras(adapter)
         answered = {path: (weights | stand_ins)[path] + lora.delta for path, lora in learned.items()}
         yield from self._apart(
-            "the tuned emulator", tuned, reference.with_weights(self.whole, others | stand_ins | answered)
+            "the tuned emulator", tuned, reference.with_weights(self.model, others | stand_ins | answered)
         )
 
         clamp = CorrectSettings(clamp="none")
         corrected = correct_job(adapter, self.base, self.directory / "corrected", clamp).run()
         expected = {path: lora.corrected(weights[path], stand_ins.get(path, weights[path]))
                     for path, lora in learned.items()}  # fmt: skip
-        found = reference.loras(corrected)
-        if odd := found.keys() ^ expected.keys():
+        carried = reference.loras(corrected)
+        if odd := carried.keys() ^ expected.keys():
             yield f"the corrected adapter and the trained one differ in {sorted(odd)[0]}"
-        for path, lora in found.items():
+        for path, lora in carried.items():
             if not _near(lora.delta, expected[path]):
                 yield f"the corrected LoRA of {path} is not the paper's"
 
         merged = self._load(merge_job(corrected, self.base, self.directory / "merged").run())
-        by_hand = reference.with_weights(self.whole, {path: weights[path] + expected[path] for path in expected})
+        by_hand = reference.with_weights(self.model, {path: weights[path] + expected[path] for path in expected})
         actual, wanted = merged.state_dict(), by_hand.state_dict()
         if odd := actual.keys() ^ wanted.keys():
             yield f"the merged model and the base differ in {sorted(odd)[0]}"
@@ -137,26 +141,26 @@ class _Run:
 
     def _poor(self, emulator: Any, weights: Weights, stand_ins: Weights) -> Iterator[str]:
         """Yield Linears whose stand-in is not what the formulas say, or worse than rounding without looking at rows."""
-        problems = self._poor_on(self.whole, emulator, weights, stand_ins)
+        problems = self._poor_on(self.model, emulator, weights, stand_ins)
         for seed in range(NUDGES):
             if not problems:
                 return
             # Where tokens or experts are chosen, the least rounding may choose others.
-            nudged = self._poor_on(reference.nudged(self.whole, seed), emulator, weights, stand_ins)
+            nudged = self._poor_on(reference.nudged(self.model, seed), emulator, weights, stand_ins)
             problems = {path: problem for path, problem in problems.items() if path in nudged}
         yield from problems.values()
 
-    def _poor_on(self, whole: Any, emulator: Any, weights: Weights, stand_ins: Weights) -> dict[str, str]:
-        given = reference.inputs_of(whole, self.rows, stand_ins)
-        later = reference.inputs_of(emulator, self.rows, stand_ins)
+    def _poor_on(self, model: Any, emulator: Any, weights: Weights, stand_ins: Weights) -> dict[str, str]:
+        base_inputs = reference.inputs_of(model, self.rows, stand_ins)
+        emulator_inputs = reference.inputs_of(emulator, self.rows, stand_ins)
         kind, calibration = self.settings.kind, self.settings.calibration
-        found = {}
+        problems = {}
         for path, stand_in in stand_ins.items():
-            if path not in given:
-                found[path] = f"{path} was compressed, and no row reaches it"
+            if path not in base_inputs:
+                problems[path] = f"{path} was compressed, and no row reaches it"
                 continue
-            weight, x = weights[path], given[path]
-            x_later = x if calibration == "base" else later[path]
+            weight, x = weights[path], base_inputs[path]
+            x_later = x if calibration == "base" else emulator_inputs[path]
             if x_later.shape != x.shape:  # other tokens were chosen
                 continue
             error = reference.output_error(weight, stand_in, x, x_later)
@@ -168,8 +172,8 @@ class _Run:
                 allowed += reference.least_error(weight, x_later, emulator.get_submodule(path).rank)
             share, above = OF_BASE if calibration == "base" else OF_EMULATOR
             if not error <= allowed * (1 + share) + above:
-                found[path] = f"{path} has an output error of {error:.4f}, where {allowed:.4f} is possible"
-        return found
+                problems[path] = f"{path} has an output error of {error:.4f}, where {allowed:.4f} is possible"
+        return problems
 
     def _apart(self, name: str, model: Any, by_hand: Any) -> Iterator[str]:
         """Yield where a model does not answer as the base patched by hand does, by more than rounding can explain."""
@@ -179,7 +183,7 @@ class _Run:
         # Where tokens or experts are chosen, the least rounding may choose others.
         nudged = [reference.logits(reference.nudged(by_hand, seed), self.rows) for seed in range(NUDGES)]
         for row, (actual, wanted) in enumerate(pairs):
-            floor = max(_distance(found[row], wanted) for found in nudged)
+            floor = max(_distance(logits[row], wanted) for logits in nudged)
             if not _distance(actual, wanted) <= max(3 * floor, OF_LOGITS * float(wanted.abs().max())):
                 yield f"{name} does not answer as the base patched by hand does (row {row + 1})"
                 return
@@ -206,5 +210,5 @@ def _near(actual: torch.Tensor, wanted: torch.Tensor, tolerance: float = TOLERAN
 
 def _distance(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return the largest difference; what is infinite in both is no difference."""
-    apart = (actual.double() - wanted.double()).abs()
-    return float(apart.masked_fill(actual == wanted, 0).max())
+    difference = (actual.double() - wanted.double()).abs()
+    return float(difference.masked_fill(actual == wanted, 0).max())

@@ -21,19 +21,19 @@ LOG = (
 
 def linears(blocks: int, tower: str = "model.layers", seed: int = 1) -> list[dict[str, Any]]:
     """Linears of a tower as in a result, with errors that differ by block and kind; the last block's o_proj dense."""
-    found = []
+    entries = []
     for block in range(blocks):
         for number, kind in enumerate(KINDS):
             error = 0.02 * (number + 1) + 0.1 * math.sin((block + seed) / 4 + number) ** 2 + 0.1 * block / blocks
             dense = block == blocks - 1 and kind.endswith("o_proj")
-            found.append({"path": f"{tower}.{block}.{kind}", "relative_error": None if dense else error})
-    return found
+            entries.append({"path": f"{tower}.{block}.{kind}", "relative_error": None if dense else error})
+    return entries
 
 
-def result(seed: int = 1, blocks: int = 24, whole: bool = True) -> dict[str, Any]:
+def result(seed: int = 1, blocks: int = 24, complete: bool = True) -> dict[str, Any]:
     """The result of a job: its emulator alone, or everything that there can be."""
     base = 10**8 * (seed % 17 + 1)
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "kind": "low-rank",
         "ratio": 0.6,
         "family": "alpaca",
@@ -41,15 +41,15 @@ def result(seed: int = 1, blocks: int = 24, whole: bool = True) -> dict[str, Any
         "linears": linears(blocks, seed=seed),
         "stages": {"emulator": {"seconds": 31.5 + seed, "peak_rss_bytes": 900_000_000}},
     }
-    if whole:
-        found["linears"] = linears(12, "model.vision_tower.layers", seed) + found["linears"]
-        found["stages"] |= {
+    if complete:
+        content["linears"] = linears(12, "model.vision_tower.layers", seed) + content["linears"]
+        content["stages"] |= {
             "adapter": {"seconds": 260.0, "peak_rss_bytes": 2_360_000_000},
             "corrected": {"seconds": 4.2, "peak_rss_bytes": 700_000_000},
             "evaluation": {"seconds": 99.0, "peak_rss_bytes": 600_000_000},
         }
-        found |= {"loss": 0.41, "correction": {"nll": 0.38}}
-        found["systems"] = {
+        content |= {"loss": 0.41, "correction": {"nll": 0.38}}
+        content["systems"] = {
             name: {"nll": nll, "acc": 1 - nll / 2, "seconds": 20.0, "peak_bytes": 1_940_000_000}
             for name, nll in (
                 ("base", 1.1597),
@@ -58,14 +58,14 @@ def result(seed: int = 1, blocks: int = 24, whole: bool = True) -> dict[str, Any
                 ("base+corrected", 0.18),
             )
         }
-        found["metrics"] = {"nll": {"higher_is_better": False}, "acc": {"higher_is_better": True}}
-    return found
+        content["metrics"] = {"nll": {"higher_is_better": False}, "acc": {"higher_is_better": True}}
+    return content
 
 
 def add(store: Store, name: str, fingerprint: str | None = None, **settings: Any) -> ZooJob:
     """Add a job that waits."""
-    given = {"model": f"/models/{name}", "data": "/data/rows.jsonl", **settings}
-    job = ZooJob(name=name, **given)
+    arguments = {"model": f"/models/{name}", "data": "/data/rows.jsonl", **settings}
+    job = ZooJob(name=name, **arguments)
     store.add([job], [fingerprint or f"{name}-fingerprint"])
     return job
 
@@ -88,20 +88,20 @@ def all_states(directory: Path) -> Path:
         Outcome(None, result=result(3), host="node-1"),
     )
     idle = [{**linear, "relative_error": None} for linear in linears(6, "model.visual.blocks")]
-    of_text = {**result(5, whole=False), "linears": [*idle, *linears(24)]}
+    of_text = {**result(5, complete=False), "linears": [*idle, *linears(24)]}
     run(store, add(store, "only-the-emulator"), Outcome(None, result=of_text))
-    unclear = result(2, blocks=16, whole=False)
+    unclear = result(2, blocks=16, complete=False)
     unclear["linears"][20]["relative_error"] = math.nan
     run(store, add(store, "not-a-number"), Outcome(None, result=unclear))
     slow = add(store, "second-try")
     run(store, slow, Outcome("out of memory", "The worker was killed while it made the emulator; calibration samples "
         "64 -> 32."), again=True, smaller=slow.smaller("emulator"))  # fmt: skip
-    run(store, slow, Outcome(None, result=result(7, whole=False)), 2)
+    run(store, slow, Outcome(None, result=result(7, complete=False)), 2)
     broken = add(store, "a-very-long-name-of-a-model-that-does-not-fit-anywhere-70B-Instruct-v0.3-preview-2026",
                  model=f"/models/{HOSTILE}")  # fmt: skip
     run(store, broken, Outcome("bad input", f"{HOSTILE} model-00002.safetensors ends too early."), log=LOG)
-    tried = add(store, "to-be-tried-again")
-    run(store, tried, Outcome("input/output", "\x1b[31mThe disk did not answer."), again=True, log=b"slow\n")
+    retried = add(store, "to-be-tried-again")
+    run(store, retried, Outcome("input/output", "\x1b[31mThe disk did not answer."), again=True, log=b"slow\n")
     add(store, "the-same-again", "tiny-alpaca-1B-fingerprint")
     add(store, "waits")
     store.plan({"waits": Demand(memory=8_000_000_000, disk=20_000_000_000, base=16_000_000_000, emulator=9_600_000_000,

@@ -107,7 +107,7 @@ def test_planned_weights_are_said_to_be(written):
 
 def test_a_gpus_peak_goes_before_the_processs(tmp_path):
     store = Store(tmp_path, create=True)
-    result = zoos.result(whole=False)
+    result = zoos.result(complete=False)
     result["stages"]["emulator"]["peak_cuda_bytes"] = 123
     zoos.run(store, zoos.add(store, "one"), Outcome(None, result=result))
     store.close()
