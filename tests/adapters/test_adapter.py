@@ -1,4 +1,4 @@
-"""An adapter's numbers: those that its scale is computed from, and those of its weights."""
+"""An adapter's numbers: those that its scale is computed from, and its weights."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_a_scale_has_to_be_finite(tmp_path, field, number):
 
 
 @pytest.mark.parametrize(
-    ("half", "said"),
+    ("half", "message"),
     [
         (torch.full((4, 16), float("nan")), "NaN"),
         (torch.full((4, 16), float("inf")), "NaN or Inf"),
@@ -73,8 +73,8 @@ def test_a_scale_has_to_be_finite(tmp_path, field, number):
         (torch.ones(0, 16), "rank 4"),
     ],
 )
-def test_halves_are_finite_floats_of_one_rank(tmp_path, half, said):
-    with pytest.raises(EmlocError, match=said):
+def test_halves_are_finite_floats_of_one_rank(tmp_path, half, message):
+    with pytest.raises(EmlocError, match=message):
         _ = Adapter(write(tmp_path / "adapter", A=half)).loras
 
 

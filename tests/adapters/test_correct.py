@@ -243,7 +243,7 @@ def test_an_adapter_of_the_base_itself_needs_no_correction(tiny_model, tmp_path)
 
 
 def named(adapter, name):
-    """Have an adapter say that it was trained on another model."""
+    """Make an adapter say that it was trained on another model."""
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": name}))
     return adapter
@@ -378,7 +378,7 @@ def test_a_model_that_computes_all_logits_has_the_same_loss(tiny_model):
     chosen = summed_loss(skeleton, samples, {}).tolist()
     forward = skeleton.model.forward
 
-    def of_all_tokens(input_ids, **others):  # by its signature, it cannot leave any out
+    def of_all_tokens(input_ids, **others):  # its signature has no way to leave any out
         return forward(input_ids, **others)
 
     skeleton.model.forward = of_all_tokens

@@ -1,4 +1,4 @@
-"""Embeddings and output layers that are trained themselves are carried over and merged."""
+"""Trained embeddings and output layers are carried over and merged."""
 
 import json
 from contextlib import nullcontext
@@ -49,10 +49,10 @@ def adapter_on(emulator, directory, **settings):
     return directory
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["embeddings", "output", "both", "tokens"])
-def test_they_are_carried_over_and_merged(models, tmp_path, way):
+@pytest.mark.parametrize("options", WAYS, ids=["embeddings", "output", "both", "tokens"])
+def test_they_are_carried_over_and_merged(models, tmp_path, options):
     base, emulator = models
-    adapter = adapter_on(emulator, tmp_path / "adapter", **way)
+    adapter = adapter_on(emulator, tmp_path / "adapter", **options)
     corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp=1)).run()
     trained, kept = Adapter(adapter).others, Adapter(corrected).others
     assert trained.keys() == kept.keys()
@@ -62,10 +62,10 @@ def test_they_are_carried_over_and_merged(models, tmp_path, way):
     with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), corrected).eval()
     with torch.no_grad():
         expected = with_adapter(IDS).logits
-        found = AutoModelForCausalLM.from_pretrained(merged).eval()(IDS).logits
+        actual = AutoModelForCausalLM.from_pretrained(merged).eval()(IDS).logits
         before = AutoModelForCausalLM.from_pretrained(base).eval()(IDS).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - before).abs().max() > 0.01
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert (actual - before).abs().max() > 0.01
 
 
 def test_candidates_are_compared_with_them(models, tmp_path):
@@ -73,10 +73,10 @@ def test_candidates_are_compared_with_them(models, tmp_path):
     base, emulator = models
     adapter = adapter_on(emulator, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
     job = correct_job(adapter, base, tmp_path / "a", CorrectSettings())
-    found, losses = job._compare(job._candidates()[:1], lambda *_: None)
+    loras, losses = job._compare(job._candidates()[:1], lambda *_: None)
     uncorrected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     layers = uncorrected.get_base_model()
-    for path, (lora, *_) in found.items():
+    for path, (lora, *_) in loras.items():
         module = layers.get_submodule(path)
         module.lora_A["default"].weight.data, module.lora_B["default"].weight.data = lora.a, lora.b
         module.scaling["default"] = lora.scale
@@ -136,11 +136,13 @@ def test_one_matrix_is_not_trained_in_two_ways(models, rows_file, tmp_path):
 
 
 def _with(**tensors):
-    return lambda found: found | {f"base_model.model.{path}.weight": tensor for path, tensor in tensors.items()}
+    return lambda weights: weights | {f"base_model.model.{path}.weight": tensor for path, tensor in tensors.items()}
 
 
 def _rows(cut):
-    return lambda found: {key: tensor[cut].contiguous() if "token" in key else tensor for key, tensor in found.items()}
+    return lambda weights: {
+        key: tensor[cut].contiguous() if "token" in key else tensor for key, tensor in weights.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rank allocators: one budget, kept to, and spent where it gains the most."""
+"""Rank allocators keep to one budget, and spend it where it gains the most."""
 
 import itertools
 
@@ -24,16 +24,16 @@ RATIOS = st.floats(0.05, 0.95)
 
 
 def spectra_of(shapes, seed=0):
-    """Random spectra, some steep, some flat, some all zero: of Linears that only ever answered 0."""
+    """Random spectra: some steep, some flat, some all zero, as of Linears whose outputs are always 0."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    spectra = []
     for index, (m, n) in enumerate(shapes):
         decay = float(torch.rand((), generator=generator)) * 0.9 + 0.1
         energies = decay ** torch.arange(min(m, n), dtype=torch.float64) * 10.0 ** (index % 7)
-        found.append(
+        spectra.append(
             Spectrum(f"l{index}", "b", torch.zeros_like(energies) if index % 5 == 4 else energies, 0.1 + index % 3)
         )
-    return found
+    return spectra
 
 
 def parameters(shapes, ranks):
@@ -115,12 +115,12 @@ def test_ranks_go_where_an_error_disturbs_more():
 
 def test_scale_of_the_activations_does_not_matter():
     shapes = [(32, 48), (48, 32), (32, 32)]
-    found = spectra_of(shapes)
+    spectra = spectra_of(shapes)
     scaled = [
-        Spectrum(each.path, each.block, each.energies * 8.0**index, each.sensitivity)
-        for index, each in enumerate(found)
+        Spectrum(spectrum.path, spectrum.block, spectrum.energies * 8.0**index, spectrum.sensitivity)
+        for index, spectrum in enumerate(spectra)
     ]
-    assert global_budget(shapes, 0.6, found) == global_budget(shapes, 0.6, scaled)
+    assert global_budget(shapes, 0.6, spectra) == global_budget(shapes, 0.6, scaled)
 
 
 def plan_of(shapes):

@@ -1,4 +1,4 @@
-"""The correction against the reference's outputs, and the identity that it exists for."""
+"""The correction against the reference's outputs, and the identity that it has to satisfy."""
 
 import json
 

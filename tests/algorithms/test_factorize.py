@@ -75,15 +75,15 @@ def test_error_is_the_least_possible(m, n, tokens, share, side, outlier, seed):
         # With the eigenvectors of the whole matrix in fp32, these two are 1.002 times the least error.
         ("input", 6, torch.float32),
         ("output", 6, torch.float32),
-        ("input", 20, torch.float64),  # without what dominates, too, the rounding is more than what is cut off
+        ("input", 20, torch.float64),  # even without what dominates, rounding exceeds what is cut off
     ],
 )
 def test_fp32_serves_as_far_as_it_resolves_what_is_cut_off(side, decay, dtype):
     """Two directions that dominate, as those of massive activations do, and a spectrum that falls."""
     generator = torch.Generator().manual_seed(0)
-    place = torch.arange(1, 301) / 300
+    position = torch.arange(1, 301) / 300
     weight = torch.randn(320, 300, generator=generator)
-    inputs = torch.randn(900, 300, generator=generator) * ((-decay * place).exp() / place).sqrt()
+    inputs = torch.randn(900, 300, generator=generator) * ((-decay * position).exp() / position).sqrt()
     inputs[:, :2] *= 10
     factors = factorize(weight, gram_of(weight, inputs, side, torch.float32), 120)
     least = factorize(weight, gram_of(weight, inputs, side), 120).relative_error()
@@ -94,7 +94,7 @@ def test_fp32_serves_as_far_as_it_resolves_what_is_cut_off(side, decay, dtype):
 
 @pytest.mark.parametrize(("m", "n", "tokens"), [(64, 256, 5), (64, 64, 8), (96, 96, 2), (48, 200, 12)])
 def test_fewer_tokens_than_the_rank_are_answered_exactly(m, n, tokens):
-    """All that is left of the outputs' Gram is rounding, which is above zero and below it."""
+    """Only rounding errors are left of the outputs' Gram, above zero and below it."""
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(m, n, generator=generator), torch.randn(tokens, n, generator=generator)
     factors = factorize(weight, gram_of(weight, inputs, "input", torch.float32).through(weight), 25)
@@ -115,7 +115,7 @@ def massive(kind: str, scale: float, size: int, generator: torch.Generator) -> t
         inputs[::8] *= scale
     elif kind == "every token":  # a direction that all of them share
         inputs += scale * size**0.5 * torch.randn(2048, 1, generator=generator) * inputs[:1] / inputs[0].norm()
-    elif kind == "last":  # which is summed when all others have been
+    elif kind == "last":  # summed after all others
         inputs[-1] *= scale
     return inputs
 
@@ -165,7 +165,7 @@ def test_any_scale_that_fp32_holds_is_factorised_alike(inputs_scale, weight_scal
 
 
 def test_the_heavy_rows_that_are_kept_are_few_and_the_sum_is_that_of_all():
-    """A token alike in every row, as the first of a sequence is: many rows, one direction."""
+    """A token that is the same in every row, like the first of a sequence: many rows, one direction."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8192, 64, generator=generator)
     rows[::64] += 1e3 * torch.randn(64, generator=generator)
@@ -208,9 +208,9 @@ def test_full_rank_is_the_weight_itself(m, n):
 def test_one_spectrum_serves_every_rank():
     weight, inputs = torch.randn(16, 16), torch.randn(100, 16)
     gram = gram_of(weight, inputs, "output")
-    whole = factorize(weight, gram, 16)
+    full = factorize(weight, gram, 16)
     for rank in (1, 5, 11):
-        assert whole.relative_error(rank) == pytest.approx(factorize(weight, gram, rank).relative_error(), abs=1e-9)
+        assert full.relative_error(rank) == pytest.approx(factorize(weight, gram, rank).relative_error(), abs=1e-9)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

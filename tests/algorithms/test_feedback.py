@@ -1,4 +1,4 @@
-"""Rounding with feedback: that every part of it lowers the loss of the outputs, and where it ends."""
+"""Rounding with feedback: every part of it lowers the loss of the outputs; and where it ends."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ def inputs_gram(n, seed=0, rows=50):
     return inputs.T @ inputs
 
 
-def loss(matrix, found, damped):
-    apart = (matrix - found).double()
+def loss(matrix, rounded, damped):
+    apart = (matrix - rounded).double()
     with damped.matrix() as gram:
         return float((apart @ gram.double() * apart).sum())
 
@@ -37,25 +37,25 @@ cases = given(m=st.integers(1, 6), n=st.integers(1, 200), seed=st.integers(0, 2*
 @cases
 def test_no_pass_of_descent_raises_the_loss(m, n, seed):
     matrix, gram = 2 * draw(m, n, seed=seed), Damped(inputs_gram(n, seed))
-    found = matrix.round()
+    rounded = matrix.round()
     for _ in range(3):
-        before = loss(matrix, found, gram)
-        found = descended(found, descent(matrix, found, gram), gram, to_integers)
-        assert loss(matrix, found, gram) <= before * (1 + 1e-5)
-        assert torch.equal(found, found.round())
+        before = loss(matrix, rounded, gram)
+        rounded = descended(rounded, descent(matrix, rounded, gram), gram, to_integers)
+        assert loss(matrix, rounded, gram) <= before * (1 + 1e-5)
+        assert torch.equal(rounded, rounded.round())
 
 
 def test_descent_ends_where_no_number_alone_can_be_better():
     matrix, gram = 2 * draw(4, 150), Damped(inputs_gram(150))
-    found, before = with_feedback(matrix, gram, to_integers), None
-    while before is None or not torch.equal(found, before):
-        before, slopes = found, descent(matrix, found, gram)
-        found = descended(found.clone(), slopes, gram, to_integers)
-    least = loss(matrix, found, gram)
+    rounded, before = with_feedback(matrix, gram, to_integers), None
+    while before is None or not torch.equal(rounded, before):
+        before, slopes = rounded, descent(matrix, rounded, gram)
+        rounded = descended(rounded.clone(), slopes, gram, to_integers)
+    least = loss(matrix, rounded, gram)
     for row in range(4):
         for column in range(150):
             for step in (-1, 1):
-                other = found.clone()
+                other = rounded.clone()
                 other[row, column] += step
                 assert loss(matrix, other, gram) > least
 
@@ -65,15 +65,15 @@ def test_descent_finds_the_best_of_all_choices_where_there_are_few():
     matrix = 2 * draw(20, 3, seed=5)
     near = matrix.floor()[:, None] + torch.cartesian_prod(*[torch.arange(-1.0, 3.0)] * 3)
     apart = matrix[:, None] - near
-    with gram.matrix() as whole:
-        best = (apart @ whole * apart).sum(-1).amin(1)
+    with gram.matrix() as gram_matrix:
+        best = (apart @ gram_matrix * apart).sum(-1).amin(1)
     plain = matrix.round()
-    found = with_feedback(matrix, gram, to_integers)
+    fitted = with_feedback(matrix, gram, to_integers)
     for _ in range(5):
-        found = descended(found, descent(matrix, found, gram), gram, to_integers)
-    apart, plain = matrix - found, matrix - plain
-    with gram.matrix() as whole:
-        reached, rounded = ((each @ whole * each).sum(1) for each in (apart, plain))
+        fitted = descended(fitted, descent(matrix, fitted, gram), gram, to_integers)
+    apart, plain = matrix - fitted, matrix - plain
+    with gram.matrix() as gram_matrix:
+        reached, rounded = ((difference @ gram_matrix * difference).sum(1) for difference in (apart, plain))
     assert bool((reached >= best * (1 - 1e-5)).all())
     assert float((reached - best).sum()) < 0.1 * float((rounded - best).sum())
 
@@ -83,10 +83,10 @@ def test_the_factor_of_a_gram_gives_it_again(n):
     gram = Damped(inputs_gram(n, rows=2 * n))
     factor = gram.factor.triu().double()
     assert torch.allclose(factor.diagonal(), torch.ones(n).double())
-    with gram.matrix() as whole:
-        ordered = whole[gram.order][:, gram.order].double()
-    left = torch.linalg.solve_triangular(factor, ordered, upper=True)
-    middle = torch.linalg.solve_triangular(factor.T, left, upper=False, left=False)  # U^-1 G U^-T is diagonal
+    with gram.matrix() as gram_matrix:
+        ordered = gram_matrix[gram.order][:, gram.order].double()
+    solved = torch.linalg.solve_triangular(factor, ordered, upper=True)
+    middle = torch.linalg.solve_triangular(factor.T, solved, upper=False, left=False)  # U^-1 G U^-T is diagonal
     scale = middle.diagonal().rsqrt()
     apart = scale[:, None] * middle * scale - torch.eye(n)
     assert float(apart.norm()) < 1e-3 * n**0.5
@@ -107,8 +107,8 @@ def test_the_order_of_the_inputs_does_not_matter():
     matrix, gram = draw(16, 64, seed=2), Damped(inputs_gram(64))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     there = torch.empty_like(matrix)
-    with gram.matrix() as whole:
-        other = Damped(whole[order][:, order], 0)
+    with gram.matrix() as gram_matrix:
+        other = Damped(gram_matrix[order][:, order], 0)
     there[:, order] = with_feedback(matrix[:, order], other, to_integers)
     assert torch.equal(with_feedback(matrix, gram, to_integers), there)
 
@@ -125,12 +125,12 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
     scales = levels._scales(matrix, count)
     grid = levels._Grid(count, scales, n)
     units = grid.units(matrix.T)
-    with gram.matrix() as whole:
-        better, descent = levels._fitted(whole @ matrix.T, units, whole, scales)
+    with gram.matrix() as gram_matrix:
+        better, descent = levels._fitted(gram_matrix @ matrix.T, units, gram_matrix, scales)
         rest = matrix.T - levels._Grid(count, better, n).numbers(units.clone())
-        assert torch.allclose(descent, whole @ rest, atol=1e-4 * float((whole @ matrix.T).abs().max()))
-        found, units = better.float(), units.T
-        root = torch.linalg.cholesky(whole.double())
+        assert torch.allclose(descent, gram_matrix @ rest, atol=1e-4 * float((gram_matrix @ matrix.T).abs().max()))
+        fitted, units = better.float(), units.T
+        root = torch.linalg.cholesky(gram_matrix.double())
     for row in range(m):
         columns = torch.stack([
             units[row, start : start + levels.GROUP].double() @ root[start : start + levels.GROUP]
@@ -139,10 +139,10 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
         best = torch.linalg.lstsq(columns, (matrix[row].double() @ root)[:, None], driver="gelsd").solution[:, 0]
         if bool((best > 1e-3).all()):
             # In bf16. What counts is the outputs: the scale of a few numbers that hardly matter is found less exactly.
-            apart = columns @ (found[row].double() - best)
+            apart = columns @ (fitted[row].double() - best)
             assert apart.norm() <= 5e-3 * (columns @ best).norm()
         elif bool((best < -1e-3).any()):
-            assert torch.equal(found[row], scales[row].float())
+            assert torch.equal(fitted[row], scales[row].float())
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
     weights, ranks = [draw(m, 300, seed=m) for m in (40, 24, 70)], [6, 4, 9]
     fit = kind.fit
     together = fit(weights, gram, ranks)
-    for weight, rank, found in zip(weights, ranks, together, strict=True):
+    for weight, rank, joint in zip(weights, ranks, together, strict=True):
         (alone,) = fit([weight], gram, [rank])
-        packed = [kind.pack(of, torch.float32) for of in (found, alone)]
+        packed = [kind.pack(fitted, torch.float32) for fitted in (joint, alone)]
         assert all(torch.equal(part, packed[1][name]) for name, part in packed[0].items())
 
 
@@ -170,7 +170,7 @@ def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
     assert torch.equal(first.factor, Damped(before.clone()).factor)
     with_feedback(draw(3, 90), first, to_integers)
     descended(draw(3, 90).round(), draw(3, 90), first, to_integers)
-    assert torch.equal(gram.matrix, before)  # it lends its diagonal, and no more
+    assert torch.equal(gram.matrix, before)  # only its diagonal was changed, and restored
     gram.add(draw(1, 90))
     assert damped(gram) is not first
 
@@ -181,12 +181,12 @@ def test_some_rows_at_a_time_round_to_what_all_do(count, monkeypatch):
     matrix, inputs = torch.randn(50, 40, generator=generator), torch.randn(90, 40, generator=generator)
     gram, levels_of_four_bits = Damped(inputs.T @ inputs), torch.linspace(-1, 1, 16)
     scales = matrix.abs().amax(1, keepdim=True).expand_as(matrix)
-    whole = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
+    together = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
     monkeypatch.setitem(feedback.ROWS, "cpu", 16)
     parts = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
-    assert torch.equal(whole[0].indices, parts[0].indices)
-    assert torch.equal(whole[0].scales, parts[0].scales)
-    assert torch.equal(whole[1], parts[1])
+    assert torch.equal(together[0].indices, parts[0].indices)
+    assert torch.equal(together[0].scales, parts[0].scales)
+    assert torch.equal(together[1], parts[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -197,10 +197,10 @@ def test_a_gram_in_single_precision_is_the_rounded_sum(dtype, massive):
     rows[1, 9] -= massive
     gram = Gram("input", 700, dtype)
     gram.add(rows)
-    whole = gram.matrix
-    assert whole.dtype == (torch.float64 if massive else dtype)
+    exact = gram.matrix
+    assert exact.dtype == (torch.float64 if massive else dtype)
     assert gram.single.dtype == torch.float32
-    assert torch.allclose(gram.single, whole.float(), rtol=2**-23, atol=0)
+    assert torch.allclose(gram.single, exact.float(), rtol=2**-23, atol=0)
     assert torch.equal(gram.single, gram.single.T)
 
 

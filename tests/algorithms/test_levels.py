@@ -51,10 +51,10 @@ def test_without_feedback_every_number_is_rounded_to_the_nearest(m, n, count, po
     matrix = draw(m, n, seed=seed) * 10**power
     codes, scales = rounded(matrix, torch.eye(n), count)
     assert (codes.numel(), scales.numel()) == (-(-m * n // digits(count)), m * -(-n // GROUP))
-    found = unpack(codes, scales, torch.float32, (m, n), count)
+    numbers = unpack(codes, scales, torch.float32, (m, n), count)
     choices = scales.float().repeat_interleave(GROUP, 1)[:, :n, None] * torch.tensor(LEVELS[count])
     nearest = (choices - matrix[..., None]).abs().amin(-1)
-    assert torch.allclose((found - matrix).abs(), nearest, rtol=1e-4, atol=1e-5 * 10**power)
+    assert torch.allclose((numbers - matrix).abs(), nearest, rtol=1e-4, atol=1e-5 * 10**power)
 
 
 @settings(max_examples=20, deadline=None)
@@ -66,7 +66,7 @@ def test_scales_are_those_with_which_the_nearest_levels_lose_least(n, count, zer
 
     def lost(scales):
         choices = scales[..., None] * torch.tensor(LEVELS[count])
-        # A zero is one of no level: which it is rounded to depends on no scale.
+        # A zero is on no level, and no scale changes which level it is rounded to.
         return ((choices - matrix[..., None]).square().amin(-1) * (matrix != 0)).sum(1)
 
     tried = [lost((share * typical).clamp(min=1e-38).bfloat16().float()) for share in torch.linspace(0.5, 1.5, 21)]
@@ -77,14 +77,14 @@ def test_scales_are_those_with_which_the_nearest_levels_lose_least(n, count, zer
 @pytest.mark.parametrize("size", [0, 1e-30, 1e12])
 def test_inputs_may_all_be_zero_or_of_any_size(count, size):
     matrix = draw(3, 300)
-    found = unpacked(matrix, size * torch.eye(300), count)
-    assert float((found - matrix).norm() / matrix.norm()) < 0.5
+    numbers = unpacked(matrix, size * torch.eye(300), count)
+    assert float((numbers - matrix).norm() / matrix.norm()) < 0.5
 
 
 def test_what_is_zero_stays_finite():
     for count in LEVELS:
-        found = unpacked(torch.zeros(3, 300), torch.eye(300), count)
-        assert float(found.abs().max()) < 1e-30
+        numbers = unpacked(torch.zeros(3, 300), torch.eye(300), count)
+        assert float(numbers.abs().max()) < 1e-30
 
 
 @pytest.mark.parametrize(("count", "lost"), [(3, 0.19), (6, 0.058)])
@@ -108,7 +108,7 @@ def test_with_six_levels_errors_stay_out_of_directions_without_inputs():
     inputs = draw(2000, 256, seed=1) * torch.logspace(0, -3, 256) @ directions.T
     matrix, rare = draw(64, 256, seed=2), directions[:, 128:]
     errors = [matrix - unpacked(matrix, gram, 6) for gram in (inputs.T @ inputs, torch.eye(256))]
-    seen, unseen = ([float((error @ of).norm()) for error in errors] for of in (inputs.T, rare))
+    seen, unseen = ([float((error @ vectors).norm()) for error in errors] for vectors in (inputs.T, rare))
     assert seen[0] < 0.4 * seen[1]
     assert unseen[0] < 1.7 * unseen[1]  # with the damping of four bits: twice
 

@@ -9,18 +9,18 @@ from emloc_core.standins.layer import product
 
 
 def through(multiply, x, size):
-    """Return a product under autocast, and the gradient of its input where that of the product is of some size."""
+    """Return a product under autocast, and its input's gradient where all of the product's gradient is ``size``."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        found = multiply(x)
-    found.backward(torch.full_like(found, size))
-    return found, x.grad
+        output = multiply(x)
+    output.backward(torch.full_like(output, size))
+    return output, x.grad
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-8], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "apart"), [(torch.float16, 0), (torch.bfloat16, 0), (torch.float32, 0.01)], ids=str
-)  # in fp32 the gradient is exacter
+)  # in fp32 the gradient is more exact
 def test_autocast_computes_as_for_an_ordinary_linear(dtype, apart, size):
     generator = torch.Generator().manual_seed(0)
     x, matrix = (torch.randn(shape, generator=generator) for shape in ((5, 32), (16, 32)))
@@ -35,11 +35,11 @@ def test_autocast_computes_as_for_an_ordinary_linear(dtype, apart, size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_without_autocast_the_matrix_decides(dtype):
     x, matrix = torch.randn(5, 32), torch.randn(16, 32, dtype=dtype)
-    found = product(x, lambda part: part, matrix)
-    torch.testing.assert_close(found, functional.linear(x.to(dtype), matrix), rtol=0, atol=0)
+    output = product(x, lambda part: part, matrix)
+    torch.testing.assert_close(output, functional.linear(x.to(dtype), matrix), rtol=0, atol=0)
 
 
 def test_whole_numbers_are_refused():
-    """Code that casts inputs to the dtype of its weight makes them of what is packed."""
+    """Code that casts inputs to the dtype of its weight casts them to that of the packed bytes."""
     with pytest.raises(EmlocError, match="integers"):
         product(torch.ones(2, 3, dtype=torch.uint8), lambda: torch.ones(4, 3))

@@ -32,9 +32,9 @@ def test_kernels_round_as_torch_does(m, n, count, width, stay, monkeypatch):
 
     expected = rounded()
     monkeypatch.setattr(feedback, "by_kernels", lambda *_: True)
-    found = rounded()
-    for there, here in zip(found, expected, strict=True):
-        # The order of sums is another, so a number at a border may be rounded the other way, and others after it.
+    actual = rounded()
+    for there, here in zip(actual, expected, strict=True):
+        # Sums are taken in another order, so a number at a border may be rounded the other way, and others after it.
         assert (there - here).abs().lt(1e-5).float().mean() > 0.99
         losses = [float(((matrix - part) @ (matrix - part).T).diagonal().sum()) for part in (there, here)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -1,4 +1,4 @@
-"""A small language model whose blocks, and the way in which they run, are an attack's: what it looks like is up to it.
+"""A small language model whose blocks, and the way in which they run, come from an attack.
 
 An attack is a name in :data:`ATTACKS`. Its blocks are built from the config, and ``flow`` runs them.
 """
@@ -29,11 +29,11 @@ class Attack:
     """A model that looks like another.
 
     Attributes:
-        blocks: makes so many of them; several lists where there are several stacks.
+        blocks: makes as many blocks as asked for; several lists where there are several stacks.
         flow: runs them: takes the blocks of every stack and the embedded tokens.
         tied: ``_tied_weights_keys`` of the model.
         right: whether it has to be compressed; if not, it may be refused.
-        config: what the config says besides.
+        config: further fields of the config.
     """
 
     blocks: Callable[[int], Blocks | dict[str, Blocks]]
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in "qkvo")
 
     def forward(self, x: torch.Tensor, keys: Any = None, values: Any = None, *, causal: bool = True) -> torch.Tensor:
-        """Attend to what ``keys`` and ``values`` were made of, or to x itself."""
+        """Attend to the inputs ``keys`` and ``values``, or to x itself."""
         keys = x if keys is None else keys
         values = keys if values is None else values
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -88,7 +88,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """An ordinary block, one after the other; attacks change parts of it.
+    """An ordinary block, with the MLP after the attention; attacks change parts of it.
 
     Args:
         index: of the block.
@@ -101,11 +101,11 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(), Mlp()
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the attention makes of x."""
+        """Return the attention's output for x."""
         return self.attention(x)
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the MLP makes of x."""
+        """Return the MLP's output for x."""
         return self.mlp(x)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Attacks on what a tiny model of the config lacks: blocks behind the second do something else.
 
-With so many tokens a model is looked at with two blocks, and a small vocabulary.
+A model with so large a vocabulary is inspected with two blocks and a small one.
 """
 
 from torch import nn
@@ -25,8 +25,8 @@ class CalledTwiceFarUp(Block):
     """Behind the first two blocks, a Linear runs twice."""
 
     def attend(self, x):
-        found = super().attend(x)
-        return found if self.index < 2 else found + self.attention.o(found)
+        attended = super().attend(x)
+        return attended if self.index < 2 else attended + self.attention.o(attended)
 
 
 @attack(config=LARGE)

@@ -188,9 +188,9 @@ ATTACKS["MiddleBlockByForward"] = Attack(blocks, _middle_by_forward)
 
 
 class _Notes:
-    """Where blocks leave what others read."""
+    """What one block leaves for another."""
 
-    left: torch.Tensor
+    hidden: torch.Tensor
 
 
 NOTES = _Notes()
@@ -202,13 +202,13 @@ class PassedOnAside(Block):
 
     def forward(self, hidden):
         if self.index == 0:
-            NOTES.left = hidden
-        return super().forward(hidden + NOTES.left.flip(-1) if self.index == 2 else hidden)
+            NOTES.hidden = hidden
+        return super().forward(hidden + NOTES.hidden.flip(-1) if self.index == 2 else hidden)
 
 
 @attack()
 class KeepsTheLastInput(Block):
-    """Every block adds what it was given by the forward before."""
+    """Every block adds its input in the forward before."""
 
     last = None
 

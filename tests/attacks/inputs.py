@@ -79,7 +79,7 @@ class DiffersWithContent(Block):
 
 @attack()
 class ChangedInPlace(Block):
-    """Between two Linears, what both of them read is changed: one tensor, two inputs."""
+    """The tensor that two Linears read is changed between them: one tensor, two inputs."""
 
     def feed(self, x):
         gate = self.mlp.gate(x)
@@ -97,7 +97,7 @@ class OutputChangedInPlace(Block):
 
 @attack()
 class AlmostEqual(Block):
-    """One Linear reads the input as bfloat16 has it."""
+    """One Linear reads the input rounded to bfloat16."""
 
     def feed(self, x):
         return self.mlp.down(functional.silu(self.mlp.gate(x)) * self.mlp.up(x.bfloat16().float()))

@@ -13,7 +13,7 @@ from attacks.architecture import ATTACKS, VOCABULARY, OddConfig, OddForCausalLM
 from emloc_core.conformance.inputs import as_sample, number_tokenizer
 from emloc_core.files.pretrained import load_model
 
-#: Tokens of the rows: some are longer than those that a model is looked at with.
+#: Tokens of the rows: some rows are longer than those with which a model is inspected.
 LENGTHS = (13, 24, 40, 18, 61, 35)
 #: What is tried with every change, and in CI; each stands for others like it.
 ALWAYS = ("ParallelByIndex", "ChangedInPlace", "CastToADtype")
@@ -76,11 +76,11 @@ def test_the_stages_as_users_call_them_are_right_too(save, tmp_path, kind):
     adapter = emloc.train(emulator, data, tmp_path / "adapter", **settings, gradient_checkpointing=False)
     corrected = emloc.correct(adapter, tmp_path / "corrected", base=base)
     merged = emloc.merge(corrected, tmp_path / "merged", base=base)
-    whole = load_model("AutoModelForCausalLM", base).eval()
+    model = load_model("AutoModelForCausalLM", base).eval()
     loras = reference.loras(tmp_path / "corrected")
-    by_hand = {path: whole.get_submodule(path).weight + lora.delta for path, lora in loras.items()}
-    wanted, row = reference.with_weights(whole, by_hand), [{"input_ids": torch.tensor([numbers[0]])}]
-    found = load_model("AutoModelForCausalLM", tmp_path / "merged").eval()
-    torch.testing.assert_close(reference.logits(found, row), reference.logits(wanted, row), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(reference.logits(found, row)[0], reference.logits(whole, row)[0], atol=1e-4)
+    by_hand = {path: model.get_submodule(path).weight + lora.delta for path, lora in loras.items()}
+    wanted, row = reference.with_weights(model, by_hand), [{"input_ids": torch.tensor([numbers[0]])}]
+    actual = load_model("AutoModelForCausalLM", tmp_path / "merged").eval()
+    torch.testing.assert_close(reference.logits(actual, row), reference.logits(wanted, row), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(reference.logits(actual, row)[0], reference.logits(model, row)[0], atol=1e-4)
     assert str(merged) == str(tmp_path / "merged")

@@ -67,8 +67,8 @@ class CalledTwice(Block):
     """A Linear runs twice in a forward, on its own result."""
 
     def attend(self, x):
-        found = super().attend(x)
-        return found + self.attention.o(found)
+        attended = super().attend(x)
+        return attended + self.attention.o(attended)
 
 
 @attack()
@@ -93,14 +93,14 @@ class CalledAndReadByAnotherName(Block):
     """A square Linear is called, and its weight also read by a name that no source of the block shows."""
 
     def attend(self, x):
-        found = super().attend(x)
+        attended = super().attend(x)
         square = getattr(self.attention, "o")  # noqa: B009
-        return found + functional.linear(found, getattr(square, "weight").T)  # noqa: B009
+        return attended + functional.linear(attended, getattr(square, "weight").T)  # noqa: B009
 
 
 @attack()
 class CastToADtypeByAnotherName(Block):
-    """The input is cast to the dtype of the weight, which packed weights have not."""
+    """The input is cast to the dtype of the weight, which packed weights do not have."""
 
     def feed(self, x):
         weight = getattr(self.mlp.up, "weight")  # noqa: B009
@@ -109,7 +109,7 @@ class CastToADtypeByAnotherName(Block):
 
 @attack(right=True)
 class CastToADtype(Block):
-    """The same, as transformers has it."""
+    """The same, by the name that transformers uses."""
 
     def __init__(self, index):
         super().__init__(index)
@@ -121,7 +121,7 @@ class CastToADtype(Block):
 
 @attack(right=True)
 class CalledByItsForward(Block):
-    """Hooks see nothing of a Linear whose forward is called itself."""
+    """A Linear's forward is called directly, so hooks see nothing of it."""
 
     def feed(self, x):
         return self.mlp.down(functional.silu(self.mlp.gate.forward(x)) * self.mlp.up(x))
@@ -191,7 +191,7 @@ class WithAdapters(Block):
 
 @attack(right=True)
 class NamedLikeAWeight(Block):
-    """The name of a Linear ends as that of its weight does, which readers of packed checkpoints take for that."""
+    """A Linear's name ends like that of its weight, and readers of packed checkpoints take it for a weight's."""
 
     def __init__(self, index):
         super().__init__(index)
@@ -222,9 +222,9 @@ class KeepsAMean(Block):
         self.register_buffer("mean", torch.zeros(WIDTH))
 
     def feed(self, x):
-        found = self.mlp(x - self.mean)
+        output = self.mlp(x - self.mean)
         self.mean.mul_(0.5).add_(x.detach().mean((0, 1)), alpha=0.5)
-        return found
+        return output
 
 
 @attack()

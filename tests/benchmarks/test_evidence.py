@@ -20,31 +20,31 @@ MEMORY = {"nf4": 0.28, "2.7-bit": 0.17}
 TASKS = ("extraction", "classification", "arithmetic")
 
 
-@pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, of in RECOVERY.items() for ratio in of])
+@pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, ratios in RECOVERY.items() for ratio in ratios])
 def test_plans_say_what_was_measured(kind, ratio):
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["recovery"]
     factors = 0.13 if kind == "low-rank-2-bit" else 0.28  # of 16 bits, scales included
     memory = round(BESIDE.get(kind, 0) + factors * ratio, 2) if ratio else MEMORY[kind]
-    for system, told in zip(("auto", "polish20"), RECOVERY[kind][ratio][:2], strict=True):
+    for system, recovery in zip(("auto", "polish20"), RECOVERY[kind][ratio][:2], strict=True):
         wanted = (f"{kind}+{system}", memory)
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
-        found = [means[task] for task in TASKS]
-        assert told == pytest.approx(mean(found), abs=0.005)
+        task_means = [means[task] for task in TASKS]
+        assert recovery == pytest.approx(mean(task_means), abs=0.005)
 
 
-@pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, of in RECOVERY.items() for ratio in of])
+@pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, ratios in RECOVERY.items() for ratio in ratios])
 def test_plans_say_what_longer_tuning_changes(kind, ratio):
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]
     memory = MEMORY.get(kind) or round(BESIDE.get(kind, 0) + 0.28 * ratio, 2)
     wanted = ("demo", kind, memory, *USUAL_LORA)
-    known = {(row["task"], row["steps"]): row for row in rows
+    matches = {(row["task"], row["steps"]): row for row in rows
              if tuple(row[name] for name in ("model", "kind", "memory", *LORA)) == wanted}  # fmt: skip
-    longest = [row for (_, steps), row in known.items() if steps == 960]
-    changes = [row["auto"] - known[row["task"], 60]["auto"] for row in longest]
+    longest = [row for (_, steps), row in matches.items() if steps == 960]
+    changes = [row["auto"] - matches[row["task"], 60]["auto"] for row in longest]
     polished = [row["polish20"] for row in longest if row["polish20"] is not None]
-    told = RECOVERY[kind][ratio]
-    assert told.longer == (pytest.approx(mean(changes), abs=0.001) if changes else None)
-    assert told.longer_polished == (pytest.approx(mean(polished), abs=0.001) if polished else None)
+    recovery = RECOVERY[kind][ratio]
+    assert recovery.longer == (pytest.approx(mean(changes), abs=0.001) if changes else None)
+    assert recovery.longer_polished == (pytest.approx(mean(polished), abs=0.001) if polished else None)
 
 
 def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
@@ -55,14 +55,14 @@ def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
 
 @pytest.mark.parametrize("table", [lengths_table, mixtures_table, places_table])
 def test_what_is_said_of_other_models_and_loras_was_measured(table):
-    told = (ROOT / "docs/evidence.md").read_text()
-    assert table(json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]) in told
+    evidence = (ROOT / "docs/evidence.md").read_text()
+    assert table(json.loads((ROOT / "benchmarks/results/quality.json").read_text())["wider"]) in evidence
 
 
 def test_what_is_said_to_be_forgotten_was_measured():
-    told = (ROOT / "docs/evidence.md").read_text()
+    evidence = (ROOT / "docs/evidence.md").read_text()
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["rows"]
-    assert forgotten(Table(rows).rows) in " ".join(told.split())
+    assert forgotten(Table(rows).rows) in " ".join(evidence.split())
 
 
 def test_what_corrections_are_said_to_change_was_measured():
@@ -73,8 +73,8 @@ def test_what_corrections_are_said_to_change_was_measured():
         for row in rows
         if row["chosen"] != {"clamp": 0, "scale": 1.0}
     ]
-    told = f"`auto` changed {len(gains)} of {len(rows)} LoRAs, {sum(gain > 0 for gain in gains)} for the better."
-    assert told in " ".join((ROOT / "docs/evidence.md").read_text().split())
+    sentence = f"`auto` changed {len(gains)} of {len(rows)} LoRAs, {sum(gain > 0 for gain in gains)} for the better."
+    assert sentence in " ".join((ROOT / "docs/evidence.md").read_text().split())
 
 
 def test_trying_two_kinds_was_ahead_of_either_on_some_task():
@@ -83,8 +83,8 @@ def test_trying_two_kinds_was_ahead_of_either_on_some_task():
 
     def behind(kind):
         wanted = ("emloc", 0.17, f"{kind}+auto")
-        found = [row for row in rows if (row["system"], row["memory"], row["other"]) == wanted]
-        return {row["task"] for row in found if row["task"] in TASKS and row["high"] < 0}
+        matches = [row for row in rows if (row["system"], row["memory"], row["other"]) == wanted]
+        return {row["task"] for row in matches if row["task"] in TASKS and row["high"] < 0}
 
     assert behind("1.6-bit+repair") == {"extraction", "arithmetic"}
     assert behind("2.7-bit") == {"classification", "arithmetic"}
@@ -106,10 +106,10 @@ def test_the_benchmark_calls_recommended_what_plans_recommend():
 
 
 def test_what_was_measured_of_a_smaller_emulator_is_a_lower_bound():
-    known = RECOVERY["low-rank-nf4"]
-    assert measured("low-rank-nf4", min(known) - 0.01) is None
-    assert measured("low-rank-nf4", min(known)) == known[min(known)]
-    assert measured("low-rank-nf4", 0.99) == known[max(known)]
+    recoveries = RECOVERY["low-rank-nf4"]
+    assert measured("low-rank-nf4", min(recoveries) - 0.01) is None
+    assert measured("low-rank-nf4", min(recoveries)) == recoveries[min(recoveries)]
+    assert measured("low-rank-nf4", 0.99) == recoveries[max(recoveries)]
     assert measured("nf4", None) == RECOVERY["nf4"][0]
     assert measured("unmeasured", None) is None
 

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU runs, in shapes that tell nothing."""
+"""The benchmark of a GPU runs, on shapes too small to say anything."""
 
 import pytest
 from gpu import SECTIONS, run

@@ -1,4 +1,4 @@
-"""What ``benchmarks/gpu_wheels.py`` packs for a machine that reaches no registry."""
+"""What ``benchmarks/gpu_wheels.py`` packs for a machine without a registry."""
 
 import zipfile
 
@@ -9,7 +9,7 @@ NAMES = ["cpu", "cuda128", "cuda130"]
 
 
 def test_what_is_needed_is_packed_in_the_versions_of_here_but_for_what_is_there():
-    names = [each.partition("==")[0] for each in requirements("3.12", [*PREINSTALLED, "peft"])]
+    names = [requirement.partition("==")[0] for requirement in requirements("3.12", [*PREINSTALLED, "peft"])]
     assert {"transformers", "bitsandbytes", "huggingface-hub", "pytest"} <= set(names)
     assert not {"emloc", "torch", "numpy", "peft"} & set(names)
     assert len(names) == len(set(names))
@@ -18,20 +18,20 @@ def test_what_is_needed_is_packed_in_the_versions_of_here_but_for_what_is_there(
 @pytest.fixture
 def wheel(tmp_path):
     path = tmp_path / "bitsandbytes-1-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as made:
+    with zipfile.ZipFile(path, "w") as archive:
         libraries = [f"bitsandbytes/libbitsandbytes_{name}.so" for name in NAMES]
         record = "".join(f"{name},sha256=,1\n" for name in ["bitsandbytes/__init__.py", *libraries])
         for name in ["bitsandbytes/__init__.py", *libraries]:
-            made.writestr(name, name)
-        made.writestr("bitsandbytes-1.dist-info/RECORD", record)
+            archive.writestr(name, name)
+        archive.writestr("bitsandbytes-1.dist-info/RECORD", record)
     return path
 
 
 def test_one_library_for_a_gpu_stays(wheel):
     with_one_library(wheel, "_cuda130.so")
-    with zipfile.ZipFile(wheel) as left:
-        names, record = left.namelist(), left.read("bitsandbytes-1.dist-info/RECORD").decode()
-    assert [name for name in NAMES if any(name in each for each in names)] == ["cpu", "cuda130"]
+    with zipfile.ZipFile(wheel) as archive:
+        names, record = archive.namelist(), archive.read("bitsandbytes-1.dist-info/RECORD").decode()
+    assert [name for name in NAMES if any(name in path for path in names)] == ["cpu", "cuda130"]
     assert [name for name in ("__init__", *NAMES) if name in record] == ["__init__", "cpu", "cuda130"]
 
 

@@ -20,8 +20,8 @@ SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    place = tmp_path_factory.mktemp("base") / "base"
-    return save_tiny_model({"model_type": "llama", **TINY, **SIZES, "num_hidden_layers": 4}, place)
+    path = tmp_path_factory.mktemp("base") / "base"
+    return save_tiny_model({"model_type": "llama", **TINY, **SIZES, "num_hidden_layers": 4}, path)
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +40,30 @@ def loaded(path):
 
 @pytest.mark.parametrize("name", ["depth", "pruned"])
 def test_with_all_of_the_memory_it_is_the_base(name, base, rows, tmp_path):
-    found = baselines.make(name, 1.0, base, rows, tmp_path / "whole")
-    assert found.share == 1
+    baseline = baselines.make(name, 1.0, base, rows, tmp_path / "whole")
+    assert baseline.share == 1
     rounded = loaded(base).to(torch.bfloat16).float()  # as it is written
     torch.testing.assert_close(logits(loaded(tmp_path / "whole")), logits(rounded))
 
 
 @pytest.mark.parametrize("name", ["depth", "pruned"])
 def test_a_lora_is_carried_to_where_its_weights_are_in_the_base(name, base, rows, tmp_path):
-    found = baselines.make(name, 0.5, base, rows, tmp_path / "half")
-    assert 0.4 < found.share <= 0.55
+    baseline = baselines.make(name, 0.5, base, rows, tmp_path / "half")
+    assert 0.4 < baseline.share <= 0.55
     adapter = make_adapter(tmp_path / "half", tmp_path / "adapter")
     write_shard(adapter / FILE, load_file(adapter / "adapter_model.safetensors"))
-    carried = baselines.on_the_base(adapter, found, base, tmp_path / "carried")
+    carried = baselines.on_the_base(adapter, baseline, base, tmp_path / "carried")
     widened = [load_file(carried / name) for name in ("adapter_model.safetensors", FILE)]
     assert widened[0].keys() == widened[1].keys()
     assert all(torch.equal(widened[0][key], widened[1][key]) for key in widened[0])
     model = loaded(base).to(torch.bfloat16).float()
     for index, layer in enumerate(model.model.layers):
-        for module, of in ((layer.self_attn.o_proj, "o_proj"), (layer.mlp.down_proj, "down_proj")):
-            if index not in found.blocks:
+        for module, linear in ((layer.self_attn.o_proj, "o_proj"), (layer.mlp.down_proj, "down_proj")):
+            if index not in baseline.blocks:
                 module.weight.data.zero_()
-            elif of in found.inputs:
+            elif linear in baseline.inputs:
                 lacking = torch.ones(module.in_features, dtype=torch.bool)
-                lacking[found.inputs[of][index]] = False
+                lacking[baseline.inputs[linear][index]] = False
                 assert lacking.any()
                 module.weight.data[:, lacking] = 0
     expected = logits(PeftModel.from_pretrained(loaded(tmp_path / "half"), adapter))
@@ -72,6 +72,6 @@ def test_a_lora_is_carried_to_where_its_weights_are_in_the_base(name, base, rows
 
 
 def test_in_four_bits_more_is_kept_in_the_same_memory(base, rows, tmp_path):
-    whole, packed = (baselines.make(name, 0.15, base, rows, tmp_path / name) for name in ("pruned", "pruned-nf4"))
-    assert len(packed.inputs["down_proj"][0]) > len(whole.inputs["down_proj"][0])
+    unpacked, packed = (baselines.make(name, 0.15, base, rows, tmp_path / name) for name in ("pruned", "pruned-nf4"))
+    assert len(packed.inputs["down_proj"][0]) > len(unpacked.inputs["down_proj"][0])
     assert packed.share == pytest.approx(0.15, abs=0.02)

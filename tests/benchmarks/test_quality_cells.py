@@ -24,10 +24,10 @@ def test_a_ratio_takes_the_memory_that_is_asked_for(kind, memory, ratio, arithme
 
 
 def test_no_cell_is_listed_twice_and_every_variant_is_measured():
-    found = [*cells(3, []), *wider_cells()]
-    assert len({cell.name for cell in found}) == len(found)
-    gone = {GONE, *(name for name, how in VARIANTS.items() if how["kind"] not in VARIED)}
-    assert {cell.kind for cell in found} >= (set(VARIANTS) | set(BYTES)) - gone
+    listed = [*cells(3, []), *wider_cells()]
+    assert len({cell.name for cell in listed}) == len(listed)
+    gone = {GONE, *(name for name, variant in VARIANTS.items() if variant["kind"] not in VARIED)}
+    assert {cell.kind for cell in listed} >= (set(VARIANTS) | set(BYTES)) - gone
 
 
 def test_a_name_tells_what_leaves_the_usual_set_up():

@@ -12,11 +12,11 @@ def loss(*losses):
 
 def cell(kind, memory, base, seed, systems, rate=1e-3, selection=1.0):
     """A measurement of pictures; where an emulator is made, ``auto`` chose nothing."""
-    known = {"task": "pictures", "kind": kind, "memory": memory, "base": base, "seed": seed, "steps": 60}
+    cell_key = {"task": "pictures", "kind": kind, "memory": memory, "base": base, "seed": seed, "steps": 60}
     chosen = {"clamp": 0, "scale": 1.0}
     candidates = [{**chosen, "nll": selection, "gain": 0.0}]
     own = {"selection": selection} if kind == FULL else {"chosen": chosen, "candidates": candidates}
-    return {**known, "learning_rate": rate, "systems": systems, **own}
+    return {**cell_key, "learning_rate": rate, "systems": systems, **own}
 
 
 def control(base="a", seed=0, alone=9.0, full=1.0, **other):
@@ -24,8 +24,8 @@ def control(base="a", seed=0, alone=9.0, full=1.0, **other):
 
 
 def emulated(kind, memory, *losses, base="a", seed=0, **other):
-    found = loss(*losses)
-    return cell(kind, memory, base, seed, {"uncorrected": found, "auto": found}, **other)
+    measured = loss(*losses)
+    return cell(kind, memory, base, seed, {"uncorrected": measured, "auto": measured}, **other)
 
 
 def recovered(rows, system):
@@ -35,9 +35,9 @@ def recovered(rows, system):
 def test_recovery_is_that_of_the_same_base_and_seed():
     rows = [control(), control("b", full=5.0), control(seed=1, full=3.0)]
     rows += [emulated("nf4", 0.28, 3.0), emulated("nf4", 0.28, 7.0, base="b"), emulated("nf4", 0.28, 6.0, seed=1)]
-    (found,) = recovered(rows, "nf4+auto")
-    assert found["runs"] == 3
-    assert found["mean"] == pytest.approx((6 / 8 + 2 / 4 + 3 / 6) / 3, abs=1e-4)
+    (recovery,) = recovered(rows, "nf4+auto")
+    assert recovery["runs"] == 3
+    assert recovery["mean"] == pytest.approx((6 / 8 + 2 / 4 + 3 / 6) / 3, abs=1e-4)
 
 
 def test_every_seed_has_the_rate_that_its_selection_rows_choose():
@@ -45,16 +45,16 @@ def test_every_seed_has_the_rate_that_its_selection_rows_choose():
     rows += [emulated("nf4", 0.28, 2.0, rate=1e-3, selection=0.5), emulated("nf4", 0.28, 1.0, rate=2e-3, selection=0.6)]
     rows += [emulated("nf4", 0.28, 8.0, seed=1, rate=1e-3, selection=0.9)]
     rows += [emulated("nf4", 0.28, 4.0, seed=1, rate=2e-3, selection=0.8)]
-    (found,) = recovered(rows, "nf4+auto")
-    assert found["mean"] == pytest.approx((7 / 8 + 5 / 8) / 2, abs=1e-4)
+    (recovery,) = recovered(rows, "nf4+auto")
+    assert recovery["mean"] == pytest.approx((7 / 8 + 5 / 8) / 2, abs=1e-4)
 
 
 def test_a_way_that_loses_less_on_every_row_is_told():
     rows = [emulated("nf4", 0.28, 2.0, 3.0, 4.5), emulated("low-rank", 0.28, 1.0, 2.0, 3.0)]
-    rows += [emulated("nf4", 0.28, 9.0, 9.0, 9.0, base="b")]  # which the other was not measured on
-    found = {(row["memory"], row["other"]): row for row in paired_rows(Table(rows))}
-    assert found[0.28, "nf4+uncorrected"]["mean"] == 0
-    better = found[0.28, "low-rank+auto"]
+    rows += [emulated("nf4", 0.28, 9.0, 9.0, 9.0, base="b")]  # the other was not measured on this base
+    paired = {(row["memory"], row["other"]): row for row in paired_rows(Table(rows))}
+    assert paired[0.28, "nf4+uncorrected"]["mean"] == 0
+    better = paired[0.28, "low-rank+auto"]
     assert (better["runs"], better["mean"]) == (1, pytest.approx(3.5 / 3, abs=1e-4))
     assert 0 < better["low"] < better["mean"] < better["high"]
 
@@ -83,15 +83,15 @@ def test_whether_auto_harms_is_judged_where_it_chose_as_it_does_now():
         return next((row["runs"], row["mean"]) for row in rows if row["other"] == "nf4+uncorrected")
 
     assert harm() == (2, 0.75)
-    del harmed["candidates"][0]["gain"]  # as it was told before
+    del harmed["candidates"][0]["gain"]  # as in older results
     assert harm() == (1, 0.0)
 
 
 def test_variants_are_compared_at_the_same_rate():
     rows = [emulated("low-rank", 0.28, 4.0, 5.0, rate=1e-3), emulated("low-rank", 0.28, 1.0, 1.0, rate=2e-3)]
     rows += [emulated("low-rank-global", 0.28, 3.0, 3.0, rate=1e-3)]
-    (found,) = variant_rows(Table(rows))
-    assert (found["nll"], found["default_nll"], found["mean"]) == (3.0, 4.5, -1.5)
+    (variant,) = variant_rows(Table(rows))
+    assert (variant["nll"], variant["default_nll"], variant["mean"]) == (3.0, 4.5, -1.5)
 
 
 def test_bases_are_told_apart_where_there_are_several():
@@ -121,8 +121,8 @@ def test_of_two_emulators_the_one_that_selection_rows_prefer_is_kept():
         tried("1.6-bit+repair", 3.0, 2.0, seed=1, selection=0.4),
         tried("2.7-bit", 5.0, 7.0, seed=1, selection=0.3),
     ]
-    (found,) = recovered(rows, "emloc")
-    assert (found["runs"], found["mean"]) == (2, pytest.approx(((9 - 2.5) / 8 + (9 - 6) / 8) / 2, abs=1e-4))
+    (recovery,) = recovered(rows, "emloc")
+    assert (recovery["runs"], recovery["mean"]) == (2, pytest.approx(((9 - 2.5) / 8 + (9 - 6) / 8) / 2, abs=1e-4))
     behind = {row["other"]: row for row in paired_rows(Table(rows)) if row["system"] == "emloc"}
     assert behind["1.6-bit+repair+auto"]["mean"] == (0 + 3.5) / 2
     assert behind["2.7-bit+auto"]["mean"] == (-2 + 0) / 2

@@ -1,4 +1,4 @@
-"""The rows of ``benchmarks/quality.py``: what is measured was never seen, and never chosen on."""
+"""The rows of ``benchmarks/quality.py``: nothing is tuned or chosen on rows that are measured."""
 
 import io
 import tarfile
@@ -12,7 +12,7 @@ import quality_rows
 
 @pytest.fixture
 def archives(tmp_path):
-    """A source archive as the package's, with few sentences, each rated twice: once with another number."""
+    """A source archive like the package's, with few sentences, each rated twice, once with another number."""
 
     def packed(files):
         buffer = io.BytesIO()
@@ -38,9 +38,9 @@ def test_no_question_is_in_two_sets_and_test_rows_are_the_same_for_all_seeds(arc
     sizes = {**quality_rows.SIZES, "calibration": calibration, "test": quality_rows.TEST}
     assert {name: len(rows) for name, rows in first.items()} == sizes
     for sets in (first, second):
-        asked = {name: {quality_rows.question(row) for row in rows} for name, rows in sets.items()}
-        assert all(len(asked[name]) == len(rows) for name, rows in sets.items())
-        assert all(asked[one].isdisjoint(asked[other]) for one, other in combinations(asked, 2))
+        questions = {name: {quality_rows.question(row) for row in rows} for name, rows in sets.items()}
+        assert all(len(questions[name]) == len(rows) for name, rows in sets.items())
+        assert all(questions[one].isdisjoint(questions[other]) for one, other in combinations(questions, 2))
     assert first["test"] == second["test"]
     assert first["tuning"] != second["tuning"]
 
@@ -48,9 +48,9 @@ def test_no_question_is_in_two_sets_and_test_rows_are_the_same_for_all_seeds(arc
 def test_more_rows_to_tune_on_begin_with_the_usual_ones_and_are_in_no_other_set():
     usual, more = (quality_rows.make_sets("arithmetic", 0, Path(), size) for size in (640, 1920))
     assert {name: rows[: len(usual[name])] for name, rows in more.items()} == usual
-    asked = [{quality_rows.question(row) for row in rows} for rows in more.values()]
+    questions = [{quality_rows.question(row) for row in rows} for rows in more.values()]
     assert len(more["tuning"]) == 1920
-    assert len(set.union(*asked)) == sum(map(len, more.values()))
+    assert len(set.union(*questions)) == sum(map(len, more.values()))
 
 
 def test_a_conversation_becomes_a_prompt_and_its_completion():

@@ -36,8 +36,8 @@ def test_each_cell_is_compared_with_a_lora_of_its_own_steps_batch_rank_place_and
     rows += [emulated(), emulated(rank=64), emulated(targets="attention"), emulated(steps=60), emulated(batch=2),
              emulated(scaling="rslora")]  # fmt: skip
     keys = ("steps", "batch", "rank", "targets", "scaling")
-    found = {tuple(row[key] for key in keys): row["auto"] for row in wider_rows(Table(rows))}
-    assert found == {
+    recoveries = {tuple(row[key] for key in keys): row["auto"] for row in wider_rows(Table(rows))}
+    assert recoveries == {
         (240, 8, 8, "all", "plain"): 6 / 8, (240, 8, 64, "all", "plain"): 6 / 4,
         (240, 8, 8, "attention", "plain"): 6 / 3, (60, 8, 8, "all", "plain"): 6 / 2,
         (240, 2, 8, "all", "plain"): 6 / 5, (240, 8, 8, "all", "rslora"): 6 / 6,
@@ -45,8 +45,8 @@ def test_each_cell_is_compared_with_a_lora_of_its_own_steps_batch_rank_place_and
 
 
 def test_the_interval_is_of_differences_between_the_same_rows():
-    (found,) = wider_rows(Table([control(1.0), emulated()]))
-    assert found["reach"] == pytest.approx(1.96 * 1.0 / 8, abs=1e-4)  # 1 and 3 behind, of 8 that there are to gain
+    (comparison,) = wider_rows(Table([control(1.0), emulated()]))
+    assert comparison["reach"] == pytest.approx(1.96 * 1.0 / 8, abs=1e-4)  # 1 and 3 behind, of 8 that there are to gain
 
 
 def test_a_cell_without_its_control_is_left_out():

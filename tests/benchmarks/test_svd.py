@@ -28,34 +28,34 @@ def drawn(m, n, tokens, seed, scales=None):
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_svd_is_the_best_approximation_of_the_weight(m, n, side):
     weight, inputs = drawn(m, n, 40, 0)
-    found = svd(weight, gram_of(weight, inputs, side), 5)
+    factors = svd(weight, gram_of(weight, inputs, side), 5)
     u, s, vh = torch.linalg.svd(weight)
-    assert torch.allclose(found.u @ found.v, (u[:, :5] * s[:5]) @ vh[:5])
-    assert found.relative_error() == pytest.approx(output_error(weight, found, inputs), rel=1e-9)
+    assert torch.allclose(factors.u @ factors.v, (u[:, :5] * s[:5]) @ vh[:5])
+    assert factors.relative_error() == pytest.approx(output_error(weight, factors, inputs), rel=1e-9)
 
 
 @pytest.mark.parametrize(("m", "n"), [(12, 20), (20, 12)])
 def test_asvd_is_that_of_the_weight_with_scaled_inputs(m, n):
     weight, inputs = drawn(m, n, 40, 0, torch.logspace(-2, 2, n))
-    found = asvd(weight, gram_of(weight, inputs, "input"), 5)
+    factors = asvd(weight, gram_of(weight, inputs, "input"), 5)
     scales = inputs.square().mean(0).sqrt() ** 0.5  # alpha
     u, s, vh = torch.linalg.svd(weight * scales)
-    assert torch.allclose(found.u @ found.v, (u[:, :5] * s[:5]) @ vh[:5] / scales)
+    assert torch.allclose(factors.u @ factors.v, (u[:, :5] * s[:5]) @ vh[:5] / scales)
 
 
 def test_asvd_with_inputs_of_one_size_is_svd():
     weight, _ = drawn(12, 20, 40, 0)
     inputs = torch.where(torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) < 0.5, -3.0, 3.0)
     gram = gram_of(weight, inputs, "input")
-    found, plain = asvd(weight, gram, 5), svd(weight, gram, 5)
-    assert torch.allclose(found.u @ found.v, plain.u @ plain.v)
-    assert torch.allclose(found.spectrum, plain.spectrum)
+    factors, plain = asvd(weight, gram, 5), svd(weight, gram, 5)
+    assert torch.allclose(factors.u @ factors.v, plain.u @ plain.v)
+    assert torch.allclose(factors.spectrum, plain.spectrum)
 
 
 def test_inputs_that_are_always_0_do_no_harm():
     weight, inputs = drawn(20, 12, 40, 0, torch.tensor([0.0, 0.0] + [1.0] * 10))
-    found = asvd(weight, gram_of(weight, inputs, "input"), 12)
-    assert output_error(weight, found, inputs) < 1e-12
+    factors = asvd(weight, gram_of(weight, inputs, "input"), 12)
+    assert output_error(weight, factors, inputs) < 1e-12
     nothing = asvd(weight, gram_of(weight, 0 * inputs, "input"), 3)
     assert nothing.relative_error() == 0
     assert bool(torch.isfinite(nothing.u).all() and torch.isfinite(nothing.v).all())
@@ -78,14 +78,14 @@ def test_the_error_at_every_rank_is_the_true_one_and_never_below_ours(m, n, toke
     rank = 1 + int(share * (min(m, n) - 1))
     gram = gram_of(weight, inputs, "input")
     factorizer = {"svd": svd, "asvd": asvd}[name]
-    found, whole = factorizer(weight, gram, rank), factorizer(weight, gram, min(m, n))
-    assert (found.u.shape, found.v.shape, found.spectrum.shape) == ((m, rank), (rank, n), (min(m, n),))
-    assert torch.allclose(found.u.T @ found.u, torch.eye(rank, dtype=torch.float64), atol=1e-8)
+    factors, full = factorizer(weight, gram, rank), factorizer(weight, gram, min(m, n))
+    assert (factors.u.shape, factors.v.shape, factors.spectrum.shape) == ((m, rank), (rank, n), (min(m, n),))
+    assert torch.allclose(factors.u.T @ factors.u, torch.eye(rank, dtype=torch.float64), atol=1e-8)
     # A slice of the factors at full rank is what a lower rank gives, with the error that the spectrum says.
-    assert torch.equal(found.u, whole.u[:, :rank])
+    assert torch.equal(factors.u, full.u[:, :rank])
     if inputs.any():
-        assert whole.relative_error(rank) == pytest.approx(output_error(weight, found, inputs), abs=1e-7)
-        assert output_error(weight, factorize(weight, gram, rank), inputs) <= found.relative_error() + 1e-6
+        assert full.relative_error(rank) == pytest.approx(output_error(weight, factors, inputs), abs=1e-7)
+        assert output_error(weight, factorize(weight, gram, rank), inputs) <= factors.relative_error() + 1e-6
 
 
 def test_asvd_asks_for_the_inputs():
@@ -103,8 +103,8 @@ def test_emulators_of_them_do_worse_than_activation_aware_factors(tiny_model, ro
     errors, rows = {}, load_rows(str(rows_file))
     try:
         for name in ("low-rank", "svd", "asvd"):
-            how = {"calibration": calibration, "allocator": "uniform", "ratio": 0.6, "samples": 4, "selection": 2}
-            job = compress_job(tiny_model, rows, tmp_path / name, CompressSettings(kind=name, **how))
+            options = {"calibration": calibration, "allocator": "uniform", "ratio": 0.6, "samples": 4, "selection": 2}
+            job = compress_job(tiny_model, rows, tmp_path / name, CompressSettings(kind=name, **options))
             linears = read_manifest(job.run())["result"]["linears"]
             errors[name] = sum(linear["relative_error"] for linear in linears)
             assert {linear["tap"] for linear in linears} == ({"input"} if name == "asvd" else {"input", "output"})

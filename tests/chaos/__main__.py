@@ -49,12 +49,12 @@ SLOW = {"eval": 12, "run": 12}
 
 
 def cases(bench: Bench, kinds: list[str], stages: list[str], most: int | None) -> Iterator[Case]:
-    """Yield what there is to try."""
+    """Yield the cases of these kinds and stages."""
     for kind in kinds:
-        of, limit = KINDS[kind]
+        make_cases, limit = KINDS[kind]
         for stage in stages:
-            limits = [each for each in (limit, most, SLOW.get(stage)) if each is not None]
-            yield from of(bench, STAGES[stage], min(limits, default=None))
+            limits = [number for number in (limit, most, SLOW.get(stage)) if number is not None]
+            yield from make_cases(bench, STAGES[stage], min(limits, default=None))
 
 
 def attempt(directory: Path, arguments: argparse.Namespace, part: int) -> list[Result]:
@@ -67,13 +67,13 @@ def attempt(directory: Path, arguments: argparse.Namespace, part: int) -> list[R
 
 
 def report(results: Iterable[Result]) -> list[Result]:
-    """Return the results, and say at once what failed."""
-    found = []
+    """Collect the results, and print at once what failed."""
+    collected = []
     for result in results:
-        found.append(result)
+        collected.append(result)
         if result.verdict in FAILED:
             print(result, file=sys.stderr, flush=True)
-    return found
+    return collected
 
 
 def main() -> int:

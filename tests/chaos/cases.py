@@ -26,7 +26,7 @@ class Case:
     attempt: Callable[[Bench], Verdict]
 
     def result(self, bench: Bench) -> Result:
-        """Try it; whatever comes of it, the inputs are as they were."""
+        """Try it; whatever the outcome, the inputs are as they were."""
         try:
             verdict, why = self.attempt(bench), ""
             if not bench.is_untouched():
@@ -38,7 +38,7 @@ class Case:
         return Result(self.kind, self.name, verdict, why)
 
 
-def at(number: int, act: Act) -> Act:
+def on_call(number: int, act: Act) -> Act:
     """Act at the ``number``-th call alone, counted from 1."""
     return lambda run, call: act(run, call) if len(run.calls) == number and run.calls[-1] is call else None
 

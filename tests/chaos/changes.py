@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from chaos.cases import Case, at, spread
+from chaos.cases import Case, on_call, spread
 from chaos.judge import finish, require_same, succeeded
 from chaos.kernel import Call
 from chaos.results import Verdict
@@ -25,12 +25,12 @@ _SHARDS = {
 
 @dataclass(frozen=True)
 class Change:
-    """Something that is done to an input.
+    """A change of an input.
 
     Attributes:
-        name: what.
-        stages: whose input it is.
-        apply: does it, below the directory of the good inputs.
+        name: what is changed.
+        stages: those that read the input.
+        apply: makes it, below the directory of the good inputs.
     """
 
     name: str
@@ -83,9 +83,9 @@ _USES = {
 _DONE = {"replaced": _replace, "overwritten, its time set back": _overwrite, "removed": _remove}
 CHANGES = [
     *(
-        Change(f"a shard of the {what} {done}", _USES[what], partial(apply, shard))
+        Change(f"a shard of the {name} {done}", _USES[name], partial(apply, shard))
         for done, apply in _DONE.items()
-        for what, shard in _SHARDS.items()
+        for name, shard in _SHARDS.items()
     ),
     Change("the base's config changed", _USES["base"], _configure),
     Change("the adapter's scale changed", ("correct",), partial(_scale, "adapter")),
@@ -108,41 +108,41 @@ def changing_inputs(bench: Bench, stage: Stage, most: int | None) -> Iterator[Ca
 def _change(stage: Stage, change: Change, number: int, bench: Bench) -> Verdict:
     before = bench.reference(stage.command)
     after = _with(bench, stage, change)
-    place = bench.place()
+    directory = bench.new_directory()
 
     def apply(_run: Run, _call: Call) -> None:
         change.apply(bench.good)
 
     try:
-        if succeeded(bench.run(stage.command, place, at(number, apply))):
-            require_same(place, before, after)
+        if succeeded(bench.run(stage.command, directory, on_call(number, apply))):
+            require_same(directory, before, after)
             return Verdict.WHOLE
     finally:
         bench.restore()
-    finish(bench, stage.command, place, before)
+    finish(bench, stage.command, directory, before)
     return Verdict.REFUSED
 
 
 def _changed_since(stage: Stage, change: Change, bench: Bench) -> Verdict:
-    """The output is there, and is not what the command would make now."""
-    place = bench.place()
-    bench.run(stage.command, place)
+    """The output exists, and is not what the command would make now."""
+    directory = bench.new_directory()
+    bench.run(stage.command, directory)
     change.apply(bench.good)
     try:
-        if succeeded(bench.run(stage.command, place)):
-            require_same(place, _with(bench, stage, change))
+        if succeeded(bench.run(stage.command, directory)):
+            require_same(directory, _with(bench, stage, change))
             return Verdict.WHOLE
     finally:
         bench.restore()
-    finish(bench, stage.command, place, bench.reference(stage.command))
+    finish(bench, stage.command, directory, bench.reference(stage.command))
     return Verdict.REFUSED
 
 
 def _with(bench: Bench, stage: Stage, change: Change) -> Reference:
     """Return what the stage makes of the changed inputs, if it takes them."""
     key = f"{stage.command} # {change.name}"
-    if key not in bench.known:
+    if key not in bench.references:
         change.apply(bench.good)
-        bench.known[key] = bench.reference_now(stage.command)
+        bench.references[key] = bench.reference_now(stage.command)
         bench.restore()
-    return bench.known[key]
+    return bench.references[key]

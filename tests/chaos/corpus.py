@@ -27,7 +27,7 @@ from chaos.spoil import (
     write,
 )
 
-#: The commands, over the good things of :func:`make_good`. ``{}``-less names are paths beside the case.
+#: The commands, on the good inputs of :func:`make_good`. ``{}``-less names are paths beside the case.
 COMMANDS = {
     "plan": "plan model --length 8 --ratio 0.5",
     "compress": "compress model --data rows.jsonl --samples 4 --selection 2 -o out",
@@ -52,12 +52,12 @@ class Case:
     """One hostile input.
 
     Attributes:
-        kind: what of.
+        kind: of what.
         name: what is wrong with it.
-        spoil: makes it of the good things in a directory.
+        spoil: makes it from the good inputs in a directory.
         command: a key of ``COMMANDS``, or a command line.
         harmless: the command may succeed, and its output is then looked at.
-        file_size: that no file may exceed, in bytes.
+        file_size: the most bytes that a file may have.
     """
 
     kind: str
@@ -184,26 +184,26 @@ def shards() -> Cases:
         "corrected": ("merge",),
         "adapter": ("correct",),
     }
-    for where, commands in readers.items():
+    for folder, commands in readers.items():
         for name, change in _HEADERS.items():
-            for command in commands if where == "model" else commands[:1]:
-                yield Case("header", f"{where}: {name}", edit_header(where, change), command)
+            for command in commands if folder == "model" else commands[:1]:
+                yield Case("header", f"{folder}: {name}", edit_header(folder, change), command)
         for name, spoil in _FILES.items():
-            yield Case("file of weights", f"{where}: {name}", edit_bytes(where, spoil), commands[0])
-        found = shard(where)
+            yield Case("file of weights", f"{folder}: {name}", edit_bytes(folder, spoil), commands[0])
+        find = shard(folder)
         yield Case(
             "file of weights",
-            f"{where}: a directory",
-            lambda at, found=found: directory(str(found(at)))(at),
+            f"{folder}: a directory",
+            lambda root, find=find: directory(str(find(root)))(root),
             commands[0],
         )
         yield Case(
             "file of weights",
-            f"{where}: a link to itself",
-            lambda at, found=found: link(str(found(at)), found(at).name)(at),
+            f"{folder}: a link to itself",
+            lambda root, find=find: link(str(find(root)), find(root).name)(root),
             commands[0],
         )
-        yield Case("file of weights", f"{where}: gone", lambda at, found=found: found(at).unlink(), commands[0])
+        yield Case("file of weights", f"{folder}: gone", lambda root, find=find: find(root).unlink(), commands[0])
 
 
 def changed_weights() -> Cases:
@@ -220,21 +220,21 @@ def changed_weights() -> Cases:
             {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
         )
 
-    for where, command in {"corrected": "merge", "adapter": "correct", "emulator": "train"}.items():
-        yield Case("changed weights", f"{where}: a flipped bit", edit_bytes(where, flip), command)
-        yield Case("changed weights", f"{where}: doubled", edit_tensors(where, times(2)), command)
-    for where, command in {"model": "merge", "emulator": "correct"}.items():
-        yield Case("changed weights", f"{where}: a flipped bit", edit_bytes(where, flip), command)
+    for folder, command in {"corrected": "merge", "adapter": "correct", "emulator": "train"}.items():
+        yield Case("changed weights", f"{folder}: a flipped bit", edit_bytes(folder, flip), command)
+        yield Case("changed weights", f"{folder}: doubled", edit_tensors(folder, times(2)), command)
+    for folder, command in {"model": "merge", "emulator": "correct"}.items():
+        yield Case("changed weights", f"{folder}: a flipped bit", edit_bytes(folder, flip), command)
     strip = gone("corrected/emloc.json")
     for factor in (float("nan"), float("inf"), 1e38):
-        for where, command in {
+        for folder, command in {
             "model": "compress",
             "corrected": "merge",
             "adapter": "correct",
         }.items():
-            fine = where == "model" and factor == 1e38  # its norms give zeros, for which all factors are right
+            fine = folder == "model" and factor == 1e38  # its norms give zeros, for which all factors are right
             yield Case(
-                "numbers", f"{where}: times {factor}", edit_tensors(where, times(factor)), command, harmless=fine
+                "numbers", f"{folder}: times {factor}", edit_tensors(folder, times(factor)), command, harmless=fine
             )
     for dtype in ("int32", "int8", "uint8", "bool", "uint16", "complex64", "float8_e4m3fn"):
         fine = dtype == "float8_e4m3fn"
@@ -291,7 +291,7 @@ _CONFIG_FIELDS = (
     "hidden_act",
     "pad_token_id",
 )
-#: What makes another model of a config, or none that anyone notices.
+#: Changed, they make another valid model, or nothing that anyone notices.
 _HARMLESS_FIELDS = {
     "rms_norm_eps",
     "max_position_embeddings",
@@ -363,16 +363,16 @@ def tokenizers() -> Cases:
             spoil = edit_json("model/tokenizer_config.json", put(field, value=value))
             yield Case("tokenizer", f"{field} = {value!r}", spoil, "compress", harmless=True)
 
-    def ids(by: int) -> Callable[[Any], None]:
+    def ids(offset: int) -> Callable[[Any], None]:
         def change(content: Any) -> None:
             vocab = content["model"]["vocab"]
-            content["model"]["vocab"] = {token: number + by for token, number in vocab.items()}
+            content["model"]["vocab"] = {token: number + offset for token, number in vocab.items()}
 
         return change
 
-    for by in (1 << 20, 1 << 31, -1, -(1 << 20)):
-        spoil = edit_json("model/tokenizer.json", ids(by))
-        yield Case("tokenizer", f"ids moved by {by}", spoil, "compress")
+    for offset in (1 << 20, 1 << 31, -1, -(1 << 20)):
+        spoil = edit_json("model/tokenizer.json", ids(offset))
+        yield Case("tokenizer", f"ids moved by {offset}", spoil, "compress")
     for name, template in {
         "no end": "{% for x in y %}",
         "an error": "{{ raise_exception('no') }}",
@@ -387,7 +387,7 @@ def tokenizers() -> Cases:
                 for n in range(9)
             ),
         )
-        spoil = both(chat, lambda at, template=template: write(at / "model/chat_template.jinja", template))
+        spoil = both(chat, lambda root, template=template: write(root / "model/chat_template.jinja", template))
         yield Case("tokenizer", f"chat template: {name}", spoil, "compress")
 
 
@@ -434,10 +434,10 @@ def adapters() -> Cases:
             )
     for value in ("NaN", "Infinity", "-Infinity", "1e999", "-8", "5e-324"):
 
-        def text(place: Path, value: str = value) -> None:
-            content = json.loads((place / _ADAPTER).read_text()) | {"lora_alpha": 12345}
-            write(place / _ADAPTER, json.dumps(content).replace("12345", value))
-            gone("corrected/emloc.json")(place)
+        def text(root: Path, value: str = value) -> None:
+            content = json.loads((root / _ADAPTER).read_text()) | {"lora_alpha": 12345}
+            write(root / _ADAPTER, json.dumps(content).replace("12345", value))
+            gone("corrected/emloc.json")(root)
 
         yield Case("adapter", f"lora_alpha = {value}", text, "merge")
         yield Case(
@@ -445,7 +445,7 @@ def adapters() -> Cases:
             f"alpha_pattern of {value}",
             both(
                 edit_json(_ADAPTER, put("alpha_pattern", value={"q_proj": 12345})),
-                lambda at, value=value: write(at / _ADAPTER, (at / _ADAPTER).read_text().replace("12345", value)),
+                lambda root, value=value: write(root / _ADAPTER, (root / _ADAPTER).read_text().replace("12345", value)),
             ),
             "merge",
         )
@@ -471,25 +471,25 @@ def adapters() -> Cases:
 def manifests() -> Cases:
     """Return manifests of what stages made."""
     readers = {"emulator": "correct", "corrected": "merge", "adapter": "correct"}
-    for where, command in readers.items():
-        manifest = f"{where}/emloc.json"
+    for folder, command in readers.items():
+        manifest = f"{folder}/emloc.json"
         for name, text in _ODD_JSON.items():
-            yield Case("manifest", f"{where}: {name}", file(manifest, text), command)
+            yield Case("manifest", f"{folder}: {name}", file(manifest, text), command)
         for field in ("kind", "request", "result"):
-            yield Case("manifest", f"{where}: no {field}", edit_json(manifest, drop(field)), command)
+            yield Case("manifest", f"{folder}: no {field}", edit_json(manifest, drop(field)), command)
             for value in (None, 3, [], {}, "text"):
                 yield Case(
-                    "manifest", f"{where}: {field} = {value!r}", edit_json(manifest, put(field, value=value)), command
+                    "manifest", f"{folder}: {field} = {value!r}", edit_json(manifest, put(field, value=value)), command
                 )
     fields = {
         "emulator": {"request": ("base", "settings")},
         "corrected": {"request": ("base",)},
         "adapter": {"request": ("model",)},
     }
-    for where, parts in fields.items():
+    for folder, parts in fields.items():
         for part, names in parts.items():
             for name in names:
-                manifest = f"{where}/emloc.json"
+                manifest = f"{folder}/emloc.json"
                 unread = {
                     ("corrected", "base"),
                     ("adapter", "model"),
@@ -498,37 +498,37 @@ def manifests() -> Cases:
                     spoil = edit_json(manifest, put(part, name, value=value))
                     yield Case(
                         "manifest",
-                        f"{where}: {part}.{name} = {value!r}",
+                        f"{folder}: {part}.{name} = {value!r}",
                         spoil,
-                        readers[where],
-                        harmless=(where, name) in unread,
+                        readers[folder],
+                        harmless=(folder, name) in unread,
                     )
                 spoil = edit_json(manifest, drop(part, name))
                 yield Case(
-                    "manifest", f"{where}: no {part}.{name}", spoil, readers[where], harmless=(where, name) in unread
+                    "manifest", f"{folder}: no {part}.{name}", spoil, readers[folder], harmless=(folder, name) in unread
                 )
     for command, kept in {"compress": "out", "train": "out", "merge": "out"}.items():
         for name, text in {**_ODD_JSON, "another kind": '{"kind": "x"}', "no request": '{"kind": "emulator"}'}.items():
 
-            def spoil(place: Path, text: str | bytes = text, kept: str = kept) -> None:
-                (place / kept).mkdir()
-                write(place / kept / "emloc.json", text)
+            def spoil(root: Path, text: str | bytes = text, kept: str = kept) -> None:
+                (root / kept).mkdir()
+                write(root / kept / "emloc.json", text)
 
             yield Case("manifest", f"of what is there already: {name}", spoil, command)
     for name, text in _ODD_JSON.items():
 
-        def spoil(place: Path, text: str | bytes = text) -> None:
-            (place / ".out.partial" / "content").mkdir(parents=True)
-            write(place / ".out.partial" / "content" / "model.safetensors", "half")
-            write(place / ".out.partial" / "request.json", text)
+        def spoil(root: Path, text: str | bytes = text) -> None:
+            (root / ".out.partial" / "content").mkdir(parents=True)
+            write(root / ".out.partial" / "content" / "model.safetensors", "half")
+            write(root / ".out.partial" / "request.json", text)
 
         yield Case("manifest", f"of an interrupted run: {name}", spoil, "merge")
         yield Case("manifest", f"of hashes: {name}", file(".emloc-hashes.json", text), "merge", harmless=True)
     for value in (None, 3, [], [1, 2, 3], "x" * 64, {"a": 1}):
 
-        def hashes(place: Path, value: Any = value) -> None:
-            keys = [str(path.resolve()) for path in (place / "model").iterdir()]
-            write(place / ".emloc-hashes.json", json.dumps(dict.fromkeys(keys, value)))
+        def hashes(root: Path, value: Any = value) -> None:
+            keys = [str(path.resolve()) for path in (root / "model").iterdir()]
+            write(root / ".emloc-hashes.json", json.dumps(dict.fromkeys(keys, value)))
 
         yield Case("manifest", f"of hashes, each {value!r}", hashes, "merge", harmless=True)
 
@@ -658,10 +658,10 @@ def settings() -> Cases:
         "hidden_size ": "auto_map ",
     }.items():
 
-        def spoil(place: Path, old: str = old, new: str = new) -> None:
-            text = (place / "entry.toml").read_text()
+        def spoil(root: Path, old: str = old, new: str = new) -> None:
+            text = (root / "entry.toml").read_text()
             assert old in text, old
-            write(place / "entry.toml", text.replace(old, new, 1))
+            write(root / "entry.toml", text.replace(old, new, 1))
 
         for command in ("entry", "registry"):
             yield Case("entry", f"{new}", spoil, command, harmless=new == 'family = "evil"')
@@ -726,10 +726,10 @@ def settings() -> Cases:
         yield Case("jobs", name, file("jobs.toml", text), "convert")
     for name, content in {"text": "evil", "empty": "", "a database of another kind": _database()}.items():
 
-        def store(place: Path, content: str | bytes = content) -> None:
-            (place / "zoo").mkdir()
-            write(place / "zoo" / "zoo.sqlite", content)
-            write(place / "zoo" / "zoo.db", content)
+        def store(root: Path, content: str | bytes = content) -> None:
+            (root / "zoo").mkdir()
+            write(root / "zoo" / "zoo.sqlite", content)
+            write(root / "zoo" / "zoo.db", content)
 
         yield Case("jobs", f"a store: {name}", store, "status")
 
@@ -742,7 +742,7 @@ def _database() -> bytes:
 
 
 def file_sizes() -> Cases:
-    """Return limits on the size of files, which the disk may not have."""
+    """Return limits on the size of files, as a disk's quota sets them."""
     for command in ("compress", "merge", "correct", "train"):
         for limit in (0, 200, 5_000, 50_000):
             small = limit == 50_000
@@ -765,6 +765,6 @@ CORPUS: tuple[Callable[[], Cases], ...] = (
 
 def cases(limit: int | None = None) -> list[Case]:
     """Return all cases, or so many of them, evenly spread."""
-    found = [case for part in CORPUS for case in part()]
-    step = 1 if limit is None else max(1, len(found) // limit)
-    return found[::step][:limit]
+    available = [case for part in CORPUS for case in part()]
+    step = 1 if limit is None else max(1, len(available) // limit)
+    return available[::step][:limit]

@@ -29,7 +29,7 @@ def full_disks(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
 
 
 def _fill(stage: Stage, number: int, bench: Bench) -> Verdict:
-    place, reference = bench.place(), bench.reference(stage.command)
+    directory, reference = bench.new_directory(), bench.reference(stage.command)
 
     def act(run: Run, call: Call) -> int | None:
         if len(run.calls) < number:
@@ -39,11 +39,11 @@ def _fill(stage: Stage, number: int, bench: Bench) -> Verdict:
             return 0
         return errno.ENOSPC if _needs_room(call) else None
 
-    if succeeded(bench.run(stage.command, place, act)):
-        require_same(place, reference)
+    if succeeded(bench.run(stage.command, directory, act)):
+        require_same(directory, reference)
         return Verdict.WHOLE
-    require_nothing_half(place, stage.outputs, reference)
-    finish(bench, stage.command, place, reference)
+    require_nothing_half(directory, stage.outputs, reference)
+    finish(bench, stage.command, directory, reference)
     return Verdict.RESUMED
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 _MODULES = {"emloc_core": "emloc_core.cli", "emloc_core.processes.call": "emloc_core.processes.call"}
 #: Names of what :mod:`subprocess` passes, by position.
-_, *_GIVEN = signature(subprocess.Popen._execute_child).parameters  # type: ignore[attr-defined]
+_, *_PARAMETERS = signature(subprocess.Popen._execute_child).parameters  # type: ignore[attr-defined]
 
 
 class Fork(subprocess.Popen[Any]):
@@ -21,9 +21,9 @@ class Fork(subprocess.Popen[Any]):
         if list(args[:2]) != [sys.executable, "-m"] or args[2] not in _MODULES:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
-        given = dict(zip(_GIVEN, (args, *rest), strict=True))
-        stdin, to_stdin, from_stdout = given["p2cread"], given["p2cwrite"], given["c2pread"]
-        stdout, from_stderr, stderr = given["c2pwrite"], given["errread"], given["errwrite"]
+        arguments = dict(zip(_PARAMETERS, (args, *rest), strict=True))
+        stdin, to_stdin, from_stdout = arguments["p2cread"], arguments["p2cwrite"], arguments["c2pread"]
+        stdout, from_stderr, stderr = arguments["c2pwrite"], arguments["errread"], arguments["errwrite"]
         self.pid = os.fork()
         if self.pid == 0:
             for descriptor in (to_stdin, from_stdout, from_stderr):
@@ -32,10 +32,10 @@ class Fork(subprocess.Popen[Any]):
             for number, descriptor in enumerate((stdin, stdout, stderr)):
                 if descriptor != -1:
                     os.dup2(descriptor, number)
-            os.chdir(given["cwd"] or ".")
-            if given["env"] is not None:
+            os.chdir(arguments["cwd"] or ".")
+            if arguments["env"] is not None:
                 os.environ.clear()
-                os.environ.update(given["env"])
+                os.environ.update(arguments["env"])
             sys.argv = ["emloc", *args[3:]]
             sys.stdin = os.fdopen(0, closefd=False)
             become(import_module(_MODULES[args[2]]).main)
@@ -46,7 +46,7 @@ class Fork(subprocess.Popen[Any]):
 
 
 def become(main: Callable[[], int | None]) -> NoReturn:
-    """Call a function as what this process is for, with the exit code that Python would give it."""
+    """Run a function as this process's program, and exit with the code that Python would give."""
     code = 70
     try:
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)

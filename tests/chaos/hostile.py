@@ -26,12 +26,12 @@ from support.forkserver import warm_process
 from chaos.corpus import COMMANDS, Case, cases
 from chaos.results import FAILED, Result, Verdict, counts, markdown
 
-SECONDS = 60  # that a case may take
+SECONDS = 60  # the most that a case may take
 _MEMORY = 24 << 30  # bytes of address space: a bomb ends as MemoryError, which nothing should ever raise
 
 
 def make_good(directory: Path) -> Path:
-    """Make the good things, by the commands themselves, in a process of its own: ``model``, ``emulator`` and so on."""
+    """Make the good inputs, by the commands themselves, in a process of its own: ``model``, ``emulator`` and so on."""
     directory.mkdir(parents=True)
     process = warm_process(_make_good, directory)
     process.start()
@@ -40,22 +40,22 @@ def make_good(directory: Path) -> Path:
     return directory
 
 
-def _make_good(place: Path) -> None:
+def _make_good(directory: Path) -> None:
     from emloc_llama import LLAMA
     from support.models import save_tiny_model
     from support.rows import example_rows, write_jsonl
 
-    with (place / "log").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        os.chdir(place)
+    with (directory / "log").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        os.chdir(directory)
         config = {**LLAMA.tiny_configs[0], "num_hidden_layers": 2}
-        save_tiny_model(config, place / "whole")
+        save_tiny_model(config, directory / "whole")
         from transformers import AutoModelForCausalLM
 
-        shutil.copytree(place / "whole", place / "model")
-        (place / "model" / "model.safetensors").unlink()
+        shutil.copytree(directory / "whole", directory / "model")
+        (directory / "model" / "model.safetensors").unlink()
         AutoModelForCausalLM.from_pretrained("whole").save_pretrained("model", max_shard_size="60kB")
-        shutil.rmtree(place / "whole")
-        write_jsonl(place / "rows.jsonl", example_rows()[:40])
+        shutil.rmtree(directory / "whole")
+        write_jsonl(directory / "rows.jsonl", example_rows()[:40])
         lines = (
             "compress model --data rows.jsonl --samples 4 --selection 2 --paper -o emulator",
             "train emulator --data rows.jsonl --steps 1 --rank 2 -o adapter",
@@ -69,10 +69,10 @@ def _make_good(place: Path) -> None:
         entry = (
             f'id = "tiny"\nfamily = "llama"\ncheckpoint = "model"\n[presets.default]\nratio = 0.6\n[config]\n{fields}'
         )
-        (place / "entry.toml").write_text(entry)
-        (place / "recipe.toml").write_text('[model]\nbase = "model"\n[data]\ntrain = "rows.jsonl"\n')
-        (place / "jobs.toml").write_text("")
-        (place / "task.yaml").write_text("task: t\n")
+        (directory / "entry.toml").write_text(entry)
+        (directory / "recipe.toml").write_text('[model]\nbase = "model"\n[data]\ntrain = "rows.jsonl"\n')
+        (directory / "jobs.toml").write_text("")
+        (directory / "task.yaml").write_text("task: t\n")
 
 
 def _emloc(arguments: list[str]) -> int:
@@ -86,26 +86,26 @@ def _emloc(arguments: list[str]) -> int:
     return 0
 
 
-def run(case: Case, good: Path, place: Path) -> Result:
+def run(case: Case, good: Path, directory: Path) -> Result:
     """Run a case in a process of its own, in a directory that is made for it and removed."""
-    shutil.copytree(good, place, symlinks=True)
-    (place / ".emloc-hashes.json").unlink(missing_ok=True)
-    case.spoil(place)
+    shutil.copytree(good, directory, symlinks=True)
+    (directory / ".emloc-hashes.json").unlink(missing_ok=True)
+    case.spoil(directory)
     start = time.monotonic()
-    reader, writer = os.pipe()  # a limit on the size of files is none on what is said
+    reader, writer = os.pipe()  # a limit on the size of files does not limit a pipe
     line = COMMANDS.get(case.command, case.command)
-    child = warm_process(_run, line, case.file_size, place, DupFd(writer))
+    child = warm_process(_run, line, case.file_size, directory, DupFd(writer))
     child.start()
     os.close(writer)
-    said = _read_until(reader, start + SECONDS)
+    output = _read_until(reader, start + SECONDS)
     child.join(max(0, start + SECONDS - time.monotonic()))
     if child.exitcode is None:
         child.kill()
         child.join()
         verdict, why = Verdict.WRONG, f"no end in {SECONDS} s"
     else:
-        verdict, why = _judge(case, child.exitcode, said, place)
-    shutil.rmtree(place)
+        verdict, why = _judge(case, child.exitcode, output, directory)
+    shutil.rmtree(directory)
     return Result(case.kind, f"{case.name} ({case.command})", verdict, why)
 
 
@@ -120,9 +120,9 @@ def _read_until(pipe: int, deadline: float) -> str:
     return b"".join(parts).decode(errors="replace")
 
 
-def _run(line: str, file_size: int | None, place: Path, writer: Any) -> None:
+def _run(line: str, file_size: int | None, directory: Path, writer: Any) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", EMLOC_STRICT_PLUGINS="1")
-    os.chdir(place)
+    os.chdir(directory)
     stream = writer.detach()
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -137,20 +137,20 @@ def _run(line: str, file_size: int | None, place: Path, writer: Any) -> None:
     os._exit(code)
 
 
-def _judge(case: Case, code: int, output: str, place: Path) -> tuple[Verdict, str]:
+def _judge(case: Case, code: int, output: str, directory: Path) -> tuple[Verdict, str]:
     # A progress bar may follow, or stand before it in the same line.
     lines = re.split(r"[\r\n]+|(?=emloc: )", output.strip())
-    said = next((line for line in reversed(lines) if line.startswith("emloc: ")), lines[-1])
-    if (place / "evil").exists():
-        return Verdict.WRONG, f"what a stranger wrote was run: {said}"
+    message = next((line for line in reversed(lines) if line.startswith("emloc: ")), lines[-1])
+    if (directory / "evil").exists():
+        return Verdict.WRONG, f"what a stranger wrote was run: {message}"
     if code == 0:
-        fault = _fault(place / "out") if case.harmless else f"exit code 0: {said}"
+        fault = _fault(directory / "out") if case.harmless else f"exit code 0: {message}"
         return (Verdict.WRONG, fault) if fault else (Verdict.WHOLE, "")
-    is_sentence = said.startswith("emloc: error: ") if code == 1 else code == 2  # of click, for options
+    is_sentence = message.startswith("emloc: error: ") if code == 1 else code == 2  # of click, for options
     if not is_sentence or "Traceback" in output:
-        return Verdict.UNEXPECTED, f"exit code {code}: {said}"
-    if (place / "out" / "timing.json").exists():
-        return Verdict.WRONG, f"something was published: {said}"
+        return Verdict.UNEXPECTED, f"exit code {code}: {message}"
+    if (directory / "out" / "timing.json").exists():
+        return Verdict.WRONG, f"something was published: {message}"
     return Verdict.REFUSED, ""
 
 
@@ -184,12 +184,12 @@ def campaign(directory: Path, limit: int | None = None) -> Iterator[Result]:
 
 def main() -> None:
     """Run what a pattern finds in the cases' names, in a directory, and print what is a defect and the table."""
-    place, pattern = Path(sys.argv[1]), sys.argv[2]
-    good = place / "good" if (place / "good").exists() else make_good(place / "good")
+    directory, pattern = Path(sys.argv[1]), sys.argv[2]
+    good = directory / "good" if (directory / "good").exists() else make_good(directory / "good")
     results = []
     for number, case in enumerate(cases()):
         if re.search(pattern, f"{case.kind}: {case.name}"):
-            results.append(run(case, good, place / f"case-{number}"))
+            results.append(run(case, good, directory / f"case-{number}"))
             if results[-1].verdict in FAILED:
                 print(results[-1], flush=True)
     print(markdown(counts(results)))

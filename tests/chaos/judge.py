@@ -34,55 +34,55 @@ def succeeded(run: Run) -> bool:
     if run.code == 0:
         return True
     sentence = "emloc: interrupted" if run.code in _INTERRUPTED else "emloc: error: "
-    if run.code not in (1, *_INTERRUPTED) or not run.last_line.startswith(sentence) or "Traceback" in run.said:
-        raise DefectError(Verdict.UNEXPECTED, f"exit code {run.code}: {run.said.strip()[-300:]}")
+    if run.code not in (1, *_INTERRUPTED) or not run.last_line.startswith(sentence) or "Traceback" in run.output:
+        raise DefectError(Verdict.UNEXPECTED, f"exit code {run.code}: {run.output.strip()[-300:]}")
     return False
 
 
-def require_same(place: Path, *references: Reference) -> None:
-    """Require that a place holds what one of these uninterrupted runs leaves, to the byte, and nothing else.
+def require_same(directory: Path, *references: Reference) -> None:
+    """Require that a directory holds what one of these uninterrupted runs leaves, to the byte, and nothing else.
 
     Raises:
         DefectError: it does not.
     """
-    files = snapshot(place)
+    files = snapshot(directory)
     if not any(files == reference.files for reference in references):
         raise wrong(_differences(files, references[0].files))
 
 
-def require_nothing_half(place: Path, outputs: Iterable[str], *references: Reference) -> None:
+def require_nothing_half(directory: Path, outputs: Iterable[str], *references: Reference) -> None:
     """Require that each output is absent, or what one of these uninterrupted runs leaves there.
 
     Raises:
         DefectError: one looks finished and is not.
     """
-    files = snapshot(place)
+    files = snapshot(directory)
     for output in outputs:
-        found = _below(files, output)
-        if found and not any(found == _below(reference.files, output) for reference in references):
-            raise wrong(f"{output} looks finished: {_differences(found, _below(references[0].files, output))}")
+        contents = _below(files, output)
+        if contents and not any(contents == _below(reference.files, output) for reference in references):
+            raise wrong(f"{output} looks finished: {_differences(contents, _below(references[0].files, output))}")
 
 
-def finish(bench: Bench, command: str, place: Path, reference: Reference) -> None:
+def finish(bench: Bench, command: str, directory: Path, reference: Reference) -> None:
     """Run a command again: it has to succeed and leave what an uninterrupted run leaves.
 
     Raises:
         DefectError: it does not.
     """
-    again = bench.run(command, place)
+    again = bench.run(command, directory)
     if not succeeded(again):
         raise wrong(f"the same command again says: {again.last_line}")
-    require_same(place, reference)
+    require_same(directory, reference)
 
 
 def _below(files: dict[str, bytes], output: str) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if name.startswith(f"{output}/") and name != f"{output}/"}
 
 
-def _differences(found: dict[str, bytes], expected: dict[str, bytes]) -> str:
-    texts = [f"{name} is left behind" for name in sorted(found.keys() - expected.keys())]
-    texts += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    texts += [f"{name} differs" for name in sorted(found.keys() & expected.keys()) if found[name] != expected[name]]
+def _differences(actual: dict[str, bytes], expected: dict[str, bytes]) -> str:
+    texts = [f"{name} is left behind" for name in sorted(actual.keys() - expected.keys())]
+    texts += [f"{name} is missing" for name in sorted(expected.keys() - actual.keys())]
+    texts += [f"{name} differs" for name in sorted(actual.keys() & expected.keys()) if actual[name] != expected[name]]
     return ", ".join(texts[:6])
 
 

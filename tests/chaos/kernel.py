@@ -45,10 +45,10 @@ _CALLS = {
     "symlinkat": (266, 36, {"d": 1, "p": 2}),
     "statfs": (137, 43, {"p": 0}),
 }
-#: Which argument of these has the flags that say whether anything is to be written.
+#: The index of the argument with the flags that say whether anything is to be written.
 _FLAGS = {"open": 1, "openat": 2}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-#: What the kernel is asked for besides: how much room there is.
+#: The call that asks how much room there is; it changes nothing.
 ASKS_FOR_ROOM = "statfs"
 
 _AT_FDCWD = 0xFFFFFF9C
@@ -83,12 +83,12 @@ class Call:
 
 
 def is_supported() -> bool:
-    """Say whether this kernel tells what processes do to files."""
+    """Say whether this kernel reports what processes do to files."""
     try:
-        told = Path("/proc/sys/kernel/seccomp/actions_avail").read_text(encoding="utf-8")
+        actions = Path("/proc/sys/kernel/seccomp/actions_avail").read_text(encoding="utf-8")
     except OSError:
         return False
-    return platform.machine() in _ARCHITECTURES and "user_notif" in told.split()
+    return platform.machine() in _ARCHITECTURES and "user_notif" in actions.split()
 
 
 def _numbers() -> dict[str, int]:
@@ -98,7 +98,7 @@ def _numbers() -> dict[str, int]:
 
 
 def _filter() -> bytes:
-    """Return the program that picks those calls: what only reads, and what goes to stdout or stderr, passes by."""
+    """Return the program that selects those calls: reads, and writes to stdout or stderr, are let through."""
     parts = []
     for name, number in _numbers().items():
         if name in _FLAGS:
@@ -149,11 +149,11 @@ class Listener:
             raise
         identity, process, _, number, _, _, *arguments = struct.unpack("QIIiIQ6Q", message)
         name = self._names[number]
-        where = _CALLS[name][2]
+        positions = _CALLS[name][2]
         try:
-            path = _place(process, where, arguments)
-            old = {letter: index - (2 if "d" in where else 1) for letter, index in where.items()}
-            source = _place(process, old, arguments) if name.startswith(("rename", "link")) else None
+            path = _path(process, positions, arguments)
+            old = {letter: index - (2 if "d" in positions else 1) for letter, index in positions.items()}
+            source = _path(process, old, arguments) if name.startswith(("rename", "link")) else None
         except OSError:  # it was killed
             path, source = Path("/"), None
         return Call(name, path, process, identity, tuple(arguments), source)
@@ -167,19 +167,19 @@ class Listener:
 
 
 def say_full(call: Call) -> None:
-    """Answer ``statfs`` as a file system does that has no room: its caller's memory is written."""
+    """Answer ``statfs`` like a file system without room, by writing to the caller's memory."""
     size, blocks, kind = 4096, 1 << 20, 0x01021994
-    told = struct.pack("15Q", kind, size, blocks, 0, 0, 1 << 20, 1 << 19, 0, 255, size, 0, 0, 0, 0, 0)
+    answer = struct.pack("15Q", kind, size, blocks, 0, 0, 1 << 20, 1 << 19, 0, 255, size, 0, 0, 0, 0, 0)
     with open(f"/proc/{call.process}/mem", "r+b", buffering=0) as memory:
         memory.seek(call.arguments[1])
-        memory.write(told)
+        memory.write(answer)
 
 
-def _place(process: int, where: dict[str, int], arguments: list[int]) -> Path:
-    if "f" in where:
-        return Path(os.readlink(f"/proc/{process}/fd/{arguments[where['f']]}"))
-    text = _string(process, arguments[where["p"]])
-    directory = arguments[where["d"]] & 0xFFFFFFFF if "d" in where else _AT_FDCWD
+def _path(process: int, positions: dict[str, int], arguments: list[int]) -> Path:
+    if "f" in positions:
+        return Path(os.readlink(f"/proc/{process}/fd/{arguments[positions['f']]}"))
+    text = _string(process, arguments[positions["p"]])
+    directory = arguments[positions["d"]] & 0xFFFFFFFF if "d" in positions else _AT_FDCWD
     start = f"/proc/{process}/cwd" if directory == _AT_FDCWD else f"/proc/{process}/fd/{directory}"
     return Path(os.path.normpath(text if text.startswith("/") else f"{os.readlink(start)}/{text}"))
 
@@ -187,10 +187,10 @@ def _place(process: int, where: dict[str, int], arguments: list[int]) -> Path:
 def _string(process: int, address: int) -> str:
     with open(f"/proc/{process}/mem", "rb", buffering=0) as memory:
         memory.seek(address)
-        found = b""
-        while b"\0" not in found:
-            part = memory.read(4096 - (address + len(found)) % 4096)  # up to the end of the page
+        content = b""
+        while b"\0" not in content:
+            part = memory.read(4096 - (address + len(content)) % 4096)  # up to the end of the page
             if not part:
                 break
-            found += part
-    return os.fsdecode(found.partition(b"\0")[0])
+            content += part
+    return os.fsdecode(content.partition(b"\0")[0])

@@ -1,11 +1,11 @@
-"""Kills processes before each call, then repeats the same command or runs another; and asks them to stop."""
+"""Kills processes before each call, or asks them to stop, then repeats the same command or runs another."""
 
 import random
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from chaos.cases import Case, at, kill, spread
+from chaos.cases import Case, kill, on_call, spread
 from chaos.judge import finish, require_nothing_half, require_same, succeeded
 from chaos.kernel import Call
 from chaos.results import Verdict
@@ -20,7 +20,7 @@ def kills(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
     """Kill a stage before each call, and run it again."""
     for number in spread(len(bench.reference(stage.command).run.calls) + 1, most):
         name = f"{stage.name}, before call {number}{_named(bench, stage, number)}"
-        yield Case(f"killed: {stage.name}", name, partial(_interrupt, stage, at(number, kill)))
+        yield Case(f"killed: {stage.name}", name, partial(_interrupt, stage, on_call(number, kill)))
 
 
 def kills_twice(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
@@ -29,23 +29,23 @@ def kills_twice(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
     for first in spread(count, most):
         second = _RANDOM.randint(1, count)
         name = f"{stage.name}, before call {first}, and again before call {second}"
-        yield Case("killed twice", name, partial(_interrupt_twice, stage, at(first, kill), at(second, kill)))
+        yield Case("killed twice", name, partial(_interrupt_twice, stage, on_call(first, kill), on_call(second, kill)))
 
 
 def _interrupt(stage: Stage, act: Act, bench: Bench) -> Verdict:
-    place, reference = bench.place(), bench.reference(stage.command)
-    run = bench.run(stage.command, place, act)
-    require_nothing_half(place, stage.outputs, reference)
-    finish(bench, stage.command, place, reference)
+    directory, reference = bench.new_directory(), bench.reference(stage.command)
+    run = bench.run(stage.command, directory, act)
+    require_nothing_half(directory, stage.outputs, reference)
+    finish(bench, stage.command, directory, reference)
     return Verdict.WHOLE if run.code == 0 else Verdict.RESUMED
 
 
 def _interrupt_twice(stage: Stage, first: Act, second: Act, bench: Bench) -> Verdict:
-    place, reference = bench.place(), bench.reference(stage.command)
+    directory, reference = bench.new_directory(), bench.reference(stage.command)
     for act in (first, second):
-        bench.run(stage.command, place, act)
-        require_nothing_half(place, stage.outputs, reference)
-    finish(bench, stage.command, place, reference)
+        bench.run(stage.command, directory, act)
+        require_nothing_half(directory, stage.outputs, reference)
+    finish(bench, stage.command, directory, reference)
     return Verdict.RESUMED
 
 
@@ -58,18 +58,18 @@ def kills_before_another(bench: Bench, stage: Stage, most: int | None) -> Iterat
 
 def _another(stage: Stage, number: int, bench: Bench) -> Verdict:
     mine, others = bench.reference(stage.command), bench.reference(stage.other)
-    place = bench.place()
-    bench.run(stage.command, place, at(number, kill))
-    if succeeded(bench.run(stage.other, place)):
-        require_same(place, others)
+    directory = bench.new_directory()
+    bench.run(stage.command, directory, on_call(number, kill))
+    if succeeded(bench.run(stage.other, directory)):
+        require_same(directory, others)
         return Verdict.WHOLE
-    require_nothing_half(place, stage.outputs, mine, others)
-    finish(bench, stage.command, place, mine)  # nothing of the first was lost
+    require_nothing_half(directory, stage.outputs, mine, others)
+    finish(bench, stage.command, directory, mine)  # nothing of the first was lost
     return Verdict.REFUSED
 
 
 def publishing(bench: Bench, stage: Stage, most: int | None) -> Iterator[int]:
-    """Yield the calls from the manifest's being written to the end."""
+    """Yield the calls from the writing of the manifest to the end."""
     calls = bench.reference(stage.command).run.calls
     first = next(
         number for number, call in enumerate(calls, 1) if call.path.name.startswith((".emloc.json", "emloc.json"))
@@ -83,28 +83,28 @@ def signals(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
     for sent in _SIGNALS:
         for number in spread(count, most):
             name = f"{stage.name}, {sent.name} before call {number}{_named(bench, stage, number)}"
-            yield Case(sent.name, name, partial(_told, stage, {"act": at(number, partial(_send, sent))}))
+            yield Case(sent.name, name, partial(_signalled, stage, {"act": on_call(number, partial(_send, sent))}))
     for sent in (*_SIGNALS, signal.SIGKILL):
         for _ in range(min(count, most or count) // 2):
             moment = _RANDOM.uniform(0, 1.1) * bench.reference(stage.command).seconds
             name = f"{stage.name}, {sent.name} after {moment:.2f} s"
             after = {"after": (moment, partial(_send, sent))}
-            yield Case(f"{sent.name} at a random moment", name, partial(_told, stage, after))
+            yield Case(f"{sent.name} at a random moment", name, partial(_signalled, stage, after))
 
 
 def _send(sent: signal.Signals, run: Run, _call: Call | None = None) -> None:
     run.signal(sent, group=sent != signal.SIGTERM)  # a terminal tells all of a job's processes; kill(1) tells one
 
 
-def _told(stage: Stage, how: dict[str, Callable[..., None]], bench: Bench) -> Verdict:
-    place, reference = bench.place(), bench.reference(stage.command)
-    run = bench.run(stage.command, place, **how)
-    require_nothing_half(place, stage.outputs, reference)
+def _signalled(stage: Stage, options: dict[str, Callable[..., None]], bench: Bench) -> Verdict:
+    directory, reference = bench.new_directory(), bench.reference(stage.command)
+    run = bench.run(stage.command, directory, **options)
+    require_nothing_half(directory, stage.outputs, reference)
     killed = run.code == -signal.SIGKILL or (run.code < 0 and not run.calls)  # the latter before it had begun
     if not killed and succeeded(run):
-        require_same(place, reference)
+        require_same(directory, reference)
         return Verdict.WHOLE
-    finish(bench, stage.command, place, reference)
+    finish(bench, stage.command, directory, reference)
     return Verdict.RESUMED
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Verdict(StrEnum):
-    """What came of a case. The last two are defects."""
+    """The outcome of a case. The last two are defects."""
 
     WHOLE = "whole"
     RESUMED = "resumed identically"
@@ -28,8 +28,8 @@ class Result:
     Attributes:
         kind: the row of the table.
         case: what was done, where.
-        verdict: what came of it.
-        why: where that is a defect.
+        verdict: its outcome.
+        why: the reason, where that is a defect.
     """
 
     kind: str
@@ -42,16 +42,16 @@ class Result:
 
 
 def counts(results: Iterable[Result]) -> dict[str, Counter[Verdict]]:
-    """Return how many cases of each kind came to what."""
-    found: dict[str, Counter[Verdict]] = {}
+    """Return how many cases of each kind had which verdict."""
+    tallies: dict[str, Counter[Verdict]] = {}
     for result in results:
-        found.setdefault(result.kind, Counter())[result.verdict] += 1
-    return found
+        tallies.setdefault(result.kind, Counter())[result.verdict] += 1
+    return tallies
 
 
-def markdown(found: Mapping[str, Counter[Verdict]]) -> str:
+def markdown(tallies: Mapping[str, Counter[Verdict]]) -> str:
     """Return the table, with a last row of sums."""
-    rows = {**found, "all": sum(found.values(), Counter())}
+    rows = {**tallies, "all": sum(tallies.values(), Counter())}
     lines = [
         f"| kind | tried | {' | '.join(Verdict)} |",
         f"| --- | ---: | {' | '.join(['---:'] * len(Verdict))} |",

@@ -1,4 +1,4 @@
-"""Ways to spoil a good file: each returns a function that is given the directory of the good things."""
+"""Ways to spoil a good file: each returns a function that takes the directory of the good inputs."""
 
 import json
 import shutil
@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 
 def edit_json(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    """Change the content of a JSON file, or give it another one."""
+    """Change the content of a JSON file, or replace it."""
 
-    def spoil(place: Path) -> None:
-        path = place / name
+    def spoil(root: Path) -> None:
+        path = root / name
         content = json.loads(path.read_text())
         changed = change(content)
         write(path, json.dumps(content if changed is None else changed))
@@ -23,7 +23,7 @@ def edit_json(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]
 
 
 def put(*keys: Any, value: Any) -> Callable[[Any], None]:
-    """Set what stands at ``keys`` of an object."""
+    """Set the value at ``keys`` of an object."""
 
     def change(content: Any) -> None:
         for key in keys[:-1]:
@@ -34,7 +34,7 @@ def put(*keys: Any, value: Any) -> Callable[[Any], None]:
 
 
 def drop(*keys: Any) -> Callable[[Any], None]:
-    """Remove what stands at ``keys`` of an object."""
+    """Remove the value at ``keys`` of an object."""
 
     def change(content: Any) -> None:
         for key in keys[:-1]:
@@ -45,7 +45,7 @@ def drop(*keys: Any) -> Callable[[Any], None]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Replace a file, or whatever stands there."""
+    """Replace a file, or whatever is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -54,21 +54,21 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def file(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """Give a file other content."""
-    return lambda place: write(place / name, content)
+    """Replace a file's content."""
+    return lambda root: write(root / name, content)
 
 
 def gone(name: str) -> Callable[[Path], None]:
     """Remove a file."""
-    return lambda place: (place / name).unlink()
+    return lambda root: (root / name).unlink()
 
 
 def directory(name: str) -> Callable[[Path], None]:
     """Put a directory where there was a file."""
 
-    def spoil(place: Path) -> None:
-        (place / name).unlink()
-        (place / name).mkdir()
+    def spoil(root: Path) -> None:
+        (root / name).unlink()
+        (root / name).mkdir()
 
     return spoil
 
@@ -76,24 +76,24 @@ def directory(name: str) -> Callable[[Path], None]:
 def link(name: str, target: str) -> Callable[[Path], None]:
     """Put a link where there was a file or directory."""
 
-    def spoil(place: Path) -> None:
-        write(place / name, b"")
-        (place / name).unlink()
-        (place / name).symlink_to(target)
+    def spoil(root: Path) -> None:
+        write(root / name, b"")
+        (root / name).unlink()
+        (root / name).symlink_to(target)
 
     return spoil
 
 
 def shard(name: str) -> Callable[[Path], Path]:
     """Return a function that finds the first shard of a directory."""
-    return lambda place: min((place / name).glob("*.safetensors"))
+    return lambda root: min((root / name).glob("*.safetensors"))
 
 
-def edit_header(where: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def edit_header(folder: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """Change the header of a directory's first shard; a result of bytes or text is the new header as it is."""
 
-    def spoil(place: Path) -> None:
-        path = shard(where)(place)
+    def spoil(root: Path) -> None:
+        path = shard(folder)(root)
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
@@ -105,21 +105,21 @@ def edit_header(where: str, change: Callable[[dict[str, Any]], Any]) -> Callable
     return spoil
 
 
-def edit_bytes(where: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+def edit_bytes(folder: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """Change the bytes of a directory's first shard."""
 
-    def spoil(place: Path) -> None:
-        path = shard(where)(place)
+    def spoil(root: Path) -> None:
+        path = shard(folder)(root)
         write(path, change(path.read_bytes()))
 
     return spoil
 
 
-def edit_tensors(where: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def edit_tensors(folder: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """Change the tensors of a directory's first shard, and write it as the library does, with the same metadata."""
 
-    def spoil(place: Path) -> None:
-        path = shard(where)(place)
+    def spoil(root: Path) -> None:
+        path = shard(folder)(root)
         with safe_open(str(path), framework="pt") as opened:
             metadata = opened.metadata()
         tensors = load_file(path)
@@ -138,9 +138,9 @@ def first(header: dict[str, Any]) -> str:
 def both(*spoilers: Callable[[Path], object]) -> Callable[[Path], None]:
     """Spoil in several ways."""
 
-    def spoil(place: Path) -> None:
-        for each in spoilers:
-            each(place)
+    def spoil(root: Path) -> None:
+        for spoiler in spoilers:
+            spoiler(root)
 
     return spoil
 

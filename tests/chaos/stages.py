@@ -14,7 +14,7 @@ from unittest import mock
 from chaos.forks import Fork
 from chaos.supervise import Act, Run, supervise
 
-#: What varies from run to run, and is said to: seconds and peaks of memory.
+#: What is documented to vary from run to run: seconds and peaks of memory.
 _VARYING = {"timing.json", "table.md"}
 _VARYING_KEYS = {"seconds", "peak_bytes", "stages"}
 
@@ -31,13 +31,13 @@ correct.clamp = 1
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of ``emloc``, given good inputs at ``{good}`` and an empty directory at ``{place}``.
+    """A command of ``emloc``, given good inputs at ``{good}`` and an empty directory at ``{directory}``.
 
     Attributes:
         name: of the stage.
         command: after ``emloc``.
         other: another request for the same output.
-        outputs: the directories that it publishes, in ``{place}``.
+        outputs: the directories that it publishes, in ``{directory}``.
     """
 
     name: str
@@ -51,47 +51,47 @@ STAGES = {
     for stage in (
         Stage(
             "compress",
-            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --ratio 0.8 -o {place}/out",
-            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --ratio 0.3 -o {place}/out",
+            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --ratio 0.8 -o {directory}/out",
+            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --ratio 0.3 -o {directory}/out",
         ),
         Stage(
             "train",
             "train {good}/emulator --data {good}/rows.jsonl --steps 2 --save-steps 1 --logging-steps 2 --rank 2"
-            " --batch-size 2 --no-bf16 -o {place}/out",
+            " --batch-size 2 --no-bf16 -o {directory}/out",
             "train {good}/emulator --data {good}/rows.jsonl --steps 2 --save-steps 1 --logging-steps 2 --rank 2"
-            " --batch-size 2 --no-bf16 --seed 1 -o {place}/out",
+            " --batch-size 2 --no-bf16 --seed 1 -o {directory}/out",
         ),
         Stage(
             "correct",
-            "correct {good}/adapter --base {good}/base --clamp 1 -o {place}/out",
-            "correct {good}/adapter --base {good}/base --clamp none -o {place}/out",
+            "correct {good}/adapter --base {good}/base --clamp 1 -o {directory}/out",
+            "correct {good}/adapter --base {good}/base --clamp none -o {directory}/out",
         ),
         Stage(
             "polish",
             "polish {good}/corrected --base {good}/base --data {good}/rows.jsonl --steps 2 --save-steps 1"
-            " --logging-steps 2 --batch-size 2 --no-bf16 --park disk -o {place}/out",
+            " --logging-steps 2 --batch-size 2 --no-bf16 --park disk -o {directory}/out",
             "polish {good}/uncorrected --base {good}/base --data {good}/rows.jsonl --steps 2 --save-steps 1"
-            " --logging-steps 2 --batch-size 2 --no-bf16 --park disk -o {place}/out",
+            " --logging-steps 2 --batch-size 2 --no-bf16 --park disk -o {directory}/out",
         ),
         Stage(
             "merge",
-            "merge {good}/corrected --base {good}/base -o {place}/out",
-            "merge {good}/uncorrected --base {good}/base -o {place}/out",
+            "merge {good}/corrected --base {good}/base -o {directory}/out",
+            "merge {good}/uncorrected --base {good}/base -o {directory}/out",
         ),
         Stage(
             "import",
-            "import {good}/foreign -o {place}/out",
-            "import {good}/other-foreign -o {place}/out",
+            "import {good}/foreign -o {directory}/out",
+            "import {good}/other-foreign -o {directory}/out",
         ),
         Stage(
             "eval",
-            "eval {good}/task.yaml --base {good}/base --emulator {good}/emulator --limit 3 -o {place}/out",
-            "eval {good}/task.yaml --base {good}/base --emulator {good}/emulator --limit 2 -o {place}/out",
+            "eval {good}/task.yaml --base {good}/base --emulator {good}/emulator --limit 3 -o {directory}/out",
+            "eval {good}/task.yaml --base {good}/base --emulator {good}/emulator --limit 2 -o {directory}/out",
         ),
         Stage(
             "run",
-            "run {place}/recipe.toml",
-            "run {place}/other.toml",
+            "run {directory}/recipe.toml",
+            "run {directory}/other.toml",
             ("out/emulator", "out/adapter", "out/corrected", "out/merged"),
         ),
     )
@@ -99,7 +99,7 @@ STAGES = {
 
 
 class Bench:
-    """Good inputs, made once, and places to run commands in.
+    """Good inputs, made once, and a directory to run commands in.
 
     Args:
         root: an empty directory.
@@ -108,9 +108,9 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.good, self._pristine = self.root / "good", self.root / "pristine"
-        self.known: dict[str, Reference] = {}
+        self.references: dict[str, Reference] = {}
         self.good.mkdir(parents=True)
-        made = supervise(lambda: _make_models(self.good), self.root)
+        run = supervise(lambda: _make_models(self.good), self.root)
         for command in (
             "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --paper -o {good}/emulator",
             "train {good}/emulator --data {good}/rows.jsonl --steps 2 --rank 2 --batch-size 2 --no-bf16 --lr 1e-2"
@@ -119,39 +119,39 @@ class Bench:
             "correct {good}/adapter --base {good}/base --clamp 0 -o {good}/uncorrected",
             "eval --new-task completion_nll --data {good}/rows.jsonl -o {good}/task.yaml",
         ):
-            if made.code == 0:
-                made = self.run(command, self.good)
-        if made.code:
-            raise RuntimeError(made.said)
+            if run.code == 0:
+                run = self.run(command, self.good)
+        if run.code:
+            raise RuntimeError(run.output)
         (self.good / ".emloc-hashes.json").unlink(missing_ok=True)
         shutil.copytree(self.good, self._pristine)
 
-    def place(self) -> Path:
-        """Return the place of a case, with nothing but the recipes in it: always the same path, for outputs name it."""
-        place = self.root / "case"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+    def new_directory(self) -> Path:
+        """Return a case's directory, with nothing but the recipes in it: always the same path, for outputs name it."""
+        directory = self.root / "case"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
         for name, steps in (("recipe.toml", 2), ("other.toml", 1)):
-            (place / name).write_text(_RECIPE.format(good=self.good, steps=steps), encoding="utf-8")
-        return place
+            (directory / name).write_text(_RECIPE.format(good=self.good, steps=steps), encoding="utf-8")
+        return directory
 
-    def run(self, command: str, place: Path, act: Act | None = None, **options: Any) -> Run:
+    def run(self, command: str, directory: Path, act: Act | None = None, **options: Any) -> Run:
         """Run a command line in a fork, under supervision."""
-        argv = command.format(good=self.good, place=place).split()
+        argv = command.format(good=self.good, directory=directory).split()
         return supervise(lambda: _emloc(argv), self.root, act or (lambda _run, _call: None), **options)
 
     def reference(self, command: str) -> "Reference":
         """Return what an uninterrupted run of a command does and leaves."""
-        if command not in self.known:
-            self.known[command] = self.reference_now(command)
-        return self.known[command]
+        if command not in self.references:
+            self.references[command] = self.reference_now(command)
+        return self.references[command]
 
     def reference_now(self, command: str) -> "Reference":
-        """Return what an uninterrupted run does and leaves with the inputs as they are at the moment."""
-        place = self.place()
+        """Return what an uninterrupted run does and leaves with the inputs as they are now."""
+        directory = self.new_directory()
         start = time.monotonic()
-        run = self.run(command, place)
-        return Reference(run, snapshot(place), time.monotonic() - start)
+        run = self.run(command, directory)
+        return Reference(run, snapshot(directory), time.monotonic() - start)
 
     def is_untouched(self) -> bool:
         """Say whether the inputs are what they were."""
@@ -165,27 +165,27 @@ class Bench:
 
 @dataclass(frozen=True)
 class Reference:
-    """An uninterrupted run, the files that it left by their paths in its place, and the seconds that it took."""
+    """An uninterrupted run, the files that it left by their paths in its directory, and the seconds that it took."""
 
     run: Run
     files: dict[str, bytes]
     seconds: float
 
 
-def snapshot(place: Path) -> dict[str, bytes]:
-    """Return the content of all files of a directory, by relative path; without what is said to vary."""
-    found = {}
-    for path in sorted(place.rglob("*")):
-        name = str(path.relative_to(place))
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Return the content of all files of a directory, by relative path; without what may vary."""
+    contents = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
         if path.is_dir() and not path.is_symlink():
-            found[f"{name}/"] = b""
+            contents[f"{name}/"] = b""
         elif path.name in _VARYING or path.name == ".emloc-hashes.json":
-            found[name] = b""
+            contents[name] = b""
         elif path.name == "results.json":
-            found[name] = json.dumps(_without(json.loads(path.read_text())), sort_keys=True).encode()
+            contents[name] = json.dumps(_without(json.loads(path.read_text())), sort_keys=True).encode()
         else:
-            found[name] = path.read_bytes()
-    return found
+            contents[name] = path.read_bytes()
+    return contents
 
 
 def _without(content: Any) -> Any:
@@ -195,7 +195,7 @@ def _without(content: Any) -> Any:
 
 
 def _emloc(argv: Sequence[str]) -> int:
-    """Be ``emloc`` with these arguments; the processes that it would start are forked."""
+    """Run ``emloc`` with these arguments; the processes that it would start are forked."""
     from emloc_core.cli import main
 
     with mock.patch.object(sys, "argv", ["emloc", *argv]), mock.patch.object(subprocess, "Popen", Fork):

@@ -15,8 +15,8 @@ from typing import NoReturn
 from chaos.forks import become
 from chaos.kernel import ASKS_FOR_ROOM, Call, Listener, watch_this_process
 
-SECONDS = 120  # that a command may take
-#: What is done when a call is about to be made: None: it continues; an errno: it fails with it.
+SECONDS = 120  # the most that a command may take
+#: Called when a call is about to be made; returns None to let it continue, or the errno that it fails with.
 Act = Callable[["Run", Call], int | None]
 
 
@@ -28,20 +28,20 @@ class Run:
         process: its id, and that of its group.
         calls: what it did to files below ``root``, as far as it got.
         code: what it exited with; a signal's number, negative, where that ended it; None while it runs.
-        said: its stdout and stderr.
+        output: its stdout and stderr.
         hung: it was ended because it took too long.
     """
 
     process: int
     calls: list[Call] = field(default_factory=list)
     code: int | None = None
-    said: str = ""
+    output: str = ""
     hung: bool = False
 
     @property
     def last_line(self) -> str:
-        """What it said last."""
-        return (self.said.strip().splitlines() or [""])[-1]
+        """The last line of its output."""
+        return (self.output.strip().splitlines() or [""])[-1]
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the command, or to all of its processes as well."""
@@ -63,12 +63,12 @@ def supervise(
 
     Args:
         command: what the fork runs; returns the exit code.
-        root: calls elsewhere are none of our business.
-        act: is told every call before it is made.
-        after: so many seconds from the start, do that.
+        root: calls elsewhere are let through.
+        act: is called with every call before it is made.
+        after: seconds from the start, and what to do then.
     """
     ours, theirs = socket.socketpair()
-    log = os.memfd_create("said")
+    log = os.memfd_create("output")
     process = os.fork()
     if process == 0:
         ours.close()
@@ -84,13 +84,13 @@ def supervise(
         _, status = os.waitpid(process, 0)
         os.close(descriptors[0])
     run.code = os.waitstatus_to_exitcode(status)
-    run.said = os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace")
+    run.output = os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace")
     os.close(log)
     return run
 
 
 def _become(command: Callable[[], int], theirs: socket.socket, log: int) -> NoReturn:
-    """Be the command: in a group of its own, with its output in a file, told of by the kernel."""
+    """Become the command: in a group of its own, with its output in a file, followed by the kernel."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (1, 2):

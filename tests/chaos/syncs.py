@@ -19,19 +19,19 @@ _NAMELESS = " (deleted)"  # how the kernel ends the path of a file that no name 
 
 
 def syncs(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:  # noqa: ARG001 - one is enough
-    """Look at the order in which a stage that is left alone writes, syncs and renames."""
+    """Check the order in which an undisturbed stage writes, syncs and renames."""
     del bench
     yield Case("synced before it is published", stage.name, partial(_look, stage))
 
 
 def _look(stage: Stage, bench: Bench) -> Verdict:
     run = bench.reference(stage.command).run
-    place = bench.root / "case"
+    directory = bench.root / "case"
     published = [call.path for call in run.calls if call.name.startswith("rename")]
     for output in stage.outputs:
-        if place / output not in published:
+        if directory / output not in published:
             raise wrong(f"{output} is not renamed to its place")
-        late = unsynced(run.calls, place / output)
+        late = unsynced(run.calls, directory / output)
         if late:
             raise wrong(f"{output} is published before these are on the disk: {', '.join(sorted(late)[:5])}")
     return Verdict.WHOLE

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 
-from chaos.cases import Case, at, spread
+from chaos.cases import Case, on_call, spread
 from chaos.judge import finish, require_nothing_half, require_same, succeeded, wrong
 from chaos.kernel import Call
 from chaos.kills import publishing
@@ -23,35 +23,35 @@ def two_writers(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
     half = most and max(1, most // 2)
     numbers = sorted({*spread(count, half), *publishing(bench, stage, half)} - {count + 1})
     for number in numbers:
-        for second, what in ((stage.command, "the same"), (stage.other, "another")):
-            name = f"{stage.name}, held before call {number}, {what} request meanwhile"
+        for second, label in ((stage.command, "the same"), (stage.other, "another")):
+            name = f"{stage.name}, held before call {number}, {label} request meanwhile"
             yield Case("two writers", name, partial(_both, stage, number, second))
 
 
 def _both(stage: Stage, number: int, second: str, bench: Bench) -> Verdict:
     mine, others = bench.reference(stage.command), bench.reference(second)
-    place = bench.place()
-    meanwhile = _Meanwhile(bench, second, place)
-    first = bench.run(stage.command, place, at(number, meanwhile.start))
+    directory = bench.new_directory()
+    meanwhile = _Meanwhile(bench, second, directory)
+    first = bench.run(stage.command, directory, on_call(number, meanwhile.start))
     other = meanwhile.end()
     succeeded_first, succeeded_other = succeeded(first), succeeded(other)
-    require_nothing_half(place, stage.outputs, mine, others)
+    require_nothing_half(directory, stage.outputs, mine, others)
     if succeeded_first and succeeded_other and mine.files != others.files:
         raise wrong("both say that they have finished")
     if succeeded_first or not succeeded_other:
-        finish(bench, stage.command, place, mine)
+        finish(bench, stage.command, directory, mine)
     else:
-        require_same(place, others)
+        require_same(directory, others)
     return Verdict.WHOLE if succeeded_first and succeeded_other else Verdict.REFUSED
 
 
 class _Meanwhile:
     """A command that runs while another is held, until it has ended or waits for a lock of the other's."""
 
-    def __init__(self, bench: Bench, command: str, place: Path) -> None:
+    def __init__(self, bench: Bench, command: str, directory: Path) -> None:
         self._called: tuple[str, float] = ("", time.monotonic())
         self._runs: list[Run] = []
-        self._thread = Thread(target=lambda: self._runs.append(bench.run(command, place, self._note)))
+        self._thread = Thread(target=lambda: self._runs.append(bench.run(command, directory, self._note)))
 
     def start(self, _run: Run, _call: Call) -> None:
         self._thread.start()

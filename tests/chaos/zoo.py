@@ -41,7 +41,7 @@ correct = {{ clamp = 1 }}
 merge = true
 """
 _HOST = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20, "include_dashboard": False}
-_LOOK = 0.01  # seconds between looks at what runs and what is there
+_LOOK = 0.01  # seconds between checks of what runs and what is there
 _HANGS = 300.0  # seconds in which a driver that is left alone has to finish a stage
 
 
@@ -54,7 +54,7 @@ class Driver(Protocol):
         """Return its exit code, or None while it runs."""
 
     def kill(self) -> None:
-        """End it as the kernel does, and wait."""
+        """Kill it, and wait."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class _Zoo:
 
     @property
     def directory(self) -> Path:
-        """The same of all: what is made from an output holds a hash that depends on where that is."""
+        """The same for all: what is made from an output holds a hash that depends on where the output is."""
         return self.file.with_name("zoo")
 
     def put_away(self, name: str) -> None:
-        """Make place for the next one."""
+        """Make room for the next one."""
         self.directory.rename(self.directory.with_name(name))
 
     def run(self, draw: random.Random, most: int) -> None:
@@ -157,9 +157,9 @@ class _Zoo:
 
     def results(self, expected: dict[str, bytes], case: str) -> list[Result]:
         """Return a result for each thing that was lost."""
-        found = self.outputs()
-        self.problems += [f"{name} differs or is missing" for name in expected if found.get(name) != expected[name]]
-        self.problems += [f"{name} is left behind" for name in found.keys() - expected.keys()]
+        outputs = self.outputs()
+        self.problems += [f"{name} differs or is missing" for name in expected if outputs.get(name) != expected[name]]
+        self.problems += [f"{name} is left behind" for name in outputs.keys() - expected.keys()]
         with closing(Store(self.directory)) as store:
             for record in store.records():
                 causes = [attempt.cause for attempt in record.attempts]
@@ -167,20 +167,20 @@ class _Zoo:
                     self.problems.append(f"{record.job.name} is {record.state} after {causes}")
                 odd = set(causes) - {None, "lost worker", "interrupted"}
                 if odd:
-                    said = [attempt.message for attempt in record.attempts if attempt.cause in odd]
-                    self.problems.append(f"{record.job.name} failed otherwise: {said}")
+                    messages = [attempt.message for attempt in record.attempts if attempt.cause in odd]
+                    self.problems.append(f"{record.job.name} failed otherwise: {messages}")
         verdict = Verdict.WRONG if self.problems else Verdict.RESUMED
         why = "; ".join(self.problems[:6])
-        return [Result(f"zoo, {self.engine.name}: a {what} lost", case, verdict, why) for what in self.lost]
+        return [Result(f"zoo, {self.engine.name}: a {kind} lost", case, verdict, why) for kind in self.lost]
 
     def outputs(self) -> dict[str, bytes]:
-        """Return the contents of all outputs by path, but for timings, and for what tells of attempts."""
-        place, found = self.directory / "jobs", {}
-        for path in place.rglob("*"):
-            name = path.relative_to(place).as_posix()
+        """Return the contents of all outputs by path, without timings and reports of attempts."""
+        jobs, contents = self.directory / "jobs", {}
+        for path in jobs.rglob("*"):
+            name = path.relative_to(jobs).as_posix()
             if path.is_file() and path.name != TIMING and name.count("/") > 1:
-                found[name] = path.read_bytes()
-        return found
+                contents[name] = path.read_bytes()
+        return contents
 
     def _watch(self) -> bool:
         """Return whether there is a new output, and notice one that is made again."""
@@ -189,40 +189,40 @@ class _Zoo:
             if manifest.parent.name.startswith("."):  # not published yet
                 continue
             status = manifest.stat()
-            made = status.st_ino, status.st_mtime_ns
-            if self._seen.setdefault(manifest, made) != made:
+            stamp = status.st_ino, status.st_mtime_ns
+            if self._seen.setdefault(manifest, stamp) != stamp:
                 self.problems.append(f"{manifest.parent.parent.name}/{manifest.parent.name} was made twice")
-                self._seen[manifest] = made
+                self._seen[manifest] = stamp
         return len(self._seen) > before
 
     def _lose(self, draw: random.Random) -> str:
-        """Kill something that is at work; return what, empty where there is nothing yet."""
-        what = draw.choice(
+        """Kill something that is at work; return its kind, empty where there is nothing yet."""
+        kind = draw.choice(
             ["stage", "stage", "worker", "worker", "driver", *(["node"] if self.engine.lose_node else [])]
         )
-        found = self._processes()
-        if not found:
+        processes = self._processes()
+        if not processes:
             return ""
-        if what == "node" and self.engine.lose_node:
+        if kind == "node" and self.engine.lose_node:
             self.engine.lose_node()
-        elif what in ("stage", "worker"):
+        elif kind in ("stage", "worker"):
             # A worker is the leader of a group; its stage is a fork of it.
-            fitting = [each for each in found if (_group(each) == each.pid) == (what == "worker")]
+            fitting = [process for process in processes if (_group(process) == process.pid) == (kind == "worker")]
             if not fitting:
                 return ""
             with _may_be_gone():
                 draw.choice(fitting).kill()
-        self.lost.append(what)
-        return what
+        self.lost.append(kind)
+        return kind
 
     def _processes(self) -> list[psutil.Process]:
-        """Return the workers of this zoo and their stages: they are at home where their outputs are."""
-        found, place = [], self.directory / "jobs"
+        """Return the workers of this zoo and their stages: they run in the directory of its outputs."""
+        processes, jobs = [], self.directory / "jobs"
         for process in psutil.process_iter():
             with _may_be_gone():
-                if Path(process.cwd()).is_relative_to(place) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                if Path(process.cwd()).is_relative_to(jobs) and process.status() != psutil.STATUS_ZOMBIE:
+                    processes.append(process)
+        return processes
 
 
 @contextmanager
