@@ -24,15 +24,15 @@ from emloc_core.recipe.recipe import load_recipe
 SMALL = ["--samples", "8", "--selection", "4"]
 
 
-@pytest.mark.parametrize(("path", "where"), [((), ""), (("/a/b",), ": /a/b cannot be written")])
-def test_a_full_disk_is_one_sentence_wherever_it_is_met(emloc, monkeypatch, path, where):
+@pytest.mark.parametrize(("path", "detail"), [((), ""), (("/a/b",), ": /a/b cannot be written")])
+def test_a_full_disk_is_one_sentence_wherever_it_is_met(emloc, monkeypatch, path, detail):
     @click.command("write")
     def write():
         raise OSError(errno.ENOSPC, "No space left on device", *path)
 
     monkeypatch.setitem(cli.commands, "write", write)
-    said = f"emloc: error: The disk is full{where}. Free some space, and run the same command again.\n"
-    assert emloc("write") == (1, "", said)
+    message = f"emloc: error: The disk is full{detail}. Free some space, and run the same command again.\n"
+    assert emloc("write") == (1, "", message)
 
 
 def change(model, tmp_path, **files):
@@ -159,7 +159,7 @@ learning_rate = 1e-3
 
 
 def write_recipe(directory, base, rows):
-    """Write a recipe that half of the rows are no part of: its test rows."""
+    """Write a recipe whose test rows are half of the rows."""
     write_jsonl(directory / "test.jsonl", [json.loads(line) for line in rows.read_text().splitlines()[:60]])
     path = directory / "recipe.toml"
     path.write_text(RECIPE.format(base=base, rows=rows))

@@ -33,8 +33,8 @@ def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_mo
     assert shlex.split(next_commands(out)[0]) == ["chat", "merged"]
     code, out, _ = emloc(*shlex.split(chat), "--max-new-tokens", 4)
     assert (code, len(out.strip())) > (0, 0)
-    for made in ("adapter", "corrected"):  # an adapter brings what turns text into its inputs
-        tokenizer = AutoTokenizer.from_pretrained(made)
+    for directory in ("adapter", "corrected"):  # an adapter brings what turns text into its inputs
+        tokenizer = AutoTokenizer.from_pretrained(directory)
         assert (
             tokenizer("a red cat")["input_ids"] == AutoTokenizer.from_pretrained(tiny_model)("a red cat")["input_ids"]
         )

@@ -1,4 +1,4 @@
-"""``emloc plan``, and what takes a budget by it: ``emloc compress --memory``, a recipe."""
+"""``emloc plan``, and what plans within a budget: ``emloc compress --memory``, a recipe."""
 
 import json
 from pathlib import Path
@@ -64,11 +64,11 @@ def refused(*arguments: str | Path) -> str:
 
 def test_the_largest_ratio_within_a_budget(shallow_model: Path) -> None:
     tuning = tuning_need(shallow_model, 0.4, 64, batch_size=1)
-    found = plan(shallow_model, "--length", 64, *ALL, tuning, "--kind", "low-rank", "--batch-size", 1)
-    assert found["fits"]
-    assert 0.4 <= found["ratio"] < 0.45
-    assert found["budget_bytes"] == int(tuning)
-    assert {linear["rank"] for linear in found["linears"]} >= {int(found["ratio"] * 32 * 64 / 96)}
+    planned = plan(shallow_model, "--length", 64, *ALL, tuning, "--kind", "low-rank", "--batch-size", 1)
+    assert planned["fits"]
+    assert 0.4 <= planned["ratio"] < 0.45
+    assert planned["budget_bytes"] == int(tuning)
+    assert {linear["rank"] for linear in planned["linears"]} >= {int(planned["ratio"] * 32 * 64 / 96)}
 
 
 def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +77,8 @@ def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch
     ways = plan(shallow_model, *options)["ways"]
     assert [way["seconds"] for way in ways] == [max(way["flops"] / 1e6, way["read_bytes"] / 1e3) for way in ways]
     assert ways[-1]["seconds"] == ways[-1]["read_bytes"] / 1e3
-    told = run("plan", shallow_model, *options).stdout
-    assert "of weights per step, a step takes at least" in told
+    shown = run("plan", shallow_model, *options).stdout
+    assert "of weights per step, a step takes at least" in shown
     assert "operations" not in run("plan", shallow_model, *options, "--no-measure").stdout
     unmeasured = plan(shallow_model, *options, "--no-measure")["ways"]
     assert all(way["seconds"] is None for way in unmeasured)
@@ -96,7 +96,7 @@ def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
 
 
 def test_what_is_shown_and_what_is_made_are_one_decision(shallow_model: Path) -> None:
-    """The table is of the way, and every way is one of the same rows."""
+    """The table shows the best way, and every way has the same rows per step."""
     options = ("--length", 64, "--batch-size", 2, "--memory")
     *_, exact = plan(shallow_model, *options, "4GiB")["ways"]
     tight = plan(shallow_model, *options, exact["bytes"], "--headroom", 0)
@@ -109,10 +109,12 @@ def test_what_is_shown_and_what_is_made_are_one_decision(shallow_model: Path) ->
     assert "--exact --batch-size 1 --accumulation 2 --max-length 64" in shown.stdout
     for name in ("LoRA on the base", "emulator"):
         needed = next(way["bytes"] for way in tight["ways"] if way["name"].startswith(name))
-        found = plan(shallow_model, *options, needed, "--headroom", 0)
-        (stage,) = (each for each in found["stages"] if each["stage"].startswith(f"LoRA on the {name.split()[-1]}"))
+        planned = plan(shallow_model, *options, needed, "--headroom", 0)
+        (stage,) = (
+            entry for entry in planned["stages"] if entry["stage"].startswith(f"LoRA on the {name.split()[-1]}")
+        )
         assert stage["bytes"] <= needed
-        assert found["workload"]["batch_size"] * found["workload"]["accumulation"] == 2
+        assert planned["workload"]["batch_size"] * planned["workload"]["accumulation"] == 2
 
 
 def test_headroom_is_named_and_stays_free(shallow_model: Path) -> None:
@@ -134,9 +136,9 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     shown = run("plan", tmp_path, *options, "--image-size", "24x16").stdout
     assert "1 image(s) of 24x16 pixels and 24 tokens per row" in shown
     assert "parameters of model.visual.deepstack_merger_list.* stay dense: small" in shown
-    found = plan(tmp_path, *options, "--image-size", "24x16")
-    assert found["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
-    assert {kept["pattern"] for kept in found["kept_dense"]} == QWEN_VL.keep_dense.keys()
+    planned = plan(tmp_path, *options, "--image-size", "24x16")
+    assert planned["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
+    assert {kept["pattern"] for kept in planned["kept_dense"]} == QWEN_VL.keep_dense.keys()
     assert "is not an image size" in refused("plan", tmp_path, *options, "--image-size", "24")
     # 448 x 448 pixels are more tokens than a row has.
     assert "leave no room for text" in refused("plan", tmp_path, *options)
@@ -144,13 +146,13 @@ def test_images_of_any_size(tmp_path: Path) -> None:
 
 def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) -> None:
     options = ("--length", 64, "--batch-size", 2, "--memory", "4GiB")
-    found = plan(shallow_model, *options)
-    assert found["best"] == "LoRA on the base"
-    assert [way["name"] for way in found["ways"] if way["fits"]][-1] == "exact steps"
-    exact = found["ways"][-1]
-    assert exact["read_bytes"] == 2 * found["weight_bytes"]["base"]
-    assert exact["bytes"] < found["ways"][0]["bytes"]
-    assert [stage["stage"] for stage in found["stages"]] == ["inference on the base", "LoRA on the base", "merge"]
+    planned = plan(shallow_model, *options)
+    assert planned["best"] == "LoRA on the base"
+    assert [way["name"] for way in planned["ways"] if way["fits"]][-1] == "exact steps"
+    exact = planned["ways"][-1]
+    assert exact["read_bytes"] == 2 * planned["weight_bytes"]["base"]
+    assert exact["bytes"] < planned["ways"][0]["bytes"]
+    assert [stage["stage"] for stage in planned["stages"]] == ["inference on the base", "LoRA on the base", "merge"]
     assert "no emulator is needed" in run("plan", shallow_model, *options).stdout
     named = plan(shallow_model, *options, "--kind", "low-rank")  # who names a kind gets it, as from compress
     assert named["best"].startswith("emulator")
@@ -160,10 +162,10 @@ def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) 
 def test_a_low_ratio_is_a_warning_and_fewer_rows_at_once_make_room(shallow_model: Path) -> None:
     budget = tuning_need(shallow_model, 0.1, 64, batch_size=8)
     options = ("--length", 64, "--batch-size", 8, *ALL, budget)
-    found = plan(shallow_model, *options, "--kind", "low-rank")
-    emulator = next(way for way in found["ways"] if way["kind"] == "low-rank")
+    planned = plan(shallow_model, *options, "--kind", "low-rank")
+    emulator = next(way for way in planned["ways"] if way["kind"] == "low-rank")
     assert (emulator["micro_batch"], emulator["accumulation"]) == (4, 2)
-    assert emulator["ratio"] == found["ratio"] > 0.1
+    assert emulator["ratio"] == planned["ratio"] > 0.1
     least = tuning_need(shallow_model, 0.1, 64, batch_size=1, accumulation=8)
     low = plan(shallow_model, "--length", 64, "--batch-size", 8, *ALL, least, "--kind", "low-rank")
     assert "may help the base little" in low["warnings"][0]
@@ -173,10 +175,10 @@ def test_a_low_ratio_is_a_warning_and_fewer_rows_at_once_make_room(shallow_model
 
 
 def test_a_card_that_is_not_here(shallow_model: Path) -> None:
-    found = plan(shallow_model, "--length", 64, "--card", "rtx4090")
-    assert (found["card"], found["memory_bytes"]) == ("RTX 4090", 24 * 10**9)
-    assert [way["seconds"] for way in found["ways"] if not way["read_bytes"]] == [
-        way["flops"] / 165.2e12 for way in found["ways"] if not way["read_bytes"]
+    planned = plan(shallow_model, "--length", 64, "--card", "rtx4090")
+    assert (planned["card"], planned["memory_bytes"]) == ("RTX 4090", 24 * 10**9)
+    assert [way["seconds"] for way in planned["ways"] if not way["read_bytes"]] == [
+        way["flops"] / 165.2e12 for way in planned["ways"] if not way["read_bytes"]
     ]
     assert plan(shallow_model, "--length", 64, "--card", "A100", "--memory", "4GiB")["memory_bytes"] == 4 << 30
     shown = run("plan", shallow_model, "--length", 64, "--card", "H100").stdout
@@ -190,14 +192,14 @@ def test_a_micro_batch_is_as_large_as_fits(shallow_model: Path) -> None:
         config = shallow_model / "config.json"
         workload = make_workload(config, TrainSettings(batch_size=8), "cpu", length=64).at_once(rows)
         needed = MemoryModel(config, workload).tuning().total
-        found = plan(shallow_model, "--length", 64, "--batch-size", 8, "--device", "cpu", *ALL, needed)
-        assert (found["ways"][0]["micro_batch"], found["ways"][0]["accumulation"]) == (rows, 8 // rows)
+        planned = plan(shallow_model, "--length", 64, "--batch-size", 8, "--device", "cpu", *ALL, needed)
+        assert (planned["ways"][0]["micro_batch"], planned["ways"][0]["accumulation"]) == (rows, 8 // rows)
 
 
 @pytest.mark.thorough
 def test_kto_needs_two_rows_at_once(shallow_model: Path) -> None:
-    told = refused("plan", shallow_model, "--length", 64, "--objective", "kto", "--device", "cpu", *ALL, "100MB")
-    assert "on 2 x 64 tokens needs" in told
+    message = refused("plan", shallow_model, "--length", 64, "--objective", "kto", "--device", "cpu", *ALL, "100MB")
+    assert "on 2 x 64 tokens needs" in message
 
 
 def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> None:
@@ -205,35 +207,35 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
     workload = make_workload(config, TrainSettings(batch_size=1), length=16)
     model = MemoryModel(config, workload, CompressSettings(kind="nf4"))
     repaired = model.with_kind("1.6-bit+repair")
-    whole, least = (of.tuning(of.plan(ratio)).total for of, ratio in ((model, 0.5), (repaired, 0.2)))
-    budgets = {"nf4": whole, "1.6-bit+repair": whole - 1, "low-rank-nf4": least - 1}
+    four_bits, least = (memory.tuning(memory.plan(ratio)).total for memory, ratio in ((model, 0.5), (repaired, 0.2)))
+    budgets = {"nf4": four_bits, "1.6-bit+repair": four_bits - 1, "low-rank-nf4": least - 1}
     options = ("--length", 16, "--batch-size", 1, "--kind", "auto", *ALL)
     for kind, budget in budgets.items():
-        found = plan(shallow_model, *options, budget)
-        best = next(way for way in found["ways"] if way["fits"])
+        planned = plan(shallow_model, *options, budget)
+        best = next(way for way in planned["ways"] if way["fits"])
         polished = kind != "nf4"  # which leaves exact steps nothing to do
-        assert (found["kind"], best["kind"]) == (kind, kind)
-        assert found["best"] == ("emulator, then polish" if polished else "emulator")
-        assert best["ratio"] == (None if kind == "nf4" else found["ratio"])
+        assert (planned["kind"], best["kind"]) == (kind, kind)
+        assert planned["best"] == ("emulator, then polish" if polished else "emulator")
+        assert best["ratio"] == (None if kind == "nf4" else planned["ratio"])
         assert best["bytes"] <= budget
         shown = run("plan", shallow_model, *options, budget).stdout
-        size = "" if kind == "nf4" else f" --ratio {found['ratio']:g}"
-        where = " --device cpu" if best["compress_bytes"] > budget else ""
-        made = f"--kind {kind}{size} --max-length 16{where} -o emulator"
+        size = "" if kind == "nf4" else f" --ratio {planned['ratio']:g}"
+        device = " --device cpu" if best["compress_bytes"] > budget else ""
+        arguments = f"--kind {kind}{size} --max-length 16{device} -o emulator"
         lines = [line.strip() for line in shown.splitlines()]
-        first = next(at for at, line in enumerate(lines) if line.startswith("best: emulator")) + 1
+        first = next(index for index, line in enumerate(lines) if line.startswith("best: emulator")) + 1
         assert (
             lines[first : first + 3 + polished]
             == [
-                f"emloc compress {shallow_model} --data train.jsonl {made}",
+                f"emloc compress {shallow_model} --data train.jsonl {arguments}",
                 "emloc train emulator --data train.jsonl --batch-size 1 --max-length 16 -o adapter",
                 "emloc correct adapter -o corrected",
                 "emloc polish corrected --data train.jsonl --batch-size 1 --accumulation 1 --max-length 16 -o polished",
             ][: 3 + polished]
         )
-        told = measured(kind, best["ratio"])
-        assert best["recovery"] == (told and told._asdict())
-        assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
+        recovery = measured(kind, best["ratio"])
+        assert best["recovery"] == (recovery and recovery._asdict())
+        assert ("of what an ordinary LoRA gains" in shown) == (recovery is not None)
         assert ("2.7-bit gave more: a recipe with this memory and no kind tries both, where both fit" in shown) == (
             kind == "1.6-bit+repair"
         )
@@ -256,8 +258,8 @@ def test_a_first_stage_that_needs_more_than_tuning_is_a_warning(
 def test_the_commands_have_the_workload_that_was_planned(shallow_model: Path) -> None:
     options = ("--length", 48, "--batch-size", 2, "--lora-rank", 4, "--no-gradient-checkpointing", "--memory")
     shown = run("plan", shallow_model, *options, "4GiB").stdout
-    how = "--batch-size 2 --no-gradient-checkpointing --lora-rank 4 --max-length 48"
-    assert f"emloc train {shallow_model} --data train.jsonl {how} -o adapter\n" in shown
+    flags = "--batch-size 2 --no-gradient-checkpointing --lora-rank 4 --max-length 48"
+    assert f"emloc train {shallow_model} --data train.jsonl {flags} -o adapter\n" in shown
 
 
 @pytest.mark.thorough
@@ -268,8 +270,8 @@ def test_preferences_are_planned_by_rows_of_two_answers(shallow_model: Path) -> 
     assert pairs["workload"]["batch_size"] == answers["workload"]["batch_size"] == 4
     assert {way["name"] for way in pairs["ways"]} == {"LoRA on the base", "emulator"}
     doubled = plan(shallow_model, "--length", 32, "--batch-size", 8, "--kind", "nf4", "--memory", "4GiB")
-    whole, two, one = (next(way for way in each["ways"] if not way["kind"]) for each in (pairs, doubled, answers))
-    assert whole["bytes"] == two["bytes"] > one["bytes"]
+    paired, two, one = (next(way for way in report["ways"] if not way["kind"]) for report in (pairs, doubled, answers))
+    assert paired["bytes"] == two["bytes"] > one["bytes"]
     tight = next(way["bytes"] for way in pairs["ways"] if way["kind"]) - 1
     shown = run("plan", shallow_model, *options, tight, "--headroom", 0, "--objective", "dpo").stdout
     assert "--data train.jsonl --batch-size 2 --accumulation 2 --objective dpo --max-length 32" in shown
@@ -277,33 +279,33 @@ def test_preferences_are_planned_by_rows_of_two_answers(shallow_model: Path) -> 
 
 def test_one_row_at_a_time_counts_the_gradients_that_are_accumulated(shallow_model: Path) -> None:
     load = workload(batch=4, length=16)
-    whole, alone = (MemoryModel(shallow_model / "config.json", each) for each in (load, load.at_once(1)))
-    assert (alone.workload.batch_size, alone.workload.rows_per_step) == (1, whole.workload.rows_per_step)
+    together, alone = (MemoryModel(shallow_model / "config.json", load) for load in (load, load.at_once(1)))
+    assert (alone.workload.batch_size, alone.workload.rows_per_step) == (1, together.workload.rows_per_step)
     assert alone.tuning() == MemoryModel(shallow_model / "config.json", workload(1, 16, accumulation=4)).tuning()
 
 
-@pytest.mark.parametrize(("kind", "said"), [("nf4", "has no ratio"), ("1.6-bit+repair", "at most")])
-def test_a_ratio_that_compress_would_refuse_is_not_planned(kind: str, said: str, shallow_model: Path) -> None:
-    assert said in refused("plan", shallow_model, "--length", 16, "--ratio", 0.8, "--kind", kind, "--memory", "1GiB")
+@pytest.mark.parametrize(("kind", "message"), [("nf4", "has no ratio"), ("1.6-bit+repair", "at most")])
+def test_a_ratio_that_compress_would_refuse_is_not_planned(kind: str, message: str, shallow_model: Path) -> None:
+    assert message in refused("plan", shallow_model, "--length", 16, "--ratio", 0.8, "--kind", kind, "--memory", "1GiB")
 
 
 def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
     options = ("compress", shallow_model, "--data", rows_file, "-o", tmp_path / "emulator", "--dry-run", "--json")
     assert json.loads(run(*options, "--kind", "auto").stdout)["kind"] == "nf4"
     least = tuning_need(shallow_model, 0.5, data=rows_file, kind="nf4", batch_size=1)
-    one = ("--batch-size", 1)
+    single = ("--batch-size", 1)
 
     def chosen(memory: str, *more: str | Path) -> str:
-        return json.loads(run(*options, *one, *ALL, memory, *more).stdout)["kind"]
+        return json.loads(run(*options, *single, *ALL, memory, *more).stdout)["kind"]
 
     for kind in ([], ["--kind", "auto"]):
         assert chosen("4GiB", *kind) == chosen(least, *kind) == "nf4"
     note = run(*options, "--memory", "4GiB").stderr
     assert "note: an ordinary LoRA on the model itself fits too" in note
     assert f"`emloc train {shallow_model} --batch-size 8 --accumulation 1`, with these rows" in note
-    assert "note" not in run(*options, *one, *ALL, least).stderr
+    assert "note" not in run(*options, *single, *ALL, least).stderr
     assert chosen(least, "--kind", "2.7-bit") == "2.7-bit"
-    assert plan(shallow_model, "--data", rows_file, *one, *ALL, least)["kind"] == "nf4"
+    assert plan(shallow_model, "--data", rows_file, *single, *ALL, least)["kind"] == "nf4"
     assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["kind"] == "low-rank"
     assert "Write the unit: 24GiB" in refused(*options, "--memory", "24")
 
@@ -314,11 +316,11 @@ def test_an_emulator_is_tuned_on_the_rows_that_it_was_planned_for(rows_file: Pat
     four_bits = tuning_need(model, 0.5, data=rows_file, kind="nf4", batch_size=1, accumulation=2)
     emulator = tmp_path / "emulator"
     common = ("compress", model, "--data", rows_file, "--samples", 4, "--selection", 2, "--batch-size", 2)
-    made = run(*common, *ALL, four_bits, "-o", emulator)
-    assert made.exception is None, made.exception
-    assert "nf4), 1 x 2 rows per step" in made.stderr
-    assert "emloc train" in made.stdout
-    assert "--batch-size 1 --accumulation 2" in made.stdout
+    compressed = run(*common, *ALL, four_bits, "-o", emulator)
+    assert compressed.exception is None, compressed.exception
+    assert "nf4), 1 x 2 rows per step" in compressed.stderr
+    assert "emloc train" in compressed.stdout
+    assert "--batch-size 1 --accumulation 2" in compressed.stdout
 
     def trained(name: str, *more: object) -> tuple[int, int]:
         options = ("--data", rows_file, "--steps", 1, "--no-bf16", "-o", tmp_path / name)
@@ -348,9 +350,9 @@ def test_a_table_for_a_person(shallow_model: Path) -> None:
 def test_the_length_comes_from_the_rows(shallow_model: Path, rows_file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shallow_model)
     longest = max(len(tokenized_row(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
-    given = ("--data", rows_file, "--batch-size", 1, "--kind", "low-rank", "--ratio", 0.5)
-    assert plan(shallow_model, *given)["workload"]["length"] == longest
-    assert plan(shallow_model, *given, "--length", 9)["workload"]["length"] == 9
+    options = ("--data", rows_file, "--batch-size", 1, "--kind", "low-rank", "--ratio", 0.5)
+    assert plan(shallow_model, *options)["workload"]["length"] == longest
+    assert plan(shallow_model, *options, "--length", 9)["workload"]["length"] == 9
 
 
 def test_a_config_is_enough(shallow_model: Path, tmp_path: Path) -> None:
@@ -419,9 +421,9 @@ def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path:
     train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
     budget = tuning_need(shallow_model, 0.35, 12, rows_file, **train)
     tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--length", 12]
-    found = plan(shallow_model, *tuning, *ALL, budget, "--kind", "low-rank")
-    expected = found["ratio"]
-    assert expected < 0.4 or found["workload"]["batch_size"] < 4  # the budget decides it
+    planned = plan(shallow_model, *tuning, *ALL, budget, "--kind", "low-rank")
+    expected = planned["ratio"]
+    assert expected < 0.4 or planned["workload"]["batch_size"] < 4  # the budget decides it
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f"[model]\nbase = '{shallow_model}'\nmemory = '{budget}'\nheadroom = '0'\n[data]\ntrain = '{rows_file}'\n"
@@ -432,7 +434,7 @@ def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path:
     assert f"emulator, then polish (low-rank at ratio {expected:g})" in result.stderr
     emulator, adapter = (stage["request"]["settings"] for stage in json.loads(result.stdout)["stages"][:2])
     assert emulator["ratio"] == expected
-    assert adapter["batch_size"] == found["workload"]["batch_size"]
+    assert adapter["batch_size"] == planned["workload"]["batch_size"]
     assert adapter["batch_size"] * adapter["accumulation"] == 4
     smaller = ("--set", "model.memory=1MB", "--set", "train.batch_size=1")
     assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", *smaller)
@@ -448,12 +450,12 @@ def test_compress_refuses(shallow_model: Path, rows_file: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("changed", "polished", "told"),
+    ("changed", "polished", "sentence"),
     [
         (None, None, ""),
         (0.004, None, "; in 960 steps it was as much"),
         (-0.026, 0.975, "; in 960 steps it was 0.03 less, and 0.97 with exact ones"),
     ],
 )
-def test_a_plan_says_what_longer_tuning_gives(changed, polished, told):
-    assert in_longer_tuning(Recovery(0.93, 0.985, changed, polished)) == told
+def test_a_plan_says_what_longer_tuning_gives(changed, polished, sentence):
+    assert in_longer_tuning(Recovery(0.93, 0.985, changed, polished)) == sentence

@@ -40,23 +40,23 @@ def test_they_run_and_make_what_was_decided(kind: str | None, emloc, shallow_mod
     for command in commands:
         code, _, err = emloc(*command[1:])
         assert code == 0, f"{command}\n{err}"
-    made = {path.parent.name: read_json(path)["request"]["settings"] for path in Path().glob("*/emloc.json")
+    settings = {path.parent.name: read_json(path)["request"]["settings"] for path in Path().glob("*/emloc.json")
             if "settings" in read_json(path)["request"]}  # fmt: skip
-    assert made["adapter"]["batch_size"] * made["adapter"]["accumulation"] == 2
-    assert made["adapter"]["max_length"] == 16
+    assert settings["adapter"]["batch_size"] * settings["adapter"]["accumulation"] == 2
+    assert settings["adapter"]["max_length"] == 16
     if kind:
-        assert made["emulator"]["kind"] == kind
-        assert ("polished" in made) == (kind == "1.6-bit+repair")
+        assert settings["emulator"]["kind"] == kind
+        assert ("polished" in settings) == (kind == "1.6-bit+repair")
     else:
         assert [command[1] for command in commands] == ["train"]
-        assert made["adapter"]["batch_size"] == 2
+        assert settings["adapter"]["batch_size"] == 2
 
 
 @pytest.mark.slow
 def test_every_stage_stays_within_the_memory(emloc, shallow_model: Path, rows: Path) -> None:
     config = shallow_model / "config.json"
-    found = decide(config, make_workload(config, TRAIN, length=16, data=str(rows)), Budget(2**40)).ways
-    emulator = next(way for way in found if way.kind)
+    ways = decide(config, make_workload(config, TRAIN, length=16, data=str(rows)), Budget(2**40)).ways
+    emulator = next(way for way in ways if way.kind)
     memory = int(max(emulator.bytes, emulator.compress_bytes) / 0.95) + 1
     for command in printed(emloc, shallow_model, rows, memory, "--kind", emulator.kind):
         subprocess.run([sys.executable, "-m", "emloc_core", *command[1:]], check=True, capture_output=True)

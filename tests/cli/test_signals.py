@@ -17,7 +17,7 @@ STAGE = """#!{python}
 import os, pathlib, time
 from emloc_core.processes.lifetime import end_with_parent
 end_with_parent()
-pathlib.Path({place!r}).write_text(str(os.getpid()))
+pathlib.Path({pid_file!r}).write_text(str(os.getpid()))
 time.sleep(600)
 """
 
@@ -56,21 +56,21 @@ def is_running(process):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
 def test_a_stage_ends_with_its_run(tmp_path, number, code):
-    place, stage = tmp_path / "process", tmp_path / "stage"
-    stage.write_text(STAGE.format(python=sys.executable, place=str(place)))
+    pid_file, stage = tmp_path / "process", tmp_path / "stage"
+    stage.write_text(STAGE.format(python=sys.executable, pid_file=str(pid_file)))
     stage.chmod(0o755)
     with subprocess.Popen(
         [sys.executable, "-c", RUN, str(tmp_path), str(stage)], stderr=subprocess.PIPE, text=True
     ) as run:
-        await_(lambda: run.poll() is not None or (place.exists() and place.read_text()))
+        await_(lambda: run.poll() is not None or (pid_file.exists() and pid_file.read_text()))
         assert run.poll() is None, run.stderr.read()
         os.kill(run.pid, signal.Signals[number])
-        said = run.stderr.read()
+        errors = run.stderr.read()
     assert run.returncode == code
-    child = int(place.read_text())
+    child = int(pid_file.read_text())
     await_(lambda: not is_running(child))
     if code > 0:
-        assert said.splitlines()[-1] == "emloc: interrupted; the same command resumes where it stopped."
+        assert errors.splitlines()[-1] == "emloc: interrupted; the same command resumes where it stopped."
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -88,7 +88,7 @@ def test_whatever_a_library_makes_of_a_signal_it_is_an_interruption(emloc, monke
 
     monkeypatch.setitem(cli.commands, "wait", wait)
     before = signal.getsignal(number)
-    found, out, err = emloc("wait")
-    assert (found, out) == (code, "")
+    status, out, err = emloc("wait")
+    assert (status, out) == (code, "")
     assert err.strip() == "emloc: interrupted; the same command resumes where it stopped."
     assert signal.getsignal(number) is before

@@ -1,4 +1,4 @@
-"""Commands that need no model, and errors of the user's, import nothing heavy, with every plugin of the tree loaded."""
+"""Commands that need no model, and users' errors, import nothing heavy, with every plugin of the tree loaded."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def starter() -> Iterator[subprocess.Popen[str]]:
-    """The process whose forks are as new ones."""
+    """A process whose forks stand for new processes."""
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -76,7 +76,7 @@ def test_nothing_heavy_is_imported(command, run):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_model: Path) -> Path:
+def directory(tmp_path_factory, tiny_model: Path) -> Path:
     """A directory with a model, one of an unknown type, rows, and a recipe."""
     root: Path = tmp_path_factory.mktemp("errors")
     (root / "model").symlink_to(tiny_model)
@@ -89,7 +89,7 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("plan odd", "No installed family declares the model type 'odd'"),
         ("compress odd --data rows.jsonl -o o", "'odd'"),
@@ -125,10 +125,10 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
         ),
     ],
 )  # fmt: skip
-def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command, told, place, run):
-    code, heavy, _, stderr = run(*command.split(), cwd=place)
+def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command, message, directory, run):
+    code, heavy, _, stderr = run(*command.split(), cwd=directory)
     assert code == 1
-    assert told in stderr
+    assert message in stderr
     assert heavy == []
 
 
@@ -145,9 +145,9 @@ def test_a_command_that_is_misspelt_is_named(run):
 
 
 @pytest.mark.thorough
-def test_a_plan_of_what_was_planned_before_imports_no_transformers(place, tmp_path, run):
+def test_a_plan_of_what_was_planned_before_imports_no_transformers(directory, tmp_path, run):
     command = ["plan", "model", "--memory", "1GB", "--no-measure", "--json"]
-    first, again = (run(*command, cwd=place, EMLOC_CACHE=str(tmp_path)) for _ in range(2))
+    first, again = (run(*command, cwd=directory, EMLOC_CACHE=str(tmp_path)) for _ in range(2))
     code, heavy, answer, _ = again
     assert "transformers" in first[1]
     assert (code, heavy) == (0, ["torch", "numpy"])

@@ -14,7 +14,7 @@ from emloc_core.settings import TrainSettings
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes by itself: a second at every look."""
+    """A clock that advances a second with every reading."""
     seconds = iter(range(1000))
     monkeypatch.setattr("emloc_core.cli.console.time.monotonic", lambda: float(next(seconds)))
 
@@ -66,16 +66,16 @@ def test_training_says_its_steps_and_losses(emloc, tiny_model, rows_file, tmp_pa
     assert "Training" not in err
 
 
-@pytest.mark.parametrize("given", ["q_proj,v_proj", ["q_proj, v_proj"], ["q_proj", "v_proj"]])
-def test_targets_may_have_commas(given):
-    assert TrainSettings(target_modules=given).target_modules == ["q_proj", "v_proj"]
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", ["q_proj, v_proj"], ["q_proj", "v_proj"]])
+def test_targets_may_have_commas(targets):
+    assert TrainSettings(target_modules=targets).target_modules == ["q_proj", "v_proj"]
 
 
 def test_all_linear_is_every_linear_but_the_output_layer(emloc, tiny_model, rows_file, tmp_path):
     argv = ("train", tiny_model, "--data", rows_file, "-o", tmp_path / "a", "--dry-run", "--target")
     everything = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     assert f"LoRA on {everything}\n" in emloc(*argv, "all-linear")[1]
-    told = emloc(*argv, "v_proj,q_proj", "--lr", 3e-4, "--steps", 7)[1]
-    assert "7 steps at a learning rate of 0.0003; LoRA on q_proj, v_proj\n" in told
+    output = emloc(*argv, "v_proj,q_proj", "--lr", 3e-4, "--steps", 7)[1]
+    assert "7 steps at a learning rate of 0.0003; LoRA on q_proj, v_proj\n" in output
     with pytest.raises(EmlocError, match="all-linear cannot be combined"):
         make_request("train", {"target_modules": "all-linear,q_proj"}, model="m", data="d", output="o")

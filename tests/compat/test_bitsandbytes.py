@@ -16,8 +16,10 @@ def test_a_packed_weight_is_codes_scales_and_a_note():
     assert shapes == expected, f"a packed weight has the parts {shapes}"
     assert (codes.shape, codes.dtype) == ((1024, 1), torch.uint8), f"codes are {codes.shape} of {codes.dtype}"
     note = json.loads(bytes(state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"].tolist()))
-    said = {name: note.get(name) for name in ("quant_type", "blocksize", "nested_blocksize", "shape")}
-    assert said == {"quant_type": "nf4", "blocksize": 64, "nested_blocksize": 256, "shape": [32, 64]}, f"it says {said}"
+    fields = {name: note.get(name) for name in ("quant_type", "blocksize", "nested_blocksize", "shape")}
+    assert fields == {"quant_type": "nf4", "blocksize": 64, "nested_blocksize": 256, "shape": [32, 64]}, (
+        f"it says {fields}"
+    )
     scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     levels = state.code[torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).long()].reshape(-1, 64)
     assert torch.allclose(levels * scales[:, None], functional.dequantize_4bit(codes, state).reshape(-1, 64)), (

@@ -35,25 +35,25 @@ print(json.dumps({
 @contract("trl", "compat.lighter")
 def test_imports_put_off_what_few_programs_need():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert not found["imported"], f"{found['imported']} are imported all the same"
-    assert found["read"] == 1, f"transformers reads a model's file {found['read']} times to find the names in it"
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert not report["imported"], f"{report['imported']} are imported all the same"
+    assert report["read"] == 1, f"transformers reads a model's file {report['read']} times to find the names in it"
     assert "gemm_4bit_forward" not in done.stderr, f"bitsandbytes tells of its kernels in another way: {done.stderr}"
-    assert found["put off"] == "_Packages", "trl reads all packages in another way"
-    assert found["packages"][0] == found["packages"][1], f"packages differ: {found['packages']}"
-    assert found["stands in"], "what stands in for a class knows no instance of it"
-    assert found["pairs"] == [[0, 1], [1, 0]], f"scipy matches {found['pairs']}"
+    assert report["put off"] == "_Packages", "trl reads all packages in another way"
+    assert report["packages"][0] == report["packages"][1], f"packages differ: {report['packages']}"
+    assert report["stands in"], "what stands in for a class knows no instance of it"
+    assert report["pairs"] == [[0, 1], [1, 0]], f"scipy matches {report['pairs']}"
 
 
 def test_functions_are_compiled_once_when_they_are_called():
-    made = []
+    calls = []
 
     def compiler(function, **options):
-        made.append(options)
+        calls.append(options)
         return lambda *args: function(*args) + 1
 
     with_options = _compiled_when_called(compiler, dynamic=False)(lambda x: x)
     plain = _compiled_when_called(compiler, lambda x: x)
-    assert made == []
+    assert calls == []
     assert (with_options(1), with_options(2), plain(3)) == (2, 3, 4)
-    assert made == [{"dynamic": False}, {}]
+    assert calls == [{"dynamic": False}, {}]

@@ -47,8 +47,8 @@ def test_a_task_is_made_of_a_files_content_and_changed_data(task_file):
     content["dataset_kwargs"] = {"data_files": {"test": str(task_file.with_name("rows.jsonl"))}}
     tasks = TaskManager(include_defaults=False).load([content])["tasks"]
     assert list(tasks) == ["sums"], "TaskManager.load no longer makes a task of a file's content"
-    asked = [(tasks["sums"].doc_to_text(row), tasks["sums"].doc_to_target(row)) for row in tasks["sums"].eval_docs]
-    assert asked == [("1+1", "2"), ("2+3", "5")], "a task has other questions and answers than its file says"
+    questions = [(tasks["sums"].doc_to_text(row), tasks["sums"].doc_to_target(row)) for row in tasks["sums"].eval_docs]
+    assert questions == [("1+1", "2"), ("2+3", "5")], "a task has other questions and answers than its file says"
 
 
 @contract("lm-eval", "compat.lm_eval.sandbox_templates")
@@ -98,8 +98,8 @@ def test_requests_ask_what_fewshot_context_returns(task_file):
     assert isinstance(task, ConfigurableTask)
     lm_eval.ask(task, lambda doc, **_: f"What is {doc['q']}?")
     task.build_all_requests(rank=0, world_size=1)
-    asked = [instance.args[0] for instance in task.instances]
-    assert asked == ["What is 1+1?", "What is 2+3?"], f"requests are not made by fewshot_context: {asked}"
+    prompts = [instance.args[0] for instance in task.instances]
+    assert prompts == ["What is 1+1?", "What is 2+3?"], f"requests are not made by fewshot_context: {prompts}"
 
 
 def test_likelihoods_of_answers_to_images_are_still_missing():

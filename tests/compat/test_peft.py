@@ -27,14 +27,14 @@ def checked(monkeypatch):
 
     with contract("peft", "compat.peft.check_adapters"):
         monkeypatch.setattr(BaseTuner, "inject_adapter", BaseTuner.inject_adapter)
-    found = []
+    calls = []
 
     def check(model, config):
-        found.append((model, config["r"]))
+        calls.append((model, config["r"]))
         raise RefusedError
 
     peft.check_adapters(check)
-    return found
+    return calls
 
 
 @pytest.mark.parametrize("way", ["get_peft_model", "inject_adapter_in_model", "from_pretrained"])
@@ -42,7 +42,7 @@ def checked(monkeypatch):
 def test_all_ways_to_put_in_an_adapter_are_checked(way, tmp_path, request):
     config = LoraConfig(r=3, target_modules=["q_proj"])
     get_peft_model(LlamaForCausalLM(LlamaConfig(**_SIZES)), config).save_pretrained(tmp_path)
-    found, model = request.getfixturevalue("checked"), LlamaForCausalLM(LlamaConfig(**_SIZES))
+    calls, model = request.getfixturevalue("checked"), LlamaForCausalLM(LlamaConfig(**_SIZES))
     ways = {
         "get_peft_model": lambda: get_peft_model(model, config),
         "inject_adapter_in_model": lambda: inject_adapter_in_model(config, model),
@@ -50,7 +50,7 @@ def test_all_ways_to_put_in_an_adapter_are_checked(way, tmp_path, request):
     }
     with suppress(RefusedError):
         ways[way]()
-    assert found == [(model, 3)], f"{way} does not call BaseTuner.inject_adapter with the model"
+    assert calls == [(model, 3)], f"{way} does not call BaseTuner.inject_adapter with the model"
     assert not any("lora" in name for name, _ in model.named_modules()), f"{way} changes the model before that"
 
 
@@ -86,7 +86,9 @@ def test_a_module_is_wrapped_once_for_each_of_its_parameters_the_first_innermost
     assert done == [model], "inject_adapter is given another model"
     ((path, wrappers),) = peft.parameter_wrappers(model)
     assert path == "model.layers.0.mlp.experts"
-    assert [each.parameter_name for each in wrappers] == ["down_proj", "gate_up_proj"], "PEFT nests in another order"
+    assert [wrapper.parameter_name for wrapper in wrappers] == ["down_proj", "gate_up_proj"], (
+        "PEFT nests in another order"
+    )
     outer, inner = wrappers
     assert (outer.lora_A["default"].weight.shape, outer.lora_B["default"].weight.shape) == ((3, 8), (8, 3))
     assert (inner.lora_A["default"].weight.shape, inner.lora_B["default"].weight.shape) == ((6, 8), (16, 6))

@@ -24,7 +24,7 @@ def trees() -> dict[str, ast.Module]:
 
 
 def trees_outside() -> list[tuple[str, ast.Module]]:
-    """Return those outside ``compat``."""
+    """Return the trees outside ``compat``."""
     return [(name, tree) for name, tree in trees().items() if not name.startswith("compat")]
 
 
@@ -33,7 +33,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names() -> Iterator[str]:
-    """Yield the underscored names that the core itself gives to something."""
+    """Yield the underscored names that the core itself defines."""
     for node in (node for tree in trees().values() for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -60,14 +60,14 @@ def used(node: ast.AST) -> list[str]:
 
 def test_what_the_rest_uses_is_its_own_or_public():
     own = set(own_names())
-    found = [
+    uses = [
         f"{module}:{node.lineno} uses {name}"
         for module, tree in trees_outside()
         for node in ast.walk(tree)
         for name in used(node)
         if is_private(name) and name not in own | {"__future__"}
     ]
-    assert not found
+    assert not uses
 
 
 def test_the_rest_patches_nothing():
@@ -82,27 +82,29 @@ def test_the_rest_patches_nothing():
 
 def test_the_rest_overrides_no_private_method():
     """Of classes that have methods of their own with an underscore, and bases in other packages."""
-    found = []
+    overrides = []
     for module, tree in trees_outside():
         classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases]
-        methods = [each for node in classes for each in node.body if isinstance(each, ast.FunctionDef)]
+        methods = [method for node in classes for method in node.body if isinstance(method, ast.FunctionDef)]
         if module == "__main__" or not any(is_private(method.name) for method in methods):
             continue
-        room = import_module(f"{CORE}.{module}")
+        imported = import_module(f"{CORE}.{module}")
         for node in classes:
-            own = {each.name for each in node.body if isinstance(each, ast.FunctionDef) and is_private(each.name)}
-            made = getattr(room, node.name, None)
-            for base in made.__mro__[1:] if isinstance(made, type) else ():
+            own = {
+                method.name for method in node.body if isinstance(method, ast.FunctionDef) and is_private(method.name)
+            }
+            defined = getattr(imported, node.name, None)
+            for base in defined.__mro__[1:] if isinstance(defined, type) else ():
                 if not base.__module__.startswith(CORE):
-                    found += [f"{module}.{node.name}.{name}" for name in own & vars(base).keys()]
-    assert not found
+                    overrides += [f"{module}.{node.name}.{name}" for name in own & vars(base).keys()]
+    assert not overrides
 
 
 def test_a_part_that_is_gone_is_named():
-    told = (
+    message = (
         r"trl [\d.]+ is not as EMLoC needs it for the loss .* \(cannot import name '_gone' .*\). Install trl 1\.\d+\."
     )
-    with pytest.raises(EmlocError, match=told), private("trl"):
+    with pytest.raises(EmlocError, match=message), private("trl"):
         from trl.trainer.utils import _gone  # noqa: F401
     with pytest.raises(EmlocError, match="does not have the attribute '_gone'"), patched("trl", "trl.trainer", _gone=1):
         pass

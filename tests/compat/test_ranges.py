@@ -12,11 +12,11 @@ from emloc_core.compat.tested import TESTED
 
 def ranges() -> dict[str, Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {found.name: found for text in project["dependencies"] for found in [Requirement(text)]}
+    return {requirement.name: requirement for text in project["dependencies"] for requirement in [Requirement(text)]}
 
 
 def bound(requirement: Requirement, operator: str) -> str | None:
-    return next((each.version for each in requirement.specifier if each.operator == operator), None)
+    return next((clause.version for clause in requirement.specifier if clause.operator == operator), None)
 
 
 def test_a_range_ends_with_the_version_after_the_newest_that_was_tested():
@@ -24,12 +24,16 @@ def test_a_range_ends_with_the_version_after_the_newest_that_was_tested():
         name: ".".join(map(str, [*Version(tested).release[:-1], Version(tested).release[-1] + 1]))
         for name, (tested, _) in TESTED.items()
     }
-    ends = {name: end for name, found in ranges().items() if (end := bound(found, "<"))}
+    ends = {name: end for name, requirement in ranges().items() if (end := bound(requirement, "<"))}
     assert ends == after
 
 
 def test_every_range_begins_and_no_version_is_the_only_one():
-    assert not [str(each) for each in ranges().values() if bound(each, ">=") is None or bound(each, "==")]
+    assert not [
+        str(requirement)
+        for requirement in ranges().values()
+        if bound(requirement, ">=") is None or bound(requirement, "==")
+    ]
 
 
 def test_libraries_with_private_parts_are_those_that_are_tested():

@@ -112,8 +112,8 @@ def test_writes_in_place_are_counted():
 @contract("torch", "compat.torch.children")
 def test_a_module_that_is_there_twice_is_listed_twice():
     shared = nn.Linear(1, 1)
-    found = compat.children(nn.ModuleList([shared, shared]))
-    assert found == [("0", shared), ("1", shared)], "_modules does not hold the modules right below"
+    listed = compat.children(nn.ModuleList([shared, shared]))
+    assert listed == [("0", shared), ("1", shared)], "_modules does not hold the modules right below"
 
 
 def test_importing_torch_runs_the_entry_point():
@@ -142,7 +142,7 @@ def test_of_the_nodes_that_are_ready_the_one_made_last_runs_first():
 
     x = torch.ones((), requires_grad=True)
     first = [Node.apply(x, f"block 1 of {row}") for row in "ab"]
-    second = [Node.apply(each, f"block 2 of {row}") for each, row in zip(first, "ab", strict=True)]
+    second = [Node.apply(tensor, f"block 2 of {row}") for tensor, row in zip(first, "ab", strict=True)]
     torch.stack(second).sum().backward()
     assert order == ["block 2 of b", "block 2 of a", "block 1 of b", "block 1 of a"], f"autograd runs {order}"
 
@@ -150,26 +150,28 @@ def test_of_the_nodes_that_are_ready_the_one_made_last_runs_first():
 @contract("torch", "compat.torch.tree_leaves, torch.tree_map")
 def test_trees_are_tuples_lists_and_dicts():
     tree = (torch.ones(2), [1, {"a": torch.zeros(1)}])
-    doubled = compat.tree_map(lambda each: each * 2, tree)
+    doubled = compat.tree_map(lambda leaf: leaf * 2, tree)
     assert type(doubled) is tuple, "tree_map does not keep what a tree is of"
-    assert [each for each in compat.tree_leaves(doubled) if isinstance(each, int)] == [2], "tree_leaves leaves some out"
+    assert [leaf for leaf in compat.tree_leaves(doubled) if isinstance(leaf, int)] == [2], "tree_leaves leaves some out"
     assert doubled[1][1]["a"].shape == (1,)
 
 
 @contract("torch", "compat.torch.HollowTensor")
 def test_a_tensor_without_numbers_says_what_operations_give():
-    asked = []
+    calls = []
 
     class Seven(compat.HollowTensor):
         @classmethod
         def compute(cls, operation, *args):
-            asked.append((operation, len(args)))
+            calls.append((operation, len(args)))
             return torch.full((2, 3), 7.0)
 
-    made = Seven.hollow((4, 3), torch.zeros(1, dtype=torch.bfloat16))
-    assert (made.shape, made.dtype) == ((4, 3), torch.bfloat16), "it has another shape or dtype"
-    assert not made.requires_grad, "it asks for a gradient"
-    assert torch.equal(made[1:3], torch.full((2, 3), 7.0)), "its slices are not what it says"
-    nn.functional.embedding(torch.tensor([1, 2]), made)
+    tensor = Seven.hollow((4, 3), torch.zeros(1, dtype=torch.bfloat16))
+    assert (tensor.shape, tensor.dtype) == ((4, 3), torch.bfloat16), "it has another shape or dtype"
+    assert not tensor.requires_grad, "it asks for a gradient"
+    assert torch.equal(tensor[1:3], torch.full((2, 3), 7.0)), "its slices are not what it says"
+    nn.functional.embedding(torch.tensor([1, 2]), tensor)
     aten = torch.ops.aten
-    assert [each for each, _ in asked] == [aten.slice.Tensor, aten.embedding.default], f"it is asked for {asked}"
+    assert [operation for operation, _ in calls] == [aten.slice.Tensor, aten.embedding.default], (
+        f"it is asked for {calls}"
+    )

@@ -23,11 +23,11 @@ def test_all_chat_templates_are_compiled_by_one_function(tiny_model, monkeypatch
     monkeypatch.setattr(chat_template_utils, "_compile_jinja_template", chat_template_utils._compile_jinja_template)
     tokenizer, compiled = AutoTokenizer.from_pretrained(tiny_model), []
     transformers.wrap_template_compiler(lambda compile_: lambda text: compiled.append(text) or compile_(text))
-    given = [{"role": "assistant", "content": "yes"}]
+    messages = [{"role": "assistant", "content": "yes"}]
     masked = {"return_assistant_tokens_mask": True, "return_dict": True}
     for number, more in enumerate([{"tokenize": False}, {}, masked]):
-        template = _TEMPLATE + " " * number  # of which nothing is kept
-        tokenizer.apply_chat_template(given, chat_template=template, **more)
+        template = _TEMPLATE + " " * number  # not compiled before
+        tokenizer.apply_chat_template(messages, chat_template=template, **more)
         assert template in compiled, f"apply_chat_template({more}) does not call _compile_jinja_template"
 
 
@@ -55,13 +55,13 @@ def test_a_compiled_template_renders_and_generates(tiny_model, monkeypatch):
 @contract("transformers", "compat.transformers.never_ask_for_code")
 def test_code_of_a_model_is_refused_without_a_question(tmp_path, monkeypatch):
     transformers.never_ask_for_code()
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda *_: asked.append(True) or "n")
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *_: questions.append(True) or "n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
     (tmp_path / "own.py").write_text("raise SystemExit('was run')")
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoConfig.from_pretrained(tmp_path, local_files_only=True)
-    assert not asked, "TIME_OUT_REMOTE_CODE = 0 does not keep it from asking on the terminal"
+    assert not questions, "TIME_OUT_REMOTE_CODE = 0 does not keep it from asking on the terminal"
 
 
 @contract("transformers", "compat.transformers.use_one_gpu")
@@ -86,31 +86,31 @@ def read(model, directory):
         loader = transformers.TensorLoader(empty)
         sources = loader.sources(file.keys())
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-        found = loader.load(slices, torch.float32, torch.device("cpu"))
+        problems = loader.load(slices, torch.float32, torch.device("cpu"))
     assert stored.keys() == sources.keys(), f"other parameters are made: {sorted(stored.keys() ^ sources.keys())}"
-    return empty, sources, found
+    return empty, sources, problems
 
 
 @contract("transformers", "compat.transformers.TensorLoader")
 def test_slices_are_loaded_into_a_model_on_the_meta_device(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=9, tie_word_embeddings=False, **_SIZES))
     model.save_pretrained(tmp_path)
-    found, sources, problems = read(model, tmp_path)
+    loaded, sources, problems = read(model, tmp_path)
     assert problems == ({}, []), f"it cannot load what was saved: {problems}"
     assert sources["lm_head.weight"] == ["lm_head.weight"]
     for name, parameter in model.named_parameters():
-        assert torch.equal(found.get_parameter(name), parameter), f"{name} is loaded with other numbers"
+        assert torch.equal(loaded.get_parameter(name), parameter), f"{name} is loaded with other numbers"
 
 
 @contract("transformers", "compat.transformers.TensorLoader")
 def test_experts_of_their_own_are_loaded_fused(tmp_path):
     model = MixtralForCausalLM(MixtralConfig(vocab_size=9, num_local_experts=2, num_key_value_heads=1, **_SIZES))
     model.save_pretrained(tmp_path)
-    found, sources, problems = read(model, tmp_path)
+    loaded, sources, problems = read(model, tmp_path)
     assert problems == ({}, []), f"it cannot load what was saved: {problems}"
     (name,) = (name for name in sources if name.endswith("gate_up_proj"))
     assert len(sources[name]) == 4, f"{name} is not made of two matrices of each expert: {sources[name]}"
-    assert torch.equal(found.get_parameter(name), model.get_parameter(name)), f"{name} is loaded with other numbers"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name)), f"{name} is loaded with other numbers"
 
 
 @contract("transformers", "compat.transformers.TensorLoader")
@@ -119,8 +119,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     save_file({**tensors, "lm_head.weight": torch.zeros(7, 8)}, tmp_path / "model.safetensors")
     _, _, (_, mismatched) = read(model, tmp_path)
-    told = [(name, tuple(given), tuple(expected)) for name, given, expected in mismatched]
-    assert told == [("lm_head.weight", (7, 8), (9, 8))], f"a wrong shape is told as {told}"
+    mismatches = [(name, tuple(actual), tuple(expected)) for name, actual, expected in mismatched]
+    assert mismatches == [("lm_head.weight", (7, 8), (9, 8))], f"a wrong shape is told as {mismatches}"
 
 
 @contract("transformers", "compat.transformers.TensorLoader")
@@ -131,8 +131,8 @@ def test_tensors_are_read_one_after_another(monkeypatch):
     pool, pools = core_model_loading.ThreadPoolExecutor, []
     monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", lambda *a, **k: pools.append(1) or pool(*a, **k))
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    found = transformers.TensorLoader(model).load(tensors, torch.float32, torch.device("cpu"))
-    assert found == ({}, []), f"it cannot load a model's own tensors: {found}"
+    problems = transformers.TensorLoader(model).load(tensors, torch.float32, torch.device("cpu"))
+    assert problems == ({}, []), f"it cannot load a model's own tensors: {problems}"
     assert not pools, "HF_DEACTIVATE_ASYNC_LOAD does not keep the loader from threads"
 
 
@@ -158,9 +158,9 @@ def test_an_operation_that_fails_gives_its_reason_first():
 @contract("transformers", "compat.transformers.grouped_product")
 def test_groups_of_rows_are_multiplied_by_a_matrix_each():
     x, stack = torch.randn(5, 8), torch.randn(2, 4, 8)
-    found = transformers.grouped_product(x, stack, torch.tensor([2, 5], dtype=torch.int32))
+    product = transformers.grouped_product(x, stack, torch.tensor([2, 5], dtype=torch.int32))
     expected = torch.cat([x[:2] @ stack[0].T, x[2:] @ stack[1].T])
-    assert torch.allclose(found, expected, atol=1e-6), "_grouped_linear gives another product"
+    assert torch.allclose(product, expected, atol=1e-6), "_grouped_linear gives another product"
 
 
 @contract("transformers", "compat.transformers.gated")
@@ -169,8 +169,8 @@ def test_the_gate_is_the_first_half():
     config = MixtralConfig(num_local_experts=2, num_key_value_heads=1, **_SIZES)
     experts = MixtralForCausalLM(config).model.layers[0].mlp.experts
     gate, up = x = torch.randn(2, 5, 16)
-    found = transformers.gated(experts, torch.cat([*x], dim=-1))
-    assert torch.allclose(found, nn.functional.silu(gate) * up), "_apply_gate computes something else"
+    output = transformers.gated(experts, torch.cat([*x], dim=-1))
+    assert torch.allclose(output, nn.functional.silu(gate) * up), "_apply_gate computes something else"
     layout = {name: getattr(experts, name, None) for name in ("has_gate", "is_transposed", "has_bias")}
     assert layout == {"has_gate": True, "is_transposed": False, "has_bias": False}, f"experts say {layout}"
     shapes = [tuple(stack.shape) for stack in (experts.gate_up_proj, experts.down_proj)]
@@ -190,12 +190,12 @@ class Halved(nn.Linear):
 
 @pytest.fixture
 def quantised(tmp_path):
-    """A saved model of a quantisation of its own; what its quantizer was asked; and a function that loads it."""
+    """A function that loads a saved model of a quantisation of its own, and the calls of its quantizer."""
     from transformers import quantizers
     from transformers.quantizers import auto
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    asked = []
+    calls = []
 
     class Config(QuantizationConfigMixin):
         def __init__(self, **_):
@@ -206,14 +206,14 @@ def quantised(tmp_path):
 
         def preprocess_model(self, model, *args, **options):
             super().preprocess_model(model, *args, **options)
-            asked.append("preprocess_model")
+            calls.append("preprocess_model")
             model.lm_head = Halved(model.lm_head)
             transformers.keep_as_it_is(model.lm_head)
 
         def postprocess_model(self, model, **options):
             super().postprocess_model(model, **options)
-            asked.append("postprocess_model")
-            asked.append({name for name, part in model.named_parameters() if not transformers.was_loaded(part)})
+            calls.append("postprocess_model")
+            calls.append({name for name, part in model.named_parameters() if not transformers.was_loaded(part)})
             return model
 
         def is_serializable(self):
@@ -235,33 +235,33 @@ def quantised(tmp_path):
         save_file({**tensors, **others}, tmp_path / "model.safetensors", metadata={"format": "pt"})
         return LlamaForCausalLM.from_pretrained(tmp_path)
 
-    yield load, asked
+    yield load, calls
     for mapping in auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING:
         mapping.pop("halved", None)
 
 
 @contract("transformers", "standins.quantizer")
 def test_a_quantizer_replaces_layers_before_loading_and_sees_them_afterwards(quantised):
-    load, asked = quantised
+    load, calls = quantised
     codes = torch.arange(72, dtype=torch.uint8).reshape(9, 8)
     model = load(**{"lm_head.weight": codes, "lm_head.scales": torch.ones(9)})
-    assert asked[:2] == ["preprocess_model", "postprocess_model"], f"a quantizer is called as {asked[:2]}"
+    assert calls[:2] == ["preprocess_model", "postprocess_model"], f"a quantizer is called as {calls[:2]}"
     assert torch.equal(model.lm_head.weight, codes), "a replaced layer's codes are not loaded as they are"
 
 
 @contract("transformers", "compat.transformers.was_loaded")
 def test_a_parameter_says_whether_it_was_in_the_files(quantised):
-    load, asked = quantised
+    load, calls = quantised
     load(**{"lm_head.weight": torch.zeros(9, 8, dtype=torch.uint8)})
-    assert asked[-1] == {"lm_head.scales"}, f"_is_hf_initialized is not set by loading: missing are {asked[-1]}"
+    assert calls[-1] == {"lm_head.scales"}, f"_is_hf_initialized is not set by loading: missing are {calls[-1]}"
 
 
 @contract("transformers", "compat.transformers.kept_in_fp32")
 def test_models_name_what_they_keep_in_fp32():
     from transformers import T5ForConditionalGeneration
 
-    found = transformers.kept_in_fp32(T5ForConditionalGeneration)
-    assert found == ["wo"], f"_keep_in_fp32_modules of T5 are {found}"
+    names = transformers.kept_in_fp32(T5ForConditionalGeneration)
+    assert names == ["wo"], f"_keep_in_fp32_modules of T5 are {names}"
 
 
 @contract("transformers", "compat.transformers.laid_out_otherwise")
@@ -271,8 +271,8 @@ def test_models_whose_modules_quantisation_replaces_are_known():
     config = Llama4TextConfig(**_SIZES, num_local_experts=2, vocab_size=9, head_dim=8, num_key_value_heads=1)
     with torch.device("meta"):
         model = Llama4ForCausalLM(config)
-    found = transformers.laid_out_otherwise(model, "bitsandbytes")
-    assert found == ["model.layers.0.feed_forward.experts"], f"of Llama 4, bitsandbytes replaces {found}"
+    paths = transformers.laid_out_otherwise(model, "bitsandbytes")
+    assert paths == ["model.layers.0.feed_forward.experts"], f"of Llama 4, bitsandbytes replaces {paths}"
     assert not transformers.laid_out_otherwise(model, "emloc")
 
 

@@ -18,11 +18,11 @@ from emloc_core.compat import trl
 def model() -> Any:
     """A Llama with TRL's loss, whose vocabulary takes two tiles."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    made = LlamaForCausalLM(LlamaConfig(vocab_size=40_000, **sizes)).requires_grad_(False)
-    made.get_input_embeddings().requires_grad_()
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=40_000, **sizes)).requires_grad_(False)
+    llama.get_input_embeddings().requires_grad_()
     with contract("trl", "compat.trl.fuse_loss"):
-        trl.fuse_loss(made)
-    return made
+        trl.fuse_loss(llama)
+    return llama
 
 
 def loss_of(model: Any) -> Any:
@@ -33,12 +33,12 @@ def loss_of(model: Any) -> Any:
 
 @contract("trl", "compat.trl.fuse_loss")
 def test_the_loss_is_of_the_labels(model):
-    found = loss_of(model)
-    assert {"log_probs", "entropy", "is_top1"} <= found.keys(), "the loss does not return what SFTTrainer asks for"
+    output = loss_of(model)
+    assert {"log_probs", "entropy", "is_top1"} <= output.keys(), "the loss does not return what SFTTrainer asks for"
     plain = torch.nn.functional.cross_entropy(
         model.lm_head(model.model(torch.arange(8)[None]).last_hidden_state)[0, 5:7], torch.arange(8)[6:]
     )
-    assert torch.allclose(-found.log_probs.sum() / 2, plain), "log_probs are not those of the labels"
+    assert torch.allclose(-output.log_probs.sum() / 2, plain), "log_probs are not those of the labels"
 
 
 @contract("trl", "compat.trl.counted_tokens_alone")
@@ -78,8 +78,8 @@ def test_tiles_are_as_wide_as_they_are_asked_to_be(model):
 def test_tiles_are_reduced_by_functions_that_can_be_left_out(model):
     """With gradients of the hidden states, which take the product with the vocabulary's rows."""
     with trl.tiles_in_place():
-        found = loss_of(model)
-        (-found.log_probs.sum()).backward()
+        output = loss_of(model)
+        (-output.log_probs.sum()).backward()
     gradient = model.get_input_embeddings().weight.grad
     assert not gradient.any(), "tiles are not reduced by _forward_tile, _backward_tile and _addmm_fp32 alone"
 

@@ -50,7 +50,7 @@ def tied_qwen():
 
 
 def fails(result, message):
-    """A failed check says what is wrong, and how to fix it, as a fault that it was made to find."""
+    """A failed check reports the fault as one that it looks for: what is wrong, and how to fix it."""
     assert not result.passed
     assert message in result.message
     assert result.remedy
@@ -194,7 +194,7 @@ def test_a_linear_that_runs_twice_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "explanation"),
     [
         ("'LlamaModel' object has no attribute '0'", "blocks names a module that is not a list of blocks"),
         ("Tensor on device cpu is not on the expected device meta!", "a weight that is not loaded at that moment"),
@@ -202,13 +202,13 @@ def test_a_linear_that_runs_twice_is_found(tmp_path, monkeypatch):
         ("mat1 and mat2 shapes cannot be multiplied (4x8 and 16x4)", "sizes do not fit each other"),
     ],
 )
-def test_what_torch_says_is_told_in_words_of_the_declaration(raised, told):
+def test_what_torch_says_is_told_in_words_of_the_declaration(raised, explanation):
     @check()
     def broken(_subject):
         raise RuntimeError(raised)
 
     result = broken.on(Subject(ONE, "llama"))
-    assert told in result.message
+    assert explanation in result.message
     assert raised in result.message
     assert "traceback" not in result.remedy
     assert result.traceback
@@ -414,17 +414,19 @@ def test_a_tap_that_raises_fails_its_check(tmp_path):
 
 
 def test_check_family_gives_a_result_a_check_and_config_and_reports_each():
-    told = []
+    reports = []
     llamas = [config | SHALLOW for config in LLAMA.tiny_configs if config["model_type"] == "llama"]
     family = replace(ONE, tiny_configs=llamas)
-    results = check_family(family, lambda *now: told.append(now))
+    results = check_family(family, lambda *now: reports.append(now))
     assert [(result.config, result.check) for result in results] == [
         (label, check.name)
         for label, group in (("all", checks.WHOLE), ("llama", checks.EACH), ("llama-2", checks.EACH))
         for check in group
     ]
     assert all(result.passed for result in results)
-    assert [(done, total) for _, done, total in told] == [(done, len(results)) for done in range(1, len(results) + 1)]
+    assert [(done, total) for _, done, total in reports] == [
+        (done, len(results)) for done in range(1, len(results) + 1)
+    ]
 
 
 def test_an_uninstalled_family_is_checked_and_forgotten(tmp_path):
@@ -456,10 +458,10 @@ def test_the_command_speaks_json(emloc):
     with plugin_manager().declaring(replace(ONE, name="one")):
         code, out, _ = emloc("families", "check", "one", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert found["passed"]
-    assert len(found["checks"]) == len(CHECKS)
-    assert {"family", "config", "check", "passed", "message", "remedy"} <= found["checks"][0].keys()
+    report = json.loads(out)
+    assert report["passed"]
+    assert len(report["checks"]) == len(CHECKS)
+    assert {"family", "config", "check", "passed", "message", "remedy"} <= report["checks"][0].keys()
 
 
 def test_a_family_without_tiny_configs_fails(emloc):

@@ -1,4 +1,4 @@
-"""Columns of Alpaca and ShareGPT become messages, which is said."""
+"""Columns of Alpaca and ShareGPT become messages, and a note says so."""
 
 import pytest
 from support.rows import write_jsonl
@@ -24,9 +24,9 @@ def test_rows_equal_those_in_trls_columns_and_the_conversion_is_said(row, name, 
     write_jsonl(tmp_path / "rows.jsonl", [row, row])
     (first, _), (plain,) = load_rows(tmp_path / "rows.jsonl"), load_rows([{"messages": PLAIN}])
     assert first.key == plain.key
-    said = capsys.readouterr().err
-    assert said.count(f"{name}'s") == 1
-    assert f"emloc: {tmp_path / 'rows.jsonl'}: {name}'s" in said
+    notes = capsys.readouterr().err
+    assert notes.count(f"{name}'s") == 1
+    assert f"emloc: {tmp_path / 'rows.jsonl'}: {name}'s" in notes
     load_rows([{"messages": PLAIN, **row}])
     assert not capsys.readouterr().err
 
@@ -46,9 +46,9 @@ def test_a_sharegpt_row_may_have_tools_a_system_prompt_and_messages():
         {"from": "observation", "value": "a fork"},
         {"from": "gpt", "value": "Left."},
     ]
-    found = messages(conversations=turns, system="Be short.", tools='[{"name": "look"}]')
-    assert [turn["role"] for turn in found] == ["system", "user", "assistant", "tool", "assistant"]
-    assert found[2]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "oak"}}
+    parsed = messages(conversations=turns, system="Be short.", tools='[{"name": "look"}]')
+    assert [turn["role"] for turn in parsed] == ["system", "user", "assistant", "tool", "assistant"]
+    assert parsed[2]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "oak"}}
     turns[1]["value"] = f"[{call}, {call}]"
     assert len(messages(conversations=turns)[1]["tool_calls"]) == 2
     assert messages(conversations=PLAIN) == PLAIN
@@ -59,7 +59,7 @@ def test_marks_of_images_become_parts(tmp_path):
     for name in "ab":
         (tmp_path / name).write_bytes(name.encode())
     row = parse_row({"conversations": turns, "images": ["a", "b"]}, "A row", 1, tmp_path)
-    text = [{"type": "text", "text": each} for each in ("Which way", "now?")]
+    text = [{"type": "text", "text": part} for part in ("Which way", "now?")]
     assert row.prompt[0]["content"] == [IMAGE, text[0], IMAGE, text[1]]
 
 
@@ -82,15 +82,15 @@ def test_what_is_wrong_is_named(row, complaint):
 def test_columns_may_have_other_names():
     names = {"prompt": "question", "completion": "answer"}
     rows = [{"question": "a?", "answer": "b.", "prompt": "not this"}, {"prompt": "c?", "completion": "d."}]
-    found = load_rows(rows, columns=names)
-    assert [(row.prompt, row.completion) for row in found] == [("a?", "b."), ("c?", "d.")]
+    loaded = load_rows(rows, columns=names)
+    assert [(row.prompt, row.completion) for row in loaded] == [("a?", "b."), ("c?", "d.")]
     dialog = [{"dialog": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}]}]
     assert load_rows(dialog, columns={"messages": "dialog"})[0].completion == [dialog[0]["dialog"][1]]
     with pytest.raises(EmlocError, match=r"row 1: has no column question, answer; it has q, a\."):
         load_rows([{"q": "a?", "a": "b."}], columns=names)
     with pytest.raises(EmlocError, match=r"row 1: has no column answer; it has question, a\."):
         load_rows([{"question": "a?", "a": "b."}], columns=names)
-    assert load_rows(rows, columns={**names, "tools": "functions"}) == found
+    assert load_rows(rows, columns={**names, "tools": "functions"}) == loaded
     with pytest.raises(EmlocError, match=r"row 1: has no column dialog; it has dialogue, text\."):
         load_rows([{"dialogue": PLAIN, "text": "a"}], columns={"messages": "dialog"})
     with pytest.raises(EmlocError, match=r"no column 'question'\. Did you mean prompt=question\?"):
@@ -132,13 +132,15 @@ def test_rows_that_were_written_are_read_with_the_same_names(names, tmp_path):
 
 def test_preferences_may_share_their_prompt():
     """As TRL finds it in them."""
-    asked, good, bad = ({"role": role, "content": text} for role, text in
+    question, good, bad = ({"role": role, "content": text} for role, text in
                         (("user", "Which way?"), ("assistant", "Left."), ("assistant", "Up.")))  # fmt: skip
     for more in ({}, {"prompt": "Which way?"}, {"prompt": None, "prompt_id": "x"}):
-        row = parse_row({"chosen": [asked, good], "rejected": [asked, bad], **more}, "A row", 1)
-        assert (row.prompt, row.completion, row.rejected) == ([asked], [good], [bad])
-    row = parse_row({"chosen": [asked, good, asked, good], "rejected": [asked, good, asked, bad]}, "A row", 1)
-    assert (row.prompt, row.rejected) == ([asked, good, asked], [bad])
+        row = parse_row({"chosen": [question, good], "rejected": [question, bad], **more}, "A row", 1)
+        assert (row.prompt, row.completion, row.rejected) == ([question], [good], [bad])
+    row = parse_row(
+        {"chosen": [question, good, question, good], "rejected": [question, good, question, bad]}, "A row", 1
+    )
+    assert (row.prompt, row.rejected) == ([question, good, question], [bad])
     texts = {"chosen": "Which way? Left.", "rejected": "Which way? Up."}
     row = parse_row(texts, "A row", 1)
     assert {"prompt": row.prompt, "chosen": row.completion, "rejected": row.rejected} == extract_prompt(texts)

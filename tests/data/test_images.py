@@ -255,11 +255,11 @@ def test_a_data_set_of_the_hub_gives_its_images_undecoded(tmp_path: Path, monkey
     for column, feature in (("images", features["images"]), ("image", datasets.Image())):
         named = [{"messages": row["messages"], column: row["images"] if column == "images" else row["images"][0]}
                  for row in rows]  # fmt: skip
-        found = datasets.Dataset.from_list(
+        dataset = datasets.Dataset.from_list(
             named, features=datasets.Features({"messages": features["messages"], column: feature})
         )
         monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, found=found, **__: found)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, dataset=dataset, **__: dataset)
         loaded = load_rows("someone/pictures")
         local = load_rows(write_row(tmp_path))
         assert [row.key for row in loaded] == [local[0].key] * 2
@@ -278,15 +278,15 @@ def test_written_rows_hold_their_images_and_read_back(tmp_path: Path):
     assert {path.suffix for path in (tmp_path / "kept" / "images").iterdir()} == {".png", ".jpeg"}
 
 
-@pytest.mark.parametrize("way", ["parent", "absolute", "link"])
-def test_kept_rows_with_an_image_outside_the_directory_are_refused(model: Path, tmp_path: Path, way: str):
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
+def test_kept_rows_with_an_image_outside_the_directory_are_refused(model: Path, tmp_path: Path, kind: str):
     file = picture_rows(tmp_path / "data")
     settings = CompressSettings(samples=4, selection=2, ratio=0.6)
     emulator = compress_job(model, file, tmp_path / "emulator", settings).run()
     secret = tmp_path / "secret.png"
     secret.write_bytes(PICTURE)
     (emulator / "images" / "link.png").symlink_to(secret)
-    image = {"parent": "../secret.png", "absolute": str(secret), "link": "images/link.png"}[way]
+    image = {"parent": "../secret.png", "absolute": str(secret), "link": "images/link.png"}[kind]
     write_jsonl(emulator / "selection.jsonl", [ROW | {"images": [image]}])
     for read in (
         lambda: load_rows(str(emulator / "selection.jsonl")),

@@ -37,8 +37,8 @@ def test_weights_of_pictures_are_numbers_texts_or_none(tmp_path: Path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (2, 2)).save(tmp_path / name)
     for path in (table, tmp_path / "rows.parquet"):
-        found = load_rows(path, columns={"prompt": "caption", "weight": "w"})
-        assert [row.weight for row in found] == [0.5, 1.0]
+        loaded = load_rows(path, columns={"prompt": "caption", "weight": "w"})
+        assert [row.weight for row in loaded] == [0.5, 1.0]
     table.write_text("prompt,image,weight\na,a.png,much\n")
     with pytest.raises(EmlocError, match="`weight` is 'much', not a number above 0"):
         load_rows(table)

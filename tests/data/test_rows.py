@@ -71,8 +71,8 @@ def test_tools_and_their_calls_are_one_conversation_however_written(tmp_path: Pa
         ],
     }
     call = {"type": "function", "function": {"name": "weather", "arguments": json.dumps(arguments)}}
-    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
-    as_text = {"tools": json.dumps([tool]), "messages": [USER, asked, *plain["messages"][2:]]}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    as_text = {"tools": json.dumps([tool]), "messages": [USER, calling, *plain["messages"][2:]]}
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([as_text, plain | {"tools": None}]), tmp_path / "rows.parquet"
     )
@@ -194,16 +194,16 @@ def test_a_name_that_is_no_file_is_looked_for_on_the_hub(monkeypatch: pytest.Mon
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     from huggingface_hub import HfApi
 
-    asked = []
+    sources = []
 
     def refuse(_self, source, **_):
-        asked.append(source)
+        sources.append(source)
         raise RuntimeError("no connection")
 
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
     with pytest.raises(EmlocError, match="There is no file nobody/rows, and the hub could not be reached"):
         load_rows("nobody/rows")
-    assert asked == ["nobody/rows"]
+    assert sources == ["nobody/rows"]
     assert "Retry" not in caplog.text
 
 
@@ -280,12 +280,12 @@ def test_leaving_out_takes_every_copy_and_keeps_the_order(tmp_path):
     rows = [Row(number, text=text) for number, text in enumerate("abcab", start=1)]
     write_rows(tmp_path / "test.jsonl", rows[:1])
     (tmp_path / "empty.jsonl").touch()
-    left = without(rows, [tmp_path / "test.jsonl", tmp_path / "empty.jsonl"])
-    assert [row.number for row in left] == [2, 3, 5]
+    remaining = without(rows, [tmp_path / "test.jsonl", tmp_path / "empty.jsonl"])
+    assert [row.number for row in remaining] == [2, 3, 5]
     splits = DatasetDict({name: Dataset.from_list([{"text": name}]) for name in "ab"})
     splits.save_to_disk(tmp_path / "splits")
     assert [row.number for row in without(rows, [tmp_path / "splits"], "b")] == [1, 3, 4]
-    assert digest(left[:2]) != digest(left[1:])
+    assert digest(remaining[:2]) != digest(remaining[1:])
 
 
 def test_reading_rows_needs_no_torch():

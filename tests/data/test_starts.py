@@ -61,15 +61,15 @@ def word_piece():
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    made = [byte_level(add_prefix_space=False), byte_level(add_prefix_space=True), sentence_piece("first"),
+    pairs = [byte_level(add_prefix_space=False), byte_level(add_prefix_space=True), sentence_piece("first"),
             sentence_piece("never"), without_spaces(), unigram(), word_piece()]  # fmt: skip
-    for tokenizer, trainer in made:
+    for tokenizer, trainer in pairs:
         tokenizer.train_from_iterator(CORPUS, trainer)
         tokenizer.add_special_tokens(
             ["<end>", AddedToken("<left>", lstrip=True), AddedToken("<right>", rstrip=True),
              AddedToken("<word>", single_word=True)]
         )  # fmt: skip
-    return [PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?") for tokenizer, _ in made]
+    return [PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?") for tokenizer, _ in pairs]
 
 
 TURNS = st.lists(st.tuples(st.sampled_from(["<end>", "<left>", "<right>", "<word>"]), TEXTS).map("".join), max_size=4)
@@ -82,15 +82,15 @@ def test_conversations_are_tokenized_in_parts_as_they_are_whole(tokenizers, rows
     prompts = [prompt for prompt, *answers in rows for _ in answers]
     texts = [prompt + answer for prompt, *answers in rows for answer in answers]
     for tokenizer in tokenizers:
-        whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        starts = map(common_prefix, tokenizer(prompts, add_special_tokens=False)["input_ids"], whole)
-        found = tokenized_with_starts(prompts, texts, tokenizer)
-        assert found == list(zip(whole, starts, strict=True)), tokenizer.backend_tokenizer.model
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        starts = map(common_prefix, tokenizer(prompts, add_special_tokens=False)["input_ids"], ids)
+        encoded = tokenized_with_starts(prompts, texts, tokenizer)
+        assert encoded == list(zip(ids, starts, strict=True)), tokenizer.backend_tokenizer.model
 
 
 def test_a_tokenizer_that_is_saved_cutting_cuts_nothing():
     tokenizer, prompt = tiny_tokenizer(), "<user>the red cat<assistant>"
     texts = [prompt], [f"{prompt}runs and runs"]
-    whole = tokenized_with_starts(*texts, tokenizer)
+    expected = tokenized_with_starts(*texts, tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(2)
-    assert tokenized_with_starts(*texts, tokenizer) == whole
+    assert tokenized_with_starts(*texts, tokenizer) == expected

@@ -248,11 +248,11 @@ def test_answers_are_found_in_templates_of_real_models(name, end, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "written"),
     [("qwen3", "<think>\n\n</think>\n\n"), ("qwen3_5_think", "\n</think>\n\n"), ("llama3_2", ""),
      ("gptoss", "<|channel|>final<|message|>"), ("deepseekv3", "")],
 )  # fmt: skip
-def test_what_real_templates_write_before_an_answer(name, found, tokenizer):
+def test_what_real_templates_write_before_an_answer(name, written, tokenizer):
     template = files("trl") / "chat_templates" / f"{name}.jinja"
     tokenizer = with_template(tokenizer, template.read_text("utf-8"))
 
@@ -261,28 +261,28 @@ def test_what_real_templates_write_before_an_answer(name, found, tokenizer):
             messages, tokenize=False, add_generation_prompt=for_answer, continue_final_message=not for_answer
         )
 
-    asked = render(TURNS[:1], True)
+    prompt = render(TURNS[:1], True)
     for answer in ("a red cat.", "?", "i"):
-        assert lead(asked, TURNS[:1], render, answer) == found
+        assert lead(prompt, TURNS[:1], render, answer) == written
     if name.startswith("qwen3"):  # which tells thoughts in an answer from the rest of it
-        assert lead(asked, TURNS[:1], render, "<think>\nwell\n</think>\n\ncat") == ""
+        assert lead(prompt, TURNS[:1], render, "<think>\nwell\n</think>\n\ncat") == ""
 
 
 @pytest.mark.parametrize(
-    ("name", "ends", "found"),
+    ("name", "ends", "written"),
     [("deepseekv3", "<\uff5cAssistant\uff5c>", ""), ("nemotron_3_nano", "<think>", "</think>"),
      ("qwen3", "assistant\n", "<think>\n\n</think>\n\n"), ("llama3_2", "<|end_header_id|>\n\n", "")],
 )  # fmt: skip
-def test_a_question_ends_where_a_tuned_answer_begins(name, ends, found, tokenizer):
+def test_a_question_ends_where_a_tuned_answer_begins(name, ends, written, tokenizer):
     template = (files("trl") / "chat_templates" / f"{name}.jinja").read_text("utf-8")
     tokenizer = with_template(tokenizer, template)
     tokenizer.add_tokens([*set(re.findall(r"</?\w+>|<\W\w+\W>", template)), "\n"])
-    asked = question(TURNS[:1], answer_render(tokenizer), tokenizer)
-    assert asked.endswith(ends)
-    assert lead(asked, TURNS[:1], answer_render(tokenizer)) == found
+    prompt = question(TURNS[:1], answer_render(tokenizer), tokenizer)
+    assert prompt.endswith(ends)
+    assert lead(prompt, TURNS[:1], answer_render(tokenizer)) == written
     (counts,) = counted(tokenizer, {"messages": TURNS[:2]}, "last")
-    assert counts.startswith(found)
-    assert counts.removeprefix(found).lstrip().startswith("a red cat.")
+    assert counts.startswith(written)
+    assert counts.removeprefix(written).lstrip().startswith("a red cat.")
 
 
 def test_a_greeting_is_no_answer(tokenizer):
@@ -365,6 +365,6 @@ def test_answers_start_where_whole_prompts_end(tokenizer, turns, greeting):
     rows = [Row(1, prompt=messages[:-1], completion=[{"role": "assistant", "content": messages[-1]["content"]}])]
     other = copy.copy(tokenizer)
     other.chat_template = CHAT_TEMPLATE.replace("<assistant>", greeting)
-    (found,) = encode_conversations(rows, other)
+    (encoded,) = encode_conversations(rows, other)
     ids, mask = encode_conversation(rows[0], other)
-    assert found == (ids, mask)
+    assert encoded == (ids, mask)

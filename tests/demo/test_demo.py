@@ -51,9 +51,9 @@ def test_rows_are_the_same_for_the_same_seed(rows, tmp_path):
     assert (len(load_rows(str(first))), len(load_rows(str(first.with_name("test.jsonl"))))) == (600, 200)
 
 
-@pytest.mark.parametrize(("which", "names"), [("rows", FIELDS), ("short_rows", SHORT_FIELDS)])
-def test_answers_hold_the_fields_which_stand_in_the_message(which, names, request):
-    train, test = request.getfixturevalue(which)
+@pytest.mark.parametrize(("fixture", "names"), [("rows", FIELDS), ("short_rows", SHORT_FIELDS)])
+def test_answers_hold_the_fields_which_stand_in_the_message(fixture, names, request):
+    train, test = request.getfixturevalue(fixture)
     for row in train + test:
         answer, message = answer_of(row), message_of(row)
         assert tuple(answer) == names
@@ -70,14 +70,14 @@ def test_every_message_holds_numbers_that_belong_in_no_field(rows):
         assert re.search(r"\d", rest)
 
 
-@pytest.mark.parametrize("which", ["rows", "short_rows"])
-def test_training_and_test_rows_share_nothing_but_the_kinds(which, request):
-    rows = request.getfixturevalue(which)
+@pytest.mark.parametrize("fixture", ["rows", "short_rows"])
+def test_training_and_test_rows_share_nothing_but_the_kinds(fixture, request):
+    rows = request.getfixturevalue(fixture)
     train, test = ([answer_of(row) for row in part] for part in rows)
     for field in train[0].keys() - {"request"}:
         assert not {answer[field] for answer in train} & {answer[field] for answer in test}
-    for place in (0, 1) if "name" in train[0] else ():  # neither first names nor last names
-        assert not {a["name"].split()[place] for a in train} & {a["name"].split()[place] for a in test}
+    for index in (0, 1) if "name" in train[0] else ():  # neither first names nor last names
+        assert not {a["name"].split()[index] for a in train} & {a["name"].split()[index] for a in test}
     kinds = set(REQUESTS)
     assert {answer["request"] for answer in train} == {answer["request"] for answer in test} == kinds
     wordings = re.compile("|".join(re.escape(text) for texts in REQUESTS.values() for text in texts if "{" not in text))
@@ -136,8 +136,8 @@ WAYS = [
 
 
 def test_the_decision_is_that_of_the_plan():
-    told = decision({"ways": WAYS, "best": "emulator, then polish"})
-    assert all(text in told for text in ("1.31 GB", "nf4", "942 MB"))
+    sentence = decision({"ways": WAYS, "best": "emulator, then polish"})
+    assert all(text in sentence for text in ("1.31 GB", "nf4", "942 MB"))
     fits = [{**WAYS[0], "fits": True}, *WAYS[1:]]
     assert "no emulator is needed" in decision({"ways": fits, "best": "LoRA on the base"})
     assert "nothing fits" in decision({"ways": WAYS[:2], "best": None})
@@ -157,8 +157,8 @@ def short_demo(tmp_path, tiny_model, monkeypatch):
         (r"memory = .*", ""), (r"\[compress\]", '[compress]\nkind = "low-rank"'), (r"samples = \d+", "samples = 4"),
         (r"selection = \d+", "selection = 3"), (r"steps = \d+", "steps = 2"), (r"limit = \d+", "limit = 4"),
     ):  # fmt: skip
-        text, found = re.subn(old, new, text)
-        assert found
+        text, count = re.subn(old, new, text)
+        assert count
     recipe.write_text(text)
     return tmp_path
 

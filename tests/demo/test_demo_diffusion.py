@@ -39,8 +39,8 @@ def test_the_demo_scores_every_system_and_draws_it(tmp_path, monkeypatch):
     pretraining.pretrain(tmp_path / "base", steps=2)
     done = CliRunner().invoke(command.command, ["-o", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "results.json").read_text())["systems"]
-    assert list(found) == [
+    systems = json.loads((tmp_path / "results.json").read_text())["systems"]
+    assert list(systems) == [
         *("base", "LoRA on the base", "low-rank, corrected", "low-rank, and 40 exact steps", "40 exact steps alone")
     ]
     with Image.open(tmp_path / "pictures.png") as sheet:

@@ -97,8 +97,8 @@ def test_the_same_seed_draws_the_same_data(digits, data, tmp_path, monkeypatch):
 
 def test_answers_are_what_the_picture_shows():
     picture = Picture(numpy.zeros(0), (7, 3, 7), ("red", "blue", "green"), (0, 4, 8))
-    asked = dict(picture.questions())
-    assert asked == {
+    answers = dict(picture.questions())
+    assert answers == {
         "Which digits are there?": "7 3 7",
         "How many digits are there?": "3",
         "Which digit is red?": "7",
@@ -106,7 +106,7 @@ def test_answers_are_what_the_picture_shows():
         "Which digit is green?": "7",
         "What colour is the 3?": "blue",  # and none about the 7: there are two
     }
-    assert NEW_QUESTION not in asked
+    assert NEW_QUESTION not in answers
     assert picture.answer(NEW_QUESTION) == "3 7 7"
 
 
@@ -120,8 +120,8 @@ def test_digits_stand_in_their_cells_in_their_colours(digits):
         assert (shown.max(axis=-1) == digits.strokes[0, [5, 900, 40][index]]).all()
         brightest = shown[numpy.unravel_index(shown.sum(axis=-1).argmax(), (CELL, CELL))].astype(int)
         assert numpy.abs(brightest / brightest.max() - numpy.array(COLOURS[colour]) / 255).max() < 0.02
-    found, colours = cell_labels([picture])
-    assert [(i, int(d)) for i, d in enumerate(found[0]) if d < 10] == list(
+    values, colours = cell_labels([picture])
+    assert [(i, int(d)) for i, d in enumerate(values[0]) if d < 10] == list(
         zip(picture.cells, picture.digits, strict=True)
     )
     assert [list(COLOURS)[c] for c in colours[0] if c < len(COLOURS)] == list(picture.colours)
@@ -158,7 +158,9 @@ def test_pretraining_lowers_the_loss_and_publishes_an_ordinary_checkpoint(tmp_pa
     monkeypatch.setattr(emloc_demo.vision.pretraining, "WARMUP", 1)
     losses = []
     part = split(load_digits(TURNS[:2]))["pretraining"]
-    base = pretrain(tmp_path / "base", part, steps=12, advance=lambda what, *_: losses.append(float(what.split()[1])))
+    base = pretrain(
+        tmp_path / "base", part, steps=12, advance=lambda description, *_: losses.append(float(description.split()[1]))
+    )
     assert losses[-1] < losses[0] - 0.5
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     model, loading = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True)

@@ -46,8 +46,8 @@ def test_rows_wait_with_tensors_of_their_own(label, tiny):
     model = tiny(label)
     own = [tensor for row in model.samples for tensor in row.others.values()]
     stream = Stream(model.skeleton, Parking(0, [*model.skeleton.model.buffers(), *own]))
-    found = stream.run([lambda row=row: row.run(model.skeleton.model, "cpu") for row in model.samples])
-    assert all(torch.equal(one, other) for one, other in zip(found, model.forward.logits, strict=True))
+    outputs = stream.run([lambda row=row: row.run(model.skeleton.model, "cpu") for row in model.samples])
+    assert all(torch.equal(one, other) for one, other in zip(outputs, model.forward.logits, strict=True))
 
 
 @pytest.mark.parametrize("label", MODELS)
@@ -66,15 +66,15 @@ def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_
     set_peft_model_state_dict(lora, get_peft_model_state_dict(ordinary))
     steps = ExactFlow(lora.get_base_model(), model.skeleton)
     assert torch.allclose(steps.loss([batch]), loss, rtol=1e-5)
-    expected = {name: each.grad for name, each in ordinary.named_parameters() if each.requires_grad}
-    found = {name: each.grad for name, each in lora.named_parameters() if each.requires_grad}
-    assert found.keys() == expected.keys()
-    largest = max(float(each.abs().max()) for each in expected.values() if each is not None)
+    expected = {name: parameter.grad for name, parameter in ordinary.named_parameters() if parameter.requires_grad}
+    gradients = {name: parameter.grad for name, parameter in lora.named_parameters() if parameter.requires_grad}
+    assert gradients.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
     for name, gradient in expected.items():
         if gradient is None:  # of a stream that ends there
-            assert found[name] is None
+            assert gradients[name] is None
         else:
-            assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
+            assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
     assert {steps.weights.reads[block] for block in model.skeleton.blocks} == {2}
     steps.close()
 
@@ -93,8 +93,8 @@ def test_what_is_written_for_pipelines_is_loaded_exactly(label, tiny, tmp_path):
     plain = sample.run(loaded, "cpu")
     loaded.load_lora_adapter(load_file(tmp_path / FILE), prefix="transformer")
     with torch.no_grad():
-        expected, found = sample.run(lora.eval(), "cpu"), sample.run(loaded, "cpu")
-    assert torch.allclose(found, expected, atol=1e-5)
+        expected, actual = sample.run(lora.eval(), "cpu"), sample.run(loaded, "cpu")
+    assert torch.allclose(actual, expected, atol=1e-5)
     assert (plain - expected).abs().max() > 1e-3
 
 
@@ -118,17 +118,19 @@ def test_interrupted_training_resumes_to_the_same_lora(label, exact, tiny, tmp_p
     monkeypatch.setattr(objective, "times", lambda _: Times("logit-normal"))
 
     def train(name, *callbacks):
-        given = FlowTrial().rows(rows)
+        data = FlowTrial().rows(rows)
         settings = {"steps": 2, "batch_size": 2, "save_steps": 1, "lora_rank": 2, "lora_dropout": 0.1, "bf16": False}
         return emloc.train(
-            str(model.base.directory), given, str(tmp_path / name), exact=exact, callbacks=callbacks, **settings
+            str(model.base.directory), data, str(tmp_path / name), exact=exact, callbacks=callbacks, **settings
         )
 
-    whole = train("whole")
+    uninterrupted = train("whole")
     with pytest.raises(InterruptedStepError):
         train("resumed", Interrupts())
     assert not (tmp_path / "resumed").exists()
     assert list(tmp_path.rglob("checkpoint-1"))
-    one, other = (load_file(each.path / "adapter_model.safetensors") for each in (whole, train("resumed")))
+    one, other = (
+        load_file(adapter.path / "adapter_model.safetensors") for adapter in (uninterrupted, train("resumed"))
+    )
     assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
     assert all(torch.equal(one[name], other[name]) for name in one)

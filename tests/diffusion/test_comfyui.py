@@ -39,13 +39,13 @@ def test_diffusers_reads_the_same_lora_from_these_names(family):
         model = getattr(diffusers, family.auto_class)(**few)
     ends = tuple(f".{target}" for target in family.lora_targets())
     linears = {path: module for path, module in model.named_modules() if f".{path}".endswith(ends)}
-    loras = {path: Lora(torch.randn(2, each.in_features), torch.randn(each.out_features, 2), 1.0)
-             for path, each in linears.items()}  # fmt: skip
+    loras = {path: Lora(torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2), 1.0)
+             for path, linear in linears.items()}  # fmt: skip
     named = renamed(family.auto_class, loras, lambda path: linears[path].out_features)
-    found = getattr(diffusers, LOADERS[family.name]).lora_state_dict(named)
-    found = found[0] if isinstance(found, tuple) else found
+    state = getattr(diffusers, LOADERS[family.name]).lora_state_dict(named)
+    state = state[0] if isinstance(state, tuple) else state
     factors = {key.removeprefix("transformer.").removesuffix(".lora_A.weight"):
-               (found[key.replace("lora_A", "lora_B")], a) for key, a in found.items() if "lora_A" in key}  # fmt: skip
+               (state[key.replace("lora_A", "lora_B")], a) for key, a in state.items() if "lora_A" in key}  # fmt: skip
     assert factors.keys() == loras.keys()
     for path, lora in loras.items():  # the products themselves are large
         (b, a), x = factors[path], torch.randn(linears[path].in_features, 2)
@@ -54,13 +54,13 @@ def test_diffusers_reads_the_same_lora_from_these_names(family):
 
 def test_what_has_no_lora_in_a_joined_matrix_gets_none():
     lora = Lora(torch.randn(2, 8), torch.randn(8, 2), 1.0)
-    found = renamed("FluxTransformer2DModel", {"transformer_blocks.0.attn.to_k": lora}, lambda _: 8)
+    named = renamed("FluxTransformer2DModel", {"transformer_blocks.0.attn.to_k": lora}, lambda _: 8)
     name = "lora_unet_double_blocks_0_img_attn_qkv"
-    product = found[f"{name}.lora_up.weight"] @ found[f"{name}.lora_down.weight"]
+    product = named[f"{name}.lora_up.weight"] @ named[f"{name}.lora_down.weight"]
     assert torch.allclose(product[8:16], lora.b @ lora.a)
     assert not product[:8].any()
     assert not product[16:].any()
-    assert found[f"{name}.alpha"] == 6
+    assert named[f"{name}.alpha"] == 6
 
 
 class Checkpoint(dict):
@@ -80,12 +80,12 @@ def test_the_names_of_stable_diffusion_3_are_those_of_its_own_weights():
     blocks = [f"transformer_blocks.{index}.{end}" for index in range(2) for end in ends]
     loras = {path: Lora(torch.randn(2, 8), torch.randn(6, 2), 1.0) for path in blocks if ".1.attn.to_add" not in path
              and ".1.ff_context" not in path}  # fmt: skip
-    found = renamed("SD3Transformer2DModel", loras, lambda _: 6)
+    named = renamed("SD3Transformer2DModel", loras, lambda _: 6)
     weights = Checkpoint({"context_embedder.weight": torch.zeros(6, 6)})
-    for name in {key.partition(".")[0] for key in found}:
+    for name in {key.partition(".")[0] for key in named}:
         index, stream, part = re.fullmatch(r"lora_unet_joint_blocks_(\d)_(x|context)_block_(.+)", name).groups()
         part = part.replace("_1", ".1") if part.startswith("ada") else part.replace("_", ".")
-        product = found[f"{name}.lora_up.weight"] @ found[f"{name}.lora_down.weight"]
+        product = named[f"{name}.lora_up.weight"] @ named[f"{name}.lora_down.weight"]
         weights[f"joint_blocks.{index}.{stream}_block.{part}.weight"] = product
     read = convert_sd3_transformer_checkpoint_to_diffusers(weights)
     assert all(torch.allclose(read[f"{path}.weight"], lora.b @ lora.a, atol=1e-5) for path, lora in loras.items())

@@ -26,45 +26,45 @@ from emloc_core.tuning.trl import lora_config
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def outputs(tmp_path_factory):
     """A pipeline, rows, and what the stages make of them."""
-    place = tmp_path_factory.mktemp("flux")
-    pipeline, rows = flux_pipeline(place / "pipeline"), picture_rows(place / "rows")
-    emulator = emloc.compress(str(pipeline), rows, str(place / "emulator"), samples=3, selection=2, ratio=0.5)
-    adapter = emloc.train(emulator, rows, str(place / "adapter"), steps=3, batch_size=2, lora_rank=2, lora_alpha=4)
-    corrected = emloc.correct(adapter, output=str(place / "corrected"))
-    polished = emloc.polish(corrected, rows, str(place / "polished"), steps=2, batch_size=2, accumulation=2)
-    merged = emloc.merge(polished, str(place / "merged"))
+    directory = tmp_path_factory.mktemp("flux")
+    pipeline, rows = flux_pipeline(directory / "pipeline"), picture_rows(directory / "rows")
+    emulator = emloc.compress(str(pipeline), rows, str(directory / "emulator"), samples=3, selection=2, ratio=0.5)
+    adapter = emloc.train(emulator, rows, str(directory / "adapter"), steps=3, batch_size=2, lora_rank=2, lora_alpha=4)
+    corrected = emloc.correct(adapter, output=str(directory / "corrected"))
+    polished = emloc.polish(corrected, rows, str(directory / "polished"), steps=2, batch_size=2, accumulation=2)
+    merged = emloc.merge(polished, str(directory / "merged"))
     return {"pipeline": pipeline, "rows": rows, "emulator": emulator, "adapter": adapter, "corrected": corrected,
             "polished": polished, "merged": merged}  # fmt: skip
 
 
 @pytest.fixture
-def base(made):
-    return open_model(str(made["pipeline"]), "cpu")
+def base(outputs):
+    return open_model(str(outputs["pipeline"]), "cpu")
 
 
-def whole(made):
-    return diffusers.FluxTransformer2DModel.from_pretrained(str(made["pipeline"] / "transformer")).eval()
+def in_memory(outputs):
+    return diffusers.FluxTransformer2DModel.from_pretrained(str(outputs["pipeline"] / "transformer")).eval()
 
 
-def drawn(model, made, purpose="selection"):
-    return model.samples(load_rows(made["rows"]), None, purpose)
+def drawn(model, outputs, purpose="selection"):
+    return model.samples(load_rows(outputs["rows"]), None, purpose)
 
 
-def test_a_streamed_forward_is_that_of_the_model_in_memory(made, base):
-    model, samples = whole(made), drawn(base, made)
+def test_a_streamed_forward_is_that_of_the_model_in_memory(outputs, base):
+    model, samples = in_memory(outputs), drawn(base, outputs)
     streamed = Stream(base.skeleton).run(
         [lambda sample=sample: sample.run(base.skeleton.model, "cpu") for sample in samples]
     )
     with torch.no_grad():
         assert all(
-            torch.equal(sample.run(model, "cpu"), found) for sample, found in zip(samples, streamed, strict=True)
+            torch.equal(sample.run(model, "cpu"), output) for sample, output in zip(samples, streamed, strict=True)
         )
 
 
-def test_draws_differ_by_purpose_and_not_by_call(made, base):
-    one, again, other = (drawn(base, made, purpose) for purpose in ("selection", "selection", "calibration"))
+def test_draws_differ_by_purpose_and_not_by_call(outputs, base):
+    one, again, other = (drawn(base, outputs, purpose) for purpose in ("selection", "selection", "calibration"))
     assert all(torch.equal(a.inputs("cpu")["noise"], b.inputs("cpu")["noise"]) for a, b in zip(one, again, strict=True))
     assert not {sample.seed for sample in one} & {sample.seed for sample in other}
     assert {sample.row for sample in one} == {f"Row {number}" for number in range(1, 7)}
@@ -73,88 +73,89 @@ def test_draws_differ_by_purpose_and_not_by_call(made, base):
     assert [int(16 * sigma) for sigma in sigmas] == list(range(16))  # over the whole range
 
 
-def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_twice(made, base):
+def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_twice(outputs, base):
     def batch(sample):
-        given = sample.inputs("cpu")
-        first = {name: given.pop(name) for name in ("latents", "noise", "sigma")}
-        return {**first, "prompt": given, "weight": torch.tensor([sample.encoded.weight])}
+        inputs = sample.inputs("cpu")
+        first = {name: inputs.pop(name) for name in ("latents", "noise", "sigma")}
+        return {**first, "prompt": inputs, "weight": torch.tensor([sample.encoded.weight])}
 
-    batches = [batch(sample) for sample in drawn(base, made)[::7]]
+    batches = [batch(sample) for sample in drawn(base, outputs)[::7]]
     settings = lora_config(TrainSettings(lora_rank=3), base.family.lora_targets(), None)
-    ordinary = get_peft_model(whole(made), settings)
+    ordinary = get_peft_model(in_memory(outputs), settings)
     for name, parameter in ordinary.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    call = drawn(base, made)[0].call
-    loss = sum(squared_error(ordinary, call, **given).sum() for given in batches) / len(batches)
+    call = drawn(base, outputs)[0].call
+    loss = sum(squared_error(ordinary, call, **group).sum() for group in batches) / len(batches)
     loss.backward()
     lora = lora_on(base.skeleton, settings)
     set_peft_model_state_dict(lora, get_peft_model_state_dict(ordinary))
     steps = ExactFlow(lora.get_base_model(), base.skeleton)
-    assert torch.allclose(steps.loss([{"groups": [given]} for given in batches]), loss, rtol=1e-6)
-    expected = {name: each.grad for name, each in ordinary.named_parameters() if each.requires_grad}
-    found = {name: each.grad for name, each in lora.named_parameters() if each.requires_grad}
-    assert found.keys() == expected.keys()
+    assert torch.allclose(steps.loss([{"groups": [group]} for group in batches]), loss, rtol=1e-6)
+    expected = {name: parameter.grad for name, parameter in ordinary.named_parameters() if parameter.requires_grad}
+    gradients = {name: parameter.grad for name, parameter in lora.named_parameters() if parameter.requires_grad}
+    assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-7), name
+        assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-7), name
     assert {block: steps.weights.reads[block] for block in base.skeleton.blocks} == dict.fromkeys(
         base.skeleton.blocks, 2
     )
     steps.close()
 
 
-def test_pipelines_load_the_lora_exactly(made):
-    pipeline = diffusers.FluxPipeline.from_pretrained(str(made["pipeline"]))
-    pipeline.load_lora_weights(str(made["polished"]), weight_name=FILE)
-    ours = load_lora(whole(made), made["polished"].path)
-    merged = diffusers.FluxTransformer2DModel.from_pretrained(str(made["merged"]))
-    sample = drawn(open_model(str(made["pipeline"]), "cpu"), made)[0]
+def test_pipelines_load_the_lora_exactly(outputs):
+    pipeline = diffusers.FluxPipeline.from_pretrained(str(outputs["pipeline"]))
+    pipeline.load_lora_weights(str(outputs["polished"]), weight_name=FILE)
+    ours = load_lora(in_memory(outputs), outputs["polished"].path)
+    merged = diffusers.FluxTransformer2DModel.from_pretrained(str(outputs["merged"]))
+    sample = drawn(open_model(str(outputs["pipeline"]), "cpu"), outputs)[0]
     with torch.no_grad():
         loaded, expected, folded, plain = (
-            sample.run(each, "cpu") for each in (pipeline.transformer, ours, merged, whole(made))
+            sample.run(model, "cpu") for model in (pipeline.transformer, ours, merged, in_memory(outputs))
         )
     assert torch.allclose(loaded, expected, atol=1e-6)
     assert torch.allclose(folded, expected, atol=1e-5)
     assert (plain - expected).abs().max() > 1e-3
-    assert all(key.startswith("transformer.") for key in load_file(made["polished"].path / FILE))
+    assert all(key.startswith("transformer.") for key in load_file(outputs["polished"].path / FILE))
 
 
-def test_the_emulator_is_smaller_and_is_what_is_trained_on(made):
-    result = made["emulator"].result
+def test_the_emulator_is_smaller_and_is_what_is_trained_on(outputs):
+    result = outputs["emulator"].result
     assert result["bytes"]["emulator"] < 0.7 * result["bytes"]["base"]
-    assert made["adapter"].result["excluded_rows"] == 0  # few rows: other noise is drawn for them instead
-    assert made["adapter"].result["rows"] == 6
+    assert outputs["adapter"].result["excluded_rows"] == 0  # few rows: other noise is drawn for them instead
+    assert outputs["adapter"].result["rows"] == 6
 
 
 @pytest.mark.parametrize(("stage", "on"), [("train", "pipeline"), ("polish", "corrected")])
-def test_a_dry_run_tells_of_the_largest_picture_and_of_copies(stage, on, made, tmp_path, monkeypatch):
+def test_a_dry_run_tells_of_the_largest_picture_and_of_copies(stage, on, outputs, tmp_path, monkeypatch):
     monkeypatch.delattr(Encoder, "encode")  # which may take minutes
-    rows = write_jsonl(tmp_path / "rows.jsonl", [*made["rows"], made["rows"][0]])
-    given = [str(getattr(made[on], "path", made[on])), "--data", str(rows), "-o", str(tmp_path / "out"), "--dry-run"]
-    said = CliRunner().invoke(cli, [stage, *given]).output
-    assert "longest row: 4 tokens" in said
-    assert "duplicates: 1 row" in said
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*outputs["rows"], outputs["rows"][0]])
+    source = str(getattr(outputs[on], "path", outputs[on]))
+    arguments = [source, "--data", str(rows), "-o", str(tmp_path / "out"), "--dry-run"]
+    output = CliRunner().invoke(cli, [stage, *arguments]).output
+    assert "longest row: 4 tokens" in output
+    assert "duplicates: 1 row" in output
 
 
-def test_rows_of_text_are_refused(made):
+def test_rows_of_text_are_refused(outputs):
     with pytest.raises(EmlocError, match="make pictures"):
-        emloc.train(str(made["pipeline"]), [{"text": "once upon a time"}], "never", steps=1)
+        emloc.train(str(outputs["pipeline"]), [{"text": "once upon a time"}], "never", steps=1)
 
 
-def test_pictures_are_refused_by_models_of_text(made, tiny_model):
+def test_pictures_are_refused_by_models_of_text(outputs, tiny_model):
     with pytest.raises(EmlocError, match="has images"):
-        emloc.train(str(tiny_model), made["rows"], "never", steps=1)
+        emloc.train(str(tiny_model), outputs["rows"], "never", steps=1)
 
 
-def test_a_transformer_without_its_pipeline_is_refused(made, tmp_path):
+def test_a_transformer_without_its_pipeline_is_refused(outputs, tmp_path):
     alone = tmp_path / "alone"
-    whole(made).save_pretrained(alone)
+    in_memory(outputs).save_pretrained(alone)
     with pytest.raises(EmlocError, match="not part of a pipeline"):
-        emloc.compress(str(alone), made["rows"], str(tmp_path / "emulator"), samples=2, selection=2)
+        emloc.compress(str(alone), outputs["rows"], str(tmp_path / "emulator"), samples=2, selection=2)
 
 
-def test_cards_say_how_pipelines_load_what_was_made(made):
-    texts = {name: (made[name].path / "README.md").read_text() for name in ("emulator", "polished", "merged")}
+def test_cards_say_how_pipelines_load_what_was_made(outputs):
+    texts = {name: (outputs[name].path / "README.md").read_text() for name in ("emulator", "polished", "merged")}
     assert all("AutoTokenizer" not in text for text in texts.values())
     assert 'pipe.load_lora_weights("DIRECTORY"' in texts["polished"]
     assert 'FluxTransformer2DModel.from_pretrained("DIRECTORY")' in texts["merged"]

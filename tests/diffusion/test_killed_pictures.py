@@ -1,4 +1,4 @@
-"""Training and exact steps of pictures that are killed in their midst, and resumed."""
+"""Training and exact steps of pictures that are killed midway, and resumed."""
 
 import pytest
 import torch
@@ -22,11 +22,11 @@ class _Killer(TrainerCallback):
 
 
 def killed(pipeline, rows, output, exact):
-    """Train until the process is killed behind a step."""
+    """Train until the process is killed after a step."""
     usual = LoraSteps.__init__
 
-    def watched(self, *given, **options):
-        usual(self, *given, **options)
+    def watched(self, *args, **options):
+        usual(self, *args, **options)
         self.add_callback(_Killer())
 
     LoraSteps.__init__ = watched
@@ -38,13 +38,13 @@ def killed(pipeline, rows, output, exact):
 )
 def test_a_killed_training_resumes_to_the_same_lora(exact, tmp_path):
     pipeline, rows = str(flux_pipeline(tmp_path / "pipeline")), picture_rows(tmp_path / "rows", 6)
-    whole = emloc.train(pipeline, rows, str(tmp_path / "whole"), exact=exact, **USUAL)
+    uninterrupted = emloc.train(pipeline, rows, str(tmp_path / "whole"), exact=exact, **USUAL)
     output = str(tmp_path / "resumed")
     run_until_killed(killed, pipeline, rows, output, exact)
     assert not (tmp_path / "resumed").exists()  # nothing that looks whole
     resumed = emloc.train(pipeline, rows, output, exact=exact, **USUAL)
-    one, other = (load_file(each.path / "adapter_model.safetensors") for each in (whole, resumed))
+    one, other = (load_file(adapter.path / "adapter_model.safetensors") for adapter in (uninterrupted, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    logs = [[(entry["step"], entry.get("loss")) for entry in read_json(each.path / "log.json")]
-            for each in (whole, resumed)]  # fmt: skip
+    logs = [[(entry["step"], entry.get("loss")) for entry in read_json(adapter.path / "log.json")]
+            for adapter in (uninterrupted, resumed)]  # fmt: skip
     assert logs[0] == logs[1]

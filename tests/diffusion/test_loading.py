@@ -26,16 +26,16 @@ TUNED = {"steps": 2, "batch_size": 2, "lora_rank": 2, "learning_rate": 0.05, "bf
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def outputs(tmp_path_factory):
     """A pipeline in bfloat16, rows, emulators by their kind, and a LoRA."""
-    place = tmp_path_factory.mktemp("loading")
-    pipeline, rows = flux_pipeline(place / "pipeline"), picture_rows(place / "rows", 4)
+    directory = tmp_path_factory.mktemp("loading")
+    pipeline, rows = flux_pipeline(directory / "pipeline"), picture_rows(directory / "rows", 4)
     plain(pipeline / "transformer", torch.bfloat16).save_pretrained(pipeline / "transformer")
     emulators = {
-        kind: emloc.compress(str(pipeline), rows, str(place / kind), kind=kind, samples=2, selection=1).path
+        kind: emloc.compress(str(pipeline), rows, str(directory / kind), kind=kind, samples=2, selection=1).path
         for kind in KINDS
     }
-    adapter = emloc.train(str(pipeline), rows, str(place / "adapter"), **TUNED)
+    adapter = emloc.train(str(pipeline), rows, str(directory / "adapter"), **TUNED)
     return {"pipeline": pipeline, "rows": rows, "adapter": adapter.path, **emulators}
 
 
@@ -43,16 +43,16 @@ def plain(directory, dtype=torch.bfloat16):
     return diffusers.FluxTransformer2DModel.from_pretrained(str(directory), torch_dtype=dtype)
 
 
-def streamed(directory, made):
+def streamed(directory, outputs):
     """The emulator as EMLoC loads it, and a sample."""
     model = open_model(str(directory), "cpu")
     model.skeleton.load_parameters([name for name, _ in model.skeleton.model.named_parameters()])
-    return model.skeleton.model.eval(), model.samples(load_rows(made["rows"]), None, "selection")[0]
+    return model.skeleton.model.eval(), model.samples(load_rows(outputs["rows"]), None, "selection")[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_loads_what_was_made_and_saves_it(kind, made, tmp_path, caplog):
-    loaded, (ours, sample) = plain(made[kind]), streamed(made[kind], made)
+def test_diffusers_loads_what_was_made_and_saves_it(kind, outputs, tmp_path, caplog):
+    loaded, (ours, sample) = plain(outputs[kind]), streamed(outputs[kind], outputs)
     assert loaded.dtype == ours.dtype == torch.bfloat16
     assert not caplog.records  # of keys in the config, or of weights, that diffusers does not know
     loaded.save_pretrained(tmp_path / "saved")
@@ -67,19 +67,19 @@ def test_diffusers_loads_what_was_made_and_saves_it(kind, made, tmp_path, caplog
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_made_dense(kind, made):
-    loaded, (_, sample) = plain(made[kind], torch.float32), streamed(made[kind], made)
+def test_it_is_made_dense(kind, outputs):
+    loaded, (_, sample) = plain(outputs[kind], torch.float32), streamed(outputs[kind], outputs)
     with torch.no_grad():
-        wanted, found = sample.run(loaded, "cpu"), sample.run(loaded.dequantize(), "cpu")
-    assert torch.allclose(found, wanted, atol=1e-4)
+        wanted, actual = sample.run(loaded, "cpu"), sample.run(loaded.dequantize(), "cpu")
+    assert torch.allclose(actual, wanted, atol=1e-4)
     assert {type(module) for module in loaded.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pipeline_draws_with_an_emulator_and_loads_the_lora_into_it(kind, made):
+def test_a_pipeline_draws_with_an_emulator_and_loads_the_lora_into_it(kind, outputs):
     """Pipelines of FLUX.1 would take a factor for a weight that the LoRA is too large for, and change it."""
-    emulator, sample = plain(made[kind], torch.float32), streamed(made[kind], made)[1]
-    pipe = diffusers.FluxPipeline.from_pretrained(str(made["pipeline"]), transformer=emulator)
+    emulator, sample = plain(outputs[kind], torch.float32), streamed(outputs[kind], outputs)[1]
+    pipe = diffusers.FluxPipeline.from_pretrained(str(outputs["pipeline"]), transformer=emulator)
     pipe.set_progress_bar_config(disable=True)
 
     def drawn():
@@ -89,40 +89,40 @@ def test_a_pipeline_draws_with_an_emulator_and_loads_the_lora_into_it(kind, made
 
     before = drawn()
     assert torch.isfinite(before).all()
-    pipe.load_lora_weights(str(made["adapter"]), weight_name=FILE)
+    pipe.load_lora_weights(str(outputs["adapter"]), weight_name=FILE)
     assert not torch.equal(drawn(), before)
     with torch.no_grad():
-        found, without = sample.run(emulator, "cpu"), sample.run(plain(made[kind], torch.float32), "cpu")
-        wanted = sample.run(load_lora(plain(made[kind], torch.float32), made["adapter"]), "cpu")
-    assert torch.allclose(found, wanted, atol=1e-5)
-    assert (found - without).abs().max() > 1e-2
+        actual, without = sample.run(emulator, "cpu"), sample.run(plain(outputs[kind], torch.float32), "cpu")
+        wanted = sample.run(load_lora(plain(outputs[kind], torch.float32), outputs["adapter"]), "cpu")
+    assert torch.allclose(actual, wanted, atol=1e-5)
+    assert (actual - without).abs().max() > 1e-2
     pipe.unload_lora_weights()
     assert torch.equal(drawn(), before)
 
 
-def test_peft_trains_a_lora_on_it_and_refuses_what_would_not_hold_on_the_base(made):
+def test_peft_trains_a_lora_on_it_and_refuses_what_would_not_hold_on_the_base(outputs):
     targets = ["attn.to_q"]
-    lora = get_peft_model(plain(made["nf4"]), LoraConfig(r=2, target_modules=targets))
-    _, sample = streamed(made["nf4"], made)
+    lora = get_peft_model(plain(outputs["nf4"]), LoraConfig(r=2, target_modules=targets))
+    _, sample = streamed(outputs["nf4"], outputs)
     sample.run(lora, "cpu").float().square().mean().backward()
-    assert all(each.grad is not None for each in lora.parameters() if each.requires_grad)
+    assert all(parameter.grad is not None for parameter in lora.parameters() if parameter.requires_grad)
     with pytest.raises(EmlocError, match="DoRA"):
-        get_peft_model(plain(made["nf4"]), LoraConfig(r=2, target_modules=targets, use_dora=True))
+        get_peft_model(plain(outputs["nf4"]), LoraConfig(r=2, target_modules=targets, use_dora=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_emulator_draws_in_place_of_its_base_and_in_its_dtype(kind, made):
-    base, emulator = Drawing(str(made["pipeline"])), Drawing(str(made[kind]))
+def test_an_emulator_draws_in_place_of_its_base_and_in_its_dtype(kind, outputs):
+    base, emulator = Drawing(str(outputs["pipeline"])), Drawing(str(outputs[kind]))
     assert {base.pipe.transformer.dtype, base.pipe.vae.dtype, emulator.pipe.vae.dtype} == {torch.bfloat16}
-    stored, loaded = plain(made[kind]).state_dict(), emulator.pipe.transformer.state_dict()
+    stored, loaded = plain(outputs[kind]).state_dict(), emulator.pipe.transformer.state_dict()
     assert all(torch.equal(loaded[name], part) and loaded[name].dtype == part.dtype for name, part in stored.items())
     one, other = (drawing.draw(["a cat"], side=8, steps=2)[0] for drawing in (base, emulator))
     assert one.tobytes() != other.tobytes()
 
 
-def test_an_emulator_that_lacks_a_part_is_refused(made, tmp_path):
+def test_an_emulator_that_lacks_a_part_is_refused(outputs, tmp_path):
     part = "transformer_blocks.0.attn.to_q.weight_scales"
-    for file in made["nf4"].iterdir():
+    for file in outputs["nf4"].iterdir():
         if file.suffix == ".safetensors":
             tensors = load_file(file)
             tensors.pop(part, None)
@@ -137,11 +137,11 @@ def test_an_emulator_that_lacks_a_part_is_refused(made, tmp_path):
         plain(tmp_path)
 
 
-def test_it_is_loaded_without_an_import_of_ours(made):
+def test_it_is_loaded_without_an_import_of_ours(outputs):
     code = f"""
 from diffusers import Flux2KleinPipeline  # which begins with the loaders of LoRAs: they import the quantizers, and ours
 from diffusers import FluxTransformer2DModel
-print(FluxTransformer2DModel.from_pretrained({str(made["nf4"])!r}).is_quantized)
+print(FluxTransformer2DModel.from_pretrained({str(outputs["nf4"])!r}).is_quantized)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
@@ -152,5 +152,5 @@ def test_quantizers_are_registered_in_two_dictionaries():
     from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
     settings = {"quant_method": "emloc", "format": "nf4", "ranks": {}}
-    found = DiffusersAutoQuantizer.from_config(DiffusersAutoQuantizer.from_dict(settings), pre_quantized=True)
-    assert isinstance(found, quantizer.Quantizer), "AUTO_QUANTIZER_MAPPING is not what is looked in"
+    actual = DiffusersAutoQuantizer.from_config(DiffusersAutoQuantizer.from_dict(settings), pre_quantized=True)
+    assert isinstance(actual, quantizer.Quantizer), "AUTO_QUANTIZER_MAPPING is not what is looked in"

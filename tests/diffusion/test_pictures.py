@@ -40,9 +40,9 @@ from emloc_core.objective import RowSize
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory):
     """A pipeline that makes pixels, since it has no VAE; grey, as its four channels are a patch of 2 x 2."""
-    place = tmp_path_factory.mktemp("pixels")
+    directory = tmp_path_factory.mktemp("pixels")
     tiny = {**FAMILIES[0].tiny_configs[1], "in_channels": 4}  # which takes guidance
-    return flux_pipeline(place / "pipeline", tiny, vae=False)
+    return flux_pipeline(directory / "pipeline", tiny, vae=False)
 
 
 def encoder(pipeline, tokens=None):
@@ -58,16 +58,16 @@ def test_patches_are_unpacked_as_they_were_packed():
 
 def test_pixels_are_learned_as_they_are_drawn(pixels):
     (row,) = load_rows([{"prompt": "a cat", "image": Image.effect_noise((8, 6), 60)}])
-    (found,) = encoder(pixels).encode([row])
-    assert found.latents.shape == (1, 6, 8)
+    (encoded,) = encoder(pixels).encode([row])
+    assert encoded.latents.shape == (1, 6, 8)
     grey = torch.from_numpy(numpy.asarray(row.images[0].read().convert("L")).copy()).reshape(1, 6, 8)
-    assert torch.allclose(found.latents, grey / 127.5 - 1)
+    assert torch.allclose(encoded.latents, grey / 127.5 - 1)
 
 
 def test_large_pictures_are_scaled_down_to_the_most_patches_and_cut_to_whole_ones(pixels):
     rows = load_rows([{"prompt": "a cat", "image": Image.new("L", (41, 20))}])
-    assert [tuple(each.latents.shape) for each in encoder(pixels).encode(rows)] == [(1, 20, 40)]
-    assert [tuple(each.latents.shape) for each in encoder(pixels, tokens=50).encode(rows)] == [(1, 8, 20)]
+    assert [tuple(sample.latents.shape) for sample in encoder(pixels).encode(rows)] == [(1, 20, 40)]
+    assert [tuple(sample.latents.shape) for sample in encoder(pixels, tokens=50).encode(rows)] == [(1, 8, 20)]
 
 
 def test_a_picture_below_a_patch_is_refused(pixels):
@@ -94,10 +94,10 @@ def test_rows_of_one_number_in_several_sources_are_learned_each(pixels, tmp_path
         (tmp_path / source / "0.txt").write_text({"a": "a cat", "b": "a dog"}[source])
     rows = load_rows([str(tmp_path / "a"), str(tmp_path / "b")])
     assert [row.number for row in rows] == [1, 1]
-    for found, row in zip(encoder(pixels).encode(rows), rows, strict=True):
+    for sample, row in zip(encoder(pixels).encode(rows), rows, strict=True):
         (alone,) = encoder(pixels).encode([row])
-        assert torch.equal(found.latents, alone.latents)
-        assert torch.equal(found.prompt["tokens"], alone.prompt["tokens"])
+        assert torch.equal(sample.latents, alone.latents)
+        assert torch.equal(sample.prompt["tokens"], alone.prompt["tokens"])
 
 
 def test_a_row_is_as_long_as_its_patches_and_its_sequence_of_tokens():
@@ -116,18 +116,18 @@ def test_a_part_with_code_of_its_own_is_refused(pixels, tmp_path):
 def test_the_grid_shows_base_and_adapter_from_the_same_noise(pixels, tmp_path):
     rows = [{**row, "image": Image.open(row["image"])} for row in picture_rows(tmp_path / "rows", 4)]
     adapter = emloc.train(str(pixels), rows, str(tmp_path / "adapter"), steps=2, batch_size=2, lora_rank=2)
-    given = ["--adapter", str(adapter.path), "--prompt", "a cat", "--prompt", "a dog", "--side", "8", "--steps", "2"]
-    drawn = CliRunner().invoke(cli, ["pictures", str(pixels), *given, "-o", str(tmp_path / "grid.png")])
+    options = ["--adapter", str(adapter.path), "--prompt", "a cat", "--prompt", "a dog", "--side", "8", "--steps", "2"]
+    drawn = CliRunner().invoke(cli, ["pictures", str(pixels), *options, "-o", str(tmp_path / "grid.png")])
     assert drawn.exit_code == 0, drawn.output
     with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.height == 16 + 2 * 12
-    given = [*given[2:], "--guidance", "9", "-o", str(tmp_path / "guided.png")]
-    assert CliRunner().invoke(cli, ["pictures", str(pixels), *given]).exit_code == 0
+    options = [*options[2:], "--guidance", "9", "-o", str(tmp_path / "guided.png")]
+    assert CliRunner().invoke(cli, ["pictures", str(pixels), *options]).exit_code == 0
     guided = Drawing(str(pixels)).draw(["a cat", "a dog"], side=8, steps=2, guidance=9.0)
     with Image.open(tmp_path / "guided.png") as sheet:
         assert sheet.tobytes() == grid({"base": guided}, ["a cat", "a dog"], 8).tobytes()
     one, again = (Drawing(str(pixels)).draw(["a cat", "a dog"], side=8, steps=2) for _ in range(2))
-    assert [each.tobytes() for each in one] == [each.tobytes() for each in again]
+    assert [picture.tobytes() for picture in one] == [picture.tobytes() for picture in again]
     assert one[0].tobytes() != guided[0].tobytes()
     assert grid({"base": one}, ["a", "b"], 16).width > 32
 
@@ -158,7 +158,7 @@ def test_systems_are_scored_on_held_out_pictures(judge, pixels, tmp_path):
     (held_out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapter = emloc.train(str(pixels), picture_rows(train, 4), str(tmp_path / "adapter"), steps=2, batch_size=2,
                           lora_rank=2, learning_rate=0.05)  # fmt: skip
-    given = [
+    options = [
         "--adapter",
         str(adapter.path),
         "--data",
@@ -170,14 +170,14 @@ def test_systems_are_scored_on_held_out_pictures(judge, pixels, tmp_path):
         "--steps",
         "2",
     ]
-    done = CliRunner().invoke(cli, ["pictures", str(pixels), *given, "-o", str(tmp_path / "grid.png"), "--json"])
+    done = CliRunner().invoke(cli, ["pictures", str(pixels), *options, "-o", str(tmp_path / "grid.png"), "--json"])
     assert done.exit_code == 0, done.output
     scores = json.loads(done.stdout)["systems"]
     model = open_model(str(pixels), "cpu")
     samples = model.samples(load_rows(str(held_out)), 16, "evaluation")
-    whole = FluxTransformer2DModel.from_pretrained(str(pixels / "transformer")).eval()
+    transformer = FluxTransformer2DModel.from_pretrained(str(pixels / "transformer")).eval()
     for name, lora in (("base", None), ("adapter", adapter.path)):
-        system = load_lora(whole, lora) if lora else whole
+        system = load_lora(transformer, lora) if lora else transformer
         with torch.no_grad():
             total, count = torch.stack([sample.loss(system, "cpu") for sample in samples]).sum(0)
         assert scores[name]["loss"] == pytest.approx(float(total / count), rel=1e-5)
@@ -193,7 +193,7 @@ def test_a_judge_finds_like_pictures_like(judge):
     judging = Judge(judge)
     assert judging.similarity([picture], [picture]) == pytest.approx(1)
     assert judging.similarity([picture], [brighter]) > judging.similarity([picture], [other])
-    both = [judging.similarity([picture], [each]) for each in (brighter, other)]
+    both = [judging.similarity([picture], [candidate]) for candidate in (brighter, other)]
     assert judging.similarity([picture], [brighter, other]) == pytest.approx(sum(both) / 2)
 
 
@@ -208,9 +208,9 @@ def test_what_judges_no_pictures_is_refused(pixels):
         Judge(pixels / "text_encoder_2")
 
 
-@pytest.mark.parametrize("given", [[], ["--judge", "."]])
-def test_without_rows_there_is_nothing_to_compare_with(given, pixels):
-    done = CliRunner().invoke(cli, ["pictures", str(pixels), *given])
+@pytest.mark.parametrize("options", [[], ["--judge", "."]])
+def test_without_rows_there_is_nothing_to_compare_with(options, pixels):
+    done = CliRunner().invoke(cli, ["pictures", str(pixels), *options])
     assert isinstance(done.exception, EmlocError)
     assert "--data" in done.exception.fix
 

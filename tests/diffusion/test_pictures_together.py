@@ -32,7 +32,9 @@ class Watch(TrainerCallback):
             kill()
 
     def on_train_end(self, _args, _state, _control, *, model, **_):
-        lora = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+        lora = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         save_file(lora, f"{self.output}-{os.environ['RANK']}.safetensors")
 
 
@@ -40,13 +42,13 @@ def train(pipeline, rows, output, killed=None):
     """Train, and write what this process drew."""
     usual, error, drawn = LoraSteps.__init__, training.squared_error, []
 
-    def watched(self, *given, **options):
-        usual(self, *given, **options)
+    def watched(self, *args, **options):
+        usual(self, *args, **options)
         self.add_callback(Watch(output, killed))
 
-    def noted(*given, **group):
+    def noted(*args, **group):
         drawn.append([group["sigma"].tolist(), group["noise"].sum().item()])
-        return error(*given, **group)
+        return error(*args, **group)
 
     LoraSteps.__init__, training.squared_error = watched, noted
     emloc.train(pipeline, rows, output, **USUAL)
@@ -54,20 +56,20 @@ def train(pipeline, rows, output, killed=None):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def inputs(tmp_path_factory):
     """A pipeline, and rows of two shapes: a process may have both in a batch where the other has one."""
-    place = tmp_path_factory.mktemp("together")
-    rows = picture_rows(place / "rows", 7)
+    directory = tmp_path_factory.mktemp("together")
+    rows = picture_rows(directory / "rows", 7)
     for row in rows[::3]:
         Image.open(row["image"]).resize((16, 8)).save(row["image"])
-    return str(flux_pipeline(place / "pipeline")), rows
+    return str(flux_pipeline(directory / "pipeline")), rows
 
 
 @pytest.fixture(scope="module")
-def two(made, tmp_path_factory):
+def two(inputs, tmp_path_factory):
     """An adapter by two processes."""
     output = str(tmp_path_factory.mktemp("two") / "adapter")
-    assert run_together(2, train, *made, output) == [0, 0]
+    assert run_together(2, train, *inputs, output) == [0, 0]
     return output
 
 
@@ -78,7 +80,7 @@ def of_each(two, ending, read):
 def test_they_draw_noise_and_times_of_their_own(two):
     one, other = of_each(two, "json", read_json)
     times = [{time for sigma, _ in drawn for time in sigma} for drawn in (one, other)]
-    assert all(len(found) == 2 * STEPS for found in times)
+    assert all(len(values) == 2 * STEPS for values in times)
     assert not times[0] & times[1]
     assert not {noise for _, noise in one} & {noise for _, noise in other}
 
@@ -89,11 +91,11 @@ def test_they_have_the_same_lora_and_learned_by_the_gradients_of_both(two):
 
 
 @pytest.mark.thorough
-def test_where_one_is_killed_they_resume_bit_for_bit(two, made, tmp_path):
+def test_where_one_is_killed_they_resume_bit_for_bit(two, inputs, tmp_path):
     output = tmp_path / "adapter"
-    assert run_together(2, train, *made, str(output), KILLED) == [1, -9]
+    assert run_together(2, train, *inputs, str(output), KILLED) == [1, -9]
     assert list(tmp_path.rglob("checkpoint-2"))
     assert not output.exists()
-    assert run_together(2, train, *made, str(output)) == [0, 0]
+    assert run_together(2, train, *inputs, str(output)) == [0, 0]
     one, other = (load_file(f"{path}/adapter_model.safetensors") for path in (output, two))
     assert all(torch.equal(one[name], other[name]) for name in one)

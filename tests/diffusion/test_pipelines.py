@@ -50,5 +50,5 @@ def test_a_pipeline_is_tuned_and_draws_as_by_diffusers(name, tmp_path):
     expected = theirs(prompt=prompts, height=16, width=16, num_inference_steps=2, generator=generators, **options)
     drawn = [drawing.draw(prompts, side=16, steps=2) for drawing in (before, after)]
     assert after.call.guidance in inspect.signature(theirs.__call__).parameters
-    assert [each.tobytes() for each in drawn[1]] == [each.tobytes() for each in expected.images]
+    assert [picture.tobytes() for picture in drawn[1]] == [picture.tobytes() for picture in expected.images]
     assert all(one.tobytes() != other.tobytes() for one, other in zip(*drawn, strict=True))

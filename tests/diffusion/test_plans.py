@@ -53,15 +53,15 @@ def test_every_stage_is_planned_and_tuning_grows_with_the_picture(family, tmp_pa
 def test_a_linear_is_given_what_passes_through_it(family, tmp_path):
     model = MemoryModel(Path(write(tmp_path, family.tiny_configs[0])), Workload(1, 16))
     step = FlowStep(model)
-    found = {path: step.positions(path) for path, module in model.model.named_modules()
+    positions = {path: step.positions(path) for path, module in model.model.named_modules()
              if isinstance(module, torch.nn.Linear)}  # fmt: skip
-    assert set(found.values()) <= {1, 16, step.row.tokens - 16, step.row.tokens, 32, step.row.tokens + 16}
-    assert max(found.values()) >= step.row.tokens - 16 > 16
+    assert set(positions.values()) <= {1, 16, step.row.tokens - 16, step.row.tokens, 32, step.row.tokens + 16}
+    assert max(positions.values()) >= step.row.tokens - 16 > 16
     if family is FLUX:
-        assert found["transformer_blocks.0.norm1.linear"] == 1
-        assert found["transformer_blocks.0.attn.to_q"] == 16
-        assert found["transformer_blocks.0.attn.add_q_proj"] == 512
-        assert found["single_transformer_blocks.0.proj_mlp"] == 528
+        assert positions["transformer_blocks.0.norm1.linear"] == 1
+        assert positions["transformer_blocks.0.attn.to_q"] == 16
+        assert positions["transformer_blocks.0.attn.add_q_proj"] == 512
+        assert positions["single_transformer_blocks.0.proj_mlp"] == 528
 
 
 @pytest.mark.thorough

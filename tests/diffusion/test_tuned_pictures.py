@@ -13,17 +13,17 @@ from emloc_core.files.documents import read_json
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    place = tmp_path_factory.mktemp("tune")
+    directory = tmp_path_factory.mktemp("tune")
     shallow = {**FLUX.tiny_configs[0], "in_channels": 4, "num_layers": 1, "num_single_layers": 1}
-    pipeline = flux_pipeline(place / "pipeline", shallow, vae=False)
-    for row in picture_rows(place / "rows", 8):
-        path = place / "rows" / row["image"].rpartition("/")[2].replace(".png", ".txt")
+    pipeline = flux_pipeline(directory / "pipeline", shallow, vae=False)
+    for row in picture_rows(directory / "rows", 8):
+        path = directory / "rows" / row["image"].rpartition("/")[2].replace(".png", ".txt")
         path.write_text(row["prompt"])
     with pytest.MonkeyPatch.context() as patch:
         patch_calls(patch)
-        emloc.tune(str(pipeline), place / "rows", place / "run", memory="2GB", headroom="0", steps=2, batch_size=2,
-                   lora_rank=2, paper=True)  # fmt: skip
-    return place / "run"
+        emloc.tune(str(pipeline), directory / "rows", directory / "run", memory="2GB", headroom="0", steps=2,
+                   batch_size=2, lora_rank=2, paper=True)  # fmt: skip
+    return directory / "run"
 
 
 def test_the_last_adapter_is_one_that_pipelines_load(tuned):
@@ -33,8 +33,8 @@ def test_the_last_adapter_is_one_that_pipelines_load(tuned):
 def test_pictures_before_and_after_are_on_the_page(tuned):
     answers = read_json(tuned / "answers.json")["answers"]
     assert len(answers) == 2
-    assert all(each[name].startswith("data:image/png;base64,") for each in answers for name in ("before", "after"))
-    assert all(each["prompt"].startswith("a photo of") for each in answers)
+    assert all(answer[name].startswith("data:image/png;base64,") for answer in answers for name in ("before", "after"))
+    assert all(answer["prompt"].startswith("a photo of") for answer in answers)
     page = (tuned / "report.html").read_text()
     assert page.count('<img class="answer" src="data:image/png;base64,') == 6
     assert "img-src data:" in page
@@ -43,7 +43,9 @@ def test_pictures_before_and_after_are_on_the_page(tuned):
 def test_they_are_drawn_with_the_guidance_of_the_recipe(tuned, monkeypatch):
     recipe, seen, draw = tuned / "recipe.toml", [], Drawing.draw
     patch_calls(monkeypatch)
-    monkeypatch.setattr(Drawing, "draw", lambda *given, **how: (seen.append(how["guidance"]), draw(*given, **how))[1])
+    monkeypatch.setattr(
+        Drawing, "draw", lambda *args, **options: (seen.append(options["guidance"]), draw(*args, **options))[1]
+    )
     recipe.write_text(recipe.read_text().replace("[answers]", "[answers]\nguidance = 0"))
     emloc.run(recipe)
     assert seen == [0] * 4
