@@ -119,13 +119,16 @@ def test_held_out_rows_are_kept_beside_it_and_disjoint(emulator, rows_file):
 def test_of_few_rows_fewer_are_kept_unless_asked(tiny_model):
     def job(count: int, **settings):
         rows = [Row(number, **row) for number, row in enumerate(example_rows()[:count], start=1)]
-        found = compress_job(tiny_model, rows, Path("nowhere"), CompressSettings(**settings))
-        return [len(each) for each in (found.rows.calibration, found.rows.selection, found.rows.tuning)], found.warnings
+        compression = compress_job(tiny_model, rows, Path("nowhere"), CompressSettings(**settings))
+        return [
+            len(part) for part in (compression.rows.calibration, compression.rows.selection, compression.rows.tuning)
+        ], compression.warnings
 
     sizes, warnings = job(20)
     assert sizes == [6, 3, 11]
     assert any(
-        "6 are set aside for calibration and 3 for choosing" in each and "--selection" in each for each in warnings
+        "6 are set aside for calibration and 3 for choosing" in warning and "--selection" in warning
+        for warning in warnings
     )
     assert job(20, samples=4, selection=2) == ([4, 2, 14], [])
     assert job(2)[0] == [1, 1, 0]

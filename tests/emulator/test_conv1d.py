@@ -46,7 +46,7 @@ def test_as_linears_a_model_computes_the_same_on_the_same_weights(gpt2):
 
 
 def test_every_conv1d_of_a_block_has_a_stand_in_close_to_it(gpt2, emulator):
-    base, model = (AutoModelForCausalLM.from_pretrained(each) for each in (gpt2, emulator))
+    base, model = (AutoModelForCausalLM.from_pretrained(path) for path in (gpt2, emulator))
     assert not any(isinstance(module, Conv1D) for module in model.modules())
     wanted = logits(base)
     assert 0 < (logits(model) - wanted).norm() < 0.3 * wanted.norm()  # transposed wrongly, about 1

@@ -17,7 +17,7 @@ from emloc_core.files.manifest import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 
 GROUPS = LLAMA.towers[0].input_groups
-#: The declaration, with the attention forgotten.
+#: The declaration, without its attention.
 FORGETFUL = replace(LLAMA, towers=[replace(LLAMA.towers[0], input_groups=GROUPS[2:])])
 SETTINGS = ("--samples", "4", "--selection", "2", "--ratio", "0.5")
 
@@ -28,10 +28,10 @@ def covered(family, settings):
 
 
 def test_every_linear_of_a_whole_declaration_has_its_place():
-    found = covered(LLAMA, LLAMA.tiny_configs[0])
-    assert found.undeclared == ()
-    assert found.warnings == []
-    assert found.compressible > 0.7
+    coverage = covered(LLAMA, LLAMA.tiny_configs[0])
+    assert coverage.undeclared == ()
+    assert coverage.warnings == []
+    assert coverage.compressible > 0.7
 
 
 def test_what_nobody_declared_is_named_with_its_share(tiny_model, rows_file, tmp_path, emloc):
@@ -63,13 +63,13 @@ def test_a_small_compressible_share_is_said_with_what_helps(tmp_path, rows_file)
     base = save_tiny_model(settings, tmp_path / "base")
     with pytest.warns(UserWarning, match=r"only \d+\.\d% of the parameters") as caught:
         emloc_core.compress(base, str(rows_file), tmp_path / "emulator", samples=4, ratio=0.5, allocator="global")
-    said = str(caught[0].message)
-    assert "what stays dense: model.layers.*.mlp.experts (" in said
-    assert "`emloc train MODEL --exact`" in said
+    message = str(caught[0].message)
+    assert "what stays dense: model.layers.*.mlp.experts (" in message
+    assert "`emloc train MODEL --exact`" in message
     assert read_manifest(tmp_path / "emulator")["result"]["coverage"]["compressible"] < 0.5
 
 
 def test_a_head_that_is_tied_counts_once_and_is_no_familys_affair():
-    found = covered(LLAMA, LLAMA.tiny_configs[1])
-    assert found.undeclared == ()
-    assert [(part.pattern, part.parameters) for part in found.dense if part.pattern == "lm_head"] == []
+    coverage = covered(LLAMA, LLAMA.tiny_configs[1])
+    assert coverage.undeclared == ()
+    assert [(part.pattern, part.parameters) for part in coverage.dense if part.pattern == "lm_head"] == []

@@ -42,12 +42,12 @@ BY_NAME = {"ids": lambda format: format.name}
 
 def experts_of(layout):
     kind, fields = LAYOUTS[layout]
-    made = kind(SimpleNamespace(hidden_size=HIDDEN, _experts_implementation="grouped_mm", **fields))
+    experts = kind(SimpleNamespace(hidden_size=HIDDEN, _experts_implementation="grouped_mm", **fields))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in experts.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
-    return made.requires_grad_(requires_grad=False)
+    return experts.requires_grad_(requires_grad=False)
 
 
 def tokens(used=EXPERTS):
@@ -61,24 +61,24 @@ def rounded(matrix, format):
     """Return the parts of a matrix, fitted to inputs that favour no direction."""
     gram = Gram("input", matrix.shape[1])
     gram.add(torch.eye(matrix.shape[1]))
-    (found,) = format.fit([matrix], gram, [16 if format.ratios else None])
-    return format.pack(found, torch.float32)
+    (fitted,) = format.fit([matrix], gram, [16 if format.ratios else None])
+    return format.pack(fitted, torch.float32)
 
 
 def packed(experts, format):
     """Return stand-ins for both stacks of the experts, which are given up."""
-    fitted = {name: [rounded(each, format) for each in matrices(experts, name).clone()] for name in stacks(experts)}
-    made = StandInExperts(experts, format.layer, dict.fromkeys(fitted, 16 if format.ratios else None))
-    for name, each in fitted.items():
-        for part in format.names():
-            made.get_parameter(f"{part}.{name}").copy_(torch.stack([of[part] for of in each]))
-    return made
+    fitted = {name: [rounded(matrix, format) for matrix in matrices(experts, name).clone()] for name in stacks(experts)}
+    stand_in = StandInExperts(experts, format.layer, dict.fromkeys(fitted, 16 if format.ratios else None))
+    for name, parts in fitted.items():
+        for key in format.names():
+            stand_in.get_parameter(f"{key}.{name}").copy_(torch.stack([matrix[key] for matrix in parts]))
+    return stand_in
 
 
 def outputs(module, hidden, index, weights):
-    found = module(hidden, index, weights)
-    towards = torch.linspace(-1, 1, found.numel()).view_as(found)
-    return found, *torch.autograd.grad((found * towards).sum(), hidden)
+    output = module(hidden, index, weights)
+    towards = torch.linspace(-1, 1, output.numel()).view_as(output)
+    return output, *torch.autograd.grad((output * towards).sum(), hidden)
 
 
 @pytest.mark.parametrize(
@@ -91,15 +91,15 @@ def outputs(module, hidden, index, weights):
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_dense_experts(layout, format):
-    made = packed(experts_of(layout), format)
-    found, expected = outputs(made, *tokens()), outputs(made.dense(), *tokens())
-    for one, other in zip(found, expected, strict=True):
+    stand_in = packed(experts_of(layout), format)
+    actual, expected = outputs(stand_in, *tokens()), outputs(stand_in.dense(), *tokens())
+    for one, other in zip(actual, expected, strict=True):
         if format.layer is LowRank.layer:  # two products instead of one
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(one, other)
-    found, base = found[0].detach(), experts_of(layout)(*tokens()).detach()
-    assert 1e-3 < float((found - base).norm() / base.norm()) < 1.5
+    actual, base = actual[0].detach(), experts_of(layout)(*tokens()).detach()
+    assert 1e-3 < float((actual - base).norm() / base.norm()) < 1.5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,66 +107,66 @@ def test_stacks_at_full_precision_are_the_base(layout):
     experts = experts_of(layout)
     up, down = stacks(experts)
     kept = experts.get_parameter(up)
-    made = StandInExperts(experts, LowRank.layer, {down: INNER})
-    assert made.get_parameter(up) is kept
+    stand_in = StandInExperts(experts, LowRank.layer, {down: INNER})
+    assert stand_in.get_parameter(up) is kept
     u, s, v = torch.linalg.svd(matrices(experts_of(layout), down), full_matrices=False)
-    made.get_parameter(f"weight.{down}").copy_(u * s[:, None])
-    made.get_parameter(f"V.{down}").copy_(v)
-    for one, other in zip(outputs(made, *tokens()), outputs(experts_of(layout), *tokens()), strict=True):
+    stand_in.get_parameter(f"weight.{down}").copy_(u * s[:, None])
+    stand_in.get_parameter(f"V.{down}").copy_(v)
+    for one, other in zip(outputs(stand_in, *tokens()), outputs(experts_of(layout), *tokens()), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", FORMATS, **BY_NAME)
 def test_few_experts_at_a_time_give_the_same_bits(format, monkeypatch):
-    made = packed(experts_of("usual"), format)
-    whole = outputs(made, *tokens())
+    stand_in = packed(experts_of("usual"), format)
+    expected = outputs(stand_in, *tokens())
     monkeypatch.setattr(layer, "_UNPACKED", 2 * 4 * 2 * INNER * HIDDEN)  # two of the first stack, four of the second
-    for one, other in zip(outputs(made, *tokens()), whole, strict=True):
+    for one, other in zip(outputs(stand_in, *tokens()), expected, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("format", "waits"), [(SixLevels(), 1), (LowRank(), 0)], ids=["six-levels", "low-rank"])
 def test_which_experts_have_tokens_is_asked_once_for_all_products(format, waits, monkeypatch):
-    made, asked, tolist = packed(experts_of("usual"), format), [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(1) or tolist(tensor))
-    outputs(made, *tokens())  # two products forward, two backward
-    assert len(asked) == waits
+    stand_in, calls, tolist = packed(experts_of("usual"), format), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: calls.append(1) or tolist(tensor))
+    outputs(stand_in, *tokens())  # two products forward, two backward
+    assert len(calls) == waits
 
 
 def test_experts_without_tokens_are_not_unpacked(monkeypatch):
-    made, seen = packed(experts_of("usual"), SixLevels()), []
-    unpack = made.layer.unpack_stack
+    stand_in, seen = packed(experts_of("usual"), SixLevels()), []
+    unpack = stand_in.layer.unpack_stack
 
-    def watched(*parts, **how):
+    def watched(*parts, **options):
         seen.append(len(parts[0]))
-        return unpack(*parts, **how)
+        return unpack(*parts, **options)
 
-    monkeypatch.setattr(made.layer, "unpack_stack", watched)
-    outputs(made, *tokens(used=2))
+    monkeypatch.setattr(stand_in.layer, "unpack_stack", watched)
+    outputs(stand_in, *tokens(used=2))
     assert seen == [2] * 4  # of both stacks, forward and backward
-    assert made(*(part[:0] for part in tokens())).shape == (0, HIDDEN)
+    assert stand_in(*(part[:0] for part in tokens())).shape == (0, HIDDEN)
 
 
 @pytest.mark.parametrize("format", FORMATS, **BY_NAME)
 @pytest.mark.parametrize(("m", "n"), [(48, 64), (17, 33), (128, 256)])
 def test_a_stack_is_unpacked_as_its_matrices(format, m, n):
     draw = torch.Generator().manual_seed(0)
-    each = [rounded(torch.randn(m, n, generator=draw), format) for _ in range(3)]
-    parts = [torch.stack([of[name] for of in each]) for name in format.names()]
+    packed_matrices = [rounded(torch.randn(m, n, generator=draw), format) for _ in range(3)]
+    stack = [torch.stack([parts[name] for parts in packed_matrices]) for name in format.names()]
     for dtype in (torch.float32, torch.bfloat16):
-        whole = format.layer.unpack_stack(*parts, shape=(m, n), dtype=dtype)
-        for matrix, of in zip(whole, each, strict=True):
-            assert torch.equal(matrix, format.layer.unpack(*of.values(), shape=(m, n), dtype=dtype))
+        unpacked = format.layer.unpack_stack(*stack, shape=(m, n), dtype=dtype)
+        for matrix, parts in zip(unpacked, packed_matrices, strict=True):
+            assert torch.equal(matrix, format.layer.unpack(*parts.values(), shape=(m, n), dtype=dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_are_known_by_what_they_compute(layout):
-    experts, given = experts_of(layout), tuple(part.detach() for part in tokens())
-    output = experts(*given)
-    assert computes_as_experts(experts, given, output)
-    assert not computes_as_experts(experts, given, output + 0.01)
+    experts, inputs = experts_of(layout), tuple(part.detach() for part in tokens())
+    output = experts(*inputs)
+    assert computes_as_experts(experts, inputs, output)
+    assert not computes_as_experts(experts, inputs, output + 0.01)
     del experts.has_bias  # as in a class that transformers does not mark
-    assert not computes_as_experts(experts, given, output)
+    assert not computes_as_experts(experts, inputs, output)
 
 
 def test_a_module_without_marks_is_none():

@@ -70,12 +70,12 @@ def loaded(directory):
 def with_lora(model, **changed):
     """Put a LoRA on a model's experts by PEFT, always of the same numbers."""
     config = {"r": 2, "target_modules": [], "target_parameters": expert_stacks(model), "task_type": "CAUSAL_LM"}
-    found = get_peft_model(model, LoraConfig(**{**config, **changed}))
+    lora = get_peft_model(model, LoraConfig(**{**config, **changed}))
     draw = torch.Generator().manual_seed(0)
-    for name, parameter in found.named_parameters():
+    for name, parameter in lora.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw)
-    return found
+    return lora
 
 
 def passed(lora):
@@ -83,7 +83,9 @@ def passed(lora):
     lora.zero_grad()
     output = lora(input_ids=IDS, labels=IDS)
     output.loss.backward()
-    return output.logits.detach(), {name: of.grad.clone() for name, of in lora.named_parameters() if of.requires_grad}
+    return output.logits.detach(), {
+        name: parameter.grad.clone() for name, parameter in lora.named_parameters() if parameter.requires_grad
+    }
 
 
 def in_peft_s_way(lora):
@@ -99,10 +101,10 @@ def test_packed_experts_compute_and_learn_as_their_dense_ones_by_peft_alone(emul
     expected, gradients = passed(dense)
     lora = with_lora(loaded(emulator))
     for mode in (lora.train(), lora.eval()):
-        logits, found = passed(mode)
+        logits, learned = passed(mode)
         assert torch.allclose(logits, expected, atol=1e-5)
-        assert found.keys() == gradients.keys()
-        for name, gradient in found.items():
+        assert learned.keys() == gradients.keys()
+        for name, gradient in learned.items():
             assert gradient.shape == gradients[name].shape
             assert float(gradient.norm()) > 0
             assert torch.allclose(gradient, gradients[name], rtol=1e-3, atol=1e-6), name
@@ -112,9 +114,9 @@ def test_packed_experts_compute_and_learn_as_their_dense_ones_by_peft_alone(emul
 
 def test_ends_of_names_are_no_less_than_names_in_full(emulator):
     ends = [".".join(name.split(".")[-3:]) for name in expert_stacks(loaded(emulator))]
-    whole, by_ends = (with_lora(loaded(emulator), **given) for given in ({}, {"target_parameters": ends}))
-    assert [name for name, _ in by_ends.named_parameters()] == [name for name, _ in whole.named_parameters()]
-    assert torch.equal(passed(by_ends)[0], passed(whole)[0])
+    in_full, by_ends = (with_lora(loaded(emulator), **options) for options in ({}, {"target_parameters": ends}))
+    assert [name for name, _ in by_ends.named_parameters()] == [name for name, _ in in_full.named_parameters()]
+    assert torch.equal(passed(by_ends)[0], passed(in_full)[0])
 
 
 def test_an_adapter_names_its_stacks_in_an_order_that_is_always_the_same(emulator, adapter):
@@ -126,19 +128,19 @@ def test_places_for_peft_take_no_memory(emulator):
     lora = with_lora(loaded(emulator)).to(torch.float64)  # as a trainer moves it to a GPU
     for _, (outer, *_) in parameter_wrappers(lora):
         for name in ("gate_up_proj", "down_proj"):
-            place = outer.get_base_layer().get_parameter(name)
-            assert (place.dtype, place.untyped_storage().nbytes()) == (torch.float64, 8)
+            placeholder = outer.get_base_layer().get_parameter(name)
+            assert (placeholder.dtype, placeholder.untyped_storage().nbytes()) == (torch.float64, 8)
 
 
 @pytest.mark.parametrize(
-    ("targets", "told"),
+    ("targets", "message"),
     [
         (["mlp.experts.down_proj"], "both stacks"),
         (["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "input_layernorm.weight"], "is not a stack of experts"),
     ],
 )
-def test_what_could_not_be_transferred_is_refused(emulator, targets, told):
-    with pytest.raises(EmlocError, match=told):
+def test_what_could_not_be_transferred_is_refused(emulator, targets, message):
+    with pytest.raises(EmlocError, match=message):
         with_lora(loaded(emulator), target_parameters=targets)
 
 
@@ -187,7 +189,7 @@ def test_every_expert_is_corrected_by_the_formula(base, emulator, adapter, tmp_p
     for path in stacks:
         owner, _, name = path.rpartition(".")
         theirs, ours = (matrices(model.get_submodule(owner), name) for model in models)
-        tuned, carried = (weights + of.scale * of.b @ of.a for weights, of in
+        tuned, carried = (weights + lora.scale * lora.b @ lora.a for weights, lora in
                           ((ours, before[path]), (theirs, after[path])))  # fmt: skip
         inputs = before[path].a.mT
         expected = tuned @ inputs
@@ -220,7 +222,9 @@ def test_the_loss_of_candidates_is_that_of_the_base_with_the_lora(base, adapter,
         [expected, tokens], rel=1e-5
     )
     uncorrected = job.run() and [
-        each["nll"] for each in job.output.result["candidates"] if (each["clamp"], each.get("scale", 1)) == (0, 1)
+        candidate["nll"]
+        for candidate in job.output.result["candidates"]
+        if (candidate["clamp"], candidate.get("scale", 1)) == (0, 1)
     ]
     assert uncorrected == [pytest.approx(expected / tokens, rel=1e-5)]
 
@@ -253,7 +257,7 @@ def test_it_is_planned(base, adapter):
 def test_it_is_exported_with_one_rank(base, adapter, tmp_path):
     corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp="none")).run()
     job = Export(ExportRequest(source=str(corrected), output=tmp_path / "served"))
-    assert any("experts" in told for told in job.describe()["warnings"])
+    assert any("experts" in warning for warning in job.describe()["warnings"])
     served = PeftModel.from_pretrained(loaded(base), job.run())
     with torch.no_grad():
         expected = load_lora(loaded(base), corrected)(input_ids=IDS).logits

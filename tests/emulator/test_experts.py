@@ -96,7 +96,7 @@ def test_factors_of_full_rank_are_the_experts(base):
 
 def fitting(experts, plan, directory=None):
     return ExpertFitting(
-        experts, plan, LowRank(), lambda each, weight, gram: factorize(weight, gram, each.rank), directory
+        experts, plan, LowRank(), lambda stack, weight, gram: factorize(weight, gram, stack.rank), directory
     )
 
 
@@ -107,23 +107,23 @@ def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
     hidden = torch.randn(400, 32, generator=generator)
     index = torch.randint(6, (400, 2), generator=generator)
     with torch.no_grad():
-        found = fitting(experts, plan)
+        statistics = fitting(experts, plan)
         for half in (slice(0, 200), slice(200, 400)):
-            found.add(hidden[half], index[half])
-        stacked = found.fit()
+            statistics.add(hidden[half], index[half])
+        stacked = statistics.fit()
         assert (up.tap, down.tap) == ("output", "input")
         for expert in range(6):
             x = hidden[(index == expert).any(dim=-1)]
             assert len(x) > 64
             inner = activate(experts, linear(x, experts.gate_up_proj[expert]))
-            for each, weight, inputs in (
+            for stack, weight, inputs in (
                 (up, experts.gate_up_proj[expert], x),
                 (down, experts.down_proj[expert], inner),
             ):
-                gram = Gram(each.tap, each.out_features if each.tap == "output" else each.in_features)
-                gram.add(linear(inputs, weight) if each.tap == "output" else inputs)
-                alone = factorize(weight, gram, each.rank)
-                assert torch.allclose(product_of(stacked[each.path], expert), alone.u @ alone.v, atol=1e-5)
+                gram = Gram(stack.tap, stack.out_features if stack.tap == "output" else stack.in_features)
+                gram.add(linear(inputs, weight) if stack.tap == "output" else inputs)
+                alone = factorize(weight, gram, stack.rank)
+                assert torch.allclose(product_of(stacked[stack.path], expert), alone.u @ alone.v, atol=1e-5)
 
 
 def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
@@ -133,9 +133,9 @@ def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
     hidden = torch.randn(300, 4, generator=torch.Generator().manual_seed(2)) @ direction.T  # 4 of 32 directions
     index = torch.zeros(300, 1, dtype=torch.int64)  # the first expert gets all
     with torch.no_grad():
-        found = fitting(experts, plan)
-        found.add(hidden, index)
-        stacked = found.fit()
+        statistics = fitting(experts, plan)
+        statistics.add(hidden, index)
+        stacked = statistics.fit()
         for expert in range(6):
             weight = experts.gate_up_proj[expert]
             product = product_of(stacked[up.path], expert)
@@ -148,20 +148,20 @@ def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
 def test_an_expert_answers_on_the_emulator_s_inputs_as_on_the_base_s(base):
     """Its inputs in the emulator are those of the base in other directions: what is fitted turns them back."""
     experts = loaded(base).model.layers[1].mlp.experts
-    plan = [replace(each, rank=min(each.shape)) for each in planned(loaded(base))]
+    plan = [replace(stack, rank=min(stack.shape)) for stack in planned(loaded(base))]
     generator = torch.Generator().manual_seed(0)
     hidden, turn = (torch.randn(count, 32, generator=generator) for count in (600, 32))
     turn = torch.linalg.qr(turn).Q
     index = torch.randint(6, (600, 2), generator=generator)
     weights = torch.rand(600, 2, generator=generator)
     with torch.no_grad():
-        found = fitting(experts, plan)
-        found.add(hidden, index, hidden @ turn, index)
-        _, answers = found.settle()
+        statistics = fitting(experts, plan)
+        statistics.add(hidden, index, hidden @ turn, index)
+        _, answers = statistics.settle()
         expected = experts(hidden, index, weights)
         answered = answers["model.layers.1.mlp.experts"](hidden @ turn, index, weights)
         uncorrected = experts(hidden @ turn, index, weights)
-    lost, before = ((of - expected).norm() / expected.norm() for of in (answered, uncorrected))
+    lost, before = ((output - expected).norm() / expected.norm() for output in (answered, uncorrected))
     assert float(lost) < 0.05
     assert float(before) > 0.5
 
@@ -181,10 +181,10 @@ def test_tokens_that_are_read_for_some_experts_at_a_time_give_the_same(base, tmp
         return read(self, places)
 
     def fitted(directory):
-        found = fitting(experts, plan, directory)
+        statistics = fitting(experts, plan, directory)
         for rows in (slice(0, 130), slice(130, 300)):  # rows of two lengths
-            found.add(streams[0][rows], index[rows], streams[1][rows], index[rows])
-        return found.fit()
+            statistics.add(streams[0][rows], index[rows], streams[1][rows], index[rows])
+        return statistics.fit()
 
     monkeypatch.setattr(ExpertFitting, "_read", counted)
     with torch.no_grad():
@@ -194,54 +194,54 @@ def test_tokens_that_are_read_for_some_experts_at_a_time_give_the_same(base, tmp
         in_file = fitted(tmp_path)
     assert sum(reads[1:]) == 6
     assert len(reads) > 2
-    for each in plan:
-        for name, part in in_memory[each.path].parts.items():
-            assert torch.equal(part, in_file[each.path].parts[name])
+    for stack in plan:
+        for name, part in in_memory[stack.path].parts.items():
+            assert torch.equal(part, in_file[stack.path].parts[name])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_activations_that_are_not_numbers_name_the_row(base, bad):
-    found = fitting(loaded(base).model.layers[1].mlp.experts, planned(loaded(base)))
+    statistics = fitting(loaded(base).model.layers[1].mlp.experts, planned(loaded(base)))
     with pytest.raises(EmlocError, match="NaN or Inf among the activations"):
-        found.add(torch.full((3, 32), bad), torch.zeros(3, 2, dtype=torch.int64))
+        statistics.add(torch.full((3, 32), bad), torch.zeros(3, 2, dtype=torch.int64))
 
 
 def test_streamed_factors_equal_those_of_a_whole_forward(base, rows_file, tmp_path):
     job = compression(base, rows_file, tmp_path / "emulator", calibration="base")
     model = loaded(base)
-    found = {}
+    statistics_of = {}
     for block, stacks_of in ((block, job.plan.experts_in_block(block)) for block in job.base.skeleton.blocks):
         for path, plan in stacks_of.items():
             module = model.get_submodule(path)
-            found[block] = statistics = fitting(module, plan)
-            module.register_forward_hook(lambda _, args, __, of=statistics: of.add(*args[:2]))
+            statistics_of[block] = statistics = fitting(module, plan)
+            module.register_forward_hook(lambda _, args, __, fitted=statistics: fitted.add(*args[:2]))
     with torch.no_grad():
         for sample in job.samples:
             model(**sample.inputs("cpu"), use_cache=False)
-        whole = {}
-        for statistics in found.values():
-            whole |= statistics.fit()
+        expected = {}
+        for statistics in statistics_of.values():
+            expected |= statistics.fit()
     small = loaded(job.run())
-    assert whole.keys() == set(STACKS)
-    for path, of in whole.items():
+    assert expected.keys() == set(STACKS)
+    for path, fitted in expected.items():
         owner, _, name = path.rpartition(".")
         experts = small.get_submodule(owner)
-        assert torch.equal(experts.weight[name], of.parts["weight"])
-        assert torch.equal(experts.V[name], of.parts["V"])
+        assert torch.equal(experts.weight[name], fitted.parts["weight"])
+        assert torch.equal(experts.V[name], fitted.parts["V"])
 
 
 def test_the_plan_s_bytes_are_the_written_ones(base, emulator, rows_file):
     job = compression(base, rows_file, emulator)
-    told = job.describe()
+    description = job.describe()
     written = Checkpoint(emulator)
-    assert told["emulator_bytes"] == written.nbytes < Checkpoint(base).nbytes
+    assert description["emulator_bytes"] == written.nbytes < Checkpoint(base).nbytes
     assert not [key for key in written.tensors if ".experts.0." in key]
     result = read_manifest(emulator)["result"]
     assert result["bytes"]["emulator"] == written.nbytes
     errors = {row["path"]: row["relative_error"] for row in result["linears"] if row["path"] in STACKS}
     assert errors.keys() == set(STACKS)
     assert all(0 < error < 1 for error in errors.values())
-    assert any("6 experts of 32 x 32" in line for line in told["summary"])
+    assert any("6 experts of 32 x 32" in line for line in description["summary"])
     model = MemoryModel(base / "config.json", Workload(batch_size=1, length=32))
     plan = model.plan(0.6)
     assert model.emulator_bytes(plan) == written.nbytes
@@ -281,11 +281,11 @@ def test_a_lora_is_tuned_corrected_and_merged(base, emulator, rows_file, tmp_pat
             expected, actual = (model.get_submodule(name)(lora.a.float()) for model in (tuned, carried))
             assert torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max()))
     merged = merge_job(corrected, base, tmp_path / "merged").run()
-    whole, before = loaded(merged), loaded(base)
+    merged_model, before = loaded(merged), loaded(base)
     with torch.no_grad():
-        assert torch.allclose(whole(IDS).logits, carried(IDS).logits, atol=1e-4)
+        assert torch.allclose(merged_model(IDS).logits, carried(IDS).logits, atol=1e-4)
     for path in STACKS:
-        assert torch.equal(whole.get_parameter(path), before.get_parameter(path))
+        assert torch.equal(merged_model.get_parameter(path), before.get_parameter(path))
 
 
 def test_the_emulator_is_saved_and_loaded_again(emulator, tmp_path):
@@ -348,11 +348,11 @@ def test_a_lora_on_packed_experts_is_trained_corrected_and_merged(base, packed, 
     train = TrainSettings(steps=2, batch_size=2, learning_rate=1e-2, bf16=False, logging_steps=1)
     adapter = train_job(packed, rows_file, tmp_path / "adapter", train).run()
     corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp="none")).run()
-    whole, before = loaded(merge_job(corrected, base, tmp_path / "merged").run()), loaded(base)
+    model, before = loaded(merge_job(corrected, base, tmp_path / "merged").run()), loaded(base)
     with torch.no_grad():
-        assert not torch.allclose(whole(IDS).logits, before(IDS).logits, atol=1e-4)
+        assert not torch.allclose(model(IDS).logits, before(IDS).logits, atol=1e-4)
     for path in STACKS:
-        assert torch.equal(whole.get_parameter(path), before.get_parameter(path))
+        assert torch.equal(model.get_parameter(path), before.get_parameter(path))
 
 
 def test_experts_are_rounded_without_calibration(base, rows_file, tmp_path):
@@ -388,4 +388,4 @@ def test_experts_of_another_layout_are_refused(base):
         stacks(experts)
     kept = replace(QWEN_MOE, keep_dense={**QWEN_MOE.keep_dense, "model.layers.*.mlp.experts": "for this test"})
     experts.is_transposed = False
-    assert {each.reason for each in find_linears(model, kept).experts} == {"for this test"}
+    assert {stack.reason for stack in find_linears(model, kept).experts} == {"for this test"}

@@ -63,7 +63,7 @@ SETTINGS = {
 
 #: With one kind of a fixed size and one with ranks; the others are resumed by the same code.
 TWO_KINDS = pytest.mark.parametrize(
-    "made",
+    "trained",
     [pytest.param(kind, marks=() if kind in ("nf4", "1.6-bit+repair") else pytest.mark.thorough) for kind in KINDS],
     indirect=True,
 )
@@ -80,25 +80,27 @@ def test_every_kind_has_a_size_of_its_own(kind, tiny_model, rows_file, tmp_path)
     assert job.settings.ratio == (KINDS[kind].ratios.default if KINDS[kind].ratios else None)
     assert job.plan.ranks
     if KINDS[kind].ratios:
-        given = compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": KINDS[kind].ratios.default})
-        assert given.output.request == job.output.request
+        explicit = compression(
+            kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": KINDS[kind].ratios.default}
+        )
+        assert explicit.output.request == job.output.request
     else:
         with pytest.raises(EmlocError, match="has no ratio"):
             compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": 0.6})
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def made(request, tiny_model, rows_file, tmp_path_factory):
+def trained(request, tiny_model, rows_file, tmp_path_factory):
     """A kind, its emulator, and a LoRA trained on it."""
-    place = tmp_path_factory.mktemp(request.param)
-    emulator = compression(request.param, tiny_model, rows_file, place / "emulator").run()
+    directory = tmp_path_factory.mktemp(request.param)
+    emulator = compression(request.param, tiny_model, rows_file, directory / "emulator").run()
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
-    adapter = train_job(emulator, rows_file, place / "adapter", train).run()
+    adapter = train_job(emulator, rows_file, directory / "adapter", train).run()
     return KINDS[request.param](), emulator, adapter
 
 
-def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
-    kind, emulator, adapter = made
+def test_it_trains_is_corrected_and_merges(trained, tiny_model, tmp_path):
+    kind, emulator, adapter = trained
     log = json.loads((adapter / "log.json").read_text())
     assert log[-1]["loss"] < log[0]["loss"]
     base = Checkpoint(tiny_model)
@@ -113,22 +115,22 @@ def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
             expected, actual = (model.get_submodule(name)(inputs).float() for model in (tuned, carried))
             assert torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max())), (kind.name, path)
     merged = merge_job(corrected, base, tmp_path / "merged").run()
-    whole = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
+    merged_model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        assert torch.allclose(whole(ids).logits, carried(ids).logits, atol=1e-4)
+        assert torch.allclose(merged_model(ids).logits, carried(ids).logits, atol=1e-4)
 
 
-def test_the_clamp_is_chosen(made, tiny_model, tmp_path):
-    _, _, adapter = made
+def test_the_clamp_is_chosen(trained, tiny_model, tmp_path):
+    _, _, adapter = trained
     output = correct_job(adapter, tiny_model, tmp_path / "corrected", CorrectSettings()).run()
-    assert [(each["clamp"], each["scale"]) for each in read_manifest(output)["result"]["candidates"]] == list(
-        CANDIDATES
-    )
+    assert [
+        (candidate["clamp"], candidate["scale"]) for candidate in read_manifest(output)["result"]["candidates"]
+    ] == list(CANDIDATES)
 
 
-def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_path):
-    kind, emulator, _ = made
+def test_what_is_planned_is_what_is_written(trained, tiny_model, rows_file, tmp_path):
+    kind, emulator, _ = trained
     result = read_manifest(emulator)["result"]
     before = compression(kind.name, tiny_model, rows_file, tmp_path / "again").describe()
     shards = [load_file(shard) for shard in sorted(emulator.glob("model-*.safetensors"))]
@@ -142,8 +144,8 @@ def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_pat
 
 
 @TWO_KINDS
-def test_it_is_the_same_after_an_interruption(made, tiny_model, rows_file, tmp_path):
-    kind, emulator, _ = made
+def test_it_is_the_same_after_an_interruption(trained, tiny_model, rows_file, tmp_path):
+    kind, emulator, _ = trained
     job = compression(kind.name, tiny_model, rows_file, tmp_path / "emulator")
 
     def interrupt(_path, done, _total):
@@ -157,29 +159,29 @@ def test_it_is_the_same_after_an_interruption(made, tiny_model, rows_file, tmp_p
         assert (again / shard.name).read_bytes() == shard.read_bytes()
 
 
-def test_reported_errors_are_those_of_what_the_model_holds(made, tiny_model, rows_file, tmp_path):
+def test_reported_errors_are_those_of_what_the_model_holds(trained, tiny_model, rows_file, tmp_path):
     """Where no earlier error is to be made up for, which is what targets do; elsewhere the outputs are not far off."""
-    kind, _, _ = made
+    kind, _, _ = trained
     dense = {**SETTINGS[kind.name], "keep": "head"}  # packed embeddings have errors too
     emulator = compression(kind.name, tiny_model, rows_file, tmp_path / "emulator", dense).run()
     reported = {linear["path"]: linear["relative_error"] for linear in read_manifest(emulator)["result"]["linears"]}
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto")
     # As in training: to infer on a CPU, bitsandbytes rounds what it multiplies.
     small = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").train()
-    lost, whole = dict.fromkeys(reported, 0.0), dict.fromkeys(reported, 0.0)
+    lost, total = dict.fromkeys(reported, 0.0), dict.fromkeys(reported, 0.0)
 
     def compare(path):
         def note(_module, args, output):
             exact = args[0] @ base.get_submodule(path).weight.T
             lost[path] += float((output - exact).square().sum())
-            whole[path] += float(exact.square().sum())
+            total[path] += float(exact.square().sum())
 
         return note
 
     with torch.no_grad(), forward_hooks((small.get_submodule(path), compare(path)) for path in reported):
         for sample in compression(kind.name, tiny_model, rows_file, tmp_path / "again", dense).samples:
             small(**sample.inputs("cpu"))
-    actual = {path: (lost[path] / whole[path]) ** 0.5 for path in reported}
+    actual = {path: (lost[path] / total[path]) ** 0.5 for path in reported}
     first = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     assert [actual[path] for path in first] == pytest.approx([reported[path] for path in first], rel=1e-3)
     assert all(0 < error < 1 for error in reported.values())
@@ -193,13 +195,13 @@ def test_without_calibration_weights_are_rounded_as_bitsandbytes_does(tiny_model
     base, small, kind = Checkpoint(tiny_model), Checkpoint(job.run()), NF4()
     for linear in read_manifest(tmp_path / "emulator")["result"]["linears"]:
         key, shape = f"{linear['path']}.weight", (linear["out_features"], linear["in_features"])
-        with small.slices(kind.keys(key)) as slices, base.slices([key]) as whole:
-            tensors, weight = [slices[name][...] for name in kind.keys(key)], whole[key][...]
+        with small.slices(kind.keys(key)) as slices, base.slices([key]) as base_slices:
+            tensors, weight = [slices[name][...] for name in kind.keys(key)], base_slices[key][...]
         codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
         assert torch.equal(tensors[0], codes)
         assert torch.equal(tensors[1], state.absmax)
-        found = kind.read(tensors, shape, torch.float32).weight()
-        assert linear["relative_error"] == pytest.approx(float((weight - found).norm() / weight.norm()), rel=1e-4)
+        restored = kind.read(tensors, shape, torch.float32).weight()
+        assert linear["relative_error"] == pytest.approx(float((weight - restored).norm() / weight.norm()), rel=1e-4)
 
 
 def as_read(fitted, m, n):
@@ -219,7 +221,10 @@ def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
     gram = Gram("input", n)
     gram.add(inputs)
     fitted, alone = NF4().fit([weight], gram, [None])[0], NF4().round(weight)
-    lost = [float(((weight - of) @ inputs.T).norm()) for of in (as_read(fitted, m, n), as_read(alone, m, n))]
+    lost = [
+        float(((weight - approximation) @ inputs.T).norm())
+        for approximation in (as_read(fitted, m, n), as_read(alone, m, n))
+    ]
     assert lost[0] <= 1.01 * lost[1] + 1e-6
     assert fitted.relative_error() == pytest.approx(lost[0] / float((weight @ inputs.T).norm()), rel=1e-2, abs=1e-6)
 
@@ -229,9 +234,9 @@ def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
 def test_what_was_rounded_with_feedback_is_packed_as_it_is(m, n, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     matrix, inputs = torch.randn(m, n, generator=generator), torch.randn(rows, n, generator=generator)
-    found = rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]
-    assert torch.equal(nf4.rounded(found), found)
-    assert bool(torch.isfinite(found).all())
+    fed_back = rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]
+    assert torch.equal(nf4.rounded(fed_back), fed_back)
+    assert bool(torch.isfinite(fed_back).all())
 
 
 @pytest.mark.parametrize("columns", [64, 100, 300])
@@ -243,8 +248,8 @@ def test_feedback_lowers_the_error_of_the_outputs(columns):
     gram.add(inputs)
     fitted, alone = NF4().fit([matrix], gram, [None])[0], NF4().round(matrix)
 
-    def lost(found):
-        return float(((matrix - found) @ inputs.T).norm())
+    def lost(approximation):
+        return float(((matrix - approximation) @ inputs.T).norm())
 
     assert lost(rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]) < 0.7 * lost(nf4.rounded(matrix))
     assert lost(as_read(fitted, 40, columns)) < 0.7 * lost(as_read(alone, 40, columns))
@@ -265,11 +270,11 @@ def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix():
     matrix = torch.randn(12, 40)
     x = torch.randn(5, 40, requires_grad=True)
     codes, scales = nf4.pack(matrix)
-    found = nf4.product(x, codes, scales, (12, 40), torch.float32)
+    output = nf4.product(x, codes, scales, (12, 40), torch.float32)
     exact = x @ nf4.rounded(matrix).T
-    assert torch.allclose(found, exact, atol=1e-5)
+    assert torch.allclose(output, exact, atol=1e-5)
     weights = torch.randn(5, 12)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    (gradient,) = torch.autograd.grad((output * weights).sum(), x)
     assert torch.allclose(gradient, weights @ nf4.rounded(matrix), atol=1e-5)
 
 
@@ -290,17 +295,17 @@ def test_v_makes_up_for_the_rounding_of_u():
 
     u = nf4.rounded(exact.u)
     one_after_the_other = u @ nf4.rounded(torch.linalg.solve(u.T @ u, u.T @ weight))
-    found = kind.read(list(kind.pack(fitted, torch.float32).values()), (96, 128), torch.float32).weight()
-    assert error(found) < error(one_after_the_other) < error(apart)
-    assert fitted.relative_error() == pytest.approx(error(found) / float((inputs @ weight.T).norm()))
+    approximated = kind.read(list(kind.pack(fitted, torch.float32).values()), (96, 128), torch.float32).weight()
+    assert error(approximated) < error(one_after_the_other) < error(apart)
+    assert fitted.relative_error() == pytest.approx(error(approximated) / float((inputs @ weight.T).norm()))
     assert fitted.relative_error() > exact.relative_error()
 
 
 def test_a_rotation_between_the_factors_lets_feedback_round_them_better(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    left, right, mixed = torch.linalg.qr(torch.randn(3, 96, 96, generator=generator)).Q
+    outer, right, mixed = torch.linalg.qr(torch.randn(3, 96, 96, generator=generator)).Q
     falling = torch.logspace(0, -2, 96)  # some directions do far more than others
-    weight, gram = left * falling @ right, Gram("input", 96)
+    weight, gram = outer * falling @ right, Gram("input", 96)
     gram.add(torch.randn(400, 96, generator=generator) * falling @ mixed)
     kind = TwoBitLowRank()
     (rotated,) = kind.fit([weight], gram, [40])
@@ -322,8 +327,8 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    known = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-2-bit, low-rank-nf4, nf4\."
-    with pytest.raises(EmlocError, match=known):
+    message = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-2-bit, low-rank-nf4, nf4\."
+    with pytest.raises(EmlocError, match=message):
         compress_job(tiny_model, rows_file, tmp_path / "emulator", CompressSettings(kind="nf5"))
 
 
@@ -368,7 +373,7 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
     ],
 )
 def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
-    declared = next(each for each in plugin_manager().families() if each.name == family)
+    declared = next(declaration for declaration in plugin_manager().families() if declaration.name == family)
     subject = TinyModel(declared, declared.tiny_configs[0], family, tmp_path, kind)
     for check in (trains, adapter_keys, correction, merge, ties):
         result = check.on(subject)
@@ -376,8 +381,8 @@ def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
 
 
 @TWO_KINDS
-def test_training_is_resumed(made, rows_file, monkeypatch):
-    _, emulator, adapter = made
+def test_training_is_resumed(trained, rows_file, monkeypatch):
+    _, emulator, adapter = trained
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
     job = train_job(emulator, rows_file, adapter.parent / "resumed", train)
     step = LoraTrainer.training_step
@@ -443,7 +448,7 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "description"),
     [
         ("low-rank", "rank 6"),
         ("nf4", "four bits"),
@@ -453,14 +458,14 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
         ("2.7-bit", "6 levels"),
     ],
 )
-def test_a_dry_run_says_what_becomes_of_weights(kind, told, tiny_model, rows_file, tmp_path, emloc):
+def test_a_dry_run_says_what_becomes_of_weights(kind, description, tiny_model, rows_file, tmp_path, emloc):
     sized = [f"--ratio={value}" for value in SETTINGS[kind].values()] if kind != "low-rank" else []
     code, out, _ = emloc(
         "compress", tiny_model, "--data", rows_file, "--samples", 4, "--selection", 2, "--kind", kind, *sized,
         "-o", tmp_path / "emulator", "--dry-run",
     )  # fmt: skip
     line = next(line for line in out.splitlines() if "k_proj" in line)
-    assert (code, line.partition(" -> ")[2]) == (0, told)
+    assert (code, line.partition(" -> ")[2]) == (0, description)
 
 
 def test_a_full_disk_at_the_end_does_not_cost_the_first_pass(tiny_model, rows_file, tmp_path, monkeypatch):
@@ -477,6 +482,6 @@ def test_a_full_disk_at_the_end_does_not_cost_the_first_pass(tiny_model, rows_fi
         patch.setattr(EmulatorFiles, "finish", full)
         with pytest.raises(DiskFullError):
             compress_job(tiny_model, rows, tmp_path / "made", settings).run()
-    made = compress_job(tiny_model, rows, tmp_path / "made", settings).run()
+    emulator = compress_job(tiny_model, rows, tmp_path / "made", settings).run()
     assert len(passes) == 1
-    assert not (made / ".spectra").exists()
+    assert not (emulator / ".spectra").exists()

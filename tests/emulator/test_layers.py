@@ -19,59 +19,59 @@ from emloc_core.standins.registry import format_named
 
 
 @pytest.fixture(scope="module", params=["low-rank", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit"])
-def made(request, tiny_model, rows_file, tmp_path_factory):
+def compressed(request, tiny_model, rows_file, tmp_path_factory):
     """A kind, and its emulator."""
-    chosen = CompressSettings(kind=request.param, samples=4, selection=2)
-    emulator = compress_job(tiny_model, rows_file, tmp_path_factory.mktemp("made") / "emulator", chosen).run()
+    settings = CompressSettings(kind=request.param, samples=4, selection=2)
+    emulator = compress_job(tiny_model, rows_file, tmp_path_factory.mktemp("made") / "emulator", settings).run()
     return format_named(request.param), emulator
 
 
-def test_a_layer_computes_what_the_dense_one_does(made):
-    kind, emulator = made
+def test_a_layer_computes_what_the_dense_one_does(compressed):
+    kind, emulator = compressed
     model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
     layer = model.model.layers[0].mlp.down_proj
     shape, size = (layer.out_features, layer.in_features), layer.rank
     assert sum(part.nbytes for part in layer.parameters()) == kind.nbytes(shape, size, torch.float32)
     x = torch.randn(5, layer.in_features, requires_grad=True)
-    found, weights = layer(x), torch.randn(5, layer.out_features)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    output, weights = layer(x), torch.randn(5, layer.out_features)
+    (gradient,) = torch.autograd.grad((output * weights).sum(), x)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         before = model(ids).logits
         dense = model.dequantize()
-        whole = dense.model.layers[0].mlp.down_proj
-        assert type(whole) is torch.nn.Linear
-        assert torch.allclose(found, functional.linear(x, whole.weight), atol=1e-5)
-        assert torch.allclose(gradient, weights @ whole.weight, atol=1e-5)
+        dense_layer = dense.model.layers[0].mlp.down_proj
+        assert type(dense_layer) is torch.nn.Linear
+        assert torch.allclose(output, functional.linear(x, dense_layer.weight), atol=1e-5)
+        assert torch.allclose(gradient, weights @ dense_layer.weight, atol=1e-5)
         assert torch.allclose(dense(ids).logits, before, atol=1e-4)
 
 
-def test_every_part_that_is_missing_is_found(made):
-    kind, emulator = made
+def test_every_part_that_is_missing_is_found(compressed):
+    kind, emulator = compressed
     index_file = emulator / "model.safetensors.index.json"
-    whole = json.loads(index_file.read_text())
+    complete = json.loads(index_file.read_text())
     for key in kind.keys("model.layers.0.mlp.up_proj.weight"):
-        index = {**whole, "weight_map": dict(whole["weight_map"])}
+        index = {**complete, "weight_map": dict(complete["weight_map"])}
         shard = emulator / index["weight_map"].pop(key)
         kept = shard.read_bytes()
-        save_file({name: of for name, of in load_file(shard).items() if name != key}, shard, {"format": "pt"})
+        save_file({name: tensor for name, tensor in load_file(shard).items() if name != key}, shard, {"format": "pt"})
         index_file.write_text(json.dumps(index))
         with pytest.raises(EmlocError, match=rf"lacks {key}"):
             AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
         shard.write_bytes(kept)
-    index_file.write_text(json.dumps(whole))
+    index_file.write_text(json.dumps(complete))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_compiled_layers_are_one_graph(format):
     layers = nn.Sequential(layer(format, torch.float32), nn.Linear(M, N), layer(format, torch.float32))
     compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
-    given = [torch.randn(3, N, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
-    outputs = [each(x) for each, x in zip((layers, compiled), given, strict=True)]
+    inputs = [torch.randn(3, N, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    outputs = [model(x) for model, x in zip((layers, compiled), inputs, strict=True)]
     for output in outputs:
         output.square().sum().backward()
     assert torch.equal(*outputs)
-    assert torch.equal(*(x.grad for x in given))
+    assert torch.equal(*(x.grad for x in inputs))
 
 
 def test_levels_of_scales_are_the_same_whatever_dtype_a_model_is_built_in():
@@ -79,8 +79,8 @@ def test_levels_of_scales_are_the_same_whatever_dtype_a_model_is_built_in():
     nf4.scale_levels.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = nf4.scale_levels(torch.device("cpu"))
+        scale_levels = nf4.scale_levels(torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, expected)
+    assert scale_levels.dtype == torch.float32
+    assert torch.equal(scale_levels, expected)

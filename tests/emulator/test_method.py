@@ -20,16 +20,16 @@ from emloc_core.standins import NF4, FourBitLowRank, LowRank, SixLevels
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Return a model of Linears alone, and one with experts."""
-    place = tmp_path_factory.mktemp("bases")
+    directory = tmp_path_factory.mktemp("bases")
     families = {"dense": LLAMA, "experts": QWEN_MOE}
-    return {name: save_tiny_model(family.tiny_configs[0], place / name) for name, family in families.items()}
+    return {name: save_tiny_model(family.tiny_configs[0], directory / name) for name, family in families.items()}
 
 
 def made_with(base, rows_file, output, **chosen):
     settings = CompressSettings(samples=4, selection=2, **chosen)
     job = compress_job(base, rows_file, output, settings)
-    found = job.output.request["settings"]  # what is recorded, so that other defaults are another request
-    return found["calibration"], found["allocator"], found["refine"]
+    recorded = job.output.request["settings"]  # what is recorded, so that other defaults are another request
+    return recorded["calibration"], recorded["allocator"], recorded["refine"]
 
 
 USUAL = {

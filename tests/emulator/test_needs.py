@@ -1,4 +1,4 @@
-"""What stage 1 takes by formula, beside the peak that is measured."""
+"""The memory of stage 1 by formula, compared with the measured peak."""
 
 from collections import namedtuple
 from functools import partial
@@ -60,13 +60,13 @@ def fit_propagated(format, linears, weights, inputs):
     if format.narrow:
         moments.emulator.narrow()
     shared = all(linear.tap == "input" for linear in linears)
-    parts = [list(range(len(linears)))] if shared else [[at] for at in range(len(linears))]
-    found = []
+    parts = [list(range(len(linears)))] if shared else [[index] for index in range(len(linears))]
+    fitted = []
     for part in parts:
-        of = [targets[at] for at in part]
-        gram = moments.gram_for(of[0], linears[part[0]].tap)
-        found += format.fit(of, gram, [linears[at].rank for at in part])
-    return found
+        part_targets = [targets[index] for index in part]
+        gram = moments.gram_for(part_targets[0], linears[part[0]].tap)
+        fitted += format.fit(part_targets, gram, [linears[index].rank for index in part])
+    return fitted
 
 
 def fit_to_base(format, linears, weights, inputs):
@@ -98,8 +98,8 @@ def test_fitting_takes_no_more_than_is_planned(kind, group, fit, wide):
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
     weights = [(draw(m, group[1]) / 8).bfloat16() for m in group[0]]
     inputs = batches(group[1], wide=wide)
-    how = {"propagated": fit is fit_propagated, "refine": False}
-    need = max(phase.statistics for phase in format.phases(linears, torch.bfloat16, **how))
+    options = {"propagated": fit is fit_propagated, "refine": False}
+    need = max(phase.statistics for phase in format.phases(linears, torch.bfloat16, **options))
     peak = peak_of(lambda: fit(format, linears, weights, inputs))
     assert peak <= need
     if group is DOWN and fit is fit_propagated and wide:

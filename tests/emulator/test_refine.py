@@ -19,31 +19,31 @@ from emloc_core.settings import CompressSettings
 @pytest.fixture(scope="module", params=["2.7-bit", "low-rank"])
 def emulators(request, tiny_model, rows_file, tmp_path_factory):
     """Emulators without refinement and with it, and their job; scales are off at first, to leave something to gain."""
-    scales, found = levels._scales, []
+    scales, emulators = levels._scales, []
     size = {"ratio": 0.3} if request.param == "low-rank" else {}
     for passes in (0, 20 if request.param == "low-rank" else 3):
-        place = tmp_path_factory.mktemp("refine") / "emulator"
-        how = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
-        chosen = CompressSettings(kind=request.param, **how, **size)
-        job = compress_job(tiny_model, rows_file, place, chosen)
+        output = tmp_path_factory.mktemp("refine") / "emulator"
+        options = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
+        chosen = CompressSettings(kind=request.param, **options, **size)
+        job = compress_job(tiny_model, rows_file, output, chosen)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(levels, "rounded", partial(levels.rounded, passes=0))
-            patch.setattr(levels, "_scales", lambda *of: (1.3 * scales(*of)).bfloat16())
-            found.append((job, job.run()))
-    return found
+            patch.setattr(levels, "_scales", lambda *args: (1.3 * scales(*args)).bfloat16())
+            emulators.append((job, job.run()))
+    return emulators
 
 
 def hidden(model, samples):
     """What the blocks pass on, for every row and block."""
-    found = []
+    states = []
 
     def keep(_module, _args, output):
-        found.append(output[0] if isinstance(output, tuple) else output)
+        states.append(output[0] if isinstance(output, tuple) else output)
 
     with torch.no_grad(), forward_hooks((block, keep) for block in model.model.layers):
         for sample in samples:
             model(**sample.inputs("cpu"))
-    return found
+    return states
 
 
 def test_hidden_states_come_nearer_to_those_of_the_base(emulators, tiny_model):
@@ -62,7 +62,7 @@ def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto")
     model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
     linears = {row["path"]: row["relative_error"] for row in read_manifest(emulator)["result"]["linears"]}
-    lost, whole = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
+    lost, total = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
 
     def compare(path):
         weight = base.get_submodule(path).weight
@@ -70,7 +70,7 @@ def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny
         def note(_module, args, output):
             exact = args[0] @ weight.T
             lost[path] += float((output - exact).square().sum())
-            whole[path] += float(exact.square().sum())
+            total[path] += float(exact.square().sum())
 
         return note
 
@@ -78,12 +78,14 @@ def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny
         for sample in job.samples:
             model(**sample.inputs("cpu"))
     for path, error in linears.items():
-        assert error == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
+        assert error == pytest.approx((lost[path] / total[path]) ** 0.5, rel=1e-3), path
 
 
 def test_what_may_move_moves_and_nothing_else(emulators):
-    plain, refined = ({name: of for shard in place.glob("*.safetensors") for name, of in load_file(shard).items()}
-                      for _, place in emulators)  # fmt: skip
+    plain, refined = (
+        {name: tensor for shard in path.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+        for _, path in emulators
+    )
     first = [name for name in plain if name.startswith("model.layers.0.")]
     changed = {name.rpartition(".")[2] for name in first if not torch.equal(plain[name], refined[name])}
     assert changed == ({"weight_scales"} if emulators[0][0].format.name == "2.7-bit" else {"weight", "V"})
@@ -100,8 +102,8 @@ def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_pa
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
     errors = []
     for passes in (0, 20):
-        how = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
-        chosen = CompressSettings(kind="low-rank", ratio=0.3, **how)
+        options = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
+        chosen = CompressSettings(kind="low-rank", ratio=0.3, **options)
         job = compress_job(base, rows_file, tmp_path / f"{passes}", chosen)
         expected = hidden(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), job.samples)
         actual = hidden(AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto"), job.samples)

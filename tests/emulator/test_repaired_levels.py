@@ -1,4 +1,4 @@
-"""Weights on three levels with a repair in four bits: what each makes up for, how they are stored, and what refuses."""
+"""Weights on three levels with a repair in four bits: what each makes up for, how they are stored, what is refused."""
 
 import json
 from itertools import pairwise
@@ -61,12 +61,12 @@ def test_it_is_better_than_a_repair_of_the_weight_as_it_is_rounded_alone():
 @pytest.mark.parametrize("shape", [(96, 33), (17, 130), (5, 3)])
 def test_what_is_stored_is_what_was_fitted(shape):
     weight, gram = drawn(*shape, 200, 0)
-    found = KIND.fit([weight], gram, [2])[0]
-    packed = KIND.pack(found, torch.float32)
+    fitted = KIND.fit([weight], gram, [2])[0]
+    packed = KIND.pack(fitted, torch.float32)
     assert list(packed) == KIND.keys("weight")
     assert sum(part.nbytes for part in packed.values()) == KIND.nbytes(shape, 2, torch.float32)
     read = KIND.read(list(packed.values()), shape, torch.float32).weight()
-    assert found.relative_error() == pytest.approx(output_error(weight, read, gram.matrix), abs=1e-6)
+    assert fitted.relative_error() == pytest.approx(output_error(weight, read, gram.matrix), abs=1e-6)
 
 
 def test_many_tokens_take_one_product_and_get_what_few_get():
@@ -97,10 +97,10 @@ def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
     monkeypatch.setattr(propagation, "emulating", watched)
     job = compression(tiny_model, rows_file, tmp_path / "emulator")
     model = AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto")
-    seen = {path: of for stand_ins in blocks for path, of in stand_ins.items()}
+    seen = {path: stand_in for stand_ins in blocks for path, stand_in in stand_ins.items()}
     assert len(seen) == 3 * 7
-    for path, of in seen.items():
-        assert torch.allclose(of.weight(), model.get_submodule(path).unpacked(), atol=1e-6)
+    for path, stand_in in seen.items():
+        assert torch.allclose(stand_in.weight(), model.get_submodule(path).unpacked(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ def measured(scale, inputs, mask=None):
 
 def test_it_is_the_relative_change_of_every_token_for_a_unit_of_error():
     inputs = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, 3, 5)[:, None]
-    found, block, factors = measured(0.5, inputs)
+    sensitivity, block, factors = measured(0.5, inputs)
     with torch.no_grad():
         u, v = factors.u[:, :4], factors.v[:4]  # rank 4 is half of the 16 x 16 parameters
         change = 0.5 * (inputs @ (block.linear.weight - u @ v).T)
         share = (change.norm(dim=-1) / block(inputs)[0].norm(dim=-1)).square().mean()
-    assert found == pytest.approx(float(share) / factors.relative_error(4) ** 2, rel=1e-4)
+    assert sensitivity == pytest.approx(float(share) / factors.relative_error(4) ** 2, rel=1e-4)
 
 
 def test_a_linear_that_is_hardly_used_hardly_disturbs():

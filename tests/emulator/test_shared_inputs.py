@@ -79,8 +79,8 @@ class Late(nn.Module):
         self.one, self.other, self.change = nn.Linear(4, 4), nn.Linear(4, 4), change
 
     def forward(self, x):
-        found = self.one(x)
-        return found + self.other(self.change(x) if len(x) == 3 else x.view_as(x))
+        output = self.one(x)
+        return output + self.other(self.change(x) if len(x) == 3 else x.view_as(x))
 
 
 @pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: x.mul_(2)], ids=["another", "in place"])

@@ -36,16 +36,16 @@ def compression(model, rows_file, output, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model, rows_file, tmp_path_factory):
+def uninterrupted(tiny_model, rows_file, tmp_path_factory):
     """A function that makes an emulator without a stop, once for the same changes of the settings."""
-    made = {}
+    emulators = {}
 
     def make(**changes):
         key = frozenset(changes.items())
-        if key not in made:
+        if key not in emulators:
             output = tmp_path_factory.mktemp("whole") / "emulator"
-            made[key] = compression(tiny_model, rows_file, output, **changes).run()
-        return made[key]
+            emulators[key] = compression(tiny_model, rows_file, output, **changes).run()
+        return emulators[key]
 
     return make
 
@@ -59,13 +59,13 @@ def products(emulator):
 def test_a_spectrum_has_all_energies_and_the_sensitivity_of_the_whole_model(tiny_model, rows_file, tmp_path):
     job = compression(tiny_model, rows_file, tmp_path / "emulator")
     plan = allocated(job.method.linears, RATIO)
-    spectra, known = Spectra(job.base.skeleton.blocks, tmp_path / "spectra"), {}
+    spectra, factors_of = Spectra(job.base.skeleton.blocks, tmp_path / "spectra"), {}
 
     class Both:
         is_written = spectra.is_written
 
         def write(self, block, fitted):
-            known.update({path: factors for path, (factors, _) in fitted.items()})
+            factors_of.update({path: factors for path, (factors, _) in fitted.items()})
             spectra.write(block, fitted)
 
     Decomposition(job.base.skeleton, plan, job.samples, LowRank(), lambda *_: None).run(Both(), PROBES)
@@ -87,14 +87,14 @@ def test_a_spectrum_has_all_energies_and_the_sensitivity_of_the_whole_model(tiny
         before = behind()
         for name in ("self_attn.v_proj", "self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
             path, linear = f"model.layers.1.{name}", block.get_submodule(name)
-            found, weight = spectra.spectrum(linears[path]), linear.weight.clone()
-            assert (found.energies.dtype, len(found.energies)) == (torch.float64, min(weight.shape))
-            assert bool((found.energies.diff() <= 0).all())
-            linear.weight.copy_(known[path].u @ known[path].v)
+            spectrum, weight = spectra.spectrum(linears[path]), linear.weight.clone()
+            assert (spectrum.energies.dtype, len(spectrum.energies)) == (torch.float64, min(weight.shape))
+            assert bool((spectrum.energies.diff() <= 0).all())
+            linear.weight.copy_(factors_of[path].u @ factors_of[path].v)
             change = ((behind() - before).norm(dim=1) / before.norm(dim=1)).square().mean()
             linear.weight.copy_(weight)
-            error = float(found.energies[linears[path].rank :].sum() / found.energies.sum())
-            assert found.sensitivity == pytest.approx(float(change) / error, rel=1e-3), path
+            error = float(spectrum.energies[linears[path].rank :].sum() / spectrum.energies.sum())
+            assert spectrum.sensitivity == pytest.approx(float(change) / error, rel=1e-3), path
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def stopping_after(step):
 
 
 @pytest.mark.parametrize("step", range(1, 7))
-def test_global_goes_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, whole, tmp_path, counted, step):
-    expected = whole(allocator="global")
+def test_global_goes_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, uninterrupted, tmp_path, counted, step):
+    expected = uninterrupted(allocator="global")
     counted.clear()
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run(stopping_after(step))
@@ -143,7 +143,7 @@ def test_global_goes_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".emloc-hashes.json", "again"]
 
 
-def test_global_stopped_just_before_it_is_published(tiny_model, rows_file, whole, tmp_path, monkeypatch):
+def test_global_stopped_just_before_it_is_published(tiny_model, rows_file, uninterrupted, tmp_path, monkeypatch):
     def stop(*_):
         raise Stop
 
@@ -152,7 +152,7 @@ def test_global_stopped_just_before_it_is_published(tiny_model, rows_file, whole
         with pytest.raises(Stop):
             compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
     again = compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
-    assert contents(again) == contents(whole(allocator="global"))
+    assert contents(again) == contents(uninterrupted(allocator="global"))
 
 
 def cut_short(content):
@@ -175,10 +175,10 @@ def overwritten(content):
     ],
 )
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(
-    tiny_model, rows_file, whole, tmp_path, counted, capsys, changes, step, damaged, damage
+    tiny_model, rows_file, uninterrupted, tmp_path, counted, capsys, changes, step, damaged, damage
 ):
     shard, factorised = damaged  # and how many Linears are factorised again
-    expected = whole(**changes)
+    expected = uninterrupted(**changes)
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", **changes).run(stopping_after(step))
     path = tmp_path / ".again.partial" / "content" / shard
@@ -191,13 +191,13 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(
 
 
 def test_a_kill_while_an_emulator_is_published_repeats_nothing(
-    tiny_model, rows_file, whole, tmp_path, monkeypatch, counted
+    tiny_model, rows_file, uninterrupted, tmp_path, monkeypatch, counted
 ):
     def synced(path):
         if path.name.startswith("model-"):
             raise Stop
 
-    expected = whole(allocator="global")
+    expected = uninterrupted(allocator="global")
     with monkeypatch.context() as patch:
         patch.setattr("emloc_core.files.output._fsync", synced)
         with pytest.raises(Stop):
@@ -209,7 +209,7 @@ def test_a_kill_while_an_emulator_is_published_repeats_nothing(
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_a_kill_while_spectra_are_removed(tiny_model, rows_file, whole, tmp_path, monkeypatch, damage):
+def test_a_kill_while_spectra_are_removed(tiny_model, rows_file, uninterrupted, tmp_path, monkeypatch, damage):
     def remove(directory, *_, **__):
         if "spectra" in directory.name:
             next(directory.glob("spectra-*")).unlink()
@@ -226,24 +226,24 @@ def test_a_kill_while_spectra_are_removed(tiny_model, rows_file, whole, tmp_path
         compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
     monkeypatch.undo()
     again = compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
-    assert contents(again) == contents(whole(allocator="global"))
+    assert contents(again) == contents(uninterrupted(allocator="global"))
 
 
-def test_global_spends_no_more_than_uniform_and_differs(whole):
-    even, shared = (read_manifest(whole(allocator=name))["result"] for name in ("uniform", "global"))
+def test_global_spends_no_more_than_uniform_and_differs(uninterrupted):
+    even, shared = (read_manifest(uninterrupted(allocator=name))["result"] for name in ("uniform", "global"))
     assert shared["parameters"]["compressed_linears_after"] <= even["parameters"]["compressed_linears_after"]
     ranks = [[linear["rank"] for linear in result["linears"]] for result in (even, shared)]
     assert ranks[0] != ranks[1]
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, whole, tmp_path, step):
+def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, uninterrupted, tmp_path, step):
     changes = {"allocator": "global", "calibration": "propagated"}
-    emulator = whole(**changes)
-    expected, found = products(whole(allocator="global")), products(emulator)
-    assert {path: rank for path, (rank, _) in found.items()} == {path: rank for path, (rank, _) in expected.items()}
+    emulator = uninterrupted(**changes)
+    expected, actual = products(uninterrupted(allocator="global")), products(emulator)
+    assert {path: rank for path, (rank, _) in actual.items()} == {path: rank for path, (rank, _) in expected.items()}
     last = "model.layers.2.mlp.down_proj"
-    assert (found[last][1] - expected[last][1]).norm() / expected[last][1].norm() > 1e-2
+    assert (actual[last][1] - expected[last][1]).norm() / expected[last][1].norm() > 1e-2
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", **changes).run(stopping_after(step))
     shard = next(tmp_path.glob(".again.partial/**/spectra-00001-of-00003.safetensors"))

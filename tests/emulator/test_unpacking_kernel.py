@@ -26,15 +26,15 @@ def packed(m, n, count, *stack):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 300), (3, 1280)], ids=str)
 def test_it_unpacks_what_torch_does(shape, stack, count, dtype):
     codes, scales = packed(*shape, count, *stack)
-    found = kernels.unpack_levels(codes, scales, dtype, *shape, count, digits(count))
-    assert torch.equal(found, unpack(codes, scales, dtype, shape, count))
+    unpacked = kernels.unpack_levels(codes, scales, dtype, *shape, count, digits(count))
+    assert torch.equal(unpacked, unpack(codes, scales, dtype, shape, count))
 
 
 def test_torch_knows_the_operator():
     with FakeTensorMode() as mode:
         codes, scales = (mode.from_tensor(part) for part in packed(7, 300, 3))
-        made = kernels.unpack_levels(codes, scales, torch.bfloat16, 7, 300, 3, 5)
-    assert (made.shape, made.dtype) == ((7, 300), torch.bfloat16)
+        unpacked = kernels.unpack_levels(codes, scales, torch.bfloat16, 7, 300, 3, 5)
+    assert (unpacked.shape, unpacked.dtype) == ((7, 300), torch.bfloat16)
 
 
 @pytest.mark.thorough

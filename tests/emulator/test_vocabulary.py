@@ -45,13 +45,13 @@ def models(request, rows_file, tmp_path_factory):
 
 def dense(model):
     """The same model with ordinary layers in place of the vocabulary's packed ones."""
-    found = copy.deepcopy(model)
+    dense_model = copy.deepcopy(model)
     weights = {path: model.get_submodule(path).weight[:] for path in ("model.embed_tokens", "lm_head")}
     for path, weight in weights.items():
-        layer = found.get_submodule(path).dense()
+        layer = dense_model.get_submodule(path).dense()
         assert torch.equal(layer.weight, weight)
-        found.set_submodule(path, layer)
-    return found
+        dense_model.set_submodule(path, layer)
+    return dense_model
 
 
 def test_a_loaded_emulator_computes_with_the_unpacked_rows(models):
@@ -59,8 +59,8 @@ def test_a_loaded_emulator_computes_with_the_unpacked_rows(models):
     model = AutoModelForCausalLM.from_pretrained(emulator).eval()
     assert model.config.quantization_config.vocabulary.keys() == {"model.embed_tokens", "lm_head"}
     assert (model.lm_head.codes is model.model.embed_tokens.codes) == tied
-    found, expected = model(IDS), dense(model)(IDS)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    actual, expected = model(IDS), dense(model)(IDS)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
     original = AutoModelForCausalLM.from_pretrained(base)
     weight = original.model.embed_tokens.weight
     assert all(torch.equal(model.lm_head.weight[word], model.lm_head.weight[:][word]) for word in (3, -1))
@@ -77,44 +77,44 @@ def test_an_output_layer_is_fitted_to_what_it_is_given(calibration, rows_file, t
     plain, original = copy.deepcopy(emulator), AutoModelForCausalLM.from_pretrained(base).eval()
     for name, part in PACKINGS["4-bit"].pack(original.lm_head.weight).parts.items():
         getattr(plain.lm_head, name).data = part
-    given = emulator if calibration == "propagated" else original
+    source = emulator if calibration == "propagated" else original
     lost = {"fitted": 0.0, "plain": 0.0}
     for sample in job.samples:
         inputs = sample.inputs("cpu")
         with torch.no_grad():
-            expected, hidden = original(**inputs).logits, given.model(**inputs).last_hidden_state
+            expected, hidden = original(**inputs).logits, source.model(**inputs).last_hidden_state
             lost["fitted"] += float((emulator.lm_head(hidden) - expected).square().sum())
             lost["plain"] += float((plain.lm_head(hidden) - expected).square().sum())
     assert lost["fitted"] < 0.8 * lost["plain"]
-    made = read_manifest(tmp_path / "emulator")["result"]["vocabulary"]
-    errors = {each["path"]: each["relative_error"] for each in made}
+    packed_matrices = read_manifest(tmp_path / "emulator")["result"]["vocabulary"]
+    errors = {matrix["path"]: matrix["relative_error"] for matrix in packed_matrices}
     assert 0 < errors["model.embed_tokens"] < 0.01 < errors["lm_head"] < 0.1
 
 
 def test_blocks_are_fitted_behind_packed_embeddings(rows_file, tmp_path, monkeypatch):
     base = save_tiny_model(MODELS["untied"], tmp_path / "base")
-    found = []
+    packings = []
 
     def spoilt(_module, packing, parts):
-        found.append(packing)
+        packings.append(packing)
         return SimpleNamespace(forward=lambda ids: torch.full((*ids.shape, parts["codes"].shape[1]), torch.nan))
 
     monkeypatch.setattr(pack, "packed_embedding", spoilt)
     with pytest.raises(EmlocError, match="NaN"):
         compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(kind="2.7-bit", samples=4)).run()
-    assert found == ["8-bit"]
+    assert packings == ["8-bit"]
 
 
 def test_gradients_and_trls_loss_are_those_of_the_unpacked_rows(models):
     _, emulator, _ = models
     model = AutoModelForCausalLM.from_pretrained(emulator).eval()
     grown, losses = [], []
-    for each in (model, dense(model)):
-        inputs = each.get_input_embeddings()(IDS).detach().requires_grad_()
-        fuse_loss(each)
-        each(inputs_embeds=inputs).logits.logsumexp(-1).sum().backward()
+    for variant in (model, dense(model)):
+        inputs = variant.get_input_embeddings()(IDS).detach().requires_grad_()
+        fuse_loss(variant)
+        variant(inputs_embeds=inputs).logits.logsumexp(-1).sum().backward()
         grown.append(inputs.grad)
-        losses.append(each(input_ids=IDS, labels=IDS, fused_lm_head=True).loss)
+        losses.append(variant(input_ids=IDS, labels=IDS, fused_lm_head=True).loss)
     torch.testing.assert_close(*grown)
     torch.testing.assert_close(*losses)
 
@@ -158,10 +158,10 @@ def test_a_lora_on_the_output_layer_is_corrected_for_its_weight(models, tmp_path
     original = AutoModelForCausalLM.from_pretrained(base)
     weight, seen = original.lm_head.weight.detach(), Adapter(tmp_path / "adapter").loras["lm_head"].a.T
     expected = (model.lm_head.base_layer.weight[:] + delta(Adapter(tmp_path / "adapter").loras["lm_head"])) @ seen
-    found = weight + delta(Adapter(corrected).loras["lm_head"])
-    torch.testing.assert_close(found @ seen, expected, rtol=1e-3, atol=1e-3)
+    corrected_weight = weight + delta(Adapter(corrected).loras["lm_head"])
+    torch.testing.assert_close(corrected_weight @ seen, expected, rtol=1e-3, atol=1e-3)
     merged = AutoModelForCausalLM.from_pretrained(merge_job(corrected, base, tmp_path / "merged").run())
-    torch.testing.assert_close(merged.lm_head.weight.detach(), found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged.lm_head.weight.detach(), corrected_weight, rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_trained_on_as_any_emulator_is(models, rows_file, tmp_path):
@@ -183,17 +183,17 @@ def test_packed_layers_are_not_trained_themselves(models, rows_file, tmp_path, s
 
 def test_an_emulator_in_four_bits_is_bitsandbytes_own_without_them(rows_file, tmp_path):
     wide = {**LLAMA.tiny_configs[0], "hidden_size": 64, "intermediate_size": 128}  # as its kernels want them
-    base, made = save_tiny_model(wide, tmp_path / "base"), {}
+    base, emulators = save_tiny_model(wide, tmp_path / "base"), {}
     for keep in (None, "head"):
         settings = CompressSettings(kind="nf4", calibration="none", selection=2, keep=keep)
-        made[keep] = compress_job(base, rows_file, tmp_path / str(keep), settings).run()
-    configs = [json.loads((path / "config.json").read_text())["quantization_config"] for path in made.values()]
-    assert [each["quant_method"] for each in configs] == ["emloc", "bitsandbytes"]
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(path).eval() for path in made.values())
+        emulators[keep] = compress_job(base, rows_file, tmp_path / str(keep), settings).run()
+    configs = [json.loads((path / "config.json").read_text())["quantization_config"] for path in emulators.values()]
+    assert [config["quant_method"] for config in configs] == ["emloc", "bitsandbytes"]
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path).eval() for path in emulators.values())
     for path, packing in configs[0]["vocabulary"].items():
         weight = theirs.get_submodule(path).weight
-        found = PACKINGS[packing].pack(weight)
-        assert torch.equal(ours.get_submodule(path).codes, found.parts["codes"])
+        packed = PACKINGS[packing].pack(weight)
+        assert torch.equal(ours.get_submodule(path).codes, packed.parts["codes"])
     for part in ("lm_head", "model.embed_tokens"):
         ours.set_submodule(part, theirs.get_submodule(part))
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -204,10 +204,10 @@ def test_rows_are_rounded_with_feedback():
     weight, inputs = torch.randn(40, 96), torch.randn(500, 96) @ torch.randn(96, 96) * torch.logspace(0, -2, 96)
     gram = Gram("input", 96)
     gram.add(inputs)
-    plain, fitted = (PACKINGS["4-bit"].pack(weight, of) for of in (None, gram))
+    plain, fitted = (PACKINGS["4-bit"].pack(weight, gram_or_none) for gram_or_none in (None, gram))
     errors = []
-    for found in (plain, fitted):
-        rows = PACKINGS["4-bit"].unpack(*found.parts.values(), 96)
+    for packed in (plain, fitted):
+        rows = PACKINGS["4-bit"].unpack(*packed.parts.values(), 96)
         errors.append(float(((rows - weight) @ inputs.T).norm() / (weight @ inputs.T).norm()))
     assert fitted.error == pytest.approx(errors[1], rel=1e-3)
     assert errors[1] < 0.7 * errors[0]

@@ -23,10 +23,10 @@ from emloc_core.evaluation.answers import answers
 GREEDY = {"temperature": 0, "max_new_tokens": 8}
 
 
-def greedy(directory, messages, **given):
+def greedy(directory, messages, **options):
     """What transformers alone answers."""
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
-    settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", **given}
+    settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", **options}
     inputs = tokenizer.apply_chat_template(messages, **settings)
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -88,12 +88,12 @@ def test_the_command_writes_the_answers_to_the_lines_of_stdin(emloc, tiny_model,
 
 
 def test_lines_may_come_from_another_system(emloc, tiny_model, monkeypatch):
-    said = []
-    monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", lambda *given: said.append(given[1:3]))
+    calls = []
+    monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", lambda *args: calls.append(args[1:3]))
     lines = b"caf\xe9\r\n/image ~no one/x.png\r\nb\r\n/exit\r\nc\r\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8", newline="\n"))
     assert emloc("chat", tiny_model)[0] == 0
-    assert said == [("caf\ufffd", []), ("b", [Path("~no one/x.png")])]
+    assert calls == [("caf\ufffd", []), ("b", [Path("~no one/x.png")])]
 
 
 def test_an_adapter_names_its_model(tiny_model, tmp_path):
@@ -108,12 +108,12 @@ def test_rows_are_answered_with_their_tools_and_expect_calls(tiny_model, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
     tokenizer.save_pretrained(model)
-    asked, tools = [{"role": "user", "content": "animal: cat"}], [{"type": "function", "function": {"name": "look"}}]
+    messages, tools = [{"role": "user", "content": "animal: cat"}], [{"type": "function", "function": {"name": "look"}}]
     called = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "Käfer"}}}]}
-    rows = load_rows([{"messages": [*asked, called], "tools": tools}])
-    (found,) = answers(str(model), make_adapter(model, tmp_path / "adapter"), rows, 8)
-    assert found["expected"] == '{"name": "look", "arguments": {"at": "Käfer"}}'
-    assert found["before"] == greedy(model, asked, tools=tools) != greedy(model, asked)
+    rows = load_rows([{"messages": [*messages, called], "tools": tools}])
+    (answer,) = answers(str(model), make_adapter(model, tmp_path / "adapter"), rows, 8)
+    assert answer["expected"] == '{"name": "look", "arguments": {"at": "Käfer"}}'
+    assert answer["before"] == greedy(model, messages, tools=tools) != greedy(model, messages)
 
 
 def test_without_a_chat_template_text_is_continued(tiny_model, tmp_path):
@@ -127,8 +127,8 @@ def test_without_a_chat_template_text_is_continued(tiny_model, tmp_path):
 
 
 def test_what_a_terminal_acts_on_is_escaped(emloc, tiny_model, monkeypatch):
-    def say(*given):
-        given[-1]("a\x1b[2Jb\n")
+    def say(*args):
+        args[-1]("a\x1b[2Jb\n")
 
     monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", say)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
@@ -184,8 +184,8 @@ def test_pictures_are_shown_as_the_processor_shows_them(tmp_path, family, kind, 
         output = loaded.generate(**inputs, max_new_tokens=8, do_sample=False)
         return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    def said(role, text):
+    def turn(role, text):
         return {"role": role, "content": [{"type": "text", "text": text}]}
 
     assert answer == answer_to([first])
-    assert second == answer_to([first, said("assistant", answer), said("user", "which is first?")])
+    assert second == answer_to([first, turn("assistant", answer), turn("user", "which is first?")])

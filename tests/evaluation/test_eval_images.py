@@ -43,10 +43,10 @@ def rows_with_pictures(tmp_path_factory):
     (directory / "pictures").mkdir()
     for colour in COLOURS:
         picture([colour]).save(directory / "pictures" / f"{colour}.png")
-    asked = [((one,), question) for one in COLOURS for question in ("which colour?", "colour of it:")]
-    asked += [((one, other), "which colour is the last?") for one in COLOURS for other in COLOURS]
+    questions = [((one,), question) for one in COLOURS for question in ("which colour?", "colour of it:")]
+    questions += [((one, other), "which colour is the last?") for one in COLOURS for other in COLOURS]
     rows = [conversation(question, names[-1]) | {"images": [f"pictures/{name}.png" for name in names]}
-            for names, question in asked]  # fmt: skip
+            for names, question in questions]  # fmt: skip
     return write_jsonl(directory / "rows.jsonl", rows)
 
 
@@ -167,10 +167,10 @@ def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_wit
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 5])
 def test_nll_is_the_loss_a_token_of_the_answers_alone(batch_size, lm, base, rows_with_pictures, tmp_path):
     task = write_task("image_nll", rows_with_pictures, tmp_path / "loss.yaml")
-    found, _ = metrics_of(base, task, batch_size=batch_size)
+    measured, _ = metrics_of(base, task, batch_size=batch_size)
     nlls, tokens = zip(*direct_nlls(base, load_rows(str(rows_with_pictures)), lm.processor), strict=True)
     assert len(set(tokens)) > 1
-    assert found["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
+    assert measured["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
 
 
 def test_an_answer_to_images_is_scored_where_tuning_has_it(internvl, rows_with_pictures, tmp_path):
@@ -203,21 +203,21 @@ def test_a_choice_is_by_the_likelihood_of_each_answer(lm, base, rows_with_pictur
         return forward(**inputs)
 
     monkeypatch.setattr(lm.model, "forward", counted)
-    found = [likelihood for likelihood, _ in lm.loglikelihood(loaded.instances)]
+    likelihoods = [likelihood for likelihood, _ in lm.loglikelihood(loaded.instances)]
     rows = [json.loads(line) for line in rows_with_pictures.read_text().splitlines()]
     choices = COLOURS
-    asked = [
+    pairs = [
         {"images": row["images"], "messages": [row["messages"][0], {"role": "assistant", "content": choice}]}
         for row in rows
         for choice in choices
     ]
-    every = load_rows(str(write_jsonl(rows_with_pictures.parent / "every.jsonl", asked)))
-    assert found == pytest.approx([-nll for nll, _ in direct_nlls(base, every, lm.processor)], rel=1e-5)
+    every = load_rows(str(write_jsonl(rows_with_pictures.parent / "every.jsonl", pairs)))
+    assert likelihoods == pytest.approx([-nll for nll, _ in direct_nlls(base, every, lm.processor)], rel=1e-5)
     starts = {tuple(lm.answer_ids(choice)[:-1]) for choice in choices}
     assert sum(passes) == len(starts) * len(rows)
     assert 1 < len(starts) < len(choices)  # those of one token share a pass
     assert max(passes) == 5
-    best = [max(range(4), key=lambda i: found[4 * row + i]) for row in range(len(rows))]
+    best = [max(range(4), key=lambda i: likelihoods[4 * row + i]) for row in range(len(rows))]
     right = [choices[choice] == row["messages"][1]["content"] for choice, row in zip(best, rows, strict=True)]
     metrics = metrics_of(base, task)[0]["metrics"]
     assert metrics["acc"]["value"] == sum(right) / len(rows)
@@ -267,10 +267,10 @@ def test_tasks_of_text_run_on_a_model_of_images_too(form, base, tmp_path):
             for row in rows
         ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    found, _ = metrics_of(base, write_task("completion_nll", data, tmp_path / "text.yaml"))
+    measured, _ = metrics_of(base, write_task("completion_nll", data, tmp_path / "text.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(base)
     nlls, tokens = zip(*direct_nlls(base, load_rows(str(data)), tokenizer), strict=True)
-    assert found["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
+    assert measured["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
 
 
 @pytest.mark.usefixtures("calls_here")
@@ -288,13 +288,13 @@ def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_picture
         "image_choice": {"output_type": "multiple_choice", "rows": 5},
         "completion_nll": {"output_type": "loglikelihood", "rows": 5},
     }
-    for each in systems:
+    for candidate in systems:
         for task in tasks:
-            found, _ = metrics_of(each.model, task, each.adapter, limit=5)
-            for name, metric in found["metrics"].items():
-                value = results["systems"][each.name][f"{Path(task).stem}.{name}"]
+            measured, _ = metrics_of(candidate.model, task, candidate.adapter, limit=5)
+            for name, metric in measured["metrics"].items():
+                value = results["systems"][candidate.name][f"{Path(task).stem}.{name}"]
                 assert value == pytest.approx(metric["value"], rel=1e-5)
-    nlls = [results["systems"][each.name]["image_nll.nll"] for each in systems]
+    nlls = [results["systems"][candidate.name]["image_nll.nll"] for candidate in systems]
     assert len({round(nll, 3) for nll in nlls}) == 3
     assert "| full_lora |" in (tmp_path / "out" / "table.md").read_text()
 

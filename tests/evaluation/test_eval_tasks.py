@@ -25,21 +25,21 @@ from emloc_core.files.inputs import Inputs
 
 def test_nll_is_the_loss_a_token(tiny_model, rows_file, tmp_path):
     task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
-    found, _ = metrics_of(tiny_model, task, limit=13, batch_size=4)
+    measured, _ = metrics_of(tiny_model, task, limit=13, batch_size=4)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), completions(tokenizer, 13))
-    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
-    assert "perplexity" not in found["metrics"]  # lm-eval's is of sequences
+    assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert "perplexity" not in measured["metrics"]  # lm-eval's is of sequences
 
 
 def test_rolling_nll_is_the_loss_a_token_of_the_whole_text(tiny_model, tmp_path):
     texts = [row["prompt"] + row["completion"] for row in example_rows()[:5]]
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    found, _ = metrics_of(tiny_model, write_task("rolling_perplexity", data, tmp_path / "rolling.yaml"))
+    measured, _ = metrics_of(tiny_model, write_task("rolling_perplexity", data, tmp_path / "rolling.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = [([tokenizer.bos_token_id], tokenizer.encode(text)) for text in texts]
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
-    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
 def chat_rows(n):
@@ -75,7 +75,7 @@ def test_conversations_of_several_turns_are_asked_for_their_last_answer(tiny_mod
     turns[1] = chat_rows(1)[0]["messages"]  # of one turn, among others
     rows = [{"messages": row} if form == "messages" else {"prompt": row[:-1], "completion": row[-1:]} for row in turns]
     task = write_task("completion_nll", write_jsonl(tmp_path / "turns.jsonl", rows), tmp_path / "turns.yaml")
-    found, _ = metrics_of(tiny_model, task)
+    measured, _ = metrics_of(tiny_model, task)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = []
     for row in turns:
@@ -83,7 +83,7 @@ def test_conversations_of_several_turns_are_asked_for_their_last_answer(tiny_mod
         context = tokenizer.encode(text)
         pairs.append((context, tokenizer.encode(text + row[-1]["content"])[len(context) :]))
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
-    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(EmlocError, match=r"has conversations of several turns\. Leave out --no-chat"):
         metrics_of(tiny_model, task, chat=False)
 
@@ -114,7 +114,7 @@ def test_tools_are_shown_in_an_evaluation(tiny_model, tmp_path):
 
 def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(6))
-    found, _ = metrics_of(tiny_model, write_task("completion_nll", data, tmp_path / "answers.yaml"))
+    measured, _ = metrics_of(tiny_model, write_task("completion_nll", data, tmp_path / "answers.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = []
     for row in chat_rows(6):
@@ -122,7 +122,7 @@ def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, t
         context = tokenizer.encode(text)
         pairs.append((context, tokenizer.encode(text + row["messages"][-1]["content"])[len(context) :]))
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
-    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
 def with_template(template, tiny_model, tmp_path):
@@ -135,12 +135,12 @@ def with_template(template, tiny_model, tmp_path):
 
 @pytest.fixture
 def thinking(tiny_model, tmp_path):
-    """A model whose template writes more before an answer than it asks for one with."""
+    """A model whose template writes more before an answer than the prompt that asks for it ends with."""
     return with_template(THINKING_TEMPLATE, tiny_model, tmp_path)
 
 
 @pytest.fixture(params=["one turn", "several turns"])
-def asked(request, tmp_path):
+def conversations(request, tmp_path):
     """Rows of conversations."""
     rows = chat_rows(6) if request.param == "one turn" else [
         {"messages": one["messages"] + other["messages"][1:]} for one, other in itertools.pairwise(chat_rows(7))
@@ -156,31 +156,31 @@ ASKING_TEMPLATE = CHAT_TEMPLATE.replace("<assistant>", "<assistant><system>")
     ("template", "before", "end"),
     [(THINKING_TEMPLATE, "<system>thought.", "thought."), (ASKING_TEMPLATE, "", "<assistant>")],
 )
-def test_an_answer_is_scored_where_tuning_has_it(template, before, end, tiny_model, asked, tmp_path):
+def test_an_answer_is_scored_where_tuning_has_it(template, before, end, tiny_model, conversations, tmp_path):
     thinking = with_template(template, tiny_model, tmp_path)
-    found, _ = metrics_of(thinking, write_task("completion_nll", asked, tmp_path / "answers.yaml"))
+    measured, _ = metrics_of(thinking, write_task("completion_nll", conversations, tmp_path / "answers.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(thinking)
     thought, pairs = len(tokenizer.encode(before)), []
-    for row in load_rows(asked):
+    for row in load_rows(conversations):
         sample = tokenized_row(row, tokenizer)
         start = sample.completion_mask.index(1) + thought
         pairs.append((sample.input_ids[:start], sample.input_ids[start:-1]))
     assert tokenizer.decode(pairs[0][0]).endswith(end)
     expected = direct_nll(AutoModelForCausalLM.from_pretrained(thinking), pairs)
-    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_a_template_writes_before_an_answer_is_not_part_of_it(thinking, asked, tmp_path, monkeypatch):
-    answers = [row.completion[0]["content"] for row in load_rows(asked)]
+def test_what_a_template_writes_before_an_answer_is_not_part_of_it(thinking, conversations, tmp_path, monkeypatch):
+    answers = [row.completion[0]["content"] for row in load_rows(conversations)]
     written = [f"thought. {answer}" for answer in answers[:3]] + answers[3:]
     monkeypatch.setattr(HFLM, "generate_until", lambda *_: written)
-    found, samples = metrics_of(thinking, write_task("generation", asked, tmp_path / "write.yaml"))
-    assert found["metrics"]["exact_match"]["value"] == 1
+    measured, samples = metrics_of(thinking, write_task("generation", conversations, tmp_path / "write.yaml"))
+    assert measured["metrics"]["exact_match"]["value"] == 1
     assert samples[0]["prompt"].endswith("<assistant>")
     assert [sample["written"] for sample in samples] == answers
 
 
-def test_stop_sequences_are_looked_for_in_the_answer_alone(thinking, asked, tmp_path, monkeypatch):
+def test_stop_sequences_are_looked_for_in_the_answer_alone(thinking, conversations, tmp_path, monkeypatch):
     seen = []
 
     def written(_, requests, *__):
@@ -188,7 +188,7 @@ def test_stop_sequences_are_looked_for_in_the_answer_alone(thinking, asked, tmp_
         return ["thought. a cat. or two; three"] * len(requests)
 
     monkeypatch.setattr(HFLM, "generate_until", written)
-    task = write_task("generation", asked, tmp_path / "write.yaml")
+    task = write_task("generation", conversations, tmp_path / "write.yaml")
     task.write_text(task.read_text().replace("until: []", 'until: [".", ";"]'))
     _, samples = metrics_of(thinking, task)
     assert {sample["written"] for sample in samples} == {"a cat"}
@@ -208,7 +208,7 @@ def test_a_choice_is_scored_among_all_answers(tiny_model, tmp_path):
     # answers of digits, which lm-eval takes for places among the choices when they are written into a task as they are
     rows = [{"prompt": row["prompt"], "completion": "1222"[i % 4]} for i, row in enumerate(example_rows()[:20])]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    found, _ = metrics_of(tiny_model, write_task("choice", data, tmp_path / "choice.yaml"))
+    measured, _ = metrics_of(tiny_model, write_task("choice", data, tmp_path / "choice.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     right = 0
@@ -217,7 +217,7 @@ def test_a_choice_is_scored_among_all_answers(tiny_model, tmp_path):
         ids = {answer: tokenizer.encode(row["prompt"] + answer)[len(context) :] for answer in "12"}
         loss = {answer: direct_nll(model, [(context, target)]) * len(target) for answer, target in ids.items()}
         right += min(loss, key=loss.get) == row["completion"]
-    assert found["metrics"]["acc"]["value"] == pytest.approx(right / len(rows))
+    assert measured["metrics"]["acc"]["value"] == pytest.approx(right / len(rows))
 
 
 def test_choices_may_be_any_text(tmp_path):
@@ -258,12 +258,12 @@ def test_rows_that_lm_eval_reads_otherwise_are_copied(tiny_model, tmp_path):
 def test_texts_in_parts_are_asked_as_text(tiny_model, tmp_path):
     rows = chat_rows(3)
     question, answer = rows[2]["messages"][1:]  # of one row among others
-    asked, expected = question["content"], answer["content"]
-    question["content"] = [{"type": "text", "text": asked[:5]}, {"type": "text", "text": asked[5:]}]
+    prompt, expected = question["content"], answer["content"]
+    question["content"] = [{"type": "text", "text": prompt[:5]}, {"type": "text", "text": prompt[5:]}]
     answer["content"] = [{"type": "text", "text": expected}]
     task = write_task("generation", write_jsonl(tmp_path / "parts.jsonl", rows), tmp_path / "write.yaml")
     sample = metrics_of(tiny_model, task)[1][2]
-    assert sample["prompt"].endswith(f"<user>{asked}</s><assistant>")
+    assert sample["prompt"].endswith(f"<user>{prompt}</s><assistant>")
     assert sample["expected"] == expected
 
 

@@ -100,10 +100,10 @@ def compared(request, tiny_model, adapter, tasks, tmp_path_factory):
 def test_systems_are_compared_and_published(compared, tiny_model, tasks):
     systems, output, results = compared
     assert list(results["systems"]) == ["base", "tuned"]
-    for each in systems:
-        found, _ = metrics_of(tiny_model, tasks[0], each.adapter, limit=5)
-        assert results["systems"][each.name]["nll"] == pytest.approx(found["metrics"]["nll"]["value"], rel=1e-5)
-        assert results["systems"][each.name]["peak_bytes"] > 1e8
+    for candidate in systems:
+        measured, _ = metrics_of(tiny_model, tasks[0], candidate.adapter, limit=5)
+        assert results["systems"][candidate.name]["nll"] == pytest.approx(measured["metrics"]["nll"]["value"], rel=1e-5)
+        assert results["systems"][candidate.name]["peak_bytes"] > 1e8
     assert results["metrics"]["nll"] == {"task": "completion_nll", "higher_is_better": False}
     assert results["tasks"]["generation"] == {"output_type": "generate_until", "rows": 5}
     assert "| tuned |" in (output / "table.md").read_text()
@@ -171,11 +171,11 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failed_process_is_one_error_and_keeps_what_is_done(failure, tiny_model, tasks, tmp_path, monkeypatch):
     systems, ran = [system("base", tiny_model), system("mine", tiny_model)], []
-    error, said, message = FAILURES[failure]
+    error, output, message = FAILURES[failure]
 
     def call(_function, _arguments, *, log):
         ran.append(log.name)
-        log.write_text(said)
+        log.write_text(output)
         if len(ran) == 2:
             raise error
         return iter([part(float(len(ran)))])
@@ -202,8 +202,8 @@ def test_nothing_is_left_of_an_evaluation_in_which_nothing_was_done(tiny_model, 
 
 def test_systems_follow_from_the_directories():
     base, emulator, adapter, corrected = ("base", "emulator", Path("adapter"), Path("corrected"))
-    found = canonical_systems(base=base, emulator=emulator, adapter=adapter, corrected=corrected)
-    assert found == [
+    systems = canonical_systems(base=base, emulator=emulator, adapter=adapter, corrected=corrected)
+    assert systems == [
         system("base", base), system("emulator", emulator), system("emulator+lora", emulator, adapter),
         system("base+uncorrected", base, adapter), system("base+corrected", base, corrected),
     ]  # fmt: skip
@@ -272,10 +272,10 @@ def test_an_adapter_of_the_base_in_four_bits_is_on_the_base(
     in_the_hubs_cache, tiny_model, write_manifest, tasks, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    place = tmp_path / "hub" / "models--some--packed"
-    packed = save_in_four_bits(tiny_model, place / "snapshots" / ("c" * 40))
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("c" * 40)
+    directory = tmp_path / "hub" / "models--some--packed"
+    packed = save_in_four_bits(tiny_model, directory / "snapshots" / ("c" * 40))
+    (directory / "refs").mkdir()
+    (directory / "refs" / "main").write_text("c" * 40)
     tuned, named = write_manifest("adapter", "model", packed), "some/packed" if in_the_hubs_cache else str(packed)
     write_json(tuned / "adapter_config.json",
                read_json(tuned / "adapter_config.json") | {"base_model_name_or_path": named})  # fmt: skip
@@ -327,12 +327,12 @@ def test_paths_of_a_system_may_have_a_plus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("a", "a+b", "c+d"):
         Path(path).mkdir()
-    asked = []
-    monkeypatch.setattr("emloc_core.cli.eval.run", lambda request, **_: asked.extend(request.systems))
-    places = ["a+b", "a+b+c+d", "a+c+d", "a+b+nowhere", "org/model+c+d", "nowhere+x+y"]
-    argv = [part for number, place in enumerate(places) for part in ("--system", f"s{number}={place}")]
+    systems = []
+    monkeypatch.setattr("emloc_core.cli.eval.run", lambda request, **_: systems.extend(request.systems))
+    paths = ["a+b", "a+b+c+d", "a+c+d", "a+b+nowhere", "org/model+c+d", "nowhere+x+y"]
+    argv = [part for number, path in enumerate(paths) for part in ("--system", f"s{number}={path}")]
     CliRunner().invoke(command, ["task", *argv, "-o", "out"], catch_exceptions=False)
-    assert [(each.model, str(each.adapter)) for each in asked] == [
+    assert [(system.model, str(system.adapter)) for system in systems] == [
         ("a+b", "None"),
         ("a+b", "c+d"),
         ("a", "c+d"),
@@ -345,8 +345,8 @@ def test_paths_of_a_system_may_have_a_plus(tmp_path, monkeypatch):
 def test_the_command_writes_a_task_file(rows_file, tmp_path):
     task = tmp_path / "a loss.yaml"
     argv = ["--new-task", "completion_nll", "--data", str(rows_file), "-o", str(task)]
-    told = CliRunner().invoke(command, argv, catch_exceptions=False).output
-    assert f"emloc eval '{task}' --base MODEL" in told
+    output = CliRunner().invoke(command, argv, catch_exceptions=False).output
+    assert f"emloc eval '{task}' --base MODEL" in output
     assert find_task(str(task), Inputs()).name == "a_loss"
     with pytest.raises(EmlocError, match="already exists"):
         CliRunner().invoke(command, argv, catch_exceptions=False)
@@ -375,7 +375,7 @@ def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
 
 def test_layers_that_do_not_fit_wait_elsewhere(tiny_model, adapter, tmp_path, monkeypatch):
     ids = torch.arange(3, 11)[None]
-    whole, _ = load_system(tiny_model, adapter)
+    in_memory, _ = load_system(tiny_model, adapter)
     # Without a GPU, it is the CPU's memory that is too small, and layers wait on disk: PEFT copies them to where it is.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "_require_memory", lambda _: None)
@@ -385,7 +385,7 @@ def test_layers_that_do_not_fit_wait_elsewhere(tiny_model, adapter, tmp_path, mo
         monkeypatch.setattr(pretrained, name, partial(getattr(pretrained, name), **elsewhere))
     apart, _ = load_system(tiny_model, adapter)
     assert any(parameter.is_meta for parameter in apart.parameters())
-    assert torch.equal(apart(input_ids=ids).logits, whole(input_ids=ids).logits)
+    assert torch.equal(apart(input_ids=ids).logits, in_memory(input_ids=ids).logits)
 
 
 def test_layers_never_wait_on_disk(tiny_model, adapter, tmp_path, monkeypatch):
@@ -397,17 +397,17 @@ def test_layers_never_wait_on_disk(tiny_model, adapter, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "found"), [(90, None), (91, {0: 60, "cpu": 70}), (130, {0: 60, "cpu": 70}), (131, EmlocError)]
+    ("nbytes", "parts"), [(90, None), (91, {0: 60, "cpu": 70}), (130, {0: 60, "cpu": 70}), (131, EmlocError)]
 )
-def test_how_much_of_a_model_goes_where(nbytes, found, monkeypatch):
+def test_how_much_of_a_model_goes_where(nbytes, parts, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (100, 200))
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: 1.0)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=70, total=100))
-    if found is EmlocError:
+    if parts is EmlocError:
         with pytest.raises(EmlocError, match="have room for"):
             loading._parts(nbytes)
     else:
-        assert loading._parts(nbytes) == found
+        assert loading._parts(nbytes) == parts

@@ -32,8 +32,10 @@ SETTINGS = TrainSettings(
 
 def write_rows(path, count):
     """Rows of unlike lengths."""
-    made = [{**row, "completion": row["completion"] * (1 + at % 3)} for at, row in enumerate(example_rows()[:count])]
-    return write_jsonl(path, made)
+    rows = [
+        {**row, "completion": row["completion"] * (1 + index % 3)} for index, row in enumerate(example_rows()[:count])
+    ]
+    return write_jsonl(path, rows)
 
 
 def train(model, rows, output, **changes):
@@ -43,14 +45,14 @@ def train(model, rows, output, **changes):
 
 
 def train_and_count(model, rows, output):
-    """Train, and write how often this process reads each unit in every step; the adapter is there for it, then."""
+    """Train until the adapter is there, and write how often this process read each unit in every step."""
     take, publish, counts = ExactSteps.loss, Output._publish, []
 
     def loss(self, *args, **options):
         self.weights.reads.clear()
-        found = take(self, *args, **options)
+        value = take(self, *args, **options)
         counts.append(dict(self.weights.reads))
-        return found
+        return value
 
     def publish_late(self):
         time.sleep(1)
@@ -80,9 +82,9 @@ def require_as_one(two, model, rows, output):
     assert len(logs[0]) == len(logs[1]) == 6 + 3
     for entry, other in zip(*logs, strict=True):
         assert entry == pytest.approx(other, rel=1e-5)
-    found, wanted = (load_file(directory / "adapter_model.safetensors") for directory in (two, one))
+    actual, wanted = (load_file(directory / "adapter_model.safetensors") for directory in (two, one))
     for name, tensor in wanted.items():
-        assert torch.allclose(found[name], tensor, atol=2e-4), name  # AdamW makes much of a gradient's last bits
+        assert torch.allclose(actual[name], tensor, atol=2e-4), name  # AdamW makes much of a gradient's last bits
 
 
 def test_two_processes_train_as_one_does_with_as_many_rows(two, tiny_model, rows, tmp_path):
@@ -105,11 +107,11 @@ def test_every_process_reads_every_block_twice_per_step(two):
 
 
 def train_until_killed(model, rows, output):
-    take, taken = ExactSteps.loss, []
+    take, calls = ExactSteps.loss, []
 
     def loss(self, *args, **options):
-        taken.append(1)
-        return kill() if len(taken) == 4 and os.environ["RANK"] == "1" else take(self, *args, **options)
+        calls.append(1)
+        return kill() if len(calls) == 4 and os.environ["RANK"] == "1" else take(self, *args, **options)
 
     ExactSteps.loss = loss
     train(model, rows, output)
@@ -131,14 +133,14 @@ ERRORS = {
 }
 
 
-def train_until_one_fails(model, rows, output, which):
+def train_until_one_fails(model, rows, output, name):
     """Train until the second process cannot take its share of the second step; write what this one ends with."""
-    share, taken = ExactSteps._share, []
+    share, calls = ExactSteps._share, []
 
     def failing(self, *args, **options):
-        taken.append(1)
-        if len(taken) == 2 and os.environ["RANK"] == "1":
-            raise ERRORS[which]()
+        calls.append(1)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            raise ERRORS[name]()
         return share(self, *args, **options)
 
     ExactSteps._share = failing
@@ -150,23 +152,23 @@ def train_and_tell(model, rows, output):
     try:
         train(model, rows, output)
     except Exception as error:
-        told = [type(error).__name__, str(error), getattr(error, "code", None)]
-        output.with_name(f"error-{os.environ['RANK']}.json").write_text(json.dumps(told))
+        error_fields = [type(error).__name__, str(error), getattr(error, "code", None)]
+        output.with_name(f"error-{os.environ['RANK']}.json").write_text(json.dumps(error_fields))
 
 
 @pytest.mark.parametrize(
-    ("which", "first", "second"),
+    ("name", "first", "second"),
     [
         ("ours", ["EmlocError", "The base has changed. Restore it.", "changed"], "EmlocError"),
         ("memory", ["EmlocError", "Another process failed: MemoryError: no room.", "memory"], "EmlocError"),
         ("another", ["EmlocError", "Another process failed: OSError: torn cable.", "died"], "OSError"),
     ],
 )
-def test_where_one_fails_all_end_with_its_error(which, first, second, tiny_model, rows, tmp_path):
-    assert run_together(2, train_until_one_fails, tiny_model, rows, tmp_path / "adapter", which) == [0, 0]
-    found = [read_json(tmp_path / f"error-{rank}.json") for rank in (0, 1)]
-    assert [found[0][0], found[0][1].removesuffix(" Run the same command again."), found[0][2]] == first
-    assert found[1][0] == second
+def test_where_one_fails_all_end_with_its_error(name, first, second, tiny_model, rows, tmp_path):
+    assert run_together(2, train_until_one_fails, tiny_model, rows, tmp_path / "adapter", name) == [0, 0]
+    errors = [read_json(tmp_path / f"error-{rank}.json") for rank in (0, 1)]
+    assert [errors[0][0], errors[0][1].removesuffix(" Run the same command again."), errors[0][2]] == first
+    assert errors[1][0] == second
     assert not (tmp_path / "adapter").exists()
 
 
@@ -174,7 +176,7 @@ def test_what_the_main_one_refuses_ends_all_alike(tiny_model, rows, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "notes.txt").touch()
     assert run_together(2, train_and_tell, tiny_model, rows, tmp_path / "adapter") == [0, 0]
-    found = [read_json(tmp_path / f"error-{rank}.json") for rank in (0, 1)]
-    assert found[0] == found[1]
-    assert found[0][0] == "EmlocError"
-    assert "adapter exists" in found[0][1]
+    errors = [read_json(tmp_path / f"error-{rank}.json") for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert errors[0][0] == "EmlocError"
+    assert "adapter exists" in errors[0][1]

@@ -55,13 +55,13 @@ def micro_batches(model, count):
     samples = [model.samples[index % len(model.samples)] for index in range(count)]
     if count == 1:
         samples = model.samples[-1:]
-    found = []
+    batches = []
     for index, sample in enumerate(samples):
         inputs = sample.inputs("cpu")
         answers = inputs["input_ids"].clone()
         answers[:, : 2 + index] = -100  # a prompt
-        found.append({**inputs, "labels": answers})
-    return found
+        batches.append({**inputs, "labels": answers})
+    return batches
 
 
 def lora_of(model, dropout=0.0):
@@ -105,13 +105,13 @@ def gradients(lora):
 
 
 def require_equal(lora, expected):
-    found, wanted = gradients(lora), gradients(expected)
-    assert found.keys() == wanted.keys()
+    actual, wanted = gradients(lora), gradients(expected)
+    assert actual.keys() == wanted.keys()
     for name, gradient in wanted.items():
         if gradient is None:  # a tower that no row reaches
-            assert found[name] is None, name
+            assert actual[name] is None, name
         else:
-            assert torch.equal(found[name], gradient), name
+            assert torch.equal(actual[name], gradient), name
 
 
 def seeds_of(count):
@@ -150,20 +150,20 @@ def case(tiny):
 
 
 def test_ten_steps_go_as_ordinary_ones(case):
-    model, batches, whole, _ = case
-    lora, steps = exact(model, get_peft_model_state_dict(whole))
-    found, wanted = [], []
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (lora, whole)]
+    model, batches, ordinary, _ = case
+    lora, steps = exact(model, get_peft_model_state_dict(ordinary))
+    losses, expected = [], []
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (lora, ordinary)]
     for step in range(10):
         batch = [batches[step % 4], batches[(step + 1) % 4]]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        found.append(float(steps.loss(batch)))
-        wanted.append(float(gradients_of(whole, batch)))
+        losses.append(float(steps.loss(batch)))
+        expected.append(float(gradients_of(ordinary, batch)))
         for optimizer in optimizers:
             optimizer.step()
-    assert found == pytest.approx(wanted, rel=1e-6)
-    assert found[-1] < found[0]
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert losses[-1] < losses[0]
 
 
 def test_boundaries_may_wait_in_the_memory_of_the_cpu_or_in_a_file(case, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_boundaries_may_wait_in_the_memory_of_the_cpu_or_in_a_file(case, tmp_pat
 def test_rows_that_wait_may_leave_the_device_without_parameters_that_all_share(case, monkeypatch):
     model, batches, expected, _ = case
     monkeypatch.setattr(Parking, "on", lambda _, shared: Parking(0, shared))
-    monkeypatch.setattr("emloc_core.exact.steps.units", lambda *given: [u for u in units(*given) if u != "model.norm"])
+    monkeypatch.setattr("emloc_core.exact.steps.units", lambda *args: [u for u in units(*args) if u != "model.norm"])
     lora, steps = exact(model, get_peft_model_state_dict(expected))
     backbone = steps.model.model
     backbone.layers[1].register_forward_pre_hook(
@@ -213,16 +213,16 @@ def test_boundaries_that_blocks_are_given_by_name_wait_too(dropout, tiny, monkey
 
 def test_boundaries_come_back_as_they_lay_in_memory(case, tmp_path, monkeypatch):
     monkeypatch.setattr("emloc_core.exact.boundaries._SMALL", 0)
-    model, batches, whole, _ = case
-    found = []
+    model, batches, ordinary, _ = case
+    loras = []
     for boundaries in (None, Boundaries(room=0), Boundaries(room=0, directory=tmp_path)):
-        lora, steps = exact(model, get_peft_model_state_dict(whole), boundaries=boundaries)
+        lora, steps = exact(model, get_peft_model_state_dict(ordinary), boundaries=boundaries)
         for layer in steps.model.model.layers:
             layer.register_forward_pre_hook(lambda _, args: (args[0].mT.contiguous().mT, *args[1:]))
         steps.loss(batches)
-        found.append(lora)
-    for lora in found[1:]:
-        require_equal(lora, found[0])
+        loras.append(lora)
+    for lora in loras[1:]:
+        require_equal(lora, loras[0])
 
 
 def by_name(block, args, kwargs):  # noqa: ARG001 - what a hook is given
@@ -255,12 +255,12 @@ def test_two_units_at_most_are_in_memory(case, monkeypatch):
     alive, most, inner = {}, [], steps.weights._read
 
     def read(unit):
-        found = inner(unit)
-        for tensor in found.values():
+        tensors = inner(unit)
+        for tensor in tensors.values():
             alive[id(tensor)] = unit
             weakref.finalize(tensor, alive.pop, id(tensor))
         most.append(len(set(alive.values())))
-        return found
+        return tensors
 
     monkeypatch.setattr(steps.weights, "_read", read)
     for _ in range(2):
@@ -298,9 +298,9 @@ def test_a_head_may_ask_how_many_positions_there_are(case, monkeypatch):
     lora, steps = exact(model, get_peft_model_state_dict(expected))
     own = type(steps.model).forward
 
-    def asking(self, input_ids=None, inputs_embeds=None, **given):
+    def asking(self, input_ids=None, inputs_embeds=None, **options):
         assert (inputs_embeds if input_ids is None else input_ids).shape[1] > 0
-        return own(self, input_ids=input_ids, inputs_embeds=inputs_embeds, **given)
+        return own(self, input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
 
     monkeypatch.setattr(type(steps.model), "forward", asking)
     assert torch.allclose(steps.loss(batches), loss, rtol=1e-6)

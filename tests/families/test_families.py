@@ -53,7 +53,7 @@ def tiny_config(settings):
 
 
 def tiny_model(settings):
-    """Return the family and the tiny model of a config, of which no weight hides by being zero or one."""
+    """Return the family and the tiny model of a config, whose weights are neither all zero nor all one."""
     family = plugin_manager().family_for(settings)
     config = tiny_config(settings)
     with torch.random.fork_rng():
@@ -181,7 +181,9 @@ def test_all_of_a_mixture_becomes_smaller_but_its_routers(tmp_path):
     kept = {kept.pattern: kept.parameters for kept in plan.kept}
     assert kept == {"model.layers.*.mlp.gate": 2 * 4 * 32}
     outside = ("norm", "embed", "lm_head")
-    others = sum(each.numel() for name, each in model.named_parameters() if any(part in name for part in outside))
+    others = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if any(part in name for part in outside)
+    )
     assert before + sum(kept.values()) + others == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -205,10 +207,10 @@ def test_an_expert_that_no_token_goes_to_does_no_harm(tmp_path):
     assert len(reached) == 2
     assert all(bool(parameter.isfinite().all()) for parameter in small.parameters())
     for index in (1, 2):  # they are fitted to what the others are given
-        factors, whole = (each.model.layers[index].mlp.experts for each in (small, model))
+        factors, experts = (part.model.layers[index].mlp.experts for part in (small, model))
         product = factors.weight["gate_up_proj"] @ factors.V["gate_up_proj"]
         for expert in set(range(4)) - reached:
-            assert deviation(product[expert], whole.gate_up_proj[expert]) < 0.9
+            assert deviation(product[expert], experts.gate_up_proj[expert]) < 0.9
 
 
 def test_a_lora_of_a_mixture_goes_on_its_linears():
@@ -238,9 +240,9 @@ def test_a_lora_of_pictures_goes_on_the_blocks_alone(settings):
     family, model = tiny_model(settings)
     planned = {linear.path for linear in find_linears(model, family).linears}
     lora = get_peft_model(model, lora_config(TrainSettings(), family.lora_targets()))
-    found = {name.removeprefix("base_model.model.").partition(".lora_A")[0]
+    reached = {name.removeprefix("base_model.model.").partition(".lora_A")[0]
              for name, _ in lora.named_parameters() if ".lora_A" in name}  # fmt: skip
-    assert found == planned
+    assert reached == planned
 
 
 def test_the_declaration_of_a_nested_model_is_moved_to_where_it_stands():

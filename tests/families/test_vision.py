@@ -93,11 +93,11 @@ def test_both_towers_are_compressed_with_the_error_that_a_whole_forward_has(base
     entries = read_manifest(emulator)["result"]["linears"]
     assert all(entry["rank"] for entry in entries)
     assert towers(entry["path"] for entry in entries) == {"vision", "language"}
-    whole, compressed = load(base), load(emulator)
+    dense_model, compressed = load(base), load(emulator)
     outputs = {entry["path"]: torch.zeros(2, dtype=torch.float64) for entry in entries}  # of error and output, squared
 
     def gather(path):
-        dense, factors = whole.get_submodule(path), compressed.get_submodule(path)
+        dense, factors = dense_model.get_submodule(path), compressed.get_submodule(path)
 
         def hook(_module, args, _output):
             x = args[0].double()
@@ -109,10 +109,10 @@ def test_both_towers_are_compressed_with_the_error_that_a_whole_forward_has(base
 
     # What the first Linears of Qwen-VL read has fewer ranks than their factors: no error but rounding.
     for path in outputs:
-        whole.get_submodule(path).register_forward_hook(gather(path))
+        dense_model.get_submodule(path).register_forward_hook(gather(path))
     kept = load_rows(str(emulator / "calibration.jsonl"))
     assert {bool(row.images) for row in kept} == {True, False}  # rows without an image were among them
-    logits(whole, base, kept)
+    logits(dense_model, base, kept)
     for entry in entries:
         error, output = outputs[entry["path"]].tolist()
         assert (error / output) ** 0.5 == pytest.approx(entry["relative_error"], rel=1e-3, abs=5e-4), entry["path"]
@@ -271,17 +271,17 @@ def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(row
 
 
 @pytest.mark.parametrize(
-    "way", ["default", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("propagated", "global"))]
+    "variant", ["default", *(pytest.param(variant, marks=pytest.mark.thorough) for variant in ("propagated", "global"))]
 )
-def test_every_way_to_make_an_emulator_takes_images(base, rows_file, tmp_path, way):
+def test_every_way_to_make_an_emulator_takes_images(base, rows_file, tmp_path, variant):
     other = {"propagated": {"calibration": "propagated"}, "global": {"allocator": "global"}}
-    chosen = other.get(way, {"calibration": None, "allocator": None})
-    made = compress(base, rows_file, tmp_path / "made", samples=8, **chosen)
-    entries = read_manifest(made)["result"]["linears"]
+    chosen = other.get(variant, {"calibration": None, "allocator": None})
+    emulator = compress(base, rows_file, tmp_path / "made", samples=8, **chosen)
+    entries = read_manifest(emulator)["result"]["linears"]
     assert all(entry["rank"] for entry in entries)
-    kept = load_rows(str(made / "selection.jsonl"))
-    assert nll(load(made), base, kept) < 7  # log 132 = 4.9, and a broken emulator is far off
-    assert torch.isfinite(logits(load(made), base, pictured(rows_file))).all()
+    kept = load_rows(str(emulator / "selection.jsonl"))
+    assert nll(load(emulator), base, kept) < 7  # log 132 = 4.9, and a broken emulator is far off
+    assert torch.isfinite(logits(load(emulator), base, pictured(rows_file))).all()
 
 
 @pytest.mark.thorough
@@ -314,5 +314,5 @@ def test_a_plan_counts_the_images_of_the_rows(base, rows_file):
     assert MemoryModel(base / "config.json", workload).inference().total > 0
     cut = make_workload(base / "config.json", TrainSettings(), data=str(rows_file), length=workload.length - 1)
     assert cut.length == workload.length - 1
-    said = make_workload(base / "config.json", TrainSettings(), data=str(rows_file), images=1)
-    assert said.images == 1
+    given_images = make_workload(base / "config.json", TrainSettings(), data=str(rows_file), images=1)
+    assert given_images.images == 1

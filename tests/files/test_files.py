@@ -78,9 +78,9 @@ def test_a_matrix_is_read_some_rows_at_a_time(tmp_path, rows, dtype):
     matrix = torch.randn(5, 7).to(dtype)
     save_file({"other": torch.ones(3), "a": matrix}, tmp_path / "model.safetensors")
     info = read_header(tmp_path / "model.safetensors")[0]["a"]
-    found = [part.clone() for part in row_chunks(info, rows * 7 * dtype.itemsize)]
-    assert [len(part) for part in found] == [len(part) for part in matrix.split(rows)]
-    assert torch.equal(torch.cat(found), matrix)
+    chunks = [part.clone() for part in row_chunks(info, rows * 7 * dtype.itemsize)]
+    assert [len(part) for part in chunks] == [len(part) for part in matrix.split(rows)]
+    assert torch.equal(torch.cat(chunks), matrix)
 
 
 def test_a_shard_appears_when_it_is_whole_or_not_at_all(tmp_path):
@@ -98,7 +98,7 @@ def test_a_shard_appears_when_it_is_whole_or_not_at_all(tmp_path):
 
 
 def test_a_shard_that_could_not_be_synced_does_not_look_whole(tmp_path, monkeypatch):
-    """A disk that others share says so late: that it is full is known when a file is synced."""
+    """A shared disk reports late that it is full: when a file is synced."""
     monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with (
         pytest.raises(OSError, match="No space"),
@@ -167,17 +167,17 @@ def test_a_hub_id_without_a_hub(monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
-    asked = []
+    offline = []
 
     def download(_name, part, *, local_files_only, **_):
-        asked.append(local_files_only)
+        offline.append(local_files_only)
         raise LocalEntryNotFoundError(f"no {part}")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(EmlocError, match=r"cannot be reached \(no config.json\)"):
         find_config("someone/something")
-    assert asked[:2] == [False, True]
-    assert all(asked[1:])
+    assert offline[:2] == [False, True]
+    assert all(offline[1:])
 
 
 def test_a_single_file_beside_an_index_is_read_as_transformers_reads_it(tiny_model, tmp_path):
@@ -296,13 +296,13 @@ def test_an_output_that_another_process_finished_meanwhile_is_left_alone(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("place", [".", "..", "/", "file/out", "/proc/out"])
-def test_impossible_places_are_refused(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("path", [".", "..", "/", "file/out", "/proc/out"])
+def test_impossible_places_are_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
 
     def attempt():
-        with Output(place, "adapter", {}).build():
+        with Output(path, "adapter", {}).build():
             pass
 
     with pytest.raises(EmlocError, match=r"not a name for a new directory|cannot be created"):
@@ -390,11 +390,11 @@ SMALL_DISK = """
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(tmp_path):
-    place = tmp_path / "small"
-    place.mkdir()
+    mount_point = tmp_path / "small"
+    mount_point.mkdir()
     script = tmp_path / "fill.py"
     script.write_text(textwrap.dedent(SMALL_DISK))
-    mount = f"mount -t tmpfs -o size=4m tmpfs {place} && {sys.executable} {script} {place}"
+    mount = f"mount -t tmpfs -o size=4m tmpfs {mount_point} && {sys.executable} {script} {mount_point}"
     isolate = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
     done = subprocess.run([*isolate, "sh", "-c", mount], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

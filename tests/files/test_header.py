@@ -128,10 +128,12 @@ def test_nothing_is_read_that_the_library_refuses(tmp_path_factory, header, data
     content = as_file(header, bytes(data))
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(content)
-    found = read(path)
-    if found is not None:
+    tensors = read(path)
+    if tensors is not None:
         library = dict(safetensors.deserialize(content))
-        assert {key: list(tensor.shape) for key, tensor in found.items()} == {
+        assert {key: list(tensor.shape) for key, tensor in tensors.items()} == {
             key: entry["shape"] for key, entry in library.items()
         }
-        assert [content[each.start : each.stop] for each in found.values()] == [library[key]["data"] for key in found]
+        assert [content[tensor.start : tensor.stop] for tensor in tensors.values()] == [
+            library[key]["data"] for key in tensors
+        ]

@@ -34,13 +34,13 @@ def corrected(model, directory):
 
 def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, tiny_model, tmp_path, emloc):
     hub.add(BASE, tiny_model)
-    made = corrected(BASE, tmp_path)
-    assert Adapter(made.path).model_name == BASE
-    code, out, err = emloc("push", made, ADAPTER)
+    adapter = corrected(BASE, tmp_path)
+    assert Adapter(adapter.path).model_name == BASE
+    code, out, err = emloc("push", adapter, ADAPTER)
     assert (code, ADAPTER in out) == (0, True), err
     assert hub.private[ADAPTER]
     published = hub.files[ADAPTER]
-    assert published.keys() == {path.name for path in made.path.iterdir()}
+    assert published.keys() == {path.name for path in adapter.path.iterdir()}
     assert not any(str(tmp_path).encode() in content for content in published.values())
     assert f"base_model: {BASE}\n".encode() in published["README.md"]
     assert b"rows in memory" in published["README.md"]
@@ -48,7 +48,7 @@ def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, tiny_model, tmp_pa
     fetched.mkdir()
     for name, content in published.items():
         (fetched / name).write_bytes(content)
-    assert len(Adapter(fetched).loras) == len(Adapter(made.path).loras)  # its manifest still fits it
+    assert len(Adapter(fetched).loras) == len(Adapter(adapter.path).loras)  # its manifest still fits it
     full = emloc_core.train(BASE, example_rows(), tmp_path / "full", steps=1, batch_size=2)
     assert Adapter(full.path).model_name == BASE
     merged = emloc_core.merge(full, tmp_path / "merged")
@@ -71,8 +71,8 @@ def test_an_emulator_from_the_hub_is_tuned_and_corrected(hub, tiny_model, tmp_pa
 
 @pytest.mark.thorough
 def test_a_local_base_gets_its_name_on_the_hub(hub, tiny_model, tmp_path):
-    made = corrected(tiny_model, tmp_path)
-    emloc_core.push(made, ADAPTER, base=BASE)
+    adapter = corrected(tiny_model, tmp_path)
+    emloc_core.push(adapter, ADAPTER, base=BASE)
     published = hub.files[ADAPTER]
     assert json.loads(published["adapter_config.json"])["base_model_name_or_path"] == BASE
     assert json.loads(published["emloc.json"])["inputs"]["base"] == BASE
@@ -91,7 +91,7 @@ def test_a_base_has_its_id_though_a_directory_has_that_name_too(hub, tiny_model,
 
 
 def test_of_an_earlier_upload_no_part_is_left(hub, tmp_path):
-    """An adapter instead of a merged model left its shards, which transformers loads."""
+    """Uploading an adapter over a merged model left the model's shards, which transformers loads."""
     for name, files in {"merged": ["a.safetensors", "deep/b.json"], "adapter": ["adapter.safetensors"]}.items():
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / "emloc.json").write_text(json.dumps({"kind": name}))
@@ -159,14 +159,14 @@ def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tiny_model, tmp_path
 
 
 def test_the_card_shows_code_that_runs(tiny_model, tmp_path):
-    made = corrected(tiny_model, tmp_path)
-    card = (made.path / "README.md").read_text()
+    adapter = corrected(tiny_model, tmp_path)
+    card = (adapter.path / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0]
-    code = code.replace(f'"{tiny_model.name}"', repr(str(tiny_model))).replace('"DIRECTORY"', repr(str(made.path)))
-    found: dict = {}
-    exec(code, found)
-    assert isinstance(found["model"], PeftModel)
-    assert found["tokenizer"].chat_template
+    code = code.replace(f'"{tiny_model.name}"', repr(str(tiny_model))).replace('"DIRECTORY"', repr(str(adapter.path)))
+    namespace: dict = {}
+    exec(code, namespace)
+    assert isinstance(namespace["model"], PeftModel)
+    assert namespace["tokenizer"].chat_template
     emulator = (tmp_path / "emulator" / "README.md").read_text()
     assert "import emloc_core.standins.quantizer" in emulator
     assert "on 8 calibration rows" in emulator

@@ -22,7 +22,7 @@ def overwrite(path):
 
 
 def replace(path):
-    """Put another file of the same bytes but one where this one is."""
+    """Replace a file by another that differs in one byte."""
     shutil.copy(path, path.with_name("new"))
     overwrite(path.with_name("new"))
     os.replace(path.with_name("new"), path)
@@ -121,7 +121,7 @@ def test_compress_refuses_a_base_that_changes(base, rows_file, tmp_path, name):
     settings = CompressSettings(samples=4, selection=2, ratio=0.6)
     job = compress_job(base, rows_file, tmp_path / "out", settings)
     with pytest.raises(EmlocError, match=rf"base/{name} was changed"):
-        job.run(lambda _what, done, _total: replace(base / name) if done == 1 else None)
+        job.run(lambda _description, done, _total: replace(base / name) if done == 1 else None)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.partial").exists()
 

@@ -24,7 +24,7 @@ def make(stage, base, source, output):
 
 def run_until(step, *job):
     """Run a stage that kills its process when so many steps are done."""
-    make(*job).run(lambda _what, done, _total: kill() if done == step else None)
+    make(*job).run(lambda _description, done, _total: kill() if done == step else None)
 
 
 def killed_and_finished(stage, base, source, output, kill_at):
@@ -86,16 +86,16 @@ def test_compress(tmp_path, sharded, rows_file, emulator, factorised, kill_at):
 
 @pytest.mark.parametrize("kill_at", [1, 10, 21])
 def test_correct(tmp_path, sharded, carried, kill_at):
-    adapter, whole = carried
+    adapter, uninterrupted = carried
     output = killed_and_finished("correct", sharded, adapter, tmp_path / "interrupted", kill_at)
-    assert contents(output) == contents(whole)
+    assert contents(output) == contents(uninterrupted)
 
 
 @pytest.mark.parametrize("kill_at", [1, 3])
 def test_merge(tmp_path, sharded, folded, kill_at):
-    adapter, whole = folded
+    adapter, uninterrupted = folded
     output = killed_and_finished("merge", sharded, adapter, tmp_path / "interrupted", kill_at)
-    assert contents(output) == contents(whole)
+    assert contents(output) == contents(uninterrupted)
 
 
 def test_half_a_shard_is_never_taken_for_a_whole_one(tmp_path, sharded, rows_file, emulator):

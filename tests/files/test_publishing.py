@@ -25,9 +25,9 @@ PUBLISHING = {module.__file__ for module in (lock, publishing, workspace)}
 WHOLE = ["README.md", "emloc.json", "part", "parts", "parts/weights", "timing.json"]
 
 
-def build(place, name):
-    """Make an output of two files that say which request they are of; what is there already is kept, as stages do."""
-    output = Output(place / "out", "adapter", {"name": name})
+def build(directory, name):
+    """Make an output of two files that name their request; existing ones are kept, as stages do."""
+    output = Output(directory / "out", "adapter", {"name": name})
     if output.is_finished():
         return
     with output.build() as staging:
@@ -38,9 +38,9 @@ def build(place, name):
                 os.replace(file.with_name(f".{file.name}.tmp"), file)
 
 
-def made_by(place):
-    """Return the request of what is published, of which everything must be."""
-    out = place / "out"
+def made_by(directory):
+    """Return the request of the published output, of which every file must be."""
+    out = directory / "out"
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*")) == WHOLE
     name = read_manifest(out)["request"]["name"]
     assert {(out / "part").read_text(), (out / "parts" / "weights").read_text()} == {name}
@@ -48,7 +48,7 @@ def made_by(place):
 
 
 def in_a_fork_killed_at(line, run, *args):
-    """Run a function in a fork that is killed when it comes to a further line of these modules; say whether it was."""
+    """Run a function in a fork that is killed at the so-many-th new line of these modules; return whether it was."""
     child = os.fork()
     if child == 0:
         seen = set()
@@ -78,14 +78,14 @@ def killed_everywhere(tmp_path, monkeypatch):
 
     def attempt(run, prepare=lambda _: None):
         for line in range(1, 2000):
-            place = tmp_path / "place"
-            place.mkdir()
-            prepare(place)
-            if not in_a_fork_killed_at(line, run, place):
+            directory = tmp_path / "place"
+            directory.mkdir()
+            prepare(directory)
+            if not in_a_fork_killed_at(line, run, directory):
                 assert line > 10
                 return
-            yield place
-            shutil.rmtree(place)
+            yield directory
+            shutil.rmtree(directory)
 
     return attempt
 
@@ -93,40 +93,40 @@ def killed_everywhere(tmp_path, monkeypatch):
 @pytest.mark.thorough
 def test_whatever_is_run_after_a_kill_at_any_line(killed_everywhere, tmp_path):
     again, refused = tmp_path / "again", 0
-    for place in killed_everywhere(lambda place: build(place, "A")):
-        shutil.copytree(place, again)
+    for directory in killed_everywhere(lambda directory: build(directory, "A")):
+        shutil.copytree(directory, again)
         build(again, "A")
         assert made_by(again) == "A"
         assert os.listdir(again) == ["out"]
         shutil.rmtree(again)
-        if Workspace(place / "out").is_started or (place / "out").exists():
+        if Workspace(directory / "out").is_started or (directory / "out").exists():
             refused += 1
             with pytest.raises(EmlocError, match="something else: "):
-                build(place, "B")
-            build(place, "A")
-            assert made_by(place) == "A"
+                build(directory, "B")
+            build(directory, "A")
+            assert made_by(directory) == "A"
         else:
-            build(place, "B")
-            assert made_by(place) == "B"
-        assert os.listdir(place) == ["out"]
+            build(directory, "B")
+            assert made_by(directory) == "B"
+        assert os.listdir(directory) == ["out"]
     assert refused > 15
 
 
-def leave_work(place):
-    with suppress(KeyboardInterrupt), Output(place / "out", "adapter", {"name": "B"}).build() as staging:
+def leave_work(directory):
+    with suppress(KeyboardInterrupt), Output(directory / "out", "adapter", {"name": "B"}).build() as staging:
         (staging / "part").write_text("B")
         raise KeyboardInterrupt
 
 
 def test_a_kill_while_work_is_removed_leaves_nothing_that_is_taken_for_work(killed_everywhere):
-    for place in killed_everywhere(lambda place: Workspace(place / "out").discard(), leave_work):
-        if Workspace(place / "out").request.exists():
-            build(place, "B")
-            assert made_by(place) == "B"
+    for directory in killed_everywhere(lambda directory: Workspace(directory / "out").discard(), leave_work):
+        if Workspace(directory / "out").request.exists():
+            build(directory, "B")
+            assert made_by(directory) == "B"
         else:
-            build(place, "A")
-            assert made_by(place) == "A"
-        assert os.listdir(place) == ["out"]
+            build(directory, "A")
+            assert made_by(directory) == "A"
+        assert os.listdir(directory) == ["out"]
 
 
 @pytest.mark.parametrize("name", ["A", "B"])

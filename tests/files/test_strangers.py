@@ -47,9 +47,9 @@ class Evil:
 
 @pytest.fixture
 def evil(tiny_model: Path, tmp_path: Path, says_yes: io.StringIO) -> Iterator[Evil]:
-    made = Evil(tiny_model, tmp_path / "evil")
-    yield made
-    assert not made.mark.exists(), "the model's own code ran"
+    model = Evil(tiny_model, tmp_path / "evil")
+    yield model
+    assert not model.mark.exists(), "the model's own code ran"
     assert says_yes.tell() == 0, "a question was asked on the terminal"
 
 
@@ -199,8 +199,8 @@ def test_pickled_adapters_are_not_loaded(tiny_model: Path, tmp_path: Path) -> No
 
 
 def _loads(path: Path) -> list[str]:
-    """Where a file loads something through transformers, PEFT or lm-eval itself."""
-    found = []
+    """Return where a file loads something through transformers, PEFT or lm-eval itself."""
+    loads = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         name = getattr(node, "attr", None) or getattr(node, "id", None)
         imported = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom | ast.Import) else []
@@ -208,12 +208,12 @@ def _loads(path: Path) -> list[str]:
             is_loader = word in ("from_pretrained", "from_config", "pipeline", "trust_remote_code")
             is_auto = str(word).startswith("Auto") and str(word) not in ("AutoConfig", "Auto")
             if is_loader or is_auto:
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {word}")
-    return found
+                loads.append(f"{path.relative_to(ROOT)}:{node.lineno}: {word}")
+    return loads
 
 
 def test_everything_is_loaded_in_one_place() -> None:
     files = [path for folder in ("emloc_core", "plugins") for path in sorted((ROOT / folder).rglob("*.py"))]
-    found = [place for path in files if path.name != "pretrained.py" for place in _loads(path)]
-    assert found == []
+    loads = [load for path in files if path.name != "pretrained.py" for load in _loads(path)]
+    assert loads == []
     assert _loads(ROOT / "emloc_core" / "files" / "pretrained.py")
