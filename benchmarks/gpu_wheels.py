@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DIRECTORY = ROOT / "build" / "gpu-wheels"
 #: Large packages that an image for PyTorch has, and with them what they need.
 PREINSTALLED = ("torch", "torchvision", "triton", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "matplotlib",
-         "pillow", "lxml", "aiohttp", "hf-xet", "regex", "pyyaml", "setuptools")  # fmt: skip
+                "pillow", "lxml", "aiohttp", "hf-xet", "regex", "pyyaml", "setuptools")  # fmt: skip
 #: What the tests and benchmarks of a GPU need; and what builds the checkout, in an environment of its own.
 NEEDED, BUILDS = ("emloc[vision]", "pytest", "hypothesis"), ("hatchling", "editables")
 INSTALL = "python -m pip install --no-index --find-links build/gpu-wheels --editable '.[vision]' pytest hypothesis"

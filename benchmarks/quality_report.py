@@ -53,8 +53,8 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
         for name, memory, values in values_of:
             if values:
                 summaries.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
-                              "spread": round(stdev(values), 4) if len(values) > 1 else None,
-                              "runs": len(values)})  # fmt: skip
+                                  "spread": round(stdev(values), 4) if len(values) > 1 else None,
+                                  "runs": len(values)})  # fmt: skip
     return summaries
 
 

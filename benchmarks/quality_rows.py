@@ -119,7 +119,7 @@ def classification(directory: Path) -> tuple[list[Row], list[Row]]:
         rows += ordered[:size]
     rows.sort(key=lambda row: hashlib.sha256(f"order {row[0]}".encode()).digest())
     conversations = [conversation("Name the source and the feeling of this text.", text, f"{source}, {feeling}")
-             for text, feeling, source in rows]  # fmt: skip
+                     for text, feeling, source in rows]  # fmt: skip
     return conversations[2 * TEST :], conversations[: 2 * TEST]
 
 

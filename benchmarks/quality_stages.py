@@ -39,7 +39,7 @@ def trained(
     from emloc_core.tuning.exact import prepare
 
     options: dict[str, Any] = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank,
-                           "lora_alpha": 2 * cell.rank, "batch_size": cell.batch}  # fmt: skip
+                               "lora_alpha": 2 * cell.rank, "batch_size": cell.batch}  # fmt: skip
     if cell.targets == ATTENTION:
         options["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     options["use_rslora"] = cell.scaling == RSLORA

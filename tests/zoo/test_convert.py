@@ -72,8 +72,8 @@ def causes(jobs):
 
 
 @pytest.fixture(scope="module")
-def place(tiny_model, rows_file, tmp_path_factory):
-    """Models: a whole one, its copy, and one whose shard was cut short; and a file of jobs beside them."""
+def root(tiny_model, rows_file, tmp_path_factory):
+    """A model, its copy, and one with a truncated shard; and a file of jobs beside them."""
     root = tmp_path_factory.mktemp("zoo")
     for name in ("copy", "cut", "first"):
         shutil.copytree(tiny_model, root / "models" / name)
@@ -90,17 +90,17 @@ def place(tiny_model, rows_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def arguments(place):
+def arguments(root):
     """The command that converts all of them, the copy first."""
-    return ["convert", place / "models", place / "jobs.toml", "-o", place / "zoo", "--data", place / "rows.jsonl",
+    return ["convert", root / "models", root / "jobs.toml", "-o", root / "zoo", "--data", root / "rows.jsonl",
             *OPTIONS, "--json", "--offline"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def killed(place, arguments):
+def killed(root, arguments):
     """The states of the zoo when its driver was killed while the first stage of the first job was at work."""
-    zoo = place / "zoo"
-    driver = ForkingDriver(place / "killed.log", wait_in_a_block, "zoo", *arguments, "--workers", "1")
+    zoo = root / "zoo"
+    driver = ForkingDriver(root / "killed.log", wait_in_a_block, "zoo", *arguments, "--workers", "1")
     try:
         until(lambda: [log for log in zoo.glob("logs/copy.*") if "a block is done" in log.read_text()])
         workers = workers_of(zoo, "copy")
@@ -114,22 +114,22 @@ def killed(place, arguments):
 
 
 @pytest.fixture(scope="module")
-def converted(killed, place, arguments):  # noqa: ARG001 - it resumes what that one left
-    """The same command again, to its end; it fails because two of the jobs do."""
-    return run_command(place / "converted.log", *arguments, "--workers", "2")
+def converted(killed, root, arguments):  # noqa: ARG001 - it resumes what that one left
+    """The same command again, to its end; it fails because two jobs fail."""
+    return run_command(root / "converted.log", *arguments, "--workers", "2")
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, rows_file, tmp_path_factory):
-    """An emulator made by the command alone with one thread, and the address space that this took, in bytes."""
-    place = tmp_path_factory.mktemp("alone")
-    argv = ["compress", tiny_model, "--data", rows_file, "-o", place / "emulator", *OPTIONS]
-    assert ForkingDriver(place / "log", emloc_and_peak, *argv).wait() == 0
-    return place / "emulator", int((place / "log").read_text().splitlines()[-1]) << 10
+    """An emulator made by the command alone with one thread, and its peak address space, in bytes."""
+    root = tmp_path_factory.mktemp("alone")
+    argv = ["compress", tiny_model, "--data", rows_file, "-o", root / "emulator", *OPTIONS]
+    assert ForkingDriver(root / "log", emloc_and_peak, *argv).wait() == 0
+    return root / "emulator", int((root / "log").read_text().splitlines()[-1]) << 10
 
 
 def emloc_and_peak(*argv):
-    """Run a command, and print the most address space that this process had, in kB."""
+    """Run a command, and print the peak address space of this process, in kB."""
     try:
         emloc(*argv)
     finally:
@@ -137,7 +137,7 @@ def emloc_and_peak(*argv):
 
 
 def contents(directory):
-    """Return the contents by name of what two runs have in common."""
+    """Return contents by name, except the timings, in which runs differ."""
     return {name: content for name, (content, *_) in files(directory).items() if name != "timing.json"}
 
 
@@ -150,7 +150,7 @@ def test_killed_at_work_the_next_driver_finishes(killed, converted):
     }  # fmt: skip
 
 
-def test_one_failure_stops_nothing_and_is_said(converted, place):
+def test_one_failure_stops_nothing_and_is_said(converted, root):
     code, out, err = converted
     assert code == 1
     assert "2 of 5 jobs failed. cut: bad input: " in err
@@ -160,10 +160,10 @@ def test_one_failure_stops_nothing_and_is_said(converted, place):
         "copy": "done", "cut": "failed", "first": "duplicate", "whole-way": "done", "absent": "failed",
     }  # fmt: skip
     assert jobs["first"]["duplicate_of"] == "copy"
-    for name, said in {"cut": "model.safetensors", "absent": "organisation/not-here"}.items():
+    for name, expected in {"cut": "model.safetensors", "absent": "organisation/not-here"}.items():
         (attempt,) = jobs[name]["attempts"]  # another attempt would not fix it
-        assert said in attempt["message"]
-        assert attempt["message"] in (place / "zoo" / attempt["log"]).read_text()
+        assert expected in attempt["message"]
+        assert attempt["message"] in (root / "zoo" / attempt["log"]).read_text()
 
 
 def test_a_result_has_sizes_errors_time_and_memory(converted):
@@ -178,43 +178,43 @@ def test_a_result_has_sizes_errors_time_and_memory(converted):
 
 
 @pytest.mark.usefixtures("converted")
-def test_an_emulator_is_that_of_the_command_alone(place, tiny_model, alone):
+def test_an_emulator_is_that_of_the_command_alone(root, tiny_model, alone):
     """Though the driver that began it was killed."""
-    ours, theirs = contents(place / "zoo/jobs/copy/emulator"), contents(alone[0])
-    theirs["emloc.json"] = theirs["emloc.json"].replace(str(tiny_model).encode(), str(place / "models/copy").encode())
+    ours, theirs = contents(root / "zoo/jobs/copy/emulator"), contents(alone[0])
+    theirs["emloc.json"] = theirs["emloc.json"].replace(str(tiny_model).encode(), str(root / "models/copy").encode())
     theirs["README.md"] = theirs["README.md"].replace(tiny_model.name.encode(), b"copy")
     assert ours == theirs
 
 
 @pytest.mark.usefixtures("converted")
-def test_time_is_told_by_what_was_done_and_else_is_unknown(place):
-    records = Store(place / "zoo").records()
-    done = {record.job.name: record for record in records}
-    took = [record.result["stages"]["emulator"]["seconds"] for record in records if record.state == "done"]
-    needs = Demand(base=2 * done["copy"].result["bytes"]["base"])
-    assert estimate(done["first"].job, needs, records) == pytest.approx(2 * median(took))  # of equally large bases
-    assert estimate(done["whole-way"].job, needs, [done["copy"]]) is None
-    assert estimate(done["first"].job, Demand(), records) is None
+def test_time_is_told_by_what_was_done_and_else_is_unknown(root):
+    records = Store(root / "zoo").records()
+    by_job = {record.job.name: record for record in records}
+    seconds = [record.result["stages"]["emulator"]["seconds"] for record in records if record.state == "done"]
+    needs = Demand(base=2 * by_job["copy"].result["bytes"]["base"])
+    assert estimate(by_job["first"].job, needs, records) == pytest.approx(2 * median(seconds))  # of equally large bases
+    assert estimate(by_job["whole-way"].job, needs, [by_job["copy"]]) is None
+    assert estimate(by_job["first"].job, Demand(), records) is None
 
 
 @pytest.mark.usefixtures("converted")
-def test_again_nothing_is_done_twice_and_what_was_fixed_or_is_gone_is_done(place, arguments):
-    zoo = place / "zoo"
+def test_again_nothing_is_done_twice_and_what_was_fixed_or_is_gone_is_done(root, arguments):
+    zoo = root / "zoo"
     before = {path: files(path) for path in zoo.glob("jobs/whole-way/*") if path.is_dir()}
     assert len(before) == 3
     emulator = zoo / "jobs/copy/emulator"
-    gone = contents(emulator)
+    original = contents(emulator)
     # What was repaired had been begun with other settings.
     shutil.move(emulator, zoo / "jobs/cut/emulator")
     shutil.copytree(zoo / "jobs/whole-way/adapter", zoo / "jobs/cut/.adapter.partial")
-    shutil.copytree(place / "models" / "first", place / "models" / "cut", dirs_exist_ok=True)
-    config = place / "models" / "cut" / "config.json"
+    shutil.copytree(root / "models" / "first", root / "models" / "cut", dirs_exist_ok=True)
+    config = root / "models" / "cut" / "config.json"
     config.write_text(config.read_text() + " ")  # else it is a duplicate too
-    (place / "jobs.toml").write_text((place / "jobs.toml").read_text().rpartition("[[job]]")[0])
-    code, out, err = run_command(place / "again.log", *arguments)
+    (root / "jobs.toml").write_text((root / "jobs.toml").read_text().rpartition("[[job]]")[0])
+    code, out, err = run_command(root / "again.log", *arguments)
     assert (code, "failed" in err) == (0, False)  # what is not asked for any more stays as it was
     assert {path: files(path) for path in before} == before
-    assert contents(emulator) == gone
+    assert contents(emulator) == original
     assert [path.name for path in (zoo / "jobs/cut").iterdir() if path.is_dir()] == ["emulator"]
     jobs = by_name(out)
     assert causes(jobs) == {
@@ -225,24 +225,24 @@ def test_again_nothing_is_done_twice_and_what_was_fixed_or_is_gone_is_done(place
     assert by_name(run_here("status", zoo, "--json").stdout) == jobs
 
 
-def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(place, tmp_path):
+def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(root, tmp_path):
     zoo = tmp_path / "zoo"
-    done = run_here("convert", place / "models" / "first", place / "models" / "copy", "-o", zoo, *OPTIONS, "--data",
-                    place / "rows.jsonl", "--kind", "low-rank", "--dry-run", "--disk", "1MB")  # fmt: skip
-    assert "  1. first  to do   base 144 kB, emulator 95.9 kB, disk 33.7 MB, memory " in done.stdout
-    assert "the same as first" in done.stdout
-    assert "time unknown" in done.stdout
-    assert f"The jobs would write 33.7 MB, but {zoo} has room for only 1 MB." in str(done.exception)
+    result = run_here("convert", root / "models" / "first", root / "models" / "copy", "-o", zoo, *OPTIONS, "--data",
+                      root / "rows.jsonl", "--kind", "low-rank", "--dry-run", "--disk", "1MB")  # fmt: skip
+    assert "  1. first  to do   base 144 kB, emulator 95.9 kB, disk 33.7 MB, memory " in result.stdout
+    assert "the same as first" in result.stdout
+    assert "time unknown" in result.stdout
+    assert f"The jobs would write 33.7 MB, but {zoo} has room for only 1 MB." in str(result.exception)
     assert not zoo.exists()
 
 
 def test_as_many_work_as_there_are_processors_to_use(tmp_path, tiny_model, rows_file, monkeypatch):
-    made = []
+    engines = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 2, 4, 6, 8})
-    monkeypatch.setattr("emloc_core.zoo.convert.convert", lambda *given: made.append(given[2](0)) or [])
+    monkeypatch.setattr("emloc_core.zoo.convert.convert", lambda *args: engines.append(args[2](0)) or [])
     for threads in (1, 2):
         run_here("convert", tiny_model, "-o", tmp_path, "--data", rows_file, "--threads", threads)
-    assert [engine.workers for engine in made] == [5, 2]
+    assert [engine.workers for engine in engines] == [5, 2]
 
 
 def test_a_job_without_rows_is_bad_input(tmp_path):
@@ -343,5 +343,5 @@ def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone):
 def test_a_zoo_is_no_file(tmp_path, tiny_model, rows_file, options):
     (tmp_path / "file").write_text("")
     for zoo in (tmp_path / "file", tmp_path / "file" / "zoo"):
-        done = run_here("convert", tiny_model, "-o", zoo, "--data", rows_file, *options)
-        assert f"{tmp_path / 'file'} is not a directory. Choose another place with -o." in str(done.exception)
+        result = run_here("convert", tiny_model, "-o", zoo, "--data", rows_file, *options)
+        assert f"{tmp_path / 'file'} is not a directory. Choose another place with -o." in str(result.exception)

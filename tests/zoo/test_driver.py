@@ -32,10 +32,10 @@ def status(zoo):
 
 def test_each_job_is_done_once_and_has_a_log_and_a_place(tmp_path):
     jobs = [waiting("a"), waiting("b"), waiting("c")]
-    told = []
-    records = wait(tmp_path, jobs, tell=lambda *event: told.append(event))
+    events = []
+    records = wait(tmp_path, jobs, tell=lambda *args: events.append(args))
     assert {name: causes(record) for name, record in records.items()} == {"a": [None], "b": [None], "c": [None]}
-    assert sorted(told) == sorted((name, state, "") for name in "abc" for state in ("running", "done"))
+    assert sorted(events) == sorted((name, state, "") for name in "abc" for state in ("running", "done"))
     for name in "abc":
         assert (tmp_path / f"logs/{name}.1.log").is_file()
         assert (tmp_path / f"jobs/{name}/job.json").is_file()
@@ -56,8 +56,8 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, 
     finally:
         first.kill()
     until(lambda: status(tmp_path) == {"quick": "done", "long": "interrupted", "last": "waiting"})
-    done = Store(tmp_path)
-    done._database.execute("UPDATE jobs SET job = json_set(job, '$.data', '0')")  # enough of that
+    store = Store(tmp_path)
+    store._database.execute("UPDATE jobs SET job = json_set(job, '$.data', '0')")  # enough of that
     records = {record.job.name: record for record in _finish(tmp_path)}
     assert states(records) == {"quick": "done", "long": "done", "last": "done"}
     assert causes(records["quick"]) == [None]
@@ -111,8 +111,8 @@ def test_a_killed_worker_is_lost_and_tried_again(tmp_path, number):
     assert causes(records["a"]) == ["lost worker", None]
     # SIGTERM makes a worker kill its group; before it can, as it starts, SIGTERM itself ends it.
     ended = {signal.SIGKILL.name, signal.Signals(number).name}
-    told = {f"The worker was killed by {name}. Retrying from where it stopped." for name in ended}
-    assert records["a"].attempts[0].message in told
+    messages = {f"The worker was killed by {name}. Retrying from where it stopped." for name in ended}
+    assert records["a"].attempts[0].message in messages
     assert causes(records["other"]) == [None]
 
 
@@ -129,16 +129,16 @@ def test_a_worker_that_is_always_killed_fails_and_the_others_finish(tmp_path):
 
 
 def test_the_time_limit_ends_a_worker_and_gives_it_one_more_try(tmp_path):
-    seen = set()
+    workers = set()
 
     def look(*_):
-        seen.update(workers_of(tmp_path, "slow"))
+        workers.update(workers_of(tmp_path, "slow"))
 
     records = wait(tmp_path, [waiting("slow", 600), waiting("quick")], tell=look, time=3.0, retries=5)
     assert causes(records["slow"]) == ["time limit", "time limit"]
     assert states(records) == {"slow": "failed", "quick": "done"}
-    assert seen
-    assert all(map(is_gone, seen))
+    assert workers
+    assert all(map(is_gone, workers))
 
 
 def test_the_time_limit_does_not_count_what_is_copied_first(tmp_path):
@@ -165,10 +165,10 @@ def test_input_and_output_are_tried_again_later_and_then_fail(tmp_path):
 def test_what_planning_has_hashed_is_not_read_again(tmp_path, monkeypatch):
     weights = tmp_path / "weights"
     weights.write_text("content")
-    known = hash_files([weights], tmp_path)
-    place = Task(waiting("a"), 1, Demand()).lay_out(tmp_path)
+    hashes = hash_files([weights], tmp_path)
+    directory = Task(waiting("a"), 1, Demand()).lay_out(tmp_path)
     monkeypatch.setattr("hashlib.file_digest", None)
-    assert hash_files([weights], place) == known
+    assert hash_files([weights], directory) == hashes
 
 
 def run_with_needs(zoo, needs, *, workers=4, memory=1000, tell=lambda *_: None, seconds=0.0, **limits):
@@ -256,18 +256,20 @@ def test_what_is_done_takes_what_its_files_take(tmp_path):
 
 def test_a_job_whose_files_have_changed_while_it_waited_is_planned_again(tmp_path, monkeypatch):
     """It was recorded as the job that was planned, whose rows it had never seen."""
-    rows, seen = tmp_path / "rows.jsonl", []
+    rows, edits = tmp_path / "rows.jsonl", []
     rows.write_text("{}")
     jobs = [waiting(name).model_copy(update={"test": [str(rows)]}) for name in ("a", "b")]
 
     def convert_all():
         prints = [f"{job.name} {rows.read_text()}" for job in jobs]
-        monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(each, Demand(memory=0)) for each in prints])
+        monkeypatch.setattr(
+            "emloc_core.zoo.convert.plan", lambda *_: [(fingerprint, Demand(memory=0)) for fingerprint in prints]
+        )
         return convert(jobs, tmp_path / "zoo", lambda lock: WaitingEngine(1, None, [lock]), tell=lambda *_: edit())
 
     def edit():
-        if not seen:
-            seen.append(rows.write_text("{} "))
+        if not edits:
+            edits.append(rows.write_text("{} "))
 
     a, b = convert_all()
     assert (causes(a), causes(b)) == ([None], ["bad input"])
@@ -303,7 +305,7 @@ def test_a_dry_run_counts_what_is_done_and_what_is_left_over(tmp_path, monkeypat
         store.plan({"begun": needs})
     monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("asked", needs)])
     previews = preview([waiting("asked")], tmp_path)
-    assert [(each.name, each.state) for each in previews] == [("asked", "to do"), ("begun", "to do")]
+    assert [(job.name, job.state) for job in previews] == [("asked", "to do"), ("begun", "to do")]
     needed, room = require_room(previews, tmp_path, Limits(disk=1_110_000))
     assert needed == 650_000 < room < 660_000
     with pytest.raises(EmlocError, match="The jobs would write 650 kB"):
@@ -321,17 +323,19 @@ def test_it_is_said_before_what_a_changed_job_has_made_is_removed(tmp_path, monk
     def plan_as(fingerprint):
         monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(fingerprint, Demand(memory=0))])
 
-    told, made = [], tmp_path / "jobs/a/emulator"
+    events, emulator = [], tmp_path / "jobs/a/emulator"
     with closing(Store(tmp_path, create=True)) as store:
         store.add([waiting("a")], ["1"])
-    made.mkdir(parents=True)
+    emulator.mkdir(parents=True)
     plan_as("1")
-    assert [each.note for each in preview([waiting("a")], tmp_path)] == [""]
+    assert [job.note for job in preview([waiting("a")], tmp_path)] == [""]
     plan_as("2")
-    assert ["its earlier output is removed" in each.note for each in preview([waiting("a")], tmp_path)] == [True]
-    assert made.is_dir()
-    convert([waiting("a")], tmp_path, lambda lock: WaitingEngine(1, None, [lock]), tell=lambda *it: told.append(it))
-    assert [state for _, state, _ in told] == ["changed", "running", "done"]
+    assert ["its earlier output is removed" in job.note for job in preview([waiting("a")], tmp_path)] == [True]
+    assert emulator.is_dir()
+    convert(
+        [waiting("a")], tmp_path, lambda lock: WaitingEngine(1, None, [lock]), tell=lambda *args: events.append(args)
+    )
+    assert [state for _, state, _ in events] == ["changed", "running", "done"]
 
 
 def test_what_is_done_and_gone_is_done_again(tmp_path, monkeypatch):
@@ -339,8 +343,8 @@ def test_what_is_done_and_gone_is_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("a", Demand(memory=0, disk=0))])
 
     def state():
-        (seen,) = preview([job], tmp_path)
-        return seen.state
+        (previewed,) = preview([job], tmp_path)
+        return previewed.state
 
     def attempts():
         (record,) = convert([job], tmp_path, lambda lock: WaitingEngine(1, None, [lock]))

@@ -63,16 +63,16 @@ def run(*argv: object) -> str:
 
 
 def test_all_models_are_listed():
-    said = json.loads(run("list", "--json"))["entries"]
-    assert [entry["id"] for entry in said] == [entry.id for entry in load_entries()]
+    entries = json.loads(run("list", "--json"))["entries"]
+    assert [entry["id"] for entry in entries] == [entry.id for entry in load_entries()]
     table = run("list")
-    assert all(entry["id"] in table for entry in said)
+    assert all(entry["id"] in table for entry in entries)
 
 
 def test_a_glob_and_entries_of_ones_own(own):
     lines = run("list", "zoo-test/*", "--registry", own).split("\n")
-    shown = [line.split() for line in lines if "zoo-test" in line]
-    assert [line[:3] for line in shown] == [["zoo-test/" + name, "llama", "1.9M"] for name in ("one", "short", "two")]
+    rows = [line.split() for line in lines if "zoo-test" in line]
+    assert [line[:3] for line in rows] == [["zoo-test/" + name, "llama", "1.9M"] for name in ("one", "short", "two")]
     assert "none [bold]at all[/bold]" in lines[-3]
     assert "default, small" in lines[-3]
 
@@ -83,10 +83,10 @@ def test_what_is_not_there_is_said(own):
 
 
 def test_an_entry_is_shown_with_its_sources(own):
-    said = run("show", "one", "--registry", own)
-    assert "size         1.9M (this test)\n" in said
-    assert "hidden_size 128" in said
-    assert "preset       small: memory 3GB" in said
+    text = run("show", "one", "--registry", own)
+    assert "size         1.9M (this test)\n" in text
+    assert "hidden_size 128" in text
+    assert "preset       small: memory 3GB" in text
     content = json.loads(run("show", "zoo-test/one", "--registry", own, "--json"))
     entry = read_entry(own / "one.toml")
     assert content["config"] == entry.config
@@ -95,9 +95,9 @@ def test_an_entry_is_shown_with_its_sources(own):
 
 def test_every_packaged_entry_can_be_shown():
     for entry in load_entries():
-        said = run("show", entry.id)
-        assert entry.family in said
-        assert all(source in said for source in entry.sources.values())
+        text = run("show", entry.id)
+        assert entry.family in text
+        assert all(source in text for source in entry.sources.values())
 
 
 def test_one_is_shown_at_a_time(own):
@@ -107,24 +107,24 @@ def test_one_is_shown_at_a_time(own):
 
 def test_a_plan_is_that_of_the_memory_model(own, tmp_path):
     budget = 635_600_000
-    how = ["--registry", own, "--memory", budget, "--headroom", 0, "--kind", "low-rank", "--json"]
-    (planned,) = json.loads(run("plan", "zoo-test/one", *how))["models"]
+    options = ["--registry", own, "--memory", budget, "--headroom", 0, "--kind", "low-rank", "--json"]
+    (planned,) = json.loads(run("plan", "zoo-test/one", *options))["models"]
     (tmp_path / "config.json").write_text(json.dumps(read_entry(own / "one.toml").config))
     train = TrainSettings(batch_size=1)
     model = MemoryModel(tmp_path / "config.json", Workload(1, 64, train=train), CompressSettings(kind="low-rank"))
-    found = largest_ratio(model, budget)
+    fit = largest_ratio(model, budget)
     assert planned["inference"] == model.inference().total
     assert planned["lora"] == model.tuning().total
-    assert (planned["kind"], planned["ratio"]) == ("low-rank", found.ratio)
-    assert planned["tuning"] == found.need.total <= budget
-    assert planned["emulator"] == model.emulator_bytes(model.plan(found.ratio))
+    assert (planned["kind"], planned["ratio"]) == ("low-rank", fit.ratio)
+    assert planned["tuning"] == fit.need.total <= budget
+    assert planned["emulator"] == model.emulator_bytes(model.plan(fit.ratio))
     assert planned["parameters"] == model.parameters()
 
 
 def test_batch_and_length_are_the_presets_or_the_users(own):
-    for given, used in ((["--preset", "small"], (2, 32)), (["--batch-size", 3, "--length", 48], (3, 48))):
-        how = ["--registry", own, "--kind", "nf4", *given, "--json"]
-        (planned,) = json.loads(run("plan", "zoo-test/one", *how))["models"]
+    for arguments, used in ((["--preset", "small"], (2, 32)), (["--batch-size", 3, "--length", 48], (3, 48))):
+        options = ["--registry", own, "--kind", "nf4", *arguments, "--json"]
+        (planned,) = json.loads(run("plan", "zoo-test/one", *options))["models"]
         assert (planned["batch_size"], planned["length"]) == used
 
 
@@ -142,33 +142,35 @@ def test_a_table_says_where_nothing_fits_and_where_no_emulator_is_needed(own):
 
 def test_a_model_that_cannot_be_planned_stops_no_other(own):
     argv = ["zoo", "plan", "zoo-test/*", "--registry", str(own), "--json"]
-    done = CliRunner().invoke(cli, argv)
-    assert str(done.exception) == "1 of 3 models could not be planned. Each says why."
-    planned = {each["id"]: each for each in json.loads(done.stdout)["models"]}
+    result = CliRunner().invoke(cli, argv)
+    assert str(result.exception) == "1 of 3 models could not be planned. Each says why."
+    planned = {model["id"]: model for model in json.loads(result.stdout)["models"]}
     assert "takes at most 16 tokens, not 64" in planned["zoo-test/short"]["error"]
     assert planned["zoo-test/short"]["inference"] is None
     assert planned["zoo-test/one"]["inference"] < planned["zoo-test/two"]["inference"]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [([], "no rows to calibrate on"), (["--memory", "100MB"], "it needs more than 100 MB of memory")],
 )
-def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options, said):
+def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options, message):
     argv = ["zoo", "convert", *[str(tiny_model)] * 2, "-o", str(tmp_path / "zoo"), *options, "--dry-run"]
     argv += ["--data", str(rows_file)] if options else []
     with planning_here():
-        done = CliRunner().invoke(cli, argv)
+        result = CliRunner().invoke(cli, argv)
         jobs = json.loads(CliRunner().invoke(cli, [*argv, "--json"]).stdout)["jobs"]
-    assert str(done.exception).startswith(f"1 of 2 jobs would fail. tiny-llama: {said}.")
-    assert f"({said})" in done.stdout
-    assert [job["refused"] for job in jobs] == [said, ""]
+    assert str(result.exception).startswith(f"1 of 2 jobs would fail. tiny-llama: {message}.")
+    assert f"({message})" in result.stdout
+    assert [job["refused"] for job in jobs] == [message, ""]
 
 
 def test_a_job_that_polishes_needs_room_for_it(tiny_model, rows_file):
     job = ZooJob(name="job", model=str(tiny_model), data=str(rows_file), train=TrainSettings(batch_size=1))
     compared = job.model_copy(update={"eval": EvalSection(tasks=["task.yaml"], full_lora=True)})
     steps = PolishSettings(batch_size=1, accumulation=100_000)  # all of whose boundaries wait
-    alone, with_bound, polished = (needs(each) for each in (job, compared, job.model_copy(update={"polish": steps})))
+    alone, with_bound, polished = (
+        needs(variant) for variant in (job, compared, job.model_copy(update={"polish": steps}))
+    )
     assert polished.disk - alone.disk == with_bound.disk - alone.disk  # one LoRA more
     assert polished.memory > alone.memory

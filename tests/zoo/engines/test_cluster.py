@@ -41,7 +41,7 @@ SMALL = CompressSettings(samples=8, selection=0, ratio=0.5)
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster of two nodes with a processor each, confined as one that emloc starts itself."""
+    """A cluster of two nodes with a processor each, confined like one that emloc starts itself."""
     confine()
     from ray.cluster_utils import Cluster
 
@@ -53,15 +53,15 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def jobs(tiny_model, rows_file, tmp_path_factory):
-    """A model, another one, one whose shard is cut off, and the first again under another name."""
-    models, found = tmp_path_factory.mktemp("zoo-models"), []
+    """Four models: two different ones, one with a truncated shard, and the first again under another name."""
+    models, zoo_jobs = tmp_path_factory.mktemp("zoo-models"), []
     for name in ("first", "other", "broken", "again"):
         model = Path(shutil.copytree(tiny_model, models / name))
-        found.append(ZooJob(name=name, model=str(model), data=str(rows_file), compress=SMALL, offline=True))
+        zoo_jobs.append(ZooJob(name=name, model=str(model), data=str(rows_file), compress=SMALL, offline=True))
     (models / "other" / "generation_config.json").write_text("{}")  # else it were the first again
     shard = models / "broken" / "model.safetensors"
     os.truncate(shard, shard.stat().st_size // 2)
-    return found
+    return zoo_jobs
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +86,19 @@ def causes(records):
 
 
 def contents(directory):
-    """All files of an output but the one of timings."""
+    """All files of an output except the timings."""
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if name != TIMING}
 
 
 def workers(zoo):
     """The workers of a zoo on this machine; their stages, which are forks of them, included."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
         if "emloc_core.zoo.engines.worker" in command and command[-1].startswith(str(zoo)):
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def wait_for(condition, seconds=300):
@@ -117,10 +117,10 @@ def test_both_engines_write_the_same_bytes_though_a_worker_and_a_node_are_lost(c
 
     def lose():
         wait_for(lambda: all(workers(tmp_path / "jobs" / job.name) for job in jobs[:2]))
-        found = {process: raylet in process.parents() for process in workers(tmp_path)}
-        niceness.update(process.nice() for process in found)
-        on_node.extend(process for process, there in found.items() if there)
-        next(process for process, there in found.items() if not there).kill()
+        is_on_node = {process: raylet in process.parents() for process in workers(tmp_path)}
+        niceness.update(process.nice() for process in is_on_node)
+        on_node.extend(process for process, there_too in is_on_node.items() if there_too)
+        next(process for process, there_too in is_on_node.items() if not there_too).kill()
         cluster.remove_node(node, allow_graceful=False)
 
     thread = threading.Thread(target=lose)
@@ -173,11 +173,11 @@ def test_a_killed_driver_leaves_nothing_behind(cluster, jobs, rows_file, tmp_pat
         assert {record.state for record in Store(zoo).records()} <= {"running", "waiting"}
         driver.send_signal(signal.SIGKILL)
     wait_for(lambda: not workers(zoo))
-    found = Store(zoo).records()
-    interrupted = {record.job.name for record in found if record.state == "interrupted"}
+    stored = Store(zoo).records()
+    interrupted = {record.job.name for record in stored if record.state == "interrupted"}
     assert interrupted
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     records = Store(zoo).records()
     assert len(records) == 2
     for record in records:
@@ -188,12 +188,12 @@ def test_a_killed_driver_leaves_nothing_behind(cluster, jobs, rows_file, tmp_pat
 
 @pytest.mark.thorough
 def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
-    place, storage = tmp_path / "elsewhere", Storage("memory://zoo")
-    shutil.copytree(jobs[0].model, place)
+    directory, storage = tmp_path / "elsewhere", Storage("memory://zoo")
+    shutil.copytree(jobs[0].model, directory)
     rows = Path(shutil.copy(jobs[0].data, tmp_path / "rows.jsonl"))
-    job = jobs[0].model_copy(update={"model": str(place), "data": str(rows)})
-    inputs = {str(path): share(storage, path) for path in (place, rows)}
-    shutil.rmtree(place)
+    job = jobs[0].model_copy(update={"model": str(directory), "data": str(rows)})
+    inputs = {str(path): share(storage, path) for path in (directory, rows)}
+    shutil.rmtree(directory)
     rows.unlink()
     order = Order(job.model_dump_json(), str(tmp_path), "logs/first.1.log", "memory://zoo", inputs)
     outcome = perform(order)
@@ -209,17 +209,17 @@ def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
 
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
-    """A worker that makes its emulator at once and ends at the third look, by ``cause``, with the ``jobs`` so far."""
+    """A class of workers that are done at once and end at the third poll, by ``cause``; ``jobs`` lists their jobs."""
 
-    class Made:
+    class FinishedWorker:
         cause, jobs = None, []
 
-        def __init__(self, job, place, log, _):
+        def __init__(self, job, directory, log, _):
             self.jobs.append(job)
             self.looks = 0
             log.write_text("made\n")
-            (place / "emulator").mkdir()
-            write_json(place / "emulator" / "emloc.json", {})
+            (directory / "emulator").mkdir()
+            write_json(directory / "emulator" / "emloc.json", {})
 
         def outcome(self):
             self.looks += 1
@@ -229,9 +229,9 @@ def worker(monkeypatch, tmp_path):
             pass
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(emloc_core.zoo.engines.node, "Worker", Made)
+    monkeypatch.setattr(emloc_core.zoo.engines.node, "Worker", FinishedWorker)
     monkeypatch.setattr(emloc_core.zoo.engines.node, "_MIRROR", 0)
-    return Made
+    return FinishedWorker
 
 
 def test_storage_that_fails_for_a_while_ends_no_worker(jobs, worker, tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_storage_that_fails_for_a_while_ends_no_worker(jobs, worker, tmp_path, m
     order = replace(order, storage=storage.url)
     publish, fail = Storage.publish, Mock(side_effect=OSError("it is away"))
     monkeypatch.setattr(Storage, "write", fail)
-    monkeypatch.setattr(Storage, "publish", lambda *given: publish(*given) if fail.called else fail())
+    monkeypatch.setattr(Storage, "publish", lambda *args: publish(*args) if fail.called else fail())
     assert perform(order)["cause"] is None
     assert len(worker.jobs) == 1
     assert storage.has(output_names(jobs[0], {})["emulator"])
@@ -264,8 +264,8 @@ def test_another_file_in_that_place_is_not_the_drivers(jobs, worker, tmp_path):
     storage.files.rm(storage._path("jobs"), recursive=True)
     rows.write_text("{}\n")
     assert perform(order)["cause"] is None
-    there, fetched = (Path(job.data) for job in worker.jobs)
-    assert (there, fetched.name) == (rows, rows.name)
+    original, fetched = (Path(job.data) for job in worker.jobs)
+    assert (original, fetched.name) == (rows, rows.name)
     assert fetched.is_relative_to(tmp_path / "temporary")
 
 
@@ -276,8 +276,8 @@ def test_another_job_of_the_name_has_outputs_of_its_own():
     assert names == output_names(job.model_copy(update={"offline": True}), {"rows.jsonl": "inputs/1"})
 
     def kept(other, rows="inputs/1"):
-        found = output_names(other, {"rows.jsonl": rows})
-        return [stage for stage, name in found.items() if name == names[stage]]
+        other_names = output_names(other, {"rows.jsonl": rows})
+        return [stage for stage, name in other_names.items() if name == names[stage]]
 
     assert kept(job.smaller("emulator")) == []
     assert kept(job, rows="inputs/2") == []
@@ -303,10 +303,10 @@ def test_a_node_with_another_version(jobs, tmp_path):
 def test_two_workers_never_share_a_directory(jobs, tmp_path, monkeypatch):
     monkeypatch.setattr(emloc_core.zoo.engines.node, "_PATIENCE", 0.2)
     job = jobs[0].model_copy(update={"data": None})
-    place = tmp_path / "jobs" / job.name
-    write_job(job, place)
+    directory = tmp_path / "jobs" / job.name
+    write_job(job, directory)
     order = Order(job.model_dump_json(), str(tmp_path), "logs/a.1.log", None, {})
-    with emloc_core.zoo.engines.node._alone(place):
+    with emloc_core.zoo.engines.node._alone(directory):
         assert perform(order)["cause"] == "input/output"
     assert "no rows to calibrate on" in perform(order)["message"]  # it is the worker that says so
 
@@ -318,7 +318,7 @@ def engine(monkeypatch):
     def make(*nodes, unused=None, **options):
         class Ray:
             def nodes(self):
-                return [{"Alive": alive, "Resources": has} for alive, has in nodes]
+                return [{"Alive": alive, "Resources": resources} for alive, resources in nodes]
 
             def available_resources(self):
                 return unused
@@ -359,9 +359,9 @@ def test_what_others_use_is_not_there(engine, tmp_path, monkeypatch):
     assert engine(node, unused={}).slots(task()) == 8
     shared = engine(node, unused={"CPU": 3.0, "memory": 8.0 * 2**30})
     shared._submit = lambda *_: None
-    for left in (2, 1, 0):
+    for free_slots in (2, 1, 0):
         shared.start(task(), tmp_path)
-        assert shared.slots(task()) == left
+        assert shared.slots(task()) == free_slots
 
 
 @pytest.mark.parametrize(("wanted", "cause"), [({"threads": 8}, "bad input"), ({"memory": 9 << 30}, "out of memory")])
@@ -385,15 +385,15 @@ def test_options_of_clusters_are_for_clusters(option, tmp_path):
 
 
 def test_storage_that_cannot_be_asked_ends_an_attempt_and_not_the_driver(engine, jobs, tmp_path, monkeypatch):
-    made = engine((True, {"CPU": 1.0}), storage="memory://away")
-    made._ray.wait, made._ray.get = lambda given, **_: (given, []), lambda _: {"cause": None, "host": "far"}
-    made._ray.exceptions = SimpleNamespace(**dict.fromkeys(("OutOfMemoryError", "RayTaskError", "RayError"), KeyError))
-    made._submit = lambda *_: None
-    handle = made.start(Task(jobs[0], 1, Demand()), tmp_path)
+    ray = engine((True, {"CPU": 1.0}), storage="memory://away")
+    ray._ray.wait, ray._ray.get = lambda futures, **_: (futures, []), lambda _: {"cause": None, "host": "far"}
+    ray._ray.exceptions = SimpleNamespace(**dict.fromkeys(("OutOfMemoryError", "RayTaskError", "RayError"), KeyError))
+    ray._submit = lambda *_: None
+    handle = ray.start(Task(jobs[0], 1, Demand()), tmp_path)
     handle.submitted.result()
-    monkeypatch.setattr(made._storage.files, "isfile", Mock(side_effect=RuntimeError("no route")))
-    monkeypatch.setattr(made._storage.files, "cat_file", Mock(side_effect=RuntimeError("no route")))
-    outcome = made.poll(handle)
+    monkeypatch.setattr(ray._storage.files, "isfile", Mock(side_effect=RuntimeError("no route")))
+    monkeypatch.setattr(ray._storage.files, "cat_file", Mock(side_effect=RuntimeError("no route")))
+    outcome = ray.poll(handle)
     assert outcome.cause == "input/output"
     assert "no route" in outcome.message
 
@@ -402,10 +402,10 @@ def test_storage_that_cannot_be_asked_ends_an_attempt_and_not_the_driver(engine,
 def test_a_temporary_directory_of_another_user_is_not_used(jobs, tmp_path, monkeypatch):
     order = Order(jobs[0].model_dump_json(), "", "log", str(tmp_path / "remote"), {})
     assert perform(order)["cause"] is None
-    (place,) = (tmp_path / "temporary").iterdir()
-    assert place.stat().st_mode & 0o777 == 0o700
+    (directory,) = (tmp_path / "temporary").iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700
     me = os.getuid()
-    place.rename(place.with_name(f"emloc-zoo-{me + 1}"))
+    directory.rename(directory.with_name(f"emloc-zoo-{me + 1}"))
     monkeypatch.setattr("os.getuid", lambda: me + 1)
     with pytest.raises(EmlocError, match="belongs to another user"):
         perform(order)
@@ -414,18 +414,18 @@ def test_a_temporary_directory_of_another_user_is_not_used(jobs, tmp_path, monke
 def test_an_id_of_the_hub_is_no_path_here(engine, tmp_path, monkeypatch):
     (tmp_path / "organisation/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    made = engine((True, {"CPU": 1.0}), storage="memory://zoo")
-    made._submit = lambda *_: None
+    ray = engine((True, {"CPU": 1.0}), storage="memory://zoo")
+    ray._submit = lambda *_: None
     job = ZooJob(name="a", model="organisation/model", data=str(tmp_path))
-    assert made.start(Task(job, 1, Demand()), tmp_path / "zoo").inputs.keys() == {str(tmp_path)}
+    assert ray.start(Task(job, 1, Demand()), tmp_path / "zoo").inputs.keys() == {str(tmp_path)}
 
 
 def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
-    made = engine((True, {"CPU": 1.0}))
+    ray = engine((True, {"CPU": 1.0}))
     handle = RayHandle(Task(jobs[0], 1, Demand()), tmp_path, {}, {}, Future())
-    outcome = made._verified(Outcome(None, host="far"), handle)
+    outcome = ray._verified(Outcome(None, host="far"), handle)
     assert outcome.cause == "input/output"
     emulator = tmp_path / "jobs" / "first" / "emulator"
     emulator.mkdir(parents=True)
     write_json(emulator / "emloc.json", {})
-    assert made._verified(Outcome(None), handle).cause is None
+    assert ray._verified(Outcome(None), handle).cause is None

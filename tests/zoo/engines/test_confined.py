@@ -21,7 +21,7 @@ LOCAL = """
     engine.close()
 """
 
-#: The same of the demo's two nodes.
+#: The same with the demo's two nodes.
 NODES = """
     import sys, threading
     from emloc_demo.zoo.command import two_nodes
@@ -60,11 +60,15 @@ def ray(request):
 
 
 def listening(process):
-    """Return the addresses at which a process and all that it started accept connections, with its name."""
-    found = []
-    for each in [process, *process.children(recursive=True)]:
-        found += [(each.name(), at.laddr) for at in each.net_connections("inet") if at.status == psutil.CONN_LISTEN]
-    return found
+    """Return name and address of every socket on which a process, or one that it started, listens."""
+    addresses = []
+    for member in [process, *process.children(recursive=True)]:
+        addresses += [
+            (member.name(), connection.laddr)
+            for connection in member.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+    return addresses
 
 
 def is_loopback(address):
@@ -74,24 +78,24 @@ def is_loopback(address):
 
 def test_listens_on_loopback_alone(ray):
     driver, _ = ray
-    found = listening(driver)
-    assert {name for name, _ in found} >= {"gcs_server", "raylet"}
-    assert any(name.startswith("ray::") for name, _ in found)  # workers
-    assert [name for name, at in found if not is_loopback(at.ip)] == []
+    listeners = listening(driver)
+    assert {name for name, _ in listeners} >= {"gcs_server", "raylet"}
+    assert any(name.startswith("ray::") for name, _ in listeners)  # workers
+    assert [name for name, address in listeners if not is_loopback(address.ip)] == []
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64])
 def test_answers_no_one_without_the_token(ray, token, tmp_path):
     _, address = ray
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
-    soon = {"RAY_gcs_server_request_timeout_seconds": "2", "RAY_gcs_rpc_server_connect_timeout_s": "1"}
-    done = subprocess.run(
+    credentials = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+    timeouts = {"RAY_gcs_server_request_timeout_seconds": "2", "RAY_gcs_rpc_server_connect_timeout_s": "1"}
+    process = subprocess.run(
         [sys.executable, "-c", JOIN, address],
-        env={**others, **given, **soon, "HOME": str(tmp_path)},
+        env={**others, **credentials, **timeouts, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode != 0
-    assert "AuthenticationError" in done.stderr
+    assert process.returncode != 0
+    assert "AuthenticationError" in process.stderr

@@ -1,4 +1,4 @@
-"""Storage by URL: what is half written never looks whole, and what is fetched stays in its place."""
+"""Storage by URL: a partial copy never looks complete, and fetched files stay in their directory."""
 
 from unittest.mock import Mock
 
@@ -23,13 +23,13 @@ def storage(request, tmp_path):
 @pytest.fixture
 def output(tmp_path):
     """A finished directory, with files in a directory of its own."""
-    made = tmp_path / "made"
-    (made / "inner").mkdir(parents=True)
-    (made / "a.safetensors").write_bytes(b"weights")
-    (made / "zeta.json").write_text("{}")
-    (made / "inner" / "b.txt").write_text("text")
-    (made / MARKER).write_text('{"kind": "emulator"}')
-    return made
+    directory = tmp_path / "made"
+    (directory / "inner").mkdir(parents=True)
+    (directory / "a.safetensors").write_bytes(b"weights")
+    (directory / "zeta.json").write_text("{}")
+    (directory / "inner" / "b.txt").write_text("text")
+    (directory / MARKER).write_text('{"kind": "emulator"}')
+    return directory
 
 
 def contents(directory):
@@ -51,12 +51,12 @@ def test_is_whole_with_its_last_file_alone(storage, output, tmp_path, monkeypatc
     """Interrupted before any of its four files, a copy is not whole; the next one finishes it."""
 
     def put(source, target):
-        if len(done) == written:
+        if len(copied) == written:
             raise KeyboardInterrupt
-        done.append(target)
-        whole(source, target)
+        copied.append(target)
+        original_put(source, target)
 
-    done, whole = [], storage._put
+    copied, original_put = [], storage._put
     monkeypatch.setattr(storage, "_put", put)
     with pytest.raises(KeyboardInterrupt):
         storage.publish(output, "emulator")

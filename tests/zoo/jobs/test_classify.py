@@ -69,7 +69,7 @@ def test_an_exception_tells_its_cause(error, cause):
 
 
 class ReadTimeoutError(Exception):
-    """As that of the hub's HTTP library, which is of no class of Python's own."""
+    """Like the error of the hub's HTTP library, which has no built-in base class."""
 
 
 @pytest.mark.parametrize("error", [ReadTimeoutError("slow"), RuntimeError("Task error: CAS Client Error")])
@@ -95,7 +95,7 @@ def test_an_exit_code_tells_its_cause_where_there_was_no_room_for_more(cause):
 
 
 @pytest.mark.parametrize(
-    ("code", "cause", "said"),
+    ("code", "cause", "expected"),
     [
         ("raise ValueError", "crash", "exit code 1"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "lost worker", "SIGKILL"),
@@ -103,11 +103,11 @@ def test_an_exit_code_tells_its_cause_where_there_was_no_room_for_more(cause):
         ("import os; os.abort()", "crash", "SIGABRT"),
     ],
 )
-def test_the_end_of_a_process_tells_its_cause(code, cause, said):
+def test_the_end_of_a_process_tells_its_cause(code, cause, expected):
     outcome = ended(end(code), memory_kills(), "It")
-    assert (outcome.cause, said in outcome.message) == (cause, True)
+    assert (outcome.cause, expected in outcome.message) == (cause, True)
 
 
 def test_the_kernel_kills_for_want_of_memory():
-    """What the kernel counts has grown since: it was the kernel."""
+    """Its count of kills has grown since: it was the kernel."""
     assert ended(-signal.SIGKILL, memory_kills() - 1, "It").cause == "out of memory"

@@ -102,7 +102,7 @@ def test_a_file_of_jobs_cannot_leave_its_directory(tmp_path, key, path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[[job]]\nmodle = 'a/b'", r"no setting 'job.0.modle'. Did you mean 'model'"),
         ("[[job]]\nmodel = 'a/b'\ntrain = { rank = 4 }", r"no setting 'job.0.train.rank'. Did you mean 'lora_rank'"),
@@ -116,13 +116,13 @@ def test_a_file_of_jobs_cannot_leave_its_directory(tmp_path, key, path):
         ("[[job", "not valid TOML"),
     ],
 )
-def test_a_wrong_file_of_jobs_is_one_error(tmp_path, text, said):
-    with pytest.raises(EmlocError, match=said):
+def test_a_wrong_file_of_jobs_is_one_error(tmp_path, text, message):
+    with pytest.raises(EmlocError, match=message):
         resolve([write(tmp_path / "jobs.toml", text)], Defaults())
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("./nowhere", "does not exist"),
         ("nowhere/", "does not exist"),
@@ -131,9 +131,9 @@ def test_a_wrong_file_of_jobs_is_one_error(tmp_path, text, said):
         ("no-such-*", "No entry of the registry matches"),
     ],
 )
-def test_what_is_no_source(source, said, monkeypatch, tmp_path):
+def test_what_is_no_source(source, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EmlocError, match=said):
+    with pytest.raises(EmlocError, match=message):
         resolve([source], Defaults())
 
 
@@ -175,21 +175,21 @@ def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
     lines += ["[presets.default]", "ratio = 0.5", "[config]", 'model_type = "internvl"']
     (tmp_path / "entry.toml").write_text("\n".join(lines))
     settings = {"ratio": 0.5, "samples": 4, "selection": 0}
-    given = Defaults(data=str(rows_file), compress=settings, registry=[tmp_path / "entry.toml"], offline=True)
-    jobs = [*resolve(["mine/chat"], given), *resolve([str(native)], given)]
+    defaults = Defaults(data=str(rows_file), compress=settings, registry=[tmp_path / "entry.toml"], offline=True)
+    jobs = [*resolve(["mine/chat"], defaults), *resolve([str(native)], defaults)]
     (chat, needs), (other, of_native) = plan(jobs, tmp_path)
     assert chat != other
     assert needs.base == of_native.base
     assert needs.disk - needs.emulator == of_native.disk - of_native.emulator + needs.base
     assert ForkingDriver(tmp_path / "log", drive, tmp_path / "zoo", jobs[:1]).wait() == 0
-    (done,) = Store(tmp_path / "zoo").records()
-    assert done.state == "done", done
-    assert set(done.result["stages"]) == {"native", "emulator"}
-    assert done.result["family"] == "internvl"
-    assert all(0 < linear["relative_error"] < 1 for linear in done.result["linears"] if linear["rank"])
+    (record,) = Store(tmp_path / "zoo").records()
+    assert record.state == "done", record
+    assert set(record.result["stages"]) == {"native", "emulator"}
+    assert record.result["family"] == "internvl"
+    assert all(0 < linear["relative_error"] < 1 for linear in record.result["linears"] if linear["rank"])
     ours, theirs = (
-        {name: content for name, (content, *_) in files(made).items() if name != TIMING}
-        for made in (tmp_path / "zoo/jobs/chat/native", native)
+        {name: content for name, (content, *_) in files(directory).items() if name != TIMING}
+        for directory in (tmp_path / "zoo/jobs/chat/native", native)
     )
     assert ours == theirs
 
@@ -232,7 +232,7 @@ def test_a_task_of_an_entry_that_is_data_is_asked(entry_with_a_task):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ("process_docs: !function evil.run", "calls the function evil.run"),
         ("metric_list: [{metric: !function evil.run}]", "calls the function evil.run"),
@@ -249,12 +249,12 @@ def test_a_task_of_an_entry_that_is_data_is_asked(entry_with_a_task):
         ("dataset_kwargs: {data_files: link/outside.jsonl}", r"names .*outside.jsonl, outside its directory"),
     ],
 )
-def test_a_task_of_an_entry_runs_no_code_and_stays_in_its_directory(entry_with_a_task, tmp_path, more, said):
+def test_a_task_of_an_entry_runs_no_code_and_stays_in_its_directory(entry_with_a_task, tmp_path, more, message):
     root = entry_with_a_task(more)
     (root / "link").symlink_to(tmp_path)
     (tmp_path / "outside.yaml").write_text("tag: a")
     (tmp_path / "outside.jsonl").write_text("{}")
-    with pytest.raises(EmlocError, match=f"of an entry .*{said}"):
+    with pytest.raises(EmlocError, match=f"of an entry .*{message}"):
         resolve(["a/b"], Defaults(registry=[root]))
 
 
@@ -276,8 +276,8 @@ def test_a_download_is_counted_unless_it_is_there(tmp_path, monkeypatch):
     for file, content in {"refs/main": "abc", "snapshots/abc/model.safetensors": ""}.items():
         (repository / file).parent.mkdir(parents=True)
         (repository / file).write_text(content)
-    ((_, there),) = plan_here([job], tmp_path)
-    assert there == offline
+    ((_, cached),) = plan_here([job], tmp_path)
+    assert cached == offline
 
 
 def test_names_are_directories_anywhere():
@@ -293,11 +293,11 @@ def test_names_are_directories_anywhere():
 def test_a_name_does_not_depend_on_what_is_named_before(models):
     """The same command with its sources in another order found the finished job of another model."""
     shutil.copytree(models / "whole", models.parent / "others/whole")
-    places = [str(models / "whole"), str(models.parent / "others")]
-    found = [{job.model: job.name for job in resolve(each, Defaults())} for each in (places, places[::-1])]
-    assert found[0] == found[1]
-    assert all(re.fullmatch("whole-[0-9a-f]{6}", name) for name in found[0].values())
-    assert len(set(found[0].values())) == 2
+    sources = [str(models / "whole"), str(models.parent / "others")]
+    names = [{job.model: job.name for job in resolve(order, Defaults())} for order in (sources, sources[::-1])]
+    assert names[0] == names[1]
+    assert all(re.fullmatch("whole-[0-9a-f]{6}", name) for name in names[0].values())
+    assert len(set(names[0].values())) == 2
 
 
 def test_a_fingerprint_is_of_all_that_decides_the_outputs(tmp_path):
@@ -329,28 +329,28 @@ def test_a_fingerprint_is_of_what_rows_say_and_show(tmp_path):
         job = ZooJob(name="a", model="org/model", data=str(tmp_path / name), test=[str(tmp_path / "test.jsonl")])
         return job.fingerprint(tmp_path)
 
-    found = []
-    for shown in (b"one", b"two"):
-        (tmp_path / "shown.png").write_bytes(shown)
-        found.append(fingerprint())
-        assert fingerprint("copy.jsonl") == found[-1]
+    fingerprints = []
+    for image in (b"one", b"two"):
+        (tmp_path / "shown.png").write_bytes(image)
+        fingerprints.append(fingerprint())
+        assert fingerprint("copy.jsonl") == fingerprints[-1]
     (tmp_path / "test.jsonl").write_text(json.dumps({"messages": turns}))
-    assert len({*found, fingerprint()}) == 3
+    assert len({*fingerprints, fingerprint()}) == 3
 
 
 def test_a_fingerprint_is_of_what_a_directory_holds(tmp_path):
     folder, saved = tmp_path / "folder", tmp_path / "saved"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"shown")
-    found = []
+    fingerprints = []
     for text in ("one", "two"):
         (folder / "a.txt").write_text(text)
         shutil.rmtree(saved, ignore_errors=True)
         DatasetDict({"train": Dataset.from_dict({"text": [text]})}).save_to_disk(saved)
-        jobs = [ZooJob(name="a", model="org/model", data=str(each)) for each in (folder, saved)]
-        found += [job.fingerprint(tmp_path) for job in jobs]
-        assert [job.fingerprint(tmp_path) for job in jobs] == found[-2:]
-    assert len(set(found)) == 4
+        jobs = [ZooJob(name="a", model="org/model", data=str(directory)) for directory in (folder, saved)]
+        fingerprints += [job.fingerprint(tmp_path) for job in jobs]
+        assert [job.fingerprint(tmp_path) for job in jobs] == fingerprints[-2:]
+    assert len(set(fingerprints)) == 4
     stamps = jobs[0].stamps()
     (folder / ".DS_Store").touch()  # as file managers make it
     assert jobs[0].stamps() == stamps
@@ -363,15 +363,15 @@ def test_a_fingerprint_is_of_what_a_directory_holds(tmp_path):
 def test_a_fingerprint_is_of_what_tasks_ask(tmp_path):
     task, rows = tmp_path / "task.yaml", tmp_path / "rows.jsonl"
     job = ZooJob(name="a", model="org/model", data="org/rows", train={}, eval={"tasks": [str(task), "arc_easy"]})
-    found = [job.fingerprint(tmp_path)]
+    fingerprints = [job.fingerprint(tmp_path)]
     task.write_text("task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n")
-    found.append(job.fingerprint(tmp_path))
+    fingerprints.append(job.fingerprint(tmp_path))
     for question in ("one", "two"):
         rows.write_text(json.dumps({"question": question}))
-        found.append(job.fingerprint(tmp_path))
-        assert job.fingerprint(tmp_path) == found[-1]
+        fingerprints.append(job.fingerprint(tmp_path))
+        assert job.fingerprint(tmp_path) == fingerprints[-1]
     task.write_text(task.read_text() + "doc_to_text: question\n")
-    assert len({*found, job.fingerprint(tmp_path)}) == 5
+    assert len({*fingerprints, job.fingerprint(tmp_path)}) == 5
 
 
 def test_smaller_is_what_the_stage_can_give():

@@ -85,10 +85,10 @@ def test_the_page_is_in_order(page, everything, width, dark, tmp_path):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_failures_are_seen_with_cause_and_log(page, everything, width):
     look(page, everything, width)
-    shown = page.value("document.querySelector('details.failed').innerText")
-    assert "bad input" in shown
-    assert "model-00002.safetensors ends too early." in shown
-    assert zoos.HOSTILE in shown
+    text = page.value("document.querySelector('details.failed').innerText")
+    assert "bad input" in text
+    assert "model-00002.safetensors ends too early." in text
+    assert zoos.HOSTILE in text
     assert page.value("document.querySelector('details.failed pre').clientHeight") > 60
     states = page.value("[...document.querySelectorAll('td.state')].map(each => each.innerText.split('\\n')[0])")
     assert states == ["failed", "interrupted", "waiting", "waiting", "done", "done", "done", "done", "duplicate"]
@@ -101,7 +101,7 @@ def test_the_end_of_a_long_log_is_seen_first(page, tmp_path):
     store.close()
     write_report(tmp_path, tmp_path)
     look(page, tmp_path / PAGE, 1280)
-    seen = """(() => {
+    script = """(() => {
       const box = document.querySelector('pre').getBoundingClientRect();
       const text = document.querySelector('pre').firstChild, range = document.createRange();
       return [text.data.indexOf('line 61'), text.data.indexOf('line 100')].map(at => {
@@ -111,7 +111,7 @@ def test_the_end_of_a_long_log_is_seen_first(page, tmp_path):
         return line.top >= box.top && line.bottom <= box.bottom;
       });
     })()"""
-    assert page.value(seen) == [False, True]
+    assert page.value(script) == [False, True]
 
 
 def test_nothing_hostile_runs_or_becomes_a_part_of_the_page(page, everything):
@@ -130,7 +130,7 @@ def test_the_policy_forbids_what_escaping_let_through(page, everything, tmp_path
     page.requests.clear()
     page.open(tmp_path / "hole.html", 1280)
     assert page.value("document.title") == "everything · zoo report"
-    assert len([each for each in page.complaints if "Content Security Policy" in each]) == 2
+    assert len([complaint for complaint in page.complaints if "Content Security Policy" in complaint]) == 2
 
 
 def test_the_table_is_sorted_by_its_headings(page, everything):

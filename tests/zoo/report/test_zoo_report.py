@@ -47,7 +47,7 @@ def content(zoo):
 
 
 @pytest.fixture
-def written(zoo, content):
+def reported_zoo(zoo, content):
     """The zoo with its report."""
     assert content["jobs"]
     return zoo
@@ -93,16 +93,16 @@ def test_memory_says_whether_it_was_measured(by_name):
     ]
 
 
-def test_the_kind_and_the_losses_are_told(written, content):
-    done = next(job for job in content["jobs"] if job["losses"])
-    assert (done["kind"], done["losses"]) == ("low-rank", {"tuning": 0.41, "base": 0.38})
-    text = " ".join(Text((written / PAGE).read_text()).text.split())
+def test_the_kind_and_the_losses_are_told(reported_zoo, content):
+    job = next(job for job in content["jobs"] if job["losses"])
+    assert (job["kind"], job["losses"]) == ("low-rank", {"tuning": 0.41, "base": 0.38})
+    text = " ".join(Text((reported_zoo / PAGE).read_text()).text.split())
     assert "tuning 0.41" in text
     assert "base 0.38" in text
 
 
-def test_planned_weights_are_said_to_be(written):
-    assert len(re.findall(r"<small>planned</small>\s*</td>", (written / PAGE).read_text())) == 1
+def test_planned_weights_are_said_to_be(reported_zoo):
+    assert len(re.findall(r"<small>planned</small>\s*</td>", (reported_zoo / PAGE).read_text())) == 1
 
 
 def test_a_gpus_peak_goes_before_the_processs(tmp_path):
@@ -115,10 +115,10 @@ def test_a_gpus_peak_goes_before_the_processs(tmp_path):
 
 
 def test_errors_that_are_no_numbers_are_counted_and_written_in_words(by_name):
-    found = by_name["not-a-number"]["errors"]
-    assert found["not_finite"] == 1
-    assert found["path"].startswith("model.layers.")
-    assert 0 < found["median"] < found["worst"] < 1
+    errors = by_name["not-a-number"]["errors"]
+    assert errors["not_finite"] == 1
+    assert errors["path"].startswith("model.layers.")
+    assert 0 < errors["median"] < errors["worst"] < 1
     assert by_name["not-a-number"]["result"]["linears"][20]["relative_error"] == "NaN"
 
 
@@ -130,8 +130,8 @@ def test_a_failure_has_its_cause_and_the_end_of_its_log(by_name, zoo):
     assert by_name["tiny-alpaca-1B"]["log_end"] is None
 
 
-def test_the_page_asks_for_nothing_and_hostile_text_stays_text(written):
-    page = Text((written / PAGE).read_text(encoding="utf-8"))
+def test_the_page_asks_for_nothing_and_hostile_text_stays_text(reported_zoo):
+    page = Text((reported_zoo / PAGE).read_text(encoding="utf-8"))
     assert zoos.HOSTILE in page.text
     assert page.tags.count("script") == 1
     assert not {"img", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
@@ -142,21 +142,21 @@ def test_the_page_asks_for_nothing_and_hostile_text_stays_text(written):
     assert "@import" not in page.text
 
 
-def test_control_characters_reach_no_file(written):
-    text = (written / PAGE).read_text(encoding="utf-8")
-    assert not {each for each in text if ord(each) < 32 and each != "\n"}
+def test_control_characters_reach_no_file(reported_zoo):
+    text = (reported_zoo / PAGE).read_text(encoding="utf-8")
+    assert not {character for character in text if ord(character) < 32 and character != "\n"}
     assert "\u202e" not in text
 
 
-def test_scores_are_in_both_files(written, by_name):
+def test_scores_are_in_both_files(reported_zoo, by_name):
     assert by_name["tiny-alpaca-1B"]["result"]["systems"]["base+corrected"]["nll"] == 0.18
-    page = (written / PAGE).read_text()
+    page = (reported_zoo / PAGE).read_text()
     assert '<td class="best">0.18</td>' in page
     assert "1.16 → 0.18" in page
 
 
-def test_a_tower_that_stayed_dense_is_said_and_not_drawn(written, by_name):
-    page = (written / PAGE).read_text()
+def test_a_tower_that_stayed_dense_is_said_and_not_drawn(reported_zoo, by_name):
+    page = (reported_zoo / PAGE).read_text()
     assert "<code>model.visual.blocks</code> stayed dense." in page
     assert "<h4>model.visual.blocks</h4>" not in page
     assert by_name["only-the-emulator"]["errors"]["median"] > 0
@@ -170,8 +170,8 @@ def test_stages_are_in_the_order_in_which_they_were_done(tmp_path):
     store.close()
     write_report(tmp_path, tmp_path)
     page = (tmp_path / PAGE).read_text()
-    found = re.findall(r'<tr><th>(\w+)</th><td>[^<]*</td><td class="wide">', page)
-    assert found == ["emulator", "adapter", "corrected", "evaluation"]
+    stages = re.findall(r'<tr><th>(\w+)</th><td>[^<]*</td><td class="wide">', page)
+    assert stages == ["emulator", "adapter", "corrected", "evaluation"]
 
 
 def test_a_job_without_a_result_has_no_figures(tmp_path):
@@ -207,20 +207,20 @@ def test_two_hundred_models_are_less_than_three_megabytes(tmp_path):
 
 
 def test_the_command(zoo, tmp_path):
-    done = CliRunner().invoke(command.command, [str(zoo), "-o", str(tmp_path)], catch_exceptions=False)
-    assert done.output.startswith("9 jobs: 1 failed, 1 interrupted, 2 waiting, 4 done, 1 duplicate\n")
+    result = CliRunner().invoke(command.command, [str(zoo), "-o", str(tmp_path)], catch_exceptions=False)
+    assert result.output.startswith("9 jobs: 1 failed, 1 interrupted, 2 waiting, 4 done, 1 duplicate\n")
     assert {path.name for path in tmp_path.iterdir()} == {PAGE, DATA}
-    done = CliRunner().invoke(command.command, [str(zoo), "-o", str(tmp_path), "--json"], catch_exceptions=False)
-    assert json.loads(done.output)["zoo"] == "everything"
+    result = CliRunner().invoke(command.command, [str(zoo), "-o", str(tmp_path), "--json"], catch_exceptions=False)
+    assert json.loads(result.output)["zoo"] == "everything"
 
 
 def test_kinds_that_end_alike_have_longer_labels():
-    found = strips(dict.fromkeys(["l.0.mlp.down", "l.1.mlp.experts.down", "l.1.mlp.experts.up", "v.0.mlp.down"], 0.1))
-    assert [strip.label for strip in found] == ["mlp.down", "experts.down", "up", "down"]
+    drawn = strips(dict.fromkeys(["l.0.mlp.down", "l.1.mlp.experts.down", "l.1.mlp.experts.up", "v.0.mlp.down"], 0.1))
+    assert [strip.label for strip in drawn] == ["mlp.down", "experts.down", "up", "down"]
 
 
 def test_strips_are_by_tower_and_kind_with_gaps():
-    found = strips({
+    drawn = strips({
         "vision.blocks.0.attn.qkv": 0.1,
         "model.layers.0.mlp.down_proj": 0.2,
         "model.layers.2.mlp.down_proj": None,
@@ -229,16 +229,16 @@ def test_strips_are_by_tower_and_kind_with_gaps():
         "model.layers.0.mlp.experts.1.up_proj": 0.3,
         "projector": 0.4,
     })  # fmt: skip
-    assert [(strip.tower, strip.kind, len(strip.values)) for strip in found] == [
+    assert [(strip.tower, strip.kind, len(strip.values)) for strip in drawn] == [
         ("vision.blocks", "attn.qkv", 1),
         ("model.layers", "mlp.down_proj", 4),
         ("model.layers", "mlp.experts.*.up_proj", 4),
         ("", "projector", 1),
     ]
-    assert found[1].values[:3] == [0.2, None, None]
-    assert math.isnan(found[1].values[3])
-    assert found[1].text == "mlp.down_proj, 4 blocks: 0.2 to 0.2, median 0.2; not a number in 1"
-    assert found[2].values[0] == pytest.approx(0.2)
+    assert drawn[1].values[:3] == [0.2, None, None]
+    assert math.isnan(drawn[1].values[3])
+    assert drawn[1].text == "mlp.down_proj, 4 blocks: 0.2 to 0.2, median 0.2; not a number in 1"
+    assert drawn[2].values[0] == pytest.approx(0.2)
 
 
 def test_a_line_has_gaps_dashes_and_marks():

@@ -60,13 +60,13 @@ def test_the_second_of_a_fingerprint_is_a_duplicate_whenever_it_comes(store):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [["b", "a"], ["a", "b"], ["a"]])
-def test_what_was_a_duplicate_of_a_job_that_has_changed_is_done_itself(store, given):
+@pytest.mark.parametrize("names", [["b", "a"], ["a", "b"], ["a"]])
+def test_what_was_a_duplicate_of_a_job_that_has_changed_is_done_itself(store, names):
     store.add([waiting("a"), waiting("b"), waiting("c")], ["1", "1", "1"])
     store.start("a", 1, "log")
     store.finish("a", 1, 1.0, FAILED)
     now = {"a": "2", "b": "1"}
-    store.add([waiting(name) for name in given], [now[name] for name in given])
+    store.add([waiting(name) for name in names], [now[name] for name in names])
     assert [(r.job.name, r.state, r.duplicate_of) for r in store.records()] == [
         ("a", "waiting", None), ("b", "waiting", None), ("c", "duplicate", "b"),
     ]  # fmt: skip
@@ -85,20 +85,22 @@ def test_a_failed_job_under_another_name_is_done(store):
 
 
 @pytest.mark.parametrize("failed", [False, True])
-@pytest.mark.parametrize("asked", [{"b": "1"}, {"b": "1", "a": "1"}, {"a": "2", "b": "1"}, {"b": "1", "a": "2"}])
-def test_a_dry_run_tells_what_is_done(store, asked, failed, monkeypatch):
+@pytest.mark.parametrize("fingerprints", [{"b": "1"}, {"b": "1", "a": "1"}, {"a": "2", "b": "1"}, {"b": "1", "a": "2"}])
+def test_a_dry_run_tells_what_is_done(store, fingerprints, failed, monkeypatch):
     store.add([waiting("a"), waiting("c")], ["1", "1"])
     if failed:
         store.start("a", 1, "log")
         store.finish("a", 1, 1.0, FAILED)
-    jobs = [waiting(name) for name in asked]
-    monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [(each, Demand()) for each in asked.values()])
+    jobs = [waiting(name) for name in fingerprints]
+    monkeypatch.setattr(
+        "emloc_core.zoo.convert.plan", lambda *_: [(fingerprint, Demand()) for fingerprint in fingerprints.values()]
+    )
     before = store.records()
-    said = {each.name: each.state for each in preview(jobs, store.directory) if each.name in asked}
+    predicted = {job.name: job.state for job in preview(jobs, store.directory) if job.name in fingerprints}
     assert store.records() == before
-    store.add(jobs, list(asked.values()))
-    first = {record.job.name: record.duplicate_of for record in store.records() if record.job.name in asked}
-    assert said == {name: f"the same as {other}" if other else "to do" for name, other in first.items()}
+    store.add(jobs, list(fingerprints.values()))
+    first = {record.job.name: record.duplicate_of for record in store.records() if record.job.name in fingerprints}
+    assert predicted == {name: f"the same as {other}" if other else "to do" for name, other in first.items()}
 
 
 def test_a_finished_job_is_not_replaced_and_nothing_is_added(store, monkeypatch):
@@ -253,13 +255,13 @@ def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
     """Reads as fast as it can while 24 jobs are done: no state contradicts its attempts, and nothing goes back."""
     zoo, jobs = tmp_path / "zoo", [waiting(f"job-{number}") for number in range(24)]
     Store(zoo, create=True).close()
-    seen, wrong, over = [], set(), threading.Event()
+    counts, wrong, finished = [], set(), threading.Event()
 
     def read():
         store = Store(zoo)
-        while not over.is_set():
+        while not finished.is_set():
             records = store.records()
-            seen.append(sum(record.state == "done" for record in records))
+            counts.append(sum(record.state == "done" for record in records))
             for record in records:
                 last = record.attempts[-1] if record.attempts else None
                 fits = {
@@ -281,13 +283,13 @@ def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
 
         def start(self, _task, _directory):
             self.free = 0
-            return len(seen) + 3
+            return len(counts) + 3
 
         def is_under_way(self, _looks):
             return True
 
         def poll(self, looks):
-            if len(seen) < looks and reader.is_alive():
+            if len(counts) < looks and reader.is_alive():
                 return None
             self.free = 1
             return Outcome(None)
@@ -297,8 +299,8 @@ def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
     try:
         wait(zoo, jobs, engine=Watched)
     finally:
-        over.set()
+        finished.set()
         reader.join()
     assert wrong == set()
-    assert seen == sorted(seen)
-    assert len(set(seen)) > 20  # it did look while jobs ended
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 20  # it did look while jobs ended
