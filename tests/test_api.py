@@ -18,18 +18,18 @@ TRAIN = {"steps": 2, "batch_size": 2, "bf16": False}
 
 
 @pytest.fixture(scope="module")
-def made(tiny_model, tmp_path_factory):
+def outputs(tiny_model, tmp_path_factory):
     """Emulator, adapter, corrected adapter and merged model, from rows in memory."""
-    place = tmp_path_factory.mktemp("api")
-    emulator = emloc.compress(tiny_model, ROWS, place / "emulator", **COMPRESS)
-    adapter = emloc.train(emulator, Dataset.from_list(ROWS), place / "adapter", **TRAIN)
+    directory = tmp_path_factory.mktemp("api")
+    emulator = emloc.compress(tiny_model, ROWS, directory / "emulator", **COMPRESS)
+    adapter = emloc.train(emulator, Dataset.from_list(ROWS), directory / "adapter", **TRAIN)
     corrected = emloc.correct(adapter, device="cpu", clamp=1)
-    return emulator, adapter, corrected, emloc.merge(corrected, place / "merged")
+    return emulator, adapter, corrected, emloc.merge(corrected, directory / "merged")
 
 
-def test_every_stage_returns_its_output_as_a_path_with_a_result(made):
-    emulator, adapter, corrected, merged = made
-    assert [each.kind for each in made] == ["emulator", "adapter", "corrected-adapter", "checkpoint"]
+def test_every_stage_returns_its_output_as_a_path_with_a_result(outputs):
+    emulator, adapter, corrected, merged = outputs
+    assert [output.kind for output in outputs] == ["emulator", "adapter", "corrected-adapter", "checkpoint"]
     assert emulator.result["family"] == "llama"
     assert adapter.result["rows"] == 120 - 12 - 6
     assert corrected.path == adapter.path.with_name("adapter-corrected")
@@ -37,42 +37,42 @@ def test_every_stage_returns_its_output_as_a_path_with_a_result(made):
     assert json.loads((emulator.path / "emloc.json").read_text()) == emulator.manifest
 
 
-def test_an_output_is_beside_the_adapter_however_that_is_written(made, monkeypatch):
-    _, adapter, corrected, _ = made
+def test_an_output_is_beside_the_adapter_however_that_is_written(outputs, monkeypatch):
+    _, adapter, corrected, _ = outputs
     monkeypatch.chdir(adapter.path)
     for name in (f"{adapter.path}/", "."):
         assert emloc.correct(name, device="cpu", clamp=1).path == corrected.path
 
 
-def test_what_is_made_loads_and_the_merged_model_is_the_base_with_the_corrected_adapter(made):
+def test_what_is_made_loads_and_the_merged_model_is_the_base_with_the_corrected_adapter(outputs):
     import torch
 
-    emulator, adapter, corrected, merged = (each.load() for each in made)
+    emulator, adapter, corrected, merged = (output.load() for output in outputs)
     inputs = {"input_ids": torch.tensor([[1, 10, 11, 12, 13]])}
     with torch.no_grad():
         assert torch.allclose(merged(**inputs).logits, corrected(**inputs).logits, atol=1e-4)
         assert not torch.equal(emulator(**inputs).logits, adapter(**inputs).logits)
 
 
-def test_rows_in_memory_and_rows_of_a_file_make_the_same_bytes(made, tiny_model, rows_file, tmp_path):
+def test_rows_in_memory_and_rows_of_a_file_make_the_same_bytes(outputs, tiny_model, rows_file, tmp_path):
     of_file = contents(emloc.compress(tiny_model, rows_file, tmp_path / "e", **COMPRESS).path)
-    of_memory = contents(made[0].path)
+    of_memory = contents(outputs[0].path)
     for name in ("README.md", "emloc.json"):  # they say where the rows came from
         assert of_file[name] != of_memory[name]
         of_file[name] = of_file[name].replace(rows_file.name.encode(), b"rows in memory")
     assert of_file == of_memory
 
 
-def test_the_command_line_finds_what_python_made(made, tiny_model, rows_file, request):
+def test_the_command_line_finds_what_python_made(outputs, tiny_model, rows_file, request):
     options = ["--samples", 12, "--selection", 6, "--ratio", 0.6, "--device", "cpu", "--json"]
     command = request.getfixturevalue("emloc")
-    code, out, _ = command("compress", tiny_model, "--data", rows_file, "-o", made[0].path, *options)
+    code, out, _ = command("compress", tiny_model, "--data", rows_file, "-o", outputs[0].path, *options)
     assert code == 0
-    assert json.loads(out)["result"] == made[0].result
+    assert json.loads(out)["result"] == outputs[0].result
 
 
-def test_the_base_is_known_from_the_manifests(made, tiny_model):
-    emulator, _, corrected, _ = made
+def test_the_base_is_known_from_the_manifests(outputs, tiny_model):
+    emulator, _, corrected, _ = outputs
     assert emulator.manifest["inputs"] == {"base": str(tiny_model), "data": "rows in memory"}
     assert corrected.manifest["inputs"]["base"] == str(tiny_model)
     assert emloc.load_family(emulator).name == "llama"
@@ -92,8 +92,8 @@ def test_wrong_settings_are_one_error(tiny_model, tmp_path, settings, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_that_does_not_belong_is_refused(made, tmp_path):
-    _, adapter, corrected, _ = made
+def test_an_adapter_that_does_not_belong_is_refused(outputs, tmp_path):
+    _, adapter, corrected, _ = outputs
     with pytest.raises(emloc.EmlocError, match="already corrected"):
         emloc.correct(corrected, tmp_path / "again")
     with pytest.raises(emloc.EmlocError, match="uncorrected"):
@@ -102,12 +102,14 @@ def test_an_adapter_that_does_not_belong_is_refused(made, tmp_path):
 
 @pytest.mark.usefixtures("calls_here")
 @pytest.mark.thorough
-def test_systems_are_compared(made, tiny_model, rows_file, tmp_path):
-    emulator, adapter, corrected, merged = made
+def test_systems_are_compared(outputs, tiny_model, rows_file, tmp_path):
+    emulator, adapter, corrected, merged = outputs
     task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
     systems = {"base": tiny_model, "emulator": emulator, "adapter": adapter, "corrected": corrected, "merged": merged}
-    found = emloc.evaluate(task, tmp_path / "evaluation", **systems, systems={"mine": (tiny_model, corrected)}, limit=4)
-    scores = found.load()["systems"]
+    evaluation = emloc.evaluate(
+        task, tmp_path / "evaluation", **systems, systems={"mine": (tiny_model, corrected)}, limit=4
+    )
+    scores = evaluation.load()["systems"]
     assert set(scores) == {
         "base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "merged", "mine"
     }  # fmt: skip

@@ -31,9 +31,9 @@ def imported() -> dict[str, set[str]]:
 
 def floor(module: str) -> int:
     """The layer of a module: that of the longest prefix of its name that has one."""
-    places = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
+    layers = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
     parts = module.split(".")
-    return next(places[name] for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in places)
+    return next(layers[name] for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in layers)
 
 
 def test_imports_run_down(imported: dict[str, set[str]]) -> None:

@@ -22,12 +22,12 @@ def test_what_raises_and_what_ends_the_process_is_named_and_the_rest_is_still_tr
     (tmp_path / "broken_by_error.py").write_text("print('hello')\nraise ImportError('no symbol\\nmore')")
     (tmp_path / "broken_by_abort.py").write_text("import os; os.abort()")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = doctor.probe(["json", "broken_by_error", "broken_by_abort", "nowhere_at_all", "math"])
-    assert found["json"] is None
-    assert found["broken_by_error"] == "ImportError: no symbol"
-    assert "ended with code -6" in found["broken_by_abort"]
-    assert "No module named" in found["nowhere_at_all"]
-    assert found["math"] is None
+    errors = doctor.probe(["json", "broken_by_error", "broken_by_abort", "nowhere_at_all", "math"])
+    assert errors["json"] is None
+    assert errors["broken_by_error"] == "ImportError: no symbol"
+    assert "ended with code -6" in errors["broken_by_abort"]
+    assert "No module named" in errors["nowhere_at_all"]
+    assert errors["math"] is None
 
 
 @pytest.mark.parametrize(
@@ -47,17 +47,17 @@ def test_a_package_is_judged_by_its_version_and_its_import(monkeypatch, installe
     monkeypatch.setattr(doctor, "_installed", lambda _: installed)
     monkeypatch.setitem(TESTED, "transformers", ("5.24", "a part"))
     monkeypatch.setattr(doctor, "probe", lambda _: {"transformers": error, "gpus": {}, "plugins": []})
-    (found,) = (check for check in doctor.examine() if check.name == "transformers")
-    assert (found.state, text in found.text) == (state, True), found
-    assert doctor.is_healthy([found]) == (state != "error")
+    (package,) = (check for check in doctor.examine() if check.name == "transformers")
+    assert (package.state, text in package.text) == (state, True), package
+    assert doctor.is_healthy([package]) == (state != "error")
 
 
 def test_a_package_of_an_extra_may_be_missing(monkeypatch):
     monkeypatch.setattr(doctor, "requires", lambda _: ["gguf>=0.17; extra == 'gguf'", 'mypy>=1.0; extra == "dev"'])
     monkeypatch.setattr(doctor, "_installed", lambda _: None)
     monkeypatch.setattr(doctor, "probe", lambda _: {"gpus": {}, "plugins": []})
-    found = [check for check in doctor.examine() if check.group == "packages"][1:]
-    assert found == [Check("packages", "gguf", "note", "not installed (to install it: pip install 'emloc[gguf]')")]
+    packages = [check for check in doctor.examine() if check.group == "packages"][1:]
+    assert packages == [Check("packages", "gguf", "note", "not installed (to install it: pip install 'emloc[gguf]')")]
 
 
 DEVICE = {"name": "A", "free": 70e9, "total": 80e9}
@@ -82,25 +82,25 @@ DEVICE = {"name": "A", "free": 70e9, "total": 80e9}
 def test_a_gpu_is_told_with_its_driver_or_why_it_is_not_used(monkeypatch, gpus, driver, state, text):
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(doctor, "probe", lambda _: {"gpus": gpus, "plugins": "TypeError: bad"})
-    found = {check.group: check for check in doctor.examine()}
-    assert (found["gpu"].state, text in found["gpu"].text) == (state, True), found["gpu"]
-    assert found["plugins"].state == "error"
+    checks = {check.group: check for check in doctor.examine()}
+    assert (checks["gpu"].state, text in checks["gpu"].text) == (state, True), checks["gpu"]
+    assert checks["plugins"].state == "error"
 
 
 def test_a_full_disk_and_a_cache_that_cannot_be_written_are_told(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "nowhere" / "yet"))
-    monkeypatch.setattr(doctor.os, "access", lambda place, _: place != tmp_path)
+    monkeypatch.setattr(doctor.os, "access", lambda path, _: path != tmp_path)
     monkeypatch.setattr(doctor, "probe", lambda _: {"gpus": {}, "plugins": []})
     monkeypatch.setattr(doctor, "_LITTLE", 1 << 62)
-    found = {check.name: check for check in doctor.examine() if check.group == "room"}
-    assert found["disk here"].state == "warning"
-    assert found["models' cache"].state == "error"
+    checks = {check.name: check for check in doctor.examine() if check.group == "room"}
+    assert checks["disk here"].state == "warning"
+    assert checks["models' cache"].state == "error"
 
 
 def test_this_installation_is_healthy_and_so_says_the_command(emloc, monkeypatch):
     monkeypatch.setattr(doctor, "_LITTLE", 0)  # whatever room this machine's disk has
     code, out, _ = emloc("doctor", "--json")
-    told = json.loads(out)
-    assert (code, told["healthy"]) == (0, True), out
-    names = {check["name"]: check["state"] for check in told["checks"]}
+    report = json.loads(out)
+    assert (code, report["healthy"]) == (0, True), out
+    names = {check["name"]: check["state"] for check in report["checks"]}
     assert {names[name] for name in ("torch", "transformers", "llama", "memory", "models' cache")} == {"ok"}

@@ -56,11 +56,11 @@ def test_mypy_finds_every_wrong_setting_and_no_right_one(tmp_path):
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nignore_missing_imports=True\n[mypy-{skipped}]\nfollow_imports=skip\n")
     command = [sys.executable, "-m", "mypy", "program.py"]
     environment = {"MYPYPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    lines = [int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    lines = [int(line.split(":")[1]) for line in process.stdout.splitlines() if ": error:" in line]
     first = RIGHT.count("\n") + 2
-    assert lines == list(range(first, first + WRONG.count("\n") - 1)), done.stdout + done.stderr
-    assert 'keyword argument "setps"' in done.stdout
+    assert lines == list(range(first, first + WRONG.count("\n") - 1)), process.stdout + process.stderr
+    assert 'keyword argument "setps"' in process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,9 @@ def test_callbacks_take_part_in_training_and_any_field_of_the_trainer_is_a_keywo
 def test_a_config_of_peft_describes_the_lora(emulator, tmp_path):
     config = LoraConfig(r=2, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "up_proj"])
     adapter = emloc.train(emulator, ROWS, tmp_path / "a", peft_config=config, **TRAIN)
-    written = read_json(adapter.path / "adapter_config.json")
-    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (2, 6, True)
-    assert written["target_modules"] == ["q_proj", "up_proj"]
+    saved = read_json(adapter.path / "adapter_config.json")
+    assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (2, 6, True)
+    assert saved["target_modules"] == ["q_proj", "up_proj"]
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_events_tell_how_far_a_stage_is_and_nothing_is_printed(emulator, tiny_mo
     emloc.merge(corrected, tmp_path / "m", **options)
     assert capfd.readouterr() == ("", "")
     by_stage = {
-        stage: [each for each in events if each.stage == stage] for stage in dict.fromkeys(e.stage for e in events)
+        stage: [event for event in events if event.stage == stage] for stage in dict.fromkeys(e.stage for e in events)
     }
     assert list(by_stage) == ["compress", "train", "correct", "polish", "merge"]
-    for each in by_stage.values():
-        assert [event.step for event in each] == sorted(event.step for event in each)
-        assert (each[-1].step, each[-1].seconds_left) == (each[-1].total, 0)
-        assert all(event.peak_bytes > 10**7 for event in each)
+    for stage_events in by_stage.values():
+        assert [event.step for event in stage_events] == sorted(event.step for event in stage_events)
+        assert (stage_events[-1].step, stage_events[-1].seconds_left) == (stage_events[-1].total, 0)
+        assert all(event.peak_bytes > 10**7 for event in stage_events)
     train = by_stage["train"]
     assert [(event.step, event.total) for event in train] == [(1, 3), (2, 3), (3, 3)]
     log = read_json(adapter.path / "log.json")
@@ -168,20 +168,20 @@ def test_a_run_reports_every_stage_and_keeps_what_it_is_doing_in_a_file(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(model=tiny_model, rows=rows_file))
     monkeypatch.setattr("emloc_core.recipe.live._EVERY", 0.0)
-    events, seen = [], []
+    events, states = [], []
 
     def watch(event):
         events.append(event)
-        seen.append(doing(tmp_path / "run"))
+        states.append(doing(tmp_path / "run"))
 
     run = emloc.run(recipe, train={"steps": 3}, progress=watch)
     assert capfd.readouterr() == ("", "")
     assert list(dict.fromkeys((event.stage, event.number, event.stages) for event in events)) == [
         ("compress", 1, 3), ("train", 2, 3), ("correct", 3, 3),
     ]  # fmt: skip
-    assert [each.event for each in seen] == events
-    assert [each.name for each in seen][-1] == "corrected"
-    losses = next(each.losses for each in reversed(seen) if each.name == "adapter")
+    assert [state.event for state in states] == events
+    assert [state.name for state in states][-1] == "corrected"
+    losses = next(state.losses for state in reversed(states) if state.name == "adapter")
     assert [step for step, _ in losses] == [2, 3]
     assert doing(tmp_path / "run") is None
     assert (run.path, run.final.kind) == (tmp_path / "run", "corrected-adapter")
@@ -202,26 +202,26 @@ def test_what_a_killed_run_was_doing_is_not_what_it_does(tmp_path):
 def test_results_have_the_keys_of_their_types(emulator, tmp_path):
     adapter = emloc.train(emulator, ROWS, tmp_path / "a", evaluation={"split": 0.1, "on_base": True}, **TRAIN)
     corrected = emloc.correct(adapter, device="cpu")
-    made = {
+    outputs = {
         "EmulatorResult": [emulator],
         "AdapterResult": [adapter, emloc.train(emulator, ROWS, tmp_path / "b", **TRAIN)],
         "CorrectionResult": [corrected, emloc.correct(adapter, tmp_path / "d", device="cpu", clamp=1)],
         "MergeResult": [emloc.merge(corrected, tmp_path / "m")],
         "ExportResult": [emloc.export(corrected, tmp_path / "x")],
     }
-    for name, results in made.items():
+    for name, results in outputs.items():
         kind = getattr(result, name)
-        for each in results:
-            assert kind.__required_keys__ <= each.result.keys() <= kind.__annotations__.keys(), name
+        for output in results:
+            assert kind.__required_keys__ <= output.result.keys() <= kind.__annotations__.keys(), name
     assert set(emulator.result["linears"][0]) == set(result.LinearResult.__annotations__)
     assert set(corrected.result["candidates"][0]) == set(result.CandidateResult.__annotations__)
 
 
 def test_warnings_go_to_the_logger_of_emloc_when_events_are_asked_for(monkeypatch, tiny_model, tmp_path, caplog, capfd):
     monkeypatch.setattr("emloc_core.emulator.compress.Compress.warnings", ["the rows are few"])
-    with warnings.catch_warnings(record=True) as shown:
+    with warnings.catch_warnings(record=True) as caught:
         emloc.compress(tiny_model, ROWS, tmp_path / "e", **COMPRESS, progress=lambda _: None)
-    assert not shown
+    assert not caught
     assert capfd.readouterr() == ("", "")
     assert [record.name for record in caplog.records if "the rows are few" in record.getMessage()] == ["emloc.warnings"]
     with pytest.warns(UserWarning, match="the rows are few"):

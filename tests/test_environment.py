@@ -16,13 +16,13 @@ from emloc_core.zoo.engines.engine import environment
 from emloc_core.zoo.jobs.job import ZooJob
 
 
-def seen() -> dict[str, str | None]:
+def variables() -> dict[str, str | None]:
     """Return the settings as this process finds them."""
     return {name: os.environ.get(name) for name in VARIABLES}
 
 
-def seen_by_a_child() -> dict[str, str | None]:
-    """Return them as a process finds them that this one starts."""
+def child_variables() -> dict[str, str | None]:
+    """Return the settings as a process that this one starts finds them."""
     return {name: next(call("os:getenv", {"key": name})) for name in VARIABLES}
 
 
@@ -36,20 +36,20 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unset")
 def test_they_are_set_everywhere() -> None:
-    assert seen_by_a_child() == VARIABLES
+    assert child_variables() == VARIABLES
     assert environment(ZooJob(name="x", model="x"), {}).items() >= VARIABLES.items()
     settle()
-    assert seen() == VARIABLES
+    assert variables() == VARIABLES
 
 
 @pytest.mark.usefixtures("unset")
 def test_what_the_user_sets_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     mine = {**VARIABLES, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
-    assert seen_by_a_child() == mine
+    assert child_variables() == mine
     assert environment(ZooJob(name="x", model="x"), dict(os.environ)).items() >= mine.items()
     settle()
-    assert seen() == mine
+    assert variables() == mine
 
 
 def test_make_sets_them_too() -> None:
@@ -59,11 +59,11 @@ def test_make_sets_them_too() -> None:
 
 
 def test_a_child_keeps_back_what_no_one_can_act_on(tmp_path: Path) -> None:
-    said = tmp_path / "said"
+    log = tmp_path / "said"
     for name, words in (("bitsandbytes.backends.cpu.ops", ""), ("bitsandbytes", "install something\n")):
         warn = f"logging.getLogger({name!r}).warning('install something')"
-        list(call("timeit:timeit", {"stmt": warn, "setup": "import logging", "number": 1}, log=said))
-        assert said.read_text() == words
+        list(call("timeit:timeit", {"stmt": warn, "setup": "import logging", "number": 1}, log=log))
+        assert log.read_text() == words
 
 
 def test_calls_of_a_dry_run_are_made_here() -> None:
@@ -95,11 +95,11 @@ print(used() - before)
 
 
 def test_products_of_many_shapes_take_no_more_and_more_memory() -> None:
-    """What is kept for each shape is dropped, so that rows of many lengths stay within the plan: 54 MB, not 250."""
-    done = subprocess.run(
+    """Caches of single shapes are dropped, so that rows of many lengths stay within the plan: 54 MB, not 250."""
+    process = subprocess.run(
         [sys.executable, "-c", SHAPES], env={**os.environ, **VARIABLES}, capture_output=True, check=True
     )
-    assert int(done.stdout) < 100_000
+    assert int(process.stdout) < 100_000
 
 
 ENDING = """
@@ -126,7 +126,7 @@ def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("buffered")
 @pytest.mark.parametrize(
-    ("end", "code", "said"),
+    ("end", "code", "message"),
     [
         ("return 3", 3, ""),
         ("return None", 0, ""),
@@ -135,16 +135,16 @@ def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("raise ValueError('words')", 1, "ValueError: words"),
     ],
 )
-def test_a_process_ends_with_all_that_was_said_and_frees_nothing(end: str, code: int, said: str) -> None:
+def test_a_process_ends_with_all_that_was_said_and_frees_nothing(end: str, code: int, message: str) -> None:
     script = ENDING.replace("END", end)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.strip().rpartition("\n")[2]) == (code, said)
-    assert done.stdout == "written" * 20_000 + "of a thread\nregistered\n"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr.strip().rpartition("\n")[2]) == (code, message)
+    assert process.stdout == "written" * 20_000 + "of a thread\nregistered\n"
 
 
 @pytest.mark.usefixtures("buffered")
-@pytest.mark.parametrize(("code", "told"), [(0, 120), (3, 3)])
-def test_output_that_cannot_be_written_is_told_by_the_exit_code(code: int, told: int) -> None:
+@pytest.mark.parametrize(("code", "exit_code"), [(0, 120), (3, 3)])
+def test_output_that_cannot_be_written_is_told_by_the_exit_code(code: int, exit_code: int) -> None:
     script = f"from emloc_core.processes.lifetime import run_to_end; run_to_end(lambda: print(1) or {code})"
     with Path("/dev/full").open("w") as full:
-        assert subprocess.run([sys.executable, "-c", script], stdout=full, check=False).returncode == told
+        assert subprocess.run([sys.executable, "-c", script], stdout=full, check=False).returncode == exit_code

@@ -36,16 +36,16 @@ def test_the_first_notebook_goes_from_a_model_to_an_answer(tiny_model, tmp_path,
         for row in example_rows()
     ]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(emloc_demo.model, "write_base", lambda place: shutil.copytree(tiny_model, place))
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda directory: shutil.copytree(tiny_model, directory))
     monkeypatch.setattr(emloc_demo.data, "make_rows", lambda: (conversations, conversations[:1]))
-    made = run(FIRST, steps=2, max_new_tokens=4)
-    assert [made[name].kind for name in ("emulator", "adapter", "corrected", "merged")] == [
+    variables = run(FIRST, steps=2, max_new_tokens=4)
+    assert [variables[name].kind for name in ("emulator", "adapter", "corrected", "merged")] == [
         "emulator",
         "adapter",
         "corrected-adapter",
         "checkpoint",
     ]
-    assert isinstance(made["answer"], str)
+    assert isinstance(variables["answer"], str)
 
 
 @pytest.mark.slow

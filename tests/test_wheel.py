@@ -33,10 +33,10 @@ def test_pypi_takes_both_distributions_of_the_version_that_the_changelog_has(whe
 
 @pytest.mark.thorough
 def test_the_doctor_finds_nothing_wrong_with_it(environment, tmp_path):
-    told = json.loads(environment.run("emloc", "doctor", "--json", cwd=tmp_path))
-    assert told["healthy"]
+    report = json.loads(environment.run("emloc", "doctor", "--json", cwd=tmp_path))
+    assert report["healthy"]
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert {check["name"]: check["text"] for check in told["checks"]}["emloc"] == version
+    assert {check["name"]: check["text"] for check in report["checks"]}["emloc"] == version
 
 
 def test_families_and_plugins_are_in_the_wheel(environment, tmp_path):

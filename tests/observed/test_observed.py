@@ -58,7 +58,7 @@ def a_new_process():
 
 @pytest.fixture
 def unchecked(monkeypatch) -> None:
-    """Leave out the checks of what is observed, which take most of its time."""
+    """Leave out the checks of what is observed, which take most of the time."""
     monkeypatch.setattr(look, "_require_checks", lambda _: None)
 
 

@@ -44,8 +44,8 @@ def emulators(base, data, directory, disable, *kinds):
     """Make emulators with the plugin and without, and return the pairs."""
 
     def jobs(name):
-        chosen = [CompressSettings(samples=4, selection=2, kind=kind) for kind in kinds]
-        return [compress_job(base, data, directory / name / each.kind, each) for each in chosen]
+        settings = [CompressSettings(samples=4, selection=2, kind=kind) for kind in kinds]
+        return [compress_job(base, data, directory / name / choice.kind, choice) for choice in settings]
 
     declared = jobs("declared")
     assert not any(job.base.family.observed for job in declared)
@@ -58,7 +58,7 @@ def emulators(base, data, directory, disable, *kinds):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_observed_of_a_tiny_model_gives_the_same_bytes(name, tmp_path, disable):
-    (family,) = [each for each in plugin_manager().families() if each.name == name]
+    (family,) = [family for family in plugin_manager().families() if family.name == name]
     config = make_config(family.tiny_configs[0])
     random_model(family, config).save_pretrained(tmp_path / "base")
     number_tokenizer(config).save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Installed and broken: every command works all the same, the listing says what is wrong, and strict ends them all."""
+"""Broken plugins: every command still works, the listing says what is wrong, and strict mode ends every command."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.plugins.manager import plugin_manager
 
 KINDS = ("import error", "wrong type", "no list of towers", "unknown hook", "raising hook")
-#: Named so that they would be loaded before the plugins of the tree, if these did not come first.
+#: Named so that they would be loaded before the plugins of the tree, if those did not come first.
 SOURCES = {
     **{kind: BROKEN[kind] for kind in KINDS},
     "duplicate name": BROKEN["duplicate name"].replace('name="good"', 'name="llama"'),
@@ -57,38 +57,38 @@ def install(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stages(install, tiny_model, rows_file, tmp_path_factory):
-    """What every stage makes of a tiny model with all the broken plugins installed, and an observer that raises."""
+    """Every stage's output for a tiny model, with all broken plugins installed, and an observer that raises."""
     sources = {f"aaa_{index}": source for index, source in enumerate(SOURCES.values())}
     sys_path = list(sys.path)
     install(**sources, aaa_observer=RAISING_OBSERVER)
-    place = tmp_path_factory.mktemp("stages")
-    recipe = place / "recipe.toml"
+    directory = tmp_path_factory.mktemp("stages")
+    recipe = directory / "recipe.toml"
     recipe.write_text(f'output = "run"\n[model]\nbase = "{tiny_model}"\n[data]\ntrain = "{rows_file}"\n')
     base, rows = ("--base", tiny_model), ("--data", rows_file)
     tuning = ("--steps", "1", "--batch-size", "2", "--no-bf16")
-    told = [
-        run("compress", tiny_model, *rows, *SMALL, "-o", place / "emulator"),
-        run("train", place / "emulator", *rows, *tuning, "-o", place / "adapter"),
-        run("correct", place / "adapter", *base, "-o", place / "corrected"),
-        run("merge", place / "corrected", *base, "-o", place / "merged"),
+    outputs = [
+        run("compress", tiny_model, *rows, *SMALL, "-o", directory / "emulator"),
+        run("train", directory / "emulator", *rows, *tuning, "-o", directory / "adapter"),
+        run("correct", directory / "adapter", *base, "-o", directory / "corrected"),
+        run("merge", directory / "corrected", *base, "-o", directory / "merged"),
         run("plan", tiny_model, "--device", "cpu", "--memory", "4GiB", "--ratio", "0.5", "--length", "16"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch_calls(patch)
         assert "emulator" in run("run", recipe, "--dry-run")
-    assert (place / "merged" / "model.safetensors").is_file()
-    assert sum(output.count("'aaa_observer' of aaa-stranger is broken") for output in told) == 1
+    assert (directory / "merged" / "model.safetensors").is_file()
+    assert sum(output.count("'aaa_observer' of aaa-stranger is broken") for output in outputs) == 1
     reports = [report for report in plugin_manager().reports if report.name.startswith("aaa_")]
     assert len(reports) == len(sources) + 1
     assert all(report.error for report in reports)
     sys.path[:] = sys_path
     plugin_manager.cache_clear()
-    return place
+    return directory
 
 
 @pytest.fixture
 def commands(stages, tiny_model, rows_file, tmp_path):
-    """Every command of the tree, as it is used, without the work that takes long."""
+    """Every command, as it is used, without the work that takes long."""
     task = tmp_path / "task.yaml"
     base, rows, dry = ("--base", tiny_model), ("--data", rows_file), ("--dry-run", "-o", tmp_path / "output")
     return [
@@ -107,9 +107,9 @@ def commands(stages, tiny_model, rows_file, tmp_path):
 
 def run(*argv):
     """Run a command to its end; return what it prints on either stream."""
-    result = CliRunner().invoke(cli, [str(each) for each in argv], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    outcome = CliRunner().invoke(cli, [str(argument) for argument in argv], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from emloc_core.testing import check_format
 def module_of_the_page():
     """The plugin's module, with the code of the page."""
     page = (DOCS / "formats.md").read_text(encoding="utf-8")
-    found = ModuleType("eight_bits")
-    exec(page.partition("```python\n")[2].partition("```")[0], vars(found))
-    return found
+    module = ModuleType("eight_bits")
+    exec(page.partition("```python\n")[2].partition("```")[0], vars(module))
+    return module
 
 
 eight_bits = module_of_the_page()
@@ -52,8 +52,8 @@ def test_it_passes_the_checks():
 @pytest.mark.usefixtures("installed")
 def test_every_stage_takes_it(emloc, tiny_model, rows_file, tmp_path):
     common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
-    said = run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator", "--dry-run")
-    assert "-> 8-bit" in said
+    output = run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator", "--dry-run")
+    assert "-> 8-bit" in output
     planned = json.loads(run(emloc, "plan", tiny_model, "--kind", "8-bit", "--memory", "1GiB", "--json"))
     assert planned["kind"] == "8-bit"
     run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator")
@@ -99,8 +99,8 @@ class Coarse(EightBits):
     """Says that it makes no error."""
 
     def fit(self, weights, gram, ranks):
-        found = super().fit(weights, gram, ranks)
-        return [Packed(of.parts, of.shape, 0.5) for of in found]
+        fitted = super().fit(weights, gram, ranks)
+        return [Packed(packed.parts, packed.shape, 0.5) for packed in fitted]
 
 
 class Wide(EightBits):
@@ -128,12 +128,12 @@ class Crossed(EightBits):
 
     class layer(EightBitLinear):  # noqa: N801
         @classmethod
-        def unpack_stack(cls, *parts, **how):
-            return super().unpack_stack(*parts, **how).flip(0)
+        def unpack_stack(cls, *parts, **options):
+            return super().unpack_stack(*parts, **options).flip(0)
 
 
 @pytest.mark.parametrize(
-    ("format", "check", "said"),
+    ("format", "check", "expected"),
     [
         (Crossed, "experts", "outputs are not those of the matrices that are read"),
         (Coarse, "read", "but reported as 0.5000"),
@@ -141,7 +141,7 @@ class Crossed(EightBits):
         (Other, "layer", "outputs are not those of the weight that is read"),
     ],
 )
-def test_a_check_says_what_is_wrong(format, check, said):
+def test_a_check_says_what_is_wrong(format, check, expected):
     failed = {result.check: str(result) for result in check_format(format()) if not result.passed}
-    assert said in failed[check]
+    assert expected in failed[check]
     assert ("experts" in failed) == (format is not Other)

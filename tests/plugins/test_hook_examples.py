@@ -26,7 +26,7 @@ EXAMPLES = [
 
 @pytest.fixture
 def examples():
-    """All of them, as installed plugins."""
+    """All examples, as installed plugins."""
     manager, modules = plugin_manager(), []
     for number, source in enumerate(EXAMPLES):
         module = ModuleType(f"example_{number}")
@@ -59,8 +59,8 @@ def test_an_emulator_is_made_by_the_example(tiny_model, rows_file, tmp_path):
 
 def test_the_correction_of_the_examples_answers_for_every_clamp(examples):
     lora = Lora(torch.randn(2, 8), torch.randn(12, 2), 1.0)
-    found = examples.algorithm("corrections", "shrinking")(
+    corrected = examples.algorithm("corrections", "shrinking")(
         torch.randn(12, 8), StandIn(torch.randn(12, 3), torch.randn(3, 8)), lora, [0, 1, None]
     )
-    assert torch.equal(found[0].b, lora.b)
-    assert found[1].b.norm() < lora.b.norm()
+    assert torch.equal(corrected[0].b, lora.b)
+    assert corrected[1].b.norm() < lora.b.norm()

@@ -103,8 +103,8 @@ def test_strict_raises(entry, kind, monkeypatch):
 def test_a_wrong_type_is_told_with_the_place_it_stands_at(entry):
     manager = PluginManager()
     manager.load([entry(BROKEN["wrong type of a tower's groups"]), entry(GOOD.replace("frozenset", "set"))])
-    said = "TypeError: the family 'better' has towers.0.input_groups.0 = 'q_proj'. "
-    assert manager.reports[0].error.startswith(said)
+    error = "TypeError: the family 'better' has towers.0.input_groups.0 = 'q_proj'. "
+    assert manager.reports[0].error.startswith(error)
     assert manager.reports[1].families == ("good",)
 
 
@@ -112,8 +112,8 @@ def test_a_name_of_a_plugin_that_is_taken_is_told_in_a_line(entry):
     manager = PluginManager()
     first, other = entry(GOOD), entry(COMMAND)
     manager.load([first, EntryPoint(first.name, other.value, "emloc"), EntryPoint("zzz", first.value, "emloc")])
-    taken = f"ValueError: a plugin {first.name!r} is already loaded"
-    assert [report.error for report in manager.reports] == [None, taken, taken]
+    error = f"ValueError: a plugin {first.name!r} is already loaded"
+    assert [report.error for report in manager.reports] == [None, error, error]
     assert [family.name for family in manager.families()] == ["good"]
 
 
@@ -156,8 +156,8 @@ def test_the_model_types_of_transformers_are_known_before_it_is_imported(loaded)
     code = "import transformers.models.auto\n" if loaded else ""
     code += "from emloc_core.compat.model_types import has_model_type as has\n"
     code += "import sys\nprint(has('granite'), has('chatglm'), 'transformers' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == ["True", "False", str(loaded)]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["True", "False", str(loaded)]
 
 
 BROKEN_FOR_A_CONFIG = """
@@ -290,10 +290,10 @@ def test_hook_calls_are_traced(entry, monkeypatch, capsys):
     good, broken, seeing = entry(GOOD), entry(BROKEN["raising hook"]), entry(OBSERVER)
     manager.load([good, broken, seeing])
     manager.notify("emloc_block_done", **BLOCK, index=0)
-    told = capsys.readouterr().err
-    assert "emloc_block_done [hook]" in told
-    assert "path: model.layers.0" in told
-    finished = [line for line in told.splitlines() if "finish emloc_families --> [[Family(" in line]
+    trace = capsys.readouterr().err
+    assert "emloc_block_done [hook]" in trace
+    assert "path: model.layers.0" in trace
+    finished = [line for line in trace.splitlines() if "finish emloc_families --> [[Family(" in line]
     assert len(finished) == 1  # the one that raises does not
     assert "name='good'" in finished[0]
 
@@ -319,8 +319,8 @@ def test_a_plugin_with_a_broken_entry_is_listed_as_broken(entry, emloc, monkeypa
     """
     manager = PluginManager()
     manager.load([entry(source)])
-    for place in ("plugins.manager", "registry.registry"):
-        monkeypatch.setattr(f"emloc_core.{place}.plugin_manager", lambda: manager)
+    for module in ("plugins.manager", "registry.registry"):
+        monkeypatch.setattr(f"emloc_core.{module}.plugin_manager", lambda: manager)
     code, out, _ = emloc("families")
     assert code == 0
     assert f"plugin {manager.reports[0].name} (unknown): BROKEN: " in out
@@ -364,6 +364,6 @@ def test_help_and_listing_import_no_torch(command):
         "try:\n    main()\n"
         "finally:\n    sys.stderr.write('heavy: ' + str({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "heavy: set()" in done.stderr
+    process = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "heavy: set()" in process.stderr

@@ -48,7 +48,7 @@ learning_rate = 1e-2
 
 @pytest.fixture
 def write(tmp_path, shallow_model, rows_file):
-    """Write the recipe with more at its end, and return it as it is read."""
+    """Write the recipe with more at its end, and return it as loaded."""
 
     def write(more: str = "", *overrides: str) -> Recipe:
         path = tmp_path / "recipe.toml"
@@ -109,7 +109,7 @@ def test_a_lora_without_its_loss_is_told(write):
 
 
 @pytest.mark.parametrize(
-    ("more", "overrides", "said"),
+    ("more", "overrides", "message"),
     [
         ("", ["correct.clamp=3"], "alternatives are compared by correct.clamp = 'auto'"),
         ("", ["train.objective=dpo"], "says little about preferences"),
@@ -123,8 +123,8 @@ def test_a_lora_without_its_loss_is_told(write):
         ("", ["alternatives.small.ration=0.3"], "'alternatives.small.ration'. Did you mean 'ratio'?"),
     ],
 )
-def test_what_contradicts_itself_is_refused_before_any_stage(write, more, overrides, said):
-    with pytest.raises(EmlocError, match=re.escape(said)):
+def test_what_contradicts_itself_is_refused_before_any_stage(write, more, overrides, message):
+    with pytest.raises(EmlocError, match=re.escape(message)):
         write(more, *overrides)
 
 
@@ -138,10 +138,10 @@ def test_what_is_wrong_with_an_alternative_is_said_before_anything_is_made(emloc
     assert not (tmp_path / "run").exists()
     code, out, err = emloc("run", tmp_path / "recipe.toml", "--dry-run", "--json")
     assert code == 0, err
-    said = json.loads(out)
-    assert said["rows"] == {"calibration": 8, "selection": 6, "tuning": 106}
-    assert set(said["alternatives"]) == {"small", "levels"}
-    assert said["alternatives"]["levels"]["emulator_bytes"] < said["emulator_bytes"]
+    preview = json.loads(out)
+    assert preview["rows"] == {"calibration": 8, "selection": 6, "tuning": 106}
+    assert set(preview["alternatives"]) == {"small", "levels"}
+    assert preview["alternatives"]["levels"]["emulator_bytes"] < preview["emulator_bytes"]
 
 
 @pytest.mark.usefixtures("calls_here")
@@ -207,10 +207,10 @@ def test_an_alternative_may_be_added_to_a_finished_run(emloc, write, tmp_path):
     code, out, err = emloc("run", tmp_path / "recipe.toml", "--json", *alone)
     assert code == 0, err
     assert json.loads(out)["final"] == "merged"
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     code, out, err = emloc("run", tmp_path / "recipe.toml", "--json", "--set", "alternatives={other={ratio=0.9}}")
     assert code == 0, err
     results = json.loads(out)
     assert set(results["selection_losses"]) == {"compress", "other"}
     assert (tmp_path / "run" / results["final"] / MANIFEST).is_file()
-    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps

@@ -1,4 +1,4 @@
-"""What is decided for a recipe that names a memory; and that it tries what evidence cannot decide between."""
+"""What is decided for a recipe that names a memory; where evidence is divided, both kinds are tried."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def need(base: Path, rows: Path, kind: str | None, ratio: float, **other: str) -
 
 @pytest.fixture
 def write(tmp_path, shallow_model, rows_file):
-    """Write the recipe for the memory that an emulator takes, and return it as it is read."""
+    """Write the recipe for the memory that an emulator takes, and return it as loaded."""
 
     def write(kind: str | None = "2.7-bit", ratio: float = 0.5, overrides=(), **other) -> Recipe:
         memory = need(shallow_model, rows_file, kind, ratio, **other)
@@ -139,14 +139,14 @@ def test_every_emulator_of_a_recipe_gets_the_largest_ratio_that_fits(write):
 @pytest.mark.usefixtures("calls_here")
 def test_what_is_wrong_with_an_alternative_names_it_and_the_way_without(emloc, write, tmp_path):
     write()
-    there = tmp_path / "run" / "emulator_2.7-bit"
-    there.mkdir(parents=True)
-    (there / "notes.txt").write_text("mine")
+    output = tmp_path / "run" / "emulator_2.7-bit"
+    output.mkdir(parents=True)
+    (output / "notes.txt").write_text("mine")
     for more in ([], ["--dry-run"]):
         code, _, err = emloc("run", tmp_path / "recipe.toml", *more)
         assert code != 0
         assert "The alternative '2.7-bit': " in err
-        assert str(there) in err
+        assert str(output) in err
         assert "set alternatives = {}" in err
     assert not (tmp_path / "run" / "emulator").exists()
 

@@ -27,7 +27,7 @@ def test_it_says_what_the_files_say(tmp_path):
     assert [stage.name for stage in view.stages] == [
         "emulator", "adapter", "corrected", "polished", "full_lora", "full_lora_60", "evaluation",
     ]  # fmt: skip
-    assert [each["chosen"] for each in view.candidates] == [False, False, True]
+    assert [candidate["chosen"] for candidate in view.candidates] == [False, False, True]
     assert view.seconds == 60 * sum(range(7))
     assert {(strip.tower, strip.label) for strip in view.errors} == {
         (tower, name) for tower in ("model.layers", "vision.blocks") for name in ("up_proj", "down_proj")
@@ -89,16 +89,16 @@ def test_memory_is_planned_where_the_model_itself_is_tuned(tiny_model, rows_file
     merge(adapter, run / "merged")
     planned = {stage.name: stage.planned for stage in RunView.read(run).stages}
     assert planned.keys() == {"adapter", "polished", "merged"}
-    asked = plan(tiny_model, data=str(rows_file), memory="8GiB", device="cpu", **shape)
-    lora, steps = (next(way.bytes for way in asked.decision.ways if way.name == name) for name in (ORDINARY, EXACT))
+    needs = plan(tiny_model, data=str(rows_file), memory="8GiB", device="cpu", **shape)
+    lora, steps = (next(way.bytes for way in needs.decision.ways if way.name == name) for name in (ORDINARY, EXACT))
     assert planned["polished"] > steps  # which is planned one row at a time
     assert planned["adapter"] == (planned["polished"] if exact else lora)
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
-    for place in (tmp_path, tmp_path / "nothing"):
+    for directory in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(EmlocError, match="holds no finished stage"):
-            write_page(place, tmp_path / "page.html")
+            write_page(directory, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 

@@ -59,11 +59,11 @@ def texts(recipe):
     ],
 )
 def test_a_path_is_beside_the_recipe_even_where_nothing_is(write, tmp_path, key, text):
-    here = tmp_path / "elsewhere" / text
-    here.parent.mkdir(parents=True, exist_ok=True)
-    here.touch()  # what must not be found
-    found = texts(load_recipe(write(**{key: text})))
-    assert found == {**NAMES, key: str(tmp_path / "recipes" / text)}
+    decoy = tmp_path / "elsewhere" / text
+    decoy.parent.mkdir(parents=True, exist_ok=True)
+    decoy.touch()  # what must not be found
+    resolved = texts(load_recipe(write(**{key: text})))
+    assert resolved == {**NAMES, key: str(tmp_path / "recipes" / text)}
 
 
 @pytest.mark.parametrize("key", NAMES)
@@ -76,8 +76,8 @@ def test_a_name_stays_a_name_unless_it_is_beside_the_recipe(write, tmp_path, key
 
 def test_absolute_paths_and_paths_at_home(write, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    found = texts(load_recipe(write(base="/models/a", train="~/rows")))
-    assert found == {**NAMES, "base": "/models/a", "train": str(tmp_path / "home" / "rows")}
+    resolved = texts(load_recipe(write(base="/models/a", train="~/rows")))
+    assert resolved == {**NAMES, "base": "/models/a", "train": str(tmp_path / "home" / "rows")}
     assert texts(load_recipe(write(base="~no one/a")))["base"] == str(tmp_path / "recipes" / "~no one" / "a")
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_one_error(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         (["train.objective='dpo'", "data.eval='e.jsonl'"], "data.eval: preferences are not evaluated while tuning"),
         (["train.patience=2"], "train.patience needs rows to evaluate, but there are none"),
@@ -101,14 +101,14 @@ def test_what_cannot_be_read_is_one_error(write, tmp_path):
         (["data.eval_base=true"], "data.eval_base needs rows to evaluate, but there are none"),
     ],
 )
-def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, override, told):
-    with pytest.raises(EmlocError, match=told):
+def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, override, message):
+    with pytest.raises(EmlocError, match=message):
         load_recipe(write(), override)
 
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.target_modules=['nope']", "no module 'nope'"),
         ("train.extra={foo=1}", "no field 'foo'"),
@@ -118,18 +118,18 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
     ],
 )
 @pytest.mark.usefixtures("calls_here")
-def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, told, dry_run, emloc, shallow_model):
+def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, message, dry_run, emloc, shallow_model):
     path = write(base=shallow_model, train="org/rows", task="task.yaml")
     (path.parent / "task.yaml").touch()
     code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1
-    assert told in err
+    assert message in err
     assert not (path.parent / "emloc-run").exists()
 
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("eval.tasks=['./mine.yaml']", "mine.yaml. Did you mean 'mime.yaml'?"),
         ("answers.rows='none.jsonl'", "There is no file"),
@@ -137,13 +137,13 @@ def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, t
         ("correct.correction='nope'", "There is no 'nope' among the corrections"),
     ],
 )
-def test_what_is_missing_is_named_before_the_first_stage(write, override, told, dry_run, emloc, monkeypatch):
+def test_what_is_missing_is_named_before_the_first_stage(write, override, message, dry_run, emloc, monkeypatch):
     monkeypatch.setattr("emloc_core.recipe.run.call", None)  # no stage is begun or described
     path = write()
     (path.parent / "mime.yaml").touch()
     code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1, err
-    assert told in err
+    assert message in err
 
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
@@ -160,18 +160,18 @@ def test_a_task_that_lm_eval_lacks_is_named_before_the_first_stage(
 
 
 def test_a_recipe_may_be_edited_while_it_runs(write, emloc, monkeypatch):
-    path, shown = write(), []
+    path, directories = write(), []
     monkeypatch.setattr("emloc_core.recipe.run.run_recipe", lambda *_, **__: path.unlink())
-    monkeypatch.setattr("emloc_core.cli.run.show", lambda _, directory, __: shown.append(directory))
+    monkeypatch.setattr("emloc_core.cli.run.show", lambda _, directory, __: directories.append(directory))
     assert emloc("run", path)[0] == 0
-    assert shown == [path.parent / "emloc-run"]
+    assert directories == [path.parent / "emloc-run"]
 
 
 def test_comparing_clamps_needs_selection_rows(write):
     path = write("[compress]\nselection = 0\n")
-    with pytest.raises(EmlocError) as refused:
+    with pytest.raises(EmlocError) as caught:
         load_recipe(path)
-    assert str(refused.value) == (
+    assert str(caught.value) == (
         f"{path}: correct.clamp = 'auto' compares on held-out rows, but compress.selection = 0 holds out none; "
         "hold some out, or set correct.clamp to a number or 'none'. Correct these settings."
     )
@@ -188,17 +188,17 @@ def test_a_budget_and_a_ratio_contradict_each_other(write):
 
 
 def test_calibration_rows_may_come_from_a_file_of_their_own(write, tmp_path):
-    given = stages(load_recipe(write(), ["data.calibration=others.jsonl"]))
+    two_files = stages(load_recipe(write(), ["data.calibration=others.jsonl"]))
     one_file = stages(load_recipe(write()))
-    rows = {stage.name: stage.request.data for stage in given if hasattr(stage.request, "data")}
+    rows = {stage.name: stage.request.data for stage in two_files if hasattr(stage.request, "data")}
     assert rows == {"emulator": str(tmp_path / "recipes" / "others.jsonl"), "adapter": "rows"}
-    assert given[1:] == one_file[1:]
+    assert two_files[1:] == one_file[1:]
 
 
 def test_all_stages_count_the_same_answers_unless_they_say_otherwise(write):
     def losses(text):
-        found = stages(load_recipe(write(text)))
-        return {stage.name: stage.request.settings.loss for stage in found if hasattr(stage.request, "data")}
+        planned = stages(load_recipe(write(text)))
+        return {stage.name: stage.request.settings.loss for stage in planned if hasattr(stage.request, "data")}
 
     assert losses('[train]\nloss = "all"\n[polish]\n') == dict.fromkeys(("emulator", "adapter", "polished"), "all")
     assert losses('[train]\nloss = "all"\n[polish]\nloss = "last"\n')["polished"] == "last"
@@ -206,13 +206,13 @@ def test_all_stages_count_the_same_answers_unless_they_say_otherwise(write):
 
 
 def test_rows_may_come_from_several_files_with_weights(write, tmp_path):
-    def rows(given):
-        (name,) = {str(stage.request.data) for stage in stages(load_recipe(write(), [f"data.train={given}"]))[:2]}
+    def rows(value):
+        (name,) = {str(stage.request.data) for stage in stages(load_recipe(write(), [f"data.train={value}"]))[:2]}
         return name
 
-    here = str(tmp_path / "recipes")
-    assert rows('["a.jsonl", "org/rows"]') == str([f"{here}/a.jsonl", "org/rows"])
-    assert rows('{"a.csv" = 2, "org/rows" = 0.5}') == str({f"{here}/a.csv": 2.0, "org/rows": 0.5})
+    directory = str(tmp_path / "recipes")
+    assert rows('["a.jsonl", "org/rows"]') == str([f"{directory}/a.jsonl", "org/rows"])
+    assert rows('{"a.csv" = 2, "org/rows" = 0.5}') == str({f"{directory}/a.csv": 2.0, "org/rows": 0.5})
     with pytest.raises(EmlocError, match="greater than 0"):
         rows('{"a.csv" = 0}')
 

@@ -20,19 +20,19 @@ EVENT = ProgressEvent("train", "adapter", 12, 40, HOSTILE, 1.25, 95.0, 2 * 10**9
 
 
 @pytest.fixture
-def ask(tmp_path):
-    """Ask the server of an empty run; return status, text, and the port."""
+def get(tmp_path):
+    """A function that requests a page of an empty run; it returns status, text, and the port."""
     with server(tmp_path) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
 
-        def get(path="/", host=None, method="GET"):
+        def request(path="/", host=None, method="GET"):
             connection = http.client.HTTPConnection(HOST, serving.server_port, timeout=60)
             connection.request(method, path, headers={"Host": host} if host else {})
             answer = connection.getresponse()
             return answer.status, answer.read().decode(), serving.server_port
 
-        yield get
+        yield request
         serving.shutdown()
         thread.join()
 
@@ -42,12 +42,12 @@ def test_it_shows_what_runs_and_then_what_is_done(tmp_path):
     with Live(tmp_path) as live:
         live.begin(Doing(HOSTILE, "tune a LoRA", EVENT, losses=[(10, 1.5)]))
         page = live_page(tmp_path)
-    for told in ("tune a LoRA", "stage 2 of 6", "12 of 40", "1.25", "95 s", "2 GB", 'http-equiv="refresh"', "svg"):
-        assert told in page, told
+    for text in ("tune a LoRA", "stage 2 of 6", "12 of 40", "1.25", "95 s", "2 GB", 'http-equiv="refresh"', "svg"):
+        assert text in page, text
     assert HOSTILE not in page
-    done = live_page(finished_run(tmp_path))
-    assert "All stages are done" in done
-    assert "What was done" in done
+    finished = live_page(finished_run(tmp_path))
+    assert "All stages are done" in finished
+    assert "What was done" in finished
 
 
 @pytest.mark.parametrize(
@@ -63,24 +63,24 @@ def test_what_serving_ignores_is_refused(options, complaint, tmp_path):
         command.main([str(tmp_path / "nothing"), *options], standalone_mode=False)
 
 
-def test_only_this_machine_sees_one_page(ask):
-    assert ask()[0] == 200
-    assert ask("/?again")[0] == 200
-    assert ask("/progress.json")[0] == 404
-    assert ask("/../../etc/passwd")[0] == 404
-    assert ask(host="attacker.example:80")[0] == 403
-    assert ask(host="localhost:80")[0] == ask(host="localhost")[0] == 200
-    assert ask(method="POST")[0] == 501
+def test_only_this_machine_sees_one_page(get):
+    assert get()[0] == 200
+    assert get("/?again")[0] == 200
+    assert get("/progress.json")[0] == 404
+    assert get("/../../etc/passwd")[0] == 404
+    assert get(host="attacker.example:80")[0] == 403
+    assert get(host="localhost:80")[0] == get(host="localhost")[0] == 200
+    assert get(method="POST")[0] == 501
 
 
-def test_what_cannot_be_shown_is_said_on_the_page_alone(ask, tmp_path, capfd):
-    port = ask()[2]
-    gone = socket.create_connection((HOST, port))
-    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends it by a reset
-    gone.close()
+def test_what_cannot_be_shown_is_said_on_the_page_alone(get, tmp_path, capfd):
+    port = get()[2]
+    connection = socket.create_connection((HOST, port))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends it by a reset
+    connection.close()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "emloc.json").write_text("<")
-    status, text, _ = ask()
+    status, text, _ = get()
     assert (status, "emloc.json is not valid JSON" in text) == (500, True)
     assert capfd.readouterr().err == ""
 

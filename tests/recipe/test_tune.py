@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("calls_here")
 
 @pytest.fixture
 def tight(shallow_model, rows_file):
-    """A memory that an emulator needs, and an ordinary LoRA has no room in."""
+    """A memory that fits an emulator, but no ordinary LoRA."""
     config = shallow_model / "config.json"
     workload = make_workload(config, TrainSettings(**QUICK), data=str(rows_file))
     return str(next(way.bytes for way in decide(config, workload, Budget(2**40)).ways if way.kind == "nf4"))
@@ -38,22 +38,22 @@ def tight(shallow_model, rows_file):
 
 def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_path):
     out = tmp_path / "tuned"
-    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
-    code, told, err = emloc(*asked, "--dry-run")
+    command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, output, err = emloc(*command, "--dry-run")
     assert code == 0, err
-    assert told.splitlines()[0].startswith("memory: 4.29 GB, of which 215 MB stay free; 1 rows of up to 16 tokens")
-    assert "so: train an ordinary LoRA on the model" in told
-    assert "merged" not in told
+    assert output.splitlines()[0].startswith("memory: 4.29 GB, of which 215 MB stay free; 1 rows of up to 16 tokens")
+    assert "so: train an ordinary LoRA on the model" in output
+    assert "merged" not in output
     assert not out.exists()
-    code, told, err = emloc(*asked)
+    code, output, err = emloc(*command)
     assert code == 0, err
     assert "so: train an ordinary LoRA on the model" in err
     assert read_json(out / "results.json")["answers"] == read_json(out / "answers.json")["answers"]
     held_out, answers = load_rows(str(out / "held_out.jsonl")), read_json(out / "answers.json")["answers"]
-    assert [each["prompt"] for each in answers] == [row.prompt for row in held_out]
+    assert [answer["prompt"] for answer in answers] == [row.prompt for row in held_out]
     assert len(answers) == 5
-    assert all(set(each) == {"prompt", "expected", "before", "after"} for each in answers)
-    assert any(each["before"] != each["after"] for each in answers)
+    assert all(set(answer) == {"prompt", "expected", "before", "after"} for answer in answers)
+    assert any(answer["before"] != answer["after"] for answer in answers)
     assert read_json(out / "adapter" / MANIFEST)["result"]["rows"] == len(load_rows(str(rows_file))) - 5
     assert (out / "report.html").is_file()
     card = (out / "README.md").read_text()
@@ -61,7 +61,7 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
     assert "- LoRA: rank 8" in card
     assert "- `recipe.toml`: what was decided" in card
     assert not (out / "merged").exists()
-    assert f"emloc chat {out / 'adapter'}" in told
+    assert f"emloc chat {out / 'adapter'}" in output
 
 
 def test_one_row_is_too_few_and_that_is_said_at_once(emloc, shallow_model, rows_file, tmp_path):
@@ -79,11 +79,11 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     caps = []
     monkeypatch.setattr("emloc_core.stages.perform.keep_to_cap", lambda: caps.append(os.environ["EMLOC_MEMORY_CAP"]))
     out = tmp_path / "tuned"
-    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", tight, "--headroom", 0, *FLAGS)
-    code, told, err = emloc(*asked, "--merge", "--json")
+    command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", tight, "--headroom", 0, *FLAGS)
+    code, output, err = emloc(*command, "--merge", "--json")
     assert code == 0, err
     assert caps == [f"cuda={tight}"] * 4
-    assert set(json.loads(told)["stages"]) == {"emulator", "adapter", "corrected", "merged"}
+    assert set(json.loads(output)["stages"]) == {"emulator", "adapter", "corrected", "merged"}
     recipe = load_recipe(out / "recipe.toml")
     assert (recipe.way, recipe.compress.kind, recipe.model.memory) == ("emulator", "nf4", None)
     text = (out / "recipe.toml").read_text()
@@ -91,11 +91,11 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert "[alternatives]" not in text
     assert "[data.columns]" not in text
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")}
-    code, told, err = emloc(*asked, "--merge")
+    code, output, err = emloc(*command, "--merge")
     assert code == 0, err
     assert "recipe.toml exists: resuming that run" in err
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")} == before
-    code, _, err = emloc(*asked)
+    code, _, err = emloc(*command)
     assert code != 0
     assert "merge was True and is now False" in err
     code, _, err = emloc("run", out / "recipe.toml", "--dry-run")
@@ -104,8 +104,8 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
 
 def test_rows_to_evaluate(emloc, shallow_model, rows_file, tmp_path):
     out = tmp_path / "tuned"
-    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
-    code, _, err = emloc(*asked, "--eval-split", 0.25, "--eval-steps", 1)
+    command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*command, "--eval-split", 0.25, "--eval-steps", 1)
     assert code == 0, err
     assert load_recipe(out / "recipe.toml").data.eval_split == "0.25"
     entries = read_json(out / "adapter" / "log.json")
@@ -117,24 +117,24 @@ def test_rows_to_evaluate(emloc, shallow_model, rows_file, tmp_path):
 def test_rows_in_memory(shallow_model, tmp_path):
     rows = [{"question": f"say {number}", "completion": f" {number}"} for number in range(40)]
     evaluation = {"evaluation": {"data": rows[:4]}, "eval_steps": 1}
-    asked = {"memory": "4GiB", **QUICK, **evaluation, "columns": {"prompt": "question"}}
-    tuned = emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **asked)
+    options = {"memory": "4GiB", **QUICK, **evaluation, "columns": {"prompt": "question"}}
+    tuned = emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **options)
     assert any("eval_loss" in entry for entry in read_json(tuned.path / "adapter" / "log.json"))
     assert tuned.final.kind == "adapter"
     assert tuned.final.load() is not None
-    assert emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **asked).path == tuned.path
+    assert emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **options).path == tuned.path
     with pytest.raises(EmlocError, match="holds other rows"):
-        emloc_api.tune(shallow_model, rows[1:], tmp_path / "tuned", **asked)
+        emloc_api.tune(shallow_model, rows[1:], tmp_path / "tuned", **options)
 
 
 def test_a_run_that_was_killed_before_it_had_begun_begins_again(shallow_model, rows_file, tmp_path, monkeypatch):
-    asked = {"memory": "4GiB", **QUICK}
+    options = {"memory": "4GiB", **QUICK}
     with monkeypatch.context() as killed:
         killed.setattr("emloc_core.recipe.tune.write_text", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
-            emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **asked)
+            emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **options)
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"tune.json", "held_out.jsonl"}
-    assert emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **asked).final.path.name == "adapter"
+    assert emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **options).final.path.name == "adapter"
 
 
 def test_the_next_call_may_come_from_another_directory(shallow_model, rows_file, tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     good = (shallow_model, "--data", rows_file, "-o", tmp_path / "out")
-    for said, arguments in {
+    for message, arguments in {
         "There is no file": (shallow_model, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "out"),
         "has no config.json": (tmp_path / "mine", "--data", rows_file, "-o", tmp_path / "out"),
         "was not written by `emloc tune`": (shallow_model, "--data", rows_file, "-o", tmp_path / "mine"),
@@ -164,7 +164,7 @@ def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch)
     }.items():
         code, _, err = emloc("tune", *arguments)
         assert code != 0
-        assert said in err
+        assert message in err
     assert not (tmp_path / "out").exists()
 
 
@@ -183,12 +183,12 @@ def test_splits_in_memory(tmp_path, monkeypatch):
     rows = [{"text": letter} for letter in "abc"]
     splits = DatasetDict({"train": Dataset.from_list(rows[:2]), "test": Dataset.from_list(rows[2:])})
     check_rows(splits)
-    asked = []
-    monkeypatch.setattr(Tune, "run", lambda self, **_: asked.append(self))
+    requests = []
+    monkeypatch.setattr(Tune, "run", lambda self, **_: requests.append(self))
     for number, evaluation in enumerate(({"split": "test"}, {"data": splits, "split": "test"})):
         emloc_api.tune("model", splits, tmp_path / str(number), evaluation=evaluation)
-        assert load_rows(asked[-1].data) == load_rows(rows[:2])
-        assert (load_rows(asked[-1].evaluation.data), asked[-1].evaluation.split) == (load_rows(rows[2:]), None)
+        assert load_rows(requests[-1].data) == load_rows(rows[:2])
+        assert (load_rows(requests[-1].evaluation.data), requests[-1].evaluation.split) == (load_rows(rows[2:]), None)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ def test_another_base_to_evaluate_is_refused(shallow_model, rows_file, tmp_path)
 def test_bad_rows_are_left_out_and_counted(emloc, shallow_model, rows_file, tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "tuned"
     data.write_text(rows_file.read_text() + '{"prompt": 3}\n{"prompt": \n')
-    asked = ("tune", shallow_model, "--data", data, "-o", out, "--memory", "4GiB", *FLAGS)
-    code, _, err = emloc(*asked)
+    command = ("tune", shallow_model, "--data", data, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*command)
     assert code == 1
     assert "row 121" in err
-    code, _, err = emloc(*asked, "--skip-bad-rows")
+    code, _, err = emloc(*command, "--skip-bad-rows")
     assert code == 0, err
     assert "rows that cannot be used are left out: 2" in err
     assert read_json(out / "adapter" / MANIFEST)["result"]["skipped_rows"] == 2
@@ -254,9 +254,9 @@ def test_bad_rows_in_memory_are_left_out(shallow_model, tmp_path):
 @pytest.mark.thorough
 def test_the_papers_way_even_where_a_lora_fits(emloc, shallow_model, rows_file, tmp_path):
     out = tmp_path / "tuned"
-    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
-    code, _, err = emloc(*asked, "--paper")
+    command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*command, "--paper")
     assert code == 0, err
-    made = read_json(out / "emulator" / MANIFEST)["request"]["settings"]
-    assert (made["kind"], made["calibration"], made["paper"]) == ("low-rank", "base", True)
+    settings = read_json(out / "emulator" / MANIFEST)["request"]["settings"]
+    assert (settings["kind"], settings["calibration"], settings["paper"]) == ("low-rank", "base", True)
     assert read_json(out / "corrected" / MANIFEST)["request"]["clamp"] == 3

@@ -1,4 +1,4 @@
-"""The registry: entries of real models, those of plugins and users, and what is refused."""
+"""The registry: entries of real models, of plugins and of users, and what is refused."""
 
 import json
 import re
@@ -83,7 +83,7 @@ def refused(function: Callable[..., Any], *arguments: Any, **options: Any) -> st
 
 
 def tied_parameters(model: nn.Module) -> int:
-    """How many parameters of the output projection are the embedding's."""
+    """Return how many parameters the output projection shares with the embedding."""
     if not hasattr(model, "get_output_embeddings"):
         return 0
     head = model.get_output_embeddings().weight
@@ -179,9 +179,9 @@ def test_published_counts(published: str, tied_twice: bool, agrees: bool, digits
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "InternVL2_5-1B"])
 def test_a_memory_target_is_planned(name: str) -> None:
     (entry,) = find(name)
-    found, _ = resolve(entry, "inference")
-    assert found.kind == fit(entry, preset="inference").kind == RECOMMENDED[0]
-    assert found.ratio is None
+    settings, _ = resolve(entry, "inference")
+    assert settings.kind == fit(entry, preset="inference").kind == RECOMMENDED[0]
+    assert settings.ratio is None
     factors = resolve(entry, "inference", overrides={"kind": "low-rank"})[0].ratio
     assert factors is not None
     assert 0 < factors < 1
@@ -222,8 +222,8 @@ def test_two_files_with_one_id(write: Callable[..., Path]) -> None:
     message = refused(load_entries, [first, second])
     assert str(first) in message
     assert str(second) in message
-    taken = write("taken.toml", ("me/tiny", ENTRIES[0].id))
-    assert str(ENTRIES[0].file) in refused(load_entries, [taken])
+    duplicate = write("taken.toml", ("me/tiny", ENTRIES[0].id))
+    assert str(ENTRIES[0].file) in refused(load_entries, [duplicate])
 
 
 FAULTS = {
@@ -308,13 +308,13 @@ def test_entries_of_plugins(
     monkeypatch.syspath_prepend(tmp_path)
     good = write("good/tiny.toml")
     broken = write("broken.toml", ("samples = 8", "samples = "))
-    taken = write("taken.toml", ("me/tiny", ENTRIES[0].id))
+    duplicate = write("taken.toml", ("me/tiny", ENTRIES[0].id))
     manager = PluginManager()
     manager.load(
         [
             plugin(tmp_path, "registry_good", [good.parent]),
             plugin(tmp_path, "registry_broken", [broken]),
-            plugin(tmp_path, "registry_taken", [taken]),
+            plugin(tmp_path, "registry_taken", [duplicate]),
         ]
     )
     monkeypatch.setattr(registry, "plugin_manager", lambda: manager)
@@ -337,9 +337,9 @@ def plan(*arguments: object) -> dict[str, Any]:
 def test_planning_needs_no_network_and_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
-    found = plan("smollm2-135m", "--memory", "24GB", "--kind", "nf4")
-    assert found["model"] == "HuggingFaceTB/SmolLM2-135M"
-    assert found["parameters"]["base"] == 134_515_008
+    report = plan("smollm2-135m", "--memory", "24GB", "--kind", "nf4")
+    assert report["model"] == "HuggingFaceTB/SmolLM2-135M"
+    assert report["parameters"]["base"] == 134_515_008
     assert not list(tmp_path.iterdir())
 
 
@@ -361,8 +361,8 @@ def test_dynamic_rotary_embeddings_are_planned_as_the_default(write: Callable[..
 
 def test_nothing_heavy_is_imported() -> None:
     script = "import sys, emloc_core.registry.registry as r; r.load_entries(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "False"
 
 
 def test_the_page_of_models_is_about_these_entries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,8 +380,10 @@ def test_the_page_of_models_is_about_these_entries(monkeypatch: pytest.MonkeyPat
         fits = dict(zip(generate_models.HEADINGS, row, strict=True))
         for preset in entry.presets.values():  # a memory target that is a card's is one that an emulator is needed for
             if preset.memory not in (None, "inference"):
-                (shown,) = (cell for name, cell in fits.items() if name.startswith(preset.memory.replace("GB", " GB")))
-                assert shown.partition(",")[0] not in ("whole", "-"), entry.id
+                (decision,) = (
+                    cell for name, cell in fits.items() if name.startswith(preset.memory.replace("GB", " GB"))
+                )
+                assert decision.partition(",")[0] not in ("whole", "-"), entry.id
     entry = find("SmolLM2-135M")[0]
     figures = generate_models.figures(entry)
     row = f"| `{entry.id}` | {' | '.join(figures[column] for column in generate_models.HEADINGS[1:])} |"

@@ -37,7 +37,7 @@ def test_every_point_is_inside(points):
     _, _, width, height = map(float, drawn.attrib["viewBox"].split())
     circles = drawn.findall("circle")
     assert len(circles) == len(points)
-    assert all(0 < float(each.attrib["cx"]) < width and 0 < float(each.attrib["cy"]) < height for each in circles)
+    assert all(0 < float(circle.attrib["cx"]) < width and 0 < float(circle.attrib["cy"]) < height for circle in circles)
 
 
 def test_names_are_escaped_and_several_lines_have_a_legend():

@@ -25,8 +25,8 @@ def test_the_summary_of_compress_averages_no_two_towers(tmp_path):
     errors = dict(zip(TOWERS, ((0.125, 0.375), (0.5, None)), strict=True))
     linears = [
         {"path": f"{tower}.{block}.attention.q_proj", "relative_error": error}
-        for tower, found in errors.items()
-        for block, error in enumerate(found)
+        for tower, values in errors.items()
+        for block, error in enumerate(values)
     ]
     result = {"linears": linears, "bytes": {"base": 2000, "emulator": 1000}}
     (tmp_path / MANIFEST).write_text(json.dumps({"request": {"settings": {}}, "result": result}))

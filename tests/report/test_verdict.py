@@ -8,12 +8,12 @@ from emloc_core.report.verdict import verdict
 
 
 def sentence(gains, rows=16, spread=1.0):
-    """The sentence about candidates that gain so many standard errors per row, of rows whose differences have one."""
+    """The sentence for candidates by their gains, in standard errors of the rows' differences."""
     noise = torch.linspace(-1, 1, rows, dtype=torch.float64)
     noise = noise / noise.std() * spread if rows > 1 else torch.zeros(1)
     losses = torch.full((len(CANDIDATES), rows, 2), 10.0, dtype=torch.float64)
     for candidate, gain in gains.items():
-        index = next(i for i, each in enumerate(CANDIDATES) if (each.clamp, each.scale) == candidate)
+        index = next(i for i, other in enumerate(CANDIDATES) if (other.clamp, other.scale) == candidate)
         losses[index, :, 0] -= gain * spread / rows**0.5 + noise
     chosen = choose(losses)
     return verdict({**CANDIDATES[chosen].describe(), **comparison(CANDIDATES, losses, chosen)})

@@ -38,7 +38,7 @@ MORE = [
     *(pytest.param(name, marks=thorough) for name in (*TEXT[1:3], *IMAGES[3:])),
     *(pytest.param(name, marks=pytest.mark.slow) for name in (*TEXT[3:], *IMAGES[1:3])),
 ]
-#: What a config of Qwen4-Exp needs besides, to have an indexer.
+#: What else a config of Qwen4-Exp needs to have an indexer.
 QWEN4_EXP = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256}
 #: What a config.json of Qwen3-VL says beyond the defaults.
 QWEN3_VL = {
@@ -131,11 +131,11 @@ def test_the_source_is_formatted_and_free_of_lint(save, tmp_path, model_type):
     file.write_text(scaffold(save(model_type)).source)
     root = ROOT
     for command in (["format", "--check"], ["check"]):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "ruff", *command, "--config", root / "pyproject.toml", file],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout
+        assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe", "internvl"])
@@ -143,19 +143,19 @@ def test_families_in_the_tree_are_found_again(save, model_type):
     file = save(model_type)
     draft = scaffold(file)
     config = json.loads(file.read_text())
-    known = plugin_manager().family_for(config)
+    family = plugin_manager().family_for(config)
     with plugin_manager().declaring(declared(draft)):
-        found = plugin_manager().family_for(config)
-    experts = any(tower.experts for tower in found.towers)
+        again = plugin_manager().family_for(config)
+    experts = any(tower.experts for tower in again.towers)
     expected = {
         blocks: [group for group in listed if not (experts and group[0].startswith("mlp."))]  # all layers have experts
-        for blocks, listed in groups(known).items()
+        for blocks, listed in groups(family).items()
     }
-    assert groups(found) == expected
-    assert found.modality == known.modality
-    assert found.auto_class == known.auto_class
+    assert groups(again) == expected
+    assert again.modality == family.modality
+    assert again.auto_class == family.auto_class
     assert "declares" in draft.notes[0]
-    assert set(known.nested) == set(found.nested) or not known.nested
+    assert set(family.nested) == set(again.nested) or not family.nested
 
 
 def test_a_model_inside_is_taken_from_the_family_that_declares_it(save):
@@ -175,7 +175,7 @@ def test_mergers_between_the_blocks_of_a_tower_are_no_tower(save):
 
 
 def test_fused_experts_of_a_known_layout_are_compressed_and_get_no_lora(save):
-    """PEFT takes the names of MLPs for those of experts, in some model types."""
+    """In some model types, PEFT mistakes the names of MLPs for names of experts."""
     draft = scaffold(save("deepseek_v3"))
     (tower,) = draft.family.towers
     assert tower.experts == ["mlp.experts"]
@@ -406,7 +406,7 @@ def test_shrinking_keeps_blocks_on_both_sides_of_a_boundary():
 
 
 def test_blocks_with_what_no_block_of_the_tiny_model_holds_are_added_to_it(save):
-    """As many blocks share weights as there are adapters in them: one alone looks as if it had a single adapter."""
+    """Blocks share weights, with an adapter for each block: a block alone looks as if it had a single adapter."""
     draft = scaffold(save("zamba2"), alone=True)
     assert not [note for note in draft.notes if note.startswith("Edit")]
     (tiny,) = draft.family.tiny_configs
@@ -520,7 +520,7 @@ class Model(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def seen() -> Observation:
+def observation() -> Observation:
     torch.manual_seed(0)
     model = Model().eval()
     return Observation(model, block_lists(model), {"hidden": torch.randn(1, 5, 8)})
@@ -530,18 +530,18 @@ def test_lists_of_blocks_hold_linears_and_are_not_nested():
     assert block_lists(Model()) == ["late", "early", "mixers", "unused"]
 
 
-def test_stacks_stand_in_order_of_execution(seen):
-    assert [stack.path for stack in seen.stacks] == ["early", "late"]
-    assert seen.interleaved == {"mixers": "late"}
-    assert seen.unreached == ["unused"]
+def test_stacks_stand_in_order_of_execution(observation):
+    assert [stack.path for stack in observation.stacks] == ["early", "late"]
+    assert observation.interleaved == {"mixers": "late"}
+    assert observation.unreached == ["unused"]
 
 
-def test_linears_of_one_group_read_equal_inputs(seen):
-    assert seen.stacks[1].groups == [["v", "q", "k"], ["near"], ["branches.0", "branches.1"]]
+def test_linears_of_one_group_read_equal_inputs(observation):
+    assert observation.stacks[1].groups == [["v", "q", "k"], ["near"], ["branches.0", "branches.1"]]
 
 
-def test_what_cannot_be_compressed_has_its_reason(seen):
-    assert seen.stacks[1].dense == {
+def test_what_cannot_be_compressed_has_its_reason(observation):
+    assert observation.stacks[1].dense == {
         "twice": "runs 2 times a forward",
         "idle": UNCALLED,
         "scaled": OTHER,
@@ -581,15 +581,15 @@ def test_no_package_is_advised_for_what_is_declared_already(save):
 
 
 def test_the_command_speaks_json(save):
-    done = run(save("starcoder2"), "--json", "--check")
-    assert done.exception is None, done.exception
-    content = json.loads(done.stdout)
+    result = run(save("starcoder2"), "--json", "--check")
+    assert result.exception is None, result.exception
+    content = json.loads(result.stdout)
     assert ["mlp.c_fc"] in content["towers"][0]["input_groups"]
     assert content["model_types"] == ["starcoder2"]
     assert content["notes"] == []
     assert content["checked"] is True
-    assert "passes every check" in done.stderr
-    assert "emloc families new starcoder2 --from" in done.stderr
+    assert "passes every check" in result.stderr
+    assert "emloc families new starcoder2 --from" in result.stderr
     compile(content["source"], "draft", "exec")
 
 
@@ -616,6 +616,6 @@ def raises(error: Exception) -> None:
 
 def test_the_command_refuses_what_is_not_there(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
-        done = run(path)
-        assert isinstance(done.exception, EmlocError)
-        assert "config" in str(done.exception) or "no model" in str(done.exception)
+        result = run(path)
+        assert isinstance(result.exception, EmlocError)
+        assert "config" in str(result.exception) or "no model" in str(result.exception)

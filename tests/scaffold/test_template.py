@@ -32,15 +32,15 @@ def lint(directory):
     """Run ruff on a rendered package, with its own settings and those rules that find most faults."""
     for command in (["check", "--extend-select", "I,B,UP,D1,ANN,RUF"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", str(directory)]
-        done = subprocess.run(ruff, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+        process = subprocess.run(ruff, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout
 
 
 def test_a_new_package_is_complete_and_clean(tmp_path):
     directory = tmp_path / "plugin"
-    told = json.loads(new("my_model", "--model-type", "gemma", "--model-type", "olmo2", "-o", directory, "--json"))
+    report = json.loads(new("my_model", "--model-type", "gemma", "--model-type", "olmo2", "-o", directory, "--json"))
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    assert told["files"] == files == sorted(name.format("my_model") for name in FILES)
+    assert report["files"] == files == sorted(name.format("my_model") for name in FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["plugin"]
     assert 'MODEL_TYPES = ["gemma", "olmo2"]' in (directory / "emloc_my_model" / "__init__.py").read_text()
     assert "{{" not in "".join(path.read_text() for path in directory.rglob("*") if path.is_file())
@@ -49,9 +49,9 @@ def test_a_new_package_is_complete_and_clean(tmp_path):
 
 def test_the_next_steps_are_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = new("my_model").splitlines()
-    assert told[:4] == sorted(f"emloc-my-model/{name.format('my_model')}" for name in FILES)
-    assert [line.strip() for line in told[-3:]] == [
+    lines = new("my_model").splitlines()
+    assert lines[:4] == sorted(f"emloc-my-model/{name.format('my_model')}" for name in FILES)
+    assert [line.strip() for line in lines[-3:]] == [
         "pip install --editable emloc-my-model",
         "emloc families check my_model",
         "pytest emloc-my-model",
@@ -111,12 +111,12 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_what_a_killed_run_has_left_is_no_part_of_the_package(tmp_path):
-    left = tmp_path / ".plugin.partial" / "content"
-    left.mkdir(parents=True)
-    (left / "half.py").write_text("half")
+    partial = tmp_path / ".plugin.partial" / "content"
+    partial.mkdir(parents=True)
+    (partial / "half.py").write_text("half")
     files = write_plugin("mine", tmp_path / "plugin")
-    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert made == {f"plugin/{name}" for name in files}
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {f"plugin/{name}" for name in files}
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -138,9 +138,9 @@ def environment(new_environment):
 def test_the_tests_of_a_new_package_pass_where_the_model_is_laid_out_as_llama(environment, tmp_path):
     environment.run("emloc", "families", "new", "olmo", "--model-type", "olmo2", "-o", "plugin", cwd=tmp_path)
     lint(tmp_path / "plugin")
-    told = environment.run("python", "-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path / "plugin")
-    assert "passed" in told
-    assert "skipped" not in told
+    output = environment.run("python", "-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path / "plugin")
+    assert "passed" in output
+    assert "skipped" not in output
 
 
 @pytest.fixture(scope="module")

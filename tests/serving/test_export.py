@@ -134,16 +134,16 @@ def test_what_was_tuned_on_an_emulator_is_corrected_first(tiny_emulator, rows_fi
 def test_transformers_reads_the_model_back(settings, tmp_path):
     model = byte_level(save_tiny_model(settings, tmp_path / "plain"), tmp_path / "model")
     events = []
-    made = emloc_core.export(model, tmp_path / "made", gguf=True, dtype="f32", progress=events.append)
-    assert [event.step for event in events] == list(range(1, made.result["tensors"] + 1))
-    assert {event.total for event in events} == {made.result["tensors"]}
-    back = AutoModelForCausalLM.from_pretrained(made.path, gguf_file="model.gguf", dtype=torch.float32)
+    exported = emloc_core.export(model, tmp_path / "made", gguf=True, dtype="f32", progress=events.append)
+    assert [event.step for event in events] == list(range(1, exported.result["tensors"] + 1))
+    assert {event.total for event in events} == {exported.result["tensors"]}
+    back = AutoModelForCausalLM.from_pretrained(exported.path, gguf_file="model.gguf", dtype=torch.float32)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(back(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits)
     ours, theirs = (
         AutoTokenizer.from_pretrained(model),
-        AutoTokenizer.from_pretrained(made.path, gguf_file="model.gguf"),
+        AutoTokenizer.from_pretrained(exported.path, gguf_file="model.gguf"),
     )
     assert theirs.chat_template == ours.chat_template
     assert theirs("a red cat runs.")["input_ids"] == ours("a red cat runs.")["input_ids"]
@@ -154,10 +154,10 @@ def fields(file):
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
-def read(file):
+def read_tensors(file):
     """The tensors of a GGUF file by name, rows first, in fp32."""
-    return {each.name: torch.from_numpy(numpy.array(gguf.dequantize(each.data, each.tensor_type)))
-            for each in gguf.GGUFReader(file).tensors}  # fmt: skip
+    return {tensor.name: torch.from_numpy(numpy.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+            for tensor in gguf.GGUFReader(file).tensors}  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "index"), [(LLAMA, 0), (QWEN, 1)], ids=["llama", "qwen"])
@@ -170,26 +170,26 @@ def test_the_lora_in_gguf_adds_to_the_tensors_what_merging_adds(family, index, d
     base = emloc_core.export(model, tmp_path / "base", gguf=True, dtype="f32").path / "model.gguf"
     merged = emloc_core.merge(adapter, tmp_path / "merged", allow_uncorrected=True)
     target = emloc_core.export(merged, tmp_path / "target", gguf=True, dtype="f32").path / "model.gguf"
-    told, halves, before, after = fields(lora), read(lora), read(base), read(target)
-    assert (told["general.type"], told["adapter.type"]) == ("adapter", "lora")
-    assert told["general.architecture"] == fields(base)["general.architecture"]
+    metadata, halves, before, after = fields(lora), read_tensors(lora), read_tensors(base), read_tensors(target)
+    assert (metadata["general.type"], metadata["adapter.type"]) == ("adapter", "lora")
+    assert metadata["general.architecture"] == fields(base)["general.architecture"]
     names = [name.removesuffix(".lora_a") for name in halves if name.endswith(".lora_a")]
     assert len(names) == 21
     for name in names:
         a, b = halves[f"{name}.lora_a"], halves[f"{name}.lora_b"]
-        change = told["adapter.lora.alpha"] / a.shape[0] * (b @ a)
+        change = metadata["adapter.lora.alpha"] / a.shape[0] * (b @ a)
         tolerance = {} if dtype == "f32" else {"rtol": 0.05, "atol": 0.01}
         torch.testing.assert_close(before[name] + change, after[name], **tolerance)
 
 
 def test_formats_of_fewer_bits_are_those_of_ggml(tmp_path):
     model = byte_level(save_tiny_model(LLAMA.tiny_configs[0], tmp_path / "plain"), tmp_path / "model")
-    exact = read(emloc_core.export(model, tmp_path / "f32", gguf=True, dtype="f32").path / "model.gguf")
+    exact = read_tensors(emloc_core.export(model, tmp_path / "f32", gguf=True, dtype="f32").path / "model.gguf")
     small = emloc_core.export(model, tmp_path / "q8", gguf=True, dtype="q8_0").path / "model.gguf"
-    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(small).tensors}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(small).tensors}
     assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
-    for name, tensor in read(small).items():
+    for name, tensor in read_tensors(small).items():
         torch.testing.assert_close(tensor, exact[name], rtol=0.02, atol=0.002)
 
 
@@ -197,8 +197,8 @@ def test_llama3s_frequencies_are_divided(tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
     model = save_tiny_model({**LLAMA.tiny_configs[0], "rope_parameters": rope}, tmp_path / "plain")
-    made = emloc_core.export(byte_level(model, tmp_path / "model"), tmp_path / "made", gguf=True)
-    factors = read(made.path / "model.gguf")["rope_freqs.weight"]
+    exported = emloc_core.export(byte_level(model, tmp_path / "model"), tmp_path / "made", gguf=True)
+    factors = read_tensors(exported.path / "model.gguf")["rope_freqs.weight"]
     loaded = AutoModelForCausalLM.from_pretrained(model)
     frequencies = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
     torch.testing.assert_close(frequencies / factors, loaded.model.rotary_emb.inv_freq)
@@ -221,14 +221,14 @@ def test_what_readers_of_gguf_would_take_otherwise_is_refused(tmp_path):
 
 
 def test_what_gguf_does_not_express_is_refused(tiny_model, tmp_path, emloc):
-    for model, said in (
+    for model, message in (
         (tiny_model, "byte-level BPE"),
         (save_tiny_model(QWEN.tiny_configs[0], tmp_path / "windows"), "Sliding-window"),
     ):
-        with pytest.raises(EmlocError, match=said):
+        with pytest.raises(EmlocError, match=message):
             emloc_core.export(model, tmp_path / "made", gguf=True)
         code, _, err = emloc("export", model, "-o", tmp_path / "made", "--gguf", "--dry-run")
-        assert (code, said in err) == (1, True)
+        assert (code, message in err) == (1, True)
         assert not (tmp_path / "made").exists()
     with pytest.raises(EmlocError, match="--gguf"):
         emloc_core.export(tiny_model, tmp_path / "made")

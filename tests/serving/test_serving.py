@@ -30,14 +30,14 @@ def served(model, lora=None):
     server = xllamacpp.Server(params)  # until the function ends, which holds the only reference
     address = server.listening_address
 
-    def ask(question: str) -> str:
-        asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 16, "temperature": 0}
-        request = Request(f"{address}/v1/chat/completions", json.dumps(asked).encode(),
+    def answer_to(question: str) -> str:
+        request_body = {"messages": [{"role": "user", "content": question}], "max_tokens": 16, "temperature": 0}
+        request = Request(f"{address}/v1/chat/completions", json.dumps(request_body).encode(),
                           {"Content-Type": "application/json"})  # fmt: skip
         with urlopen(request, timeout=1800) as answer:
             return json.load(answer)["choices"][0]["message"]["content"].strip()
 
-    yield ask
+    yield answer_to
 
 
 @pytest.mark.slow
@@ -64,5 +64,5 @@ def test_llama_cpp_answers_as_transformers_does(tmp_path):
         (("base", "lora"), of_lora),
         (("merged",), answers(merged)),
     ):
-        with served(*(files[name] for name in served_as)) as ask:
-            assert [ask(question) for question in QUESTIONS] == expected, served_as
+        with served(*(files[name] for name in served_as)) as answer_to:
+            assert [answer_to(question) for question in QUESTIONS] == expected, served_as

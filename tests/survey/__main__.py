@@ -30,15 +30,15 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", default=[], metavar="OUTCOME", help="Try types of these outcomes again.")
     parser.add_argument("types", nargs="*", help="Model types to try; default: all that have no result yet.")
     options = parser.parse_args()
-    known = results()
-    tried = [name for name, result in known.items() if result["outcome"] not in options.again]
-    wanted = [] if options.page else options.types or [name for name in model_types() if name not in tried]
-    for count, name in enumerate(wanted, 1):
+    previous = results()
+    finished = [name for name, result in previous.items() if result["outcome"] not in options.again]
+    types = [] if options.page else options.types or [name for name in model_types() if name not in finished]
+    for count, name in enumerate(types, 1):
         result = attempt(name)
         with RESULTS.open("a") as file:
             file.write(json.dumps(result) + "\n")
-        told = f"{count}/{len(wanted)} {name}: {result['outcome']} ({result['seconds']} s) {result['why']}"
-        print(told[:400], flush=True)
+        line = f"{count}/{len(types)} {name}: {result['outcome']} ({result['seconds']} s) {result['why']}"
+        print(line[:400], flush=True)
     write()
 
 
@@ -69,11 +69,11 @@ def attempt(name: str) -> dict[str, Any]:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as answer:
-        told = answer.read()
+        text = answer.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     why = f"the process ended with code {code}: of time or memory, more than the limit"
-    found = json.loads(told) if told else {"outcome": "crashed", "why": why, "seconds": SECONDS}
-    return {"type": name, "class": model_types()[name], "transformers": transformers.__version__, **found}
+    outcome = json.loads(text) if text else {"outcome": "crashed", "why": why, "seconds": SECONDS}
+    return {"type": name, "class": model_types()[name], "transformers": transformers.__version__, **outcome}
 
 
 def limited(name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ OTHER, MISSING = "no decoder", "package missing"
 #: What refusals say of models that EMLoC is not for, and of those that could not be built here.
 _SAY = {"is an encoder-decoder": OTHER, "neither a causal language model nor": OTHER,
         "was not found in your environment": MISSING}  # fmt: skip
-#: What refusals say of encoders, and of decoders that read a prompt both ways: of all with images, and of some of text.
+#: What refusals say of encoders, and of decoders that read a prompt both ways: all with images, and some of text.
 _ENCODER = "The logits of a token depend on later ones"
 _BOTH_WAYS = ("cpmant", "xlnet")
 #: What every refusal says.
@@ -39,48 +39,48 @@ type runs again only when something changes for it, so results may be older than
 def results() -> dict[str, dict[str, Any]]:
     """Return the last result of every model type, sorted by name."""
     lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
-    found = [json.loads(line) for line in lines]
-    return dict(sorted({result["type"]: result for result in found}.items()))
+    rows = [json.loads(line) for line in lines]
+    return dict(sorted({result["type"]: result for result in rows}.items()))
 
 
 def outcome(result: Mapping[str, Any]) -> str:
     """Return the outcome that the page names; a way that is refused beside others that are right is no refusal."""
-    found: str = result["outcome"]
-    if found == REFUSED:
+    name: str = result["outcome"]
+    if name == REFUSED:
         is_encoder = result["class"] == "text" and result["type"] not in _BOTH_WAYS
-        said = _SAY | ({_ENCODER: OTHER} if is_encoder else {})
-        found = next((other for text, other in said.items() if text in result["why"]), REFUSED)
-    return RIGHT if found == REFUSED and RIGHT in result.get("ways", {}).values() else found
+        phrases = _SAY | ({_ENCODER: OTHER} if is_encoder else {})
+        name = next((other for text, other in phrases.items() if text in result["why"]), REFUSED)
+    return RIGHT if name == REFUSED and RIGHT in result.get("ways", {}).values() else name
 
 
 def write() -> None:
     """Keep the last line of every model type, and write the page."""
-    found = results()
-    RESULTS.write_text("".join(json.dumps(result) + "\n" for result in found.values()))
-    PAGE.write_text(page(found.values()))
+    results_by_type = results()
+    RESULTS.write_text("".join(json.dumps(result) + "\n" for result in results_by_type.values()))
+    PAGE.write_text(page(results_by_type.values()))
 
 
-def page(found: Iterable[Mapping[str, Any]]) -> str:
+def page(results_by_type: Iterable[Mapping[str, Any]]) -> str:
     """Return the page in Markdown."""
-    known = list(found)
-    version = known[0]["transformers"]
-    ways = list(dict.fromkeys(way for result in known for way in result.get("ways", ())))
+    rows = list(results_by_type)
+    version = rows[0]["transformers"]
+    ways = list(dict.fromkeys(way for result in rows for way in result.get("ways", ())))
     lines = [INTRODUCTION.format(version=version, ways="; ".join(ways))]
     columns = (RIGHT, REFUSED, WRONG, CRASHED, OTHER, MISSING)
     lines += [f"| class | types | {' | '.join(columns)} | right, of decoders |", f"| --- |{' ---: |' * 8}"]
     for name in CLASSES:
-        counts = Counter(outcome(result) for result in known if result["class"] == name)
-        links = [f"[{counts[each]}](#{each}-{name})" if each in (REFUSED, WRONG, CRASHED) and counts[each]
-                 else str(counts[each]) for each in columns]  # fmt: skip
+        counts = Counter(outcome(result) for result in rows if result["class"] == name)
+        links = [f"[{counts[column]}](#{column}-{name})" if column in (REFUSED, WRONG, CRASHED) and counts[column]
+                 else str(counts[column]) for column in columns]  # fmt: skip
         share = counts[RIGHT] / max(counts.total() - counts[OTHER], 1)
         lines.append(f"| {name} | {counts.total()} | {' | '.join(links)} | {share:.2f} |")
-    for each in (WRONG, CRASHED, REFUSED):
+    for kind in (WRONG, CRASHED, REFUSED):
         for name in CLASSES:
-            those = [result for result in known if result["class"] == name and outcome(result) == each]
-            if those:
-                lines += ["", f"## {each.capitalize()}, {name}", ""]
-                lines += [f"- `{result['type']}`: {_cell(result['why'])}" for result in those]
-    right = [result for result in known if outcome(result) == RIGHT]
+            group = [result for result in rows if result["class"] == name and outcome(result) == kind]
+            if group:
+                lines += ["", f"## {kind.capitalize()}, {name}", ""]
+                lines += [f"- `{result['type']}`: {_cell(result['why'])}" for result in group]
+    right = [result for result in rows if outcome(result) == RIGHT]
     partly = {way: [result["type"] for result in right if result["ways"][way] != RIGHT] for way in ways}
     if any(partly.values()):
         lines += ["", "## Right, but refused in one way", ""]
@@ -89,8 +89,8 @@ def page(found: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _cell(text: str) -> str:
-    for told in _ALWAYS:
-        text = text.replace(told, "")
+    for phrase in _ALWAYS:
+        text = text.replace(phrase, "")
     text = re.sub(r"^No plugin declares the model type '[^']*', ", "", text)
     text = re.sub(r"^The config of this '[^']*' cannot be shrunk to a tiny one: ", "cannot be shrunk: ", text)
     text = re.sub(r"Class validation error for validator '[^']*': |/tmp/\S+ |Could not run: |\b\w+Error: ", "", text)

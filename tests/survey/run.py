@@ -26,14 +26,14 @@ from emloc_core.scaffold.config_arguments import make_config
 from emloc_core.scaffold.probe import probes
 
 CONFIGS = Path(__file__).with_name("configs.toml")
-#: Tokens of the rows of text: some are longer than those that a model is looked at with.
+#: Tokens of the rows of text: some are longer than the rows that a model is observed with.
 LENGTHS = (13, 24, 40, 33)
-#: Of weights, beside how a model initialises them; another seed than that of the model that is looked at.
+#: Noise on initialised weights, and a seed that differs from the observed model's.
 NOISE, SEED = 0.1, 3
 
 
 def survey(name: str) -> dict[str, Any]:
-    """Return what came of a model type: the outcome, why, the outcome of each way, the seconds that looking took."""
+    """Return a model type's outcome, why, the outcome of each way, and the seconds that observing took."""
     started = time.process_time()
     result: dict[str, Any] = {}
     try:
@@ -43,17 +43,17 @@ def survey(name: str) -> dict[str, Any]:
         family = from_record(recorded(draft, content))
         result |= {"modality": family.modality, "looking": round(time.process_time() - started, 1)}
         with tempfile.TemporaryDirectory(prefix="emloc-survey-") as directory, under_test(family):
-            found = _in_all_ways(family, make_config(draft.family.tiny_configs[0]), Path(directory))
+            verdicts = _in_all_ways(family, make_config(draft.family.tiny_configs[0]), Path(directory))
     except EmlocError as error:
         return {"outcome": REFUSED, "why": _line(error.args[0]), **result}
     except Exception as error:  # an unknown model's code
         last = traceback.extract_tb(error.__traceback__)[-1]
         why = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
         return {"outcome": CRASHED, "why": _line(why), **result}
-    outcomes = [one.outcome for one in found.values()]
-    worst = next((each for each in (WRONG, CRASHED, REFUSED) if each in outcomes), RIGHT)
-    why = "; ".join(f"{way}: {one.why}" for way, one in found.items() if one.outcome == worst != RIGHT)
-    return {"outcome": worst, "why": _line(why), "ways": dict(zip(found, outcomes, strict=True)), **result}
+    outcomes = [verdict.outcome for verdict in verdicts.values()]
+    worst = next((kind for kind in (WRONG, CRASHED, REFUSED) if kind in outcomes), RIGHT)
+    why = "; ".join(f"{way}: {verdict.why}" for way, verdict in verdicts.items() if verdict.outcome == worst != RIGHT)
+    return {"outcome": worst, "why": _line(why), "ways": dict(zip(verdicts, outcomes, strict=True)), **result}
 
 
 def _config(name: str) -> Any:
@@ -81,7 +81,7 @@ def _in_all_ways(family: Family, config: Any, directory: Path) -> dict[str, Verd
     number_tokenizer(config).save_pretrained(directory / "base")
     rows = [*_texts(config), *(_images(model, family) if family.modality == "image-text" else ())]
     samples = runnable(model, [as_sample(row, number) for number, row in enumerate(rows)])
-    return {way: whole_run(directory / "base", samples, directory / way, **how) for way, how in WAYS.items()}
+    return {way: whole_run(directory / "base", samples, directory / way, **settings) for way, settings in WAYS.items()}
 
 
 def _texts(config: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -99,8 +99,8 @@ def _images(model: Any, family: Family) -> Iterator[Any]:
         with suppress(Exception):  # inputs that are a guess
             inputs = make().inputs
             with torch.no_grad():
-                found = model(**inputs, use_cache=False)
-            if found.logits.shape[1] != inputs["input_ids"].shape[1]:
+                output = model(**inputs, use_cache=False)
+            if output.logits.shape[1] != inputs["input_ids"].shape[1]:
                 continue
             if name != "text":
                 yield inputs

@@ -26,9 +26,9 @@ def test_an_outcome_is_that_of_all_ways(result, expected):
 
 
 def test_the_page_is_written_from_the_results():
-    found = results()
-    assert len(found) > 250
-    assert PAGE.read_text() == page(found.values())
+    by_type = results()
+    assert len(by_type) > 250
+    assert PAGE.read_text() == page(by_type.values())
 
 
 def test_nothing_is_wrong_without_a_word():

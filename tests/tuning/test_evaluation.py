@@ -64,8 +64,8 @@ def held_out(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tiny_emulator, rows_file, held_out, tmp_path_factory) -> Path:
     """12 steps on the emulator, evaluated after 4, 8 and 12 on ten rows, on the base too."""
-    asked = EvalRows(data=str(held_out), on_base=True)
-    return train(tiny_emulator, rows_file, tmp_path_factory.mktemp("evaluated") / "adapter", asked)
+    eval_rows = EvalRows(data=str(held_out), on_base=True)
+    return train(tiny_emulator, rows_file, tmp_path_factory.mktemp("evaluated") / "adapter", eval_rows)
 
 
 def test_model_and_base_are_evaluated_on_rows_that_are_not_trained_on(trained, tiny_emulator, tiny_model, held_out):
@@ -88,8 +88,8 @@ def test_the_best_checkpoint_is_kept_and_training_stops_when_nothing_gets_better
 ):
     losses, loras = iter([3.0, 2.0, 2.5, 2.4, 1.0]), []
     monkeypatch.setattr(BaseLoss, "__call__", lambda _, model: (loras.append(loras_of(model)), next(losses))[1])
-    asked = EvalRows(data=str(held_out), on_base=True)
-    adapter = train(tiny_emulator, rows_file, tmp_path / "a", asked, steps=40, patience=2, save_steps=7)
+    eval_rows = EvalRows(data=str(held_out), on_base=True)
+    adapter = train(tiny_emulator, rows_file, tmp_path / "a", eval_rows, steps=40, patience=2, save_steps=7)
     result = read_manifest(adapter)["result"]
     assert (result["steps"], result["best_step"], result["eval_base_loss"]) == (16, 8, 2.0)
     kept = Adapter(adapter).loras
@@ -100,7 +100,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_when_nothing_gets_better
     assert any(not torch.equal(lora.b, loras[3][path].b) for path, lora in kept.items())
 
 
-def run_until(moment, model, rows, output, asked):
+def run_until(moment, model, rows, output, eval_rows):
     if moment == "in step 11":
         step = LoraTrainer.training_step
         LoraTrainer.training_step = lambda self, *args, **options: (
@@ -108,32 +108,36 @@ def run_until(moment, model, rows, output, asked):
         )
     else:
         Train._write = lambda *_: kill()
-    train(model, rows, output, asked, patience=1)
+    train(model, rows, output, eval_rows, patience=1)
 
 
 @pytest.mark.parametrize("moment", ["in step 11", "before it is written"])
-def test_killed_and_run_again_it_keeps_the_same_checkpoint(moment, tiny_emulator, rows_file, held_out, tmp_path, whole):
-    asked = EvalRows(data=str(held_out), on_base=True)
-    run_until_killed(run_until, moment, tiny_emulator, rows_file, tmp_path / "here" / "a", asked)
+def test_killed_and_run_again_it_keeps_the_same_checkpoint(
+    moment, tiny_emulator, rows_file, held_out, tmp_path, uninterrupted
+):
+    eval_rows = EvalRows(data=str(held_out), on_base=True)
+    run_until_killed(run_until, moment, tiny_emulator, rows_file, tmp_path / "here" / "a", eval_rows)
     shutil.move(tmp_path / "here", tmp_path / "moved")  # the trainer keeps the best checkpoint's path
-    train(tiny_emulator, rows_file, tmp_path / "moved" / "a", asked, patience=1)
-    again, before = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "moved" / "a", whole))
+    train(tiny_emulator, rows_file, tmp_path / "moved" / "a", eval_rows, patience=1)
+    again, before = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "moved" / "a", uninterrupted)
+    )
     assert all(torch.equal(again[key], before[key]) for key in before)
-    assert (tmp_path / "moved" / "a" / "log.json").read_bytes() == (whole / "log.json").read_bytes()
-    assert read_manifest(tmp_path / "moved" / "a")["result"] == read_manifest(whole)["result"]
+    assert (tmp_path / "moved" / "a" / "log.json").read_bytes() == (uninterrupted / "log.json").read_bytes()
+    assert read_manifest(tmp_path / "moved" / "a")["result"] == read_manifest(uninterrupted)["result"]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_emulator, rows_file, held_out, tmp_path_factory) -> Path:
-    """The same as ``trained``, with a patience, uninterrupted."""
-    asked = EvalRows(data=str(held_out), on_base=True)
-    return train(tiny_emulator, rows_file, tmp_path_factory.mktemp("whole") / "a", asked, patience=1)
+def uninterrupted(tiny_emulator, rows_file, held_out, tmp_path_factory) -> Path:
+    """As ``trained``, with a patience, uninterrupted."""
+    eval_rows = EvalRows(data=str(held_out), on_base=True)
+    return train(tiny_emulator, rows_file, tmp_path_factory.mktemp("whole") / "a", eval_rows, patience=1)
 
 
 def test_exact_steps_evaluate_the_base_streamed(trained, tiny_model, rows_file, held_out, tmp_path):
     settings = PolishSettings(steps=4, **{**FAST, "eval_steps": 2})
-    asked = EvalRows(data=str(held_out))
-    job = polish_job(trained, tiny_model, rows_file, tmp_path / "a", settings, evaluation=asked)
+    eval_rows = EvalRows(data=str(held_out))
+    job = polish_job(trained, tiny_model, rows_file, tmp_path / "a", settings, evaluation=eval_rows)
     result = read_manifest(job.run())["result"]
     assert result["eval_rows"] == 10
     assert result["eval_loss"] == pytest.approx(nll(tiny_model, tmp_path / "a", load_rows(held_out)), rel=1e-5)
@@ -164,11 +168,11 @@ def test_a_resumed_polish_knows_the_loss_that_it_began_with(
 ):
     def polish(name):
         settings = PolishSettings(**{**FAST, "steps": 4, "eval_steps": 2, "learning_rate": 0.3})
-        asked = EvalRows(data=str(held_out))
+        eval_rows = EvalRows(data=str(held_out))
         start, base = Adapter(trained), Checkpoint(tiny_model)
-        return polish_job(start, base, rows_file, tmp_path / name, settings, evaluation=asked).run()
+        return polish_job(start, base, rows_file, tmp_path / name, settings, evaluation=eval_rows).run()
 
-    whole = polish("whole")
+    uninterrupted = polish("whole")
     step = LoraTrainer.training_step
     with monkeypatch.context() as patch:
         patch.setattr(LoraTrainer, "training_step", lambda self, *args, **options: (
@@ -177,8 +181,8 @@ def test_a_resumed_polish_knows_the_loss_that_it_began_with(
         with pytest.raises(ZeroDivisionError):
             polish("resumed")
     resumed = polish("resumed")
-    assert (resumed / "log.json").read_bytes() == (whole / "log.json").read_bytes()
-    assert read_manifest(resumed)["result"] == read_manifest(whole)["result"]
+    assert (resumed / "log.json").read_bytes() == (uninterrupted / "log.json").read_bytes()
+    assert read_manifest(resumed)["result"] == read_manifest(uninterrupted)["result"]
 
 
 def test_a_share_of_the_rows_is_held_out_by_content():
@@ -208,7 +212,7 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
 
 
 @pytest.mark.parametrize(
-    ("asked", "complaint"),
+    ("fields", "complaint"),
     [
         ({"split": "1.5"}, "1.5 is not a share"),
         ({"split": "0.0"}, "0.0 is not a share"),
@@ -217,11 +221,11 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
         ({"data": "ROWS"}, "all 5 that are left are held out"),
     ],
 )
-def test_rows_to_evaluate_that_cannot_be_meant(asked, complaint, tiny_model, tmp_path):
+def test_rows_to_evaluate_that_cannot_be_meant(fields, complaint, tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[:5])
-    named = {name: str(rows) if value == "ROWS" else value for name, value in asked.items()}
+    options = {name: str(rows) if value == "ROWS" else value for name, value in fields.items()}
     with pytest.raises(EmlocError, match=re.escape(complaint.replace("ROWS", str(rows)))):
-        train(tiny_model, rows, tmp_path / "a", EvalRows(**named))
+        train(tiny_model, rows, tmp_path / "a", EvalRows(**options))
 
 
 def test_a_share_may_be_a_number():
@@ -243,7 +247,7 @@ def test_the_command_line_and_recipes_ask_for_the_same(emloc, tiny_emulator, row
         f'[model]\nbase = "org/base"\n[data]\ntrain = "{rows_file}"\neval = "{held_out}"\neval_base = true\n'
         "[train]\neval_steps = 3\n[polish]\n"
     )
-    found = {stage.name: stage.request for stage in stages(load_recipe(recipe))}
-    assert found["adapter"].evaluation == EvalRows(data=str(held_out), on_base=True, base="org/base")
-    assert found["polished"].evaluation == EvalRows(data=str(held_out))
-    assert found["emulator"].exclude == (held_out,)
+    requests = {stage.name: stage.request for stage in stages(load_recipe(recipe))}
+    assert requests["adapter"].evaluation == EvalRows(data=str(held_out), on_base=True, base="org/base")
+    assert requests["polished"].evaluation == EvalRows(data=str(held_out))
+    assert requests["emulator"].exclude == (held_out,)

@@ -51,10 +51,10 @@ def losses(directory):
 
 
 def require_close(one, other, atol=2e-4):  # AdamW makes much of a gradient's last bits
-    found, wanted = (load_file(directory / "adapter_model.safetensors") for directory in (one, other))
-    assert found.keys() == wanted.keys()
+    actual, wanted = (load_file(directory / "adapter_model.safetensors") for directory in (one, other))
+    assert actual.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.allclose(found[name], tensor, atol=atol), name
+        assert torch.allclose(actual[name], tensor, atol=atol), name
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def ordinary(tiny_model, rows_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def polished(tiny_model, rows_file, tmp_path_factory) -> Path:
-    """Six steps from there, uninterrupted; the adapter has dropout."""
+    """Six uninterrupted exact steps from a plain adapter with dropout."""
     adapter = make_adapter(tiny_model, tmp_path_factory.mktemp("plain") / "adapter", lora_dropout=0.2)
     return polish(adapter, tiny_model, rows_file, adapter.with_name("polished"))
 
@@ -108,8 +108,8 @@ def test_an_emulator_is_streamed_to_the_same_result(kind, rows_file, tmp_path):
     # Kernels of bitsandbytes on a CPU unpack rows wrongly that end in half a block of 64.
     base = save_tiny_model({**LLAMA.tiny_configs[0], "hidden_size": 64, "head_dim": 16}, tmp_path / "base")
     sized = {"ratio": 0.3} if kind == "1.6-bit+repair" else {}
-    chosen = CompressSettings(kind=kind, samples=8, selection=4, **sized)
-    emulator = compress_job(base, rows_file, tmp_path / "emulator", chosen).run()
+    compress_settings = CompressSettings(kind=kind, samples=8, selection=4, **sized)
+    emulator = compress_job(base, rows_file, tmp_path / "emulator", compress_settings).run()
     ordinary = train_job(emulator, rows_file, tmp_path / "ordinary", train_settings(steps=3)).run()
     job = exact_job(emulator, rows_file, tmp_path / "exact", train_settings(steps=3, batch_size=2, accumulation=4))
     exact = job.run()
@@ -168,8 +168,8 @@ def test_four_bits_that_say_something_else_are_not_streamed(change, reason, four
     shard = sorted(emulator.glob("model-*.safetensors"))[0]
     tensors = load_file(shard)
     key = next(key for key in tensors if "quant_state" in key)
-    said = json.dumps({**json.loads(bytes(tensors[key].tolist())), **change}) if change else "{"
-    save_file({**tensors, key: torch.tensor(list(said.encode()), dtype=torch.uint8)}, shard, {"format": "pt"})
+    state = json.dumps({**json.loads(bytes(tensors[key].tolist())), **change}) if change else "{"
+    save_file({**tensors, key: torch.tensor(list(state.encode()), dtype=torch.uint8)}, shard, {"format": "pt"})
     (emulator / "emloc.json").unlink()  # as a stranger's
     with pytest.raises(EmlocError, match=reason) as caught:
         exact_job(emulator, rows_file, tmp_path / "exact", train_settings(steps=1)).run()
@@ -211,15 +211,15 @@ def test_polish_goes_on_from_what_train_and_correct_make(ordinary, tiny_model, t
     before = contents(corrected)
     for adapter in (ordinary, tuned, corrected):
         output = polish(adapter, tiny_model, rows_file, tmp_path / f"polished-{adapter.name}", learning_rate=1e-6)
-        found, given = Adapter(output), Adapter(adapter)
-        for path, lora in given.loras.items():  # six very small steps away
-            for one, other in ((found.loras[path].a, lora.a), (found.loras[path].b, lora.b)):
+        trained, start = Adapter(output), Adapter(adapter)
+        for path, lora in start.loras.items():  # six very small steps away
+            for one, other in ((trained.loras[path].a, lora.a), (trained.loras[path].b, lora.b)):
                 assert 0 < (one - other).abs().max() < 1e-5, path
         for name in ("r", "lora_alpha", "target_modules"):
-            assert found.config[name] == given.config[name]
-        assert found.config["base_model_name_or_path"] == str(tiny_model.absolute())
-        assert not found.is_corrected
-        merge_job(found, tiny_model, tmp_path / f"merged-{adapter.name}").run()
+            assert trained.config[name] == start.config[name]
+        assert trained.config["base_model_name_or_path"] == str(tiny_model.absolute())
+        assert not trained.is_corrected
+        merge_job(trained, tiny_model, tmp_path / f"merged-{adapter.name}").run()
     assert contents(corrected) == before  # as it was
 
 
@@ -232,8 +232,8 @@ def test_the_same_again_does_nothing_and_limits_change_no_result(
     again = polish(adapter, tiny_model, rows_file, tmp_path / "again", limits=limits, batch_size=8, save_steps=9)
     one, other = ((directory / "adapter_model.safetensors").read_bytes() for directory in (again, polished))
     assert one == other
-    read = [read_json(directory / "timing.json")["read_bytes"] for directory in (again, polished)]
-    assert read[0] * 6 < read[1]
+    bytes_read = [read_json(directory / "timing.json")["read_bytes"] for directory in (again, polished)]
+    assert bytes_read[0] * 6 < bytes_read[1]
     monkeypatch.setattr(ExactSteps, "loss", lambda *_, **__: pytest.fail("took a step"))
     assert polish(adapter, tiny_model, rows_file, polished, limits=limits) == polished
     with pytest.raises(EmlocError, match=r"settings\.learning_rate was 0\.02 and is now 0\.1"):
@@ -262,11 +262,11 @@ def test_the_lora_the_process_and_boundaries_in_memory_count(tiny_model, rows_fi
 
 def run_until(step, park, adapter, base, rows, output):
     """Polish until the process kills itself in a step."""
-    take, taken = ExactSteps.loss, []
+    exact_loss, steps_taken = ExactSteps.loss, []
 
     def loss(self, *args, **options):
-        taken.append(1)
-        return kill() if len(taken) == step else take(self, *args, **options)
+        steps_taken.append(1)
+        return kill() if len(steps_taken) == step else exact_loss(self, *args, **options)
 
     ExactSteps.loss = loss
     boundaries._SMALL = 0
@@ -274,7 +274,7 @@ def run_until(step, park, adapter, base, rows, output):
 
 
 @pytest.mark.parametrize(
-    ("step", "left", "park"),
+    ("step", "remaining", "park"),
     [
         pytest.param(1, 6, "memory", marks=pytest.mark.thorough),
         (4, 4, "disk"),
@@ -282,15 +282,17 @@ def run_until(step, park, adapter, base, rows, output):
     ],
 )
 def test_killed_at_any_step_it_resumes_bit_for_bit(
-    step, left, park, polished, tiny_model, rows_file, tmp_path, monkeypatch
+    step, remaining, park, polished, tiny_model, rows_file, tmp_path, monkeypatch
 ):
     adapter, output = polished.with_name("adapter"), tmp_path / "polished"
     run_until_killed(run_until, step, park, adapter, tiny_model, rows_file, output)
     assert not output.exists()
-    taken, take = [], ExactSteps.loss
-    monkeypatch.setattr(ExactSteps, "loss", lambda *args, **options: (taken.append(1), take(*args, **options))[1])
+    steps_taken, exact_loss = [], ExactSteps.loss
+    monkeypatch.setattr(
+        ExactSteps, "loss", lambda *args, **options: (steps_taken.append(1), exact_loss(*args, **options))[1]
+    )
     polish(adapter, tiny_model, rows_file, output, limits=ExactSettings(park=park))
-    assert len(taken) == left
+    assert len(steps_taken) == remaining
     expected = contents(polished)
     assert contents(output) == expected
     assert not output.with_name(".polished.partial").exists()
@@ -300,13 +302,13 @@ def test_killed_at_any_step_it_resumes_bit_for_bit(
 
 
 def test_the_commands(emloc, ordinary, tiny_model, rows_file, tmp_path):
-    given = [ordinary, "--base", tiny_model, "--data", rows_file, "-o", tmp_path / "p", "--steps", 2, "--lr", 0.01]
-    code, out, _ = emloc("polish", *given, "--dry-run", "--json")
-    said = json.loads(out)
-    assert (code, said["steps"], said["rows"]) == (0, 2, 120)
-    assert tiny_model.joinpath("model.safetensors").stat().st_size < said["step_read_bytes"] < 2 * said["model_bytes"]
+    argv = [ordinary, "--base", tiny_model, "--data", rows_file, "-o", tmp_path / "p", "--steps", 2, "--lr", 0.01]
+    code, out, _ = emloc("polish", *argv, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert (code, plan["steps"], plan["rows"]) == (0, 2, 120)
+    assert tiny_model.joinpath("model.safetensors").stat().st_size < plan["step_read_bytes"] < 2 * plan["model_bytes"]
     assert not (tmp_path / "p").exists()
-    code, out, err = emloc("polish", *given, "--set", "lr_scheduler_type=cosine", "--json")
+    code, out, err = emloc("polish", *argv, "--set", "lr_scheduler_type=cosine", "--json")
     answer = json.loads(out)
     assert (code, answer["kind"], answer["result"]["steps"]) == (0, "adapter", 2)
     assert answer["request"]["adapter"] == Adapter(ordinary).fingerprint(Inputs())
@@ -358,15 +360,15 @@ def test_what_does_not_belong_together_is_refused(ordinary, tiny_model, tiny_emu
 def test_a_base_that_changes_meanwhile_ends_the_run_and_its_checkpoint_is_kept(
     ordinary, tiny_model, rows_file, tmp_path, monkeypatch
 ):
-    take, taken = ExactSteps.loss, []
+    exact_loss, steps_taken = ExactSteps.loss, []
     weights = tiny_model / "model.safetensors"
     before = weights.stat()
 
     def loss(self, *args, **options):
-        taken.append(1)
-        if len(taken) == 4:
+        steps_taken.append(1)
+        if len(steps_taken) == 4:
             os.utime(weights)
-        return take(self, *args, **options)
+        return exact_loss(self, *args, **options)
 
     monkeypatch.setattr(ExactSteps, "loss", loss)
     with pytest.raises(EmlocError, match=r"model\.safetensors has changed since it was first read"):
@@ -374,7 +376,7 @@ def test_a_base_that_changes_meanwhile_ends_the_run_and_its_checkpoint_is_kept(
     assert list(tmp_path.rglob(".a.partial/**/checkpoint-2"))
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # restored
     polish(ordinary, tiny_model, rows_file, tmp_path / "a")
-    assert len(taken) == 4 + 4
+    assert len(steps_taken) == 4 + 4
 
 
 def test_rows_without_answers_and_rows_that_fill_memory_are_refused(

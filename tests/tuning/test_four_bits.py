@@ -34,13 +34,13 @@ def original(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(original, tmp_path_factory):
-    """The original as bitsandbytes packs it, which nothing says is from it."""
+    """The original as bitsandbytes packs it; nothing in it names the original."""
     return save_in_four_bits(original, tmp_path_factory.mktemp("four_bits") / "packed")
 
 
 @pytest.fixture(scope="module")
 def adapter(packed, rows_file, tmp_path_factory):
-    """A LoRA on that."""
+    """A LoRA on the packed model."""
     directory = tmp_path_factory.mktemp("adapter")
     settings = TrainSettings(steps=2, batch_size=4, learning_rate=0.01)
     return Adapter(train_job(packed, rows_file, directory / "adapter", settings).run())
@@ -50,7 +50,7 @@ def test_it_is_merged_into_the_original_that_is_named(adapter, original, tmp_pat
     with pytest.raises(EmlocError, match=r"is already quantised.*Give the original, unquantised model with --base"):
         merge_job(adapter, adapter.base_name, tmp_path / "merged")
     merged = merge_job(adapter, original, tmp_path / "merged").run()
-    before, after = (AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (original, merged))
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (original, merged))
     for path, lora in adapter.loras.items():
         change = lora.scale * lora.b.float() @ lora.a.float()
         torch.testing.assert_close(after[f"{path}.weight"] - before[f"{path}.weight"], change, atol=1e-6, rtol=1e-4)
@@ -60,13 +60,13 @@ def test_the_model_that_it_was_trained_on_may_be_in_the_cache_of_the_hub(
     adapter, packed, original, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    place, copy = tmp_path / "hub" / "models--some--packed", shutil.copytree(adapter.directory, tmp_path / "adapter")
+    hub, copy = (tmp_path / "hub" / "models--some--packed", shutil.copytree(adapter.directory, tmp_path / "adapter"))
     write_json(copy / "adapter_config.json", adapter.config | {"base_model_name_or_path": "some/packed"})
     with pytest.raises(EmlocError, match="was trained on some/packed, which was not found"):
         merge_job(copy, original, tmp_path / "merged").run()
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("c" * 40)
-    shutil.copytree(packed, place / "snapshots" / ("c" * 40))
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("c" * 40)
+    shutil.copytree(packed, hub / "snapshots" / ("c" * 40))
     assert merge_job(copy, original, tmp_path / "merged").run()
 
 
@@ -156,12 +156,12 @@ def test_other_quantised_models_are_not_planned(settings, reason, packed, tmp_pa
 
 @pytest.mark.usefixtures("calls_here")
 def test_it_is_tuned_and_answers(packed, rows_file, tmp_path, emloc):
-    asked = ("tune", packed, "--data", rows_file, "--memory", "4GiB", "--steps", 1, "-o", tmp_path / "tuned")
-    code, _, err = emloc(*asked, "--merge")
+    command = ("tune", packed, "--data", rows_file, "--memory", "4GiB", "--steps", 1, "-o", tmp_path / "tuned")
+    code, _, err = emloc(*command, "--merge")
     assert code == 1
     assert "a LoRA can only be merged into the original" in err
     assert not (tmp_path / "tuned").exists()
-    code, _, err = emloc(*asked)
+    code, _, err = emloc(*command)
     assert code == 0, err
     assert len(read_json(tmp_path / "tuned" / "answers.json")["answers"]) == 5
 

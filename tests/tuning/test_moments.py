@@ -28,18 +28,18 @@ def lora_on_a_linear():
 
 
 def optimiser(lora):
-    trained = [each for each in lora.parameters() if each.requires_grad]
+    trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=RATE, betas=BETAS, weight_decay=0.0, eps=1e-30)
 
 
-def take(lora, optimizer, gradient):
+def take_step(lora, optimizer, gradient):
     """Take a step, and return how far the LoRA's numbers moved."""
-    before = [each.detach().clone() for each in lora.parameters() if each.requires_grad]
+    before = [parameter.detach().clone() for parameter in lora.parameters() if parameter.requires_grad]
     for parameter in lora.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, gradient)
     optimizer.step()
-    after = [each.detach() for each in lora.parameters() if each.requires_grad]
+    after = [parameter.detach() for parameter in lora.parameters() if parameter.requires_grad]
     return [float((new - old).abs().max()) for new, old in zip(after, before, strict=True)]
 
 
@@ -49,14 +49,14 @@ def test_what_is_written_is_the_mean_square_of_the_gradients(tmp_path_factory, g
     directory, lora = tmp_path_factory.mktemp("moments"), lora_on_a_linear()
     optimizer = optimiser(lora)
     for gradient in gradients:
-        take(lora, optimizer, gradient)
+        take_step(lora, optimizer, gradient)
     write_moments(directory, lora, optimizer, RATE)
     assert tuned_at(directory) == RATE
     weights = [BETAS[1] ** age for age in reversed(range(len(gradients)))]
     mean = sum(weight * gradient**2 for weight, gradient in zip(weights, gradients, strict=True)) / sum(weights)
-    found = load_file(directory / FILE)
-    assert sorted(found) == ["base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"]
-    for tensor in found.values():
+    moments = load_file(directory / FILE)
+    assert sorted(moments) == ["base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"]
+    for tensor in moments.values():
         assert tensor.dtype == torch.bfloat16
         assert float(tensor) == pytest.approx(mean, rel=0.005)
 
@@ -67,18 +67,18 @@ def test_steps_are_as_small_as_the_gradients_became_and_never_far_beyond_the_rat
     directory, lora = tmp_path_factory.mktemp("moments"), lora_on_a_linear()
     tuned = optimiser(lora)
     for _ in range(60):
-        take(lora, tuned, 10**before)
+        take_step(lora, tuned, 10**before)
     write_moments(directory, lora, tuned, RATE)
     optimizer = optimiser(lora)
     load_moments(directory, lora, optimizer)
-    moved = [take(lora, optimizer, 10**now)[0] for _ in range(60)]
+    moved = [take_step(lora, optimizer, 10**now)[0] for _ in range(60)]
     assert max(moved) <= 1.15 * RATE
     mean = float(load_file(directory / FILE)["base_model.model.0.lora_A.weight"])  # ten steps of that, and one of this
     squared = ((BETAS[1] - BETAS[1] ** 11) * mean + (1 - BETAS[1]) * 10 ** (2 * now)) / (1 - BETAS[1] ** 11)
     momentum = (1 - BETAS[0]) * 10**now / (1 - BETAS[0] ** 11)
     assert moved[0] == pytest.approx(RATE * momentum / squared**0.5, rel=1e-3)
     fresh = lora_on_a_linear()
-    assert take(fresh, optimiser(fresh), 10**now)[0] == pytest.approx(RATE, rel=0.01)
+    assert take_step(fresh, optimiser(fresh), 10**now)[0] == pytest.approx(RATE, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def tuned(tiny_model, rows_file, tmp_path_factory) -> Path:
 
 
 def polish(adapter, base, rows, output, **changes) -> Path:
-    how = PolishSettings(**{"steps": 2, **STEPS, **changes})
-    return polish_job(adapter, base, rows, output, how).run()
+    polish_settings = PolishSettings(**{"steps": 2, **STEPS, **changes})
+    return polish_job(adapter, base, rows, output, polish_settings).run()
 
 
 def without_moments(adapter, copy) -> Path:
@@ -143,8 +143,8 @@ def test_a_dry_run_says_where_there_are_none(emloc, tuned, rows_file, tmp_path):
 
 @pytest.mark.thorough
 def test_an_optimiser_without_second_moments_leaves_none(tiny_model, rows_file, tmp_path):
-    how = TrainSettings(steps=1, lora_rank=4, extra={"optim": "sgd"}, **STEPS)
-    plain = train_job(tiny_model, rows_file, tmp_path / "plain", how).run()
+    train_settings = TrainSettings(steps=1, lora_rank=4, extra={"optim": "sgd"}, **STEPS)
+    plain = train_job(tiny_model, rows_file, tmp_path / "plain", train_settings).run()
     assert not (plain / FILE).exists()
     polish(plain, tiny_model, rows_file, tmp_path / "polished")
 
@@ -179,9 +179,9 @@ def test_what_is_not_theirs_is_one_error(spoil, code, tuned, tiny_model, rows_fi
     adapter = tmp_path / "adapter"
     shutil.copytree(tuned, adapter)
     spoil(adapter / FILE)
-    with pytest.raises(EmlocError, match=FILE) as found:
+    with pytest.raises(EmlocError, match=FILE) as caught:
         polish(adapter, tiny_model, rows_file, tmp_path / "polished")
-    assert found.value.code == code
+    assert caught.value.code == code
     assert not (tmp_path / "polished").exists()
 
 

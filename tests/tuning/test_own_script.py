@@ -77,22 +77,22 @@ def test_an_emulator_may_be_placed_by_a_map(kind, tiny_model, rows_file, tmp_pat
     """Here on one device; a block that waits on a disk stands for one on another GPU: accelerate's hooks bring both."""
     settings = CompressSettings(kind=kind, samples=6, selection=2)
     emulator = compress_job(tiny_model, rows_file, tmp_path / "emulator", settings).run()
-    ids, found = torch.arange(3, 30)[None], []
-    for how in ({}, {"device_map": "auto"}):
-        model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto", **how)
+    ids, gradients = torch.arange(3, 30)[None], []
+    for placement in ({}, {"device_map": "auto"}):
+        model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto", **placement)
         torch.manual_seed(0)
         lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
         loss = lora(input_ids=ids, labels=ids).loss
         loss.backward()
-        found.append([loss.detach(), *(each.grad for each in lora.parameters() if each.requires_grad)])
-    assert len(found[0]) == 43
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    whole = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
-    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "lm_head"), "cpu")
-    places |= {"model.layers.1": "disk", "model.rotary_emb": "cpu"}
+        gradients.append([loss.detach(), *(p.grad for p in lora.parameters() if p.requires_grad)])
+    assert len(gradients[0]) == 43
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    plain = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
+    devices = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "lm_head"), "cpu")
+    devices |= {"model.layers.1": "disk", "model.rotary_emb": "cpu"}
     with torch.no_grad():
-        logits = whole(input_ids=ids).logits
-        placed = dispatch_model(whole, places, main_device="cpu", offload_dir=str(tmp_path / "disk"), force_hooks=True)
+        logits = plain(input_ids=ids).logits
+        placed = dispatch_model(plain, devices, main_device="cpu", offload_dir=str(tmp_path / "disk"), force_hooks=True)
         assert placed.model.layers[1].mlp.down_proj.weight.is_meta
         assert torch.equal(placed(input_ids=ids).logits, logits)
 

@@ -39,9 +39,9 @@ def test_an_emulator_trains_and_its_adapter_loads_onto_the_base(name: str, rows_
             torch.nn.init.normal_(value, std=0.1)
     model.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    chosen = CompressSettings(samples=12, selection=6, ratio=0.6)
+    compress_settings = CompressSettings(samples=12, selection=6, ratio=0.6)
     rows = load_rows(str(rows_file))
-    directory = compress_job(tmp_path / "base", rows, tmp_path / "emulator", chosen).run()
+    directory = compress_job(tmp_path / "base", rows, tmp_path / "emulator", compress_settings).run()
 
     emulator = AutoModelForCausalLM.from_pretrained(directory)
     tied = "tied" in name

@@ -54,17 +54,17 @@ def margin(model, tokenizer, rows):
 
 
 @pytest.fixture(scope="module")
-def made(tiny_model, tmp_path_factory):
+def outputs(tiny_model, tmp_path_factory):
     """Emulator, adapter by DPO, and the corrected adapter."""
-    place = tmp_path_factory.mktemp("dpo")
-    data = write_jsonl(place / "rows.jsonl", preferences()[:100])
-    emulator = emloc_core.compress(tiny_model, str(data), place / "emulator", samples=12, selection=6)
-    adapter = emloc_core.train(emulator, str(data), place / "adapter", **SETTINGS)
+    directory = tmp_path_factory.mktemp("dpo")
+    data = write_jsonl(directory / "rows.jsonl", preferences()[:100])
+    emulator = emloc_core.compress(tiny_model, str(data), directory / "emulator", samples=12, selection=6)
+    adapter = emloc_core.train(emulator, str(data), directory / "adapter", **SETTINGS)
     return emulator, adapter, emloc_core.correct(adapter)
 
 
-def test_the_base_prefers_what_the_emulator_was_taught_to(made, tiny_model):
-    _, adapter, corrected = made
+def test_the_base_prefers_what_the_emulator_was_taught_to(outputs, tiny_model):
+    _, adapter, corrected = outputs
     tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
     held_out = preferences()[100:]
     before = margin(base, tokenizer, held_out)
@@ -73,16 +73,19 @@ def test_the_base_prefers_what_the_emulator_was_taught_to(made, tiny_model):
     assert "by DPO with beta 0.1" in (corrected.path / "README.md").read_text()
 
 
-def test_the_loss_starts_where_the_policy_is_the_reference(made, rows_file):
-    log = json.loads((made[1].path / "log.json").read_text())
+def test_the_loss_starts_where_the_policy_is_the_reference(outputs, rows_file):
+    log = json.loads((outputs[1].path / "log.json").read_text())
     first = emloc_core.train(
-        made[0], preferences()[:100], made[1].path.with_name("one"), **{**SETTINGS, "steps": 1, "logging_steps": 1}
+        outputs[0],
+        preferences()[:100],
+        outputs[1].path.with_name("one"),
+        **{**SETTINGS, "steps": 1, "logging_steps": 1},
     )
     (start,) = json.loads((first.path / "log.json").read_text())
     assert start["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-4)  # -log sigmoid(0)
     assert log[-1]["loss"] < log[0]["loss"] < start["loss"]
     with pytest.raises(EmlocError, match="Row 1 has no rejected answer"):
-        emloc_core.train(made[0], str(rows_file), made[1].path.with_name("two"), **SETTINGS)
+        emloc_core.train(outputs[0], str(rows_file), outputs[1].path.with_name("two"), **SETTINGS)
 
 
 def test_rows_are_the_same_in_every_form_and_differ_by_what_is_rejected():
@@ -97,10 +100,10 @@ def test_rows_are_the_same_in_every_form_and_differ_by_what_is_rejected():
         load_rows([rows[0] | {"rejected": row.rejected}])
 
 
-def test_conversations_are_trained_on_too(made):
+def test_conversations_are_trained_on_too(outputs):
     rows = [in_messages(row) for row in preferences()[:20]]
     settings = {**SETTINGS, "steps": 1, "exclude": ()}
-    assert emloc_core.train(made[0], rows, made[1].path.with_name("chat"), **settings).result["rows"] == 20
+    assert emloc_core.train(outputs[0], rows, outputs[1].path.with_name("chat"), **settings).result["rows"] == 20
 
 
 def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
@@ -113,9 +116,9 @@ def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
         load_recipe(recipe)
 
 
-def test_polishing_says_that_it_forgets_preferences(made, tiny_model, tmp_path, emloc):
+def test_polishing_says_that_it_forgets_preferences(outputs, tiny_model, tmp_path, emloc):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}])
-    for adapter in (made[1].path, made[2].path):  # as trained, and as corrected
+    for adapter in (outputs[1].path, outputs[2].path):  # as trained, and as corrected
         job = (
             "polish",
             adapter,
@@ -133,9 +136,9 @@ def test_polishing_says_that_it_forgets_preferences(made, tiny_model, tmp_path, 
         assert (code, f"warning: {adapter} was trained on preferences" in err) == (0, True)
 
 
-def test_fields_of_the_other_config_are_refused(made):
+def test_fields_of_the_other_config_are_refused(outputs):
     with pytest.raises(EmlocError, match="DPOConfig has no field 'packing'"):
-        emloc_core.train(made[0], preferences(), made[1].path.with_name("x"), extra={"packing": True}, **SETTINGS)
+        emloc_core.train(outputs[0], preferences(), outputs[1].path.with_name("x"), extra={"packing": True}, **SETTINGS)
 
 
 def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
@@ -150,14 +153,14 @@ def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
 
 
 @pytest.mark.thorough
-def test_labels_teach_the_base_too(made, tiny_model, tmp_path):
-    """By KTO: from labelled answers, which preferences become two of."""
+def test_labels_teach_the_base_too(outputs, tiny_model, tmp_path):
+    """By KTO, from labelled answers: each preference becomes two."""
     labelled = [
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
         for row in preferences()[:100] for name in ("chosen", "rejected")
     ]  # fmt: skip
     settings = {**SETTINGS, "objective": "kto"}
-    adapter = emloc_core.train(made[0], labelled, tmp_path / "labelled", **settings)
+    adapter = emloc_core.train(outputs[0], labelled, tmp_path / "labelled", **settings)
     corrected = emloc_core.correct(adapter, clamp=1)
     tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
     held_out = preferences()[100:]
@@ -171,17 +174,17 @@ def test_labels_teach_the_base_too(made, tiny_model, tmp_path):
     unwanted = write_jsonl(tmp_path / "unwanted.jsonl", labelled[1:12:2])
     with pytest.raises(EmlocError, match="compares on wanted answers"):
         emloc_core.correct(adapter, tmp_path / "unwanted", selection_data=unwanted)
-    one = emloc_core.train(made[0], preferences()[:100], tmp_path / "pairs", **{**settings, "steps": 1})
+    one = emloc_core.train(outputs[0], preferences()[:100], tmp_path / "pairs", **{**settings, "steps": 1})
     assert one.result["rows"] == 100 - 12 - 6
     bare = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(EmlocError, match=r"Row 1 of .*bare\.jsonl does not say whether its answer is wanted"):
-        emloc_core.train(made[0], [str(unwanted), str(bare)], tmp_path / "none", **settings)
+        emloc_core.train(outputs[0], [str(unwanted), str(bare)], tmp_path / "none", **settings)
 
 
-def test_odds_teach_the_base_too(made, tiny_model, tmp_path):
-    """By ORPO, without a reference: the first loss is that of the answers and of odds, and margins are logged."""
+def test_odds_teach_the_base_too(outputs, tiny_model, tmp_path):
+    """By ORPO, without a reference: the loss is of answers and of odds, and margins are logged."""
     settings = {**SETTINGS, "objective": "orpo", "beta": 0.5}
-    adapter = emloc_core.train(made[0], preferences()[:100], tmp_path / "odds", **settings)
+    adapter = emloc_core.train(outputs[0], preferences()[:100], tmp_path / "odds", **settings)
     corrected = emloc_core.correct(adapter, clamp=1)
     tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
     held_out = preferences()[100:]
@@ -192,9 +195,9 @@ def test_odds_teach_the_base_too(made, tiny_model, tmp_path):
     assert log[-1]["loss"] < log[0]["loss"]
     assert "by ORPO with beta 0.5" in (corrected.path / "README.md").read_text()
     with pytest.raises(EmlocError, match="ORPO has no loss_type"):
-        emloc_core.train(made[0], preferences(), tmp_path / "x", extra={"loss_type": "ipo"}, **settings)
+        emloc_core.train(outputs[0], preferences(), tmp_path / "x", extra={"loss_type": "ipo"}, **settings)
     with pytest.raises(EmlocError, match="ORPO needs rows of"):
-        emloc_core.train(made[0], [{"prompt": "a", "completion": "b"}], tmp_path / "none", **settings)
+        emloc_core.train(outputs[0], [{"prompt": "a", "completion": "b"}], tmp_path / "none", **settings)
 
 
 def test_the_odds_ratio_is_that_of_trl():
@@ -212,8 +215,8 @@ def test_the_odds_ratio_is_that_of_trl():
 def test_the_dry_runs_steps_are_the_trainers(objective, tiny_model, tmp_path):
     long = [{"prompt": "cat " * 40, "chosen": " a", "rejected": text} for text in (" b", " c")]  # dropped
     rows = write_jsonl(tmp_path / "rows.jsonl", [*preferences()[:6], *long])
-    chosen = {**SETTINGS, "objective": objective, "steps": None, "epochs": 1, "batch_size": 2, "accumulation": 1}
-    job = train_job(tiny_model, rows, tmp_path / "a", TrainSettings(**chosen, max_length=24))
+    training = {**SETTINGS, "objective": objective, "steps": None, "epochs": 1, "batch_size": 2, "accumulation": 1}
+    job = train_job(tiny_model, rows, tmp_path / "a", TrainSettings(**training, max_length=24))
     assert job.describe()["steps"] == {"dpo": 3, "kto": 6}[objective]
     assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"]
 
@@ -232,13 +235,13 @@ def test_rows_become_what_trl_makes_of_them(objective, chat, tiny_model, monkeyp
         ]
         names = ("completion", "label")
     ours, theirs = TRAINERS[objective], TRAINERS[objective].__bases__[-1]
-    seen = {}
+    datasets = {}
     for name, trainer in (("ours", ours), ("theirs", theirs)):
         prepare = trainer._prepare_dataset
 
-        def spy(self, *given, prepare=prepare, name=name):
-            seen[name] = prepare(self, *given)
-            return seen[name]
+        def spy(self, *args, prepare=prepare, name=name):
+            datasets[name] = prepare(self, *args)
+            return datasets[name]
 
         monkeypatch.setattr(trainer, "_prepare_dataset", spy)
     settings = {**SETTINGS, "objective": objective, "steps": 1, "max_length": 24}
@@ -253,19 +256,19 @@ def test_rows_become_what_trl_makes_of_them(objective, chat, tiny_model, monkeyp
         report_to="none",
         per_device_train_batch_size=4,
     )
-    given = Dataset.from_dict({name: [row[name] for row in rows] for name in ("prompt", *names)})
+    dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in ("prompt", *names)})
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     theirs(
         model,
         args=config,
-        train_dataset=given.shuffle(0) if objective == "kto" else given,
+        train_dataset=dataset.shuffle(0) if objective == "kto" else dataset,
         processing_class=tokenizer,
         peft_config=LoraConfig(target_modules=["q_proj"]),
     )
-    columns = seen["ours"].column_names
-    cut = [{name: row[name] for name in columns} for row in seen["theirs"]]
+    columns = datasets["ours"].column_names
+    cut = [{name: row[name] for name in columns} for row in datasets["theirs"]]
     for row in cut:
         room = 24 - len(row["prompt_ids"])
         row |= {name: ids[:room] for name, ids in row.items() if name not in ("prompt_ids", "label")}
-    assert list(seen["ours"]) == cut
+    assert list(datasets["ours"]) == cut
     assert len(cut) > 1

@@ -32,8 +32,8 @@ FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_with_a_file_cut_short_is_removed(name, checkpoint, tmp_path):
-    whole, cut = tmp_path / "checkpoint-2", tmp_path / "checkpoint-3"
-    shutil.copytree(checkpoint, whole)
+    complete, cut = tmp_path / "checkpoint-2", tmp_path / "checkpoint-3"
+    shutil.copytree(checkpoint, complete)
     shutil.copytree(checkpoint, cut)
     state = cut / "trainer_state.json"
     state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 3'))
@@ -42,7 +42,7 @@ def test_a_checkpoint_with_a_file_cut_short_is_removed(name, checkpoint, tmp_pat
     content = (cut / name).read_bytes()
     (cut / name).write_bytes(content[: len(content) // 2])
     remove_incomplete(tmp_path, 1)
-    assert newest_checkpoint(tmp_path) == whole
+    assert newest_checkpoint(tmp_path) == complete
     assert not cut.exists()
 
 

@@ -124,15 +124,15 @@ def test_a_weight_that_holds_no_floats_is_refused(tiny_model, rows_file, tmp_pat
 
 def trained_rows(monkeypatch) -> list:
     """Record the data sets that trainers are made with."""
-    seen = []
+    datasets = []
     train = trainer.LoraTrainer.train
 
     def spy(self, *args, **kwargs):
-        seen.append(list(self.train_dataset))
+        datasets.append(list(self.train_dataset))
         return train(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.LoraTrainer, "train", spy)
-    return seen
+    return datasets
 
 
 def test_only_tokens_that_count_are_projected_on_the_vocabulary(tiny_model, tmp_path, monkeypatch):
@@ -149,9 +149,9 @@ def test_only_tokens_that_count_are_projected_on_the_vocabulary(tiny_model, tmp_
     other = finetune(tiny_model, str(rows), tmp_path / "other", settings(steps=2))
     few, all_tokens = projected[:2], projected[2:]
     assert max(few) < min(all_tokens)
-    found, expected = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    actual, expected = (load_file(path / "adapter_model.safetensors") for path in (one, other))
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_what_fails_starts_a_line_of_its_own(tiny_model, rows_file, tmp_path, monkeypatch, capfd):
@@ -161,20 +161,20 @@ def test_what_fails_starts_a_line_of_its_own(tiny_model, rows_file, tmp_path, mo
     monkeypatch.setattr(trainer.LoraTrainer, "_save_checkpoint", fail)
     with pytest.raises(OSError, match="no room") as failed:  # its traceback keeps the trainer and its bar alive
         finetune(tiny_model, str(rows_file), tmp_path / "adapter", settings(steps=2))
-    said = capfd.readouterr().err
-    assert "2/2" in said
-    assert said.endswith("\n"), failed
+    stderr = capfd.readouterr().err
+    assert "2/2" in stderr
+    assert stderr.endswith("\n"), failed
 
 
 def test_an_emulator_is_tuned_and_its_held_out_rows_never(tiny_emulator, tiny_model, rows_file, tmp_path, monkeypatch):
-    seen = trained_rows(monkeypatch)
+    datasets = trained_rows(monkeypatch)
     test = write_jsonl(tmp_path / "test.jsonl", example_rows()[:10])
     adapter = finetune(tiny_emulator, str(rows_file), tmp_path / "a", settings(steps=2), exclude=[test])
     kept = [*load_rows(str(tiny_emulator / "calibration.jsonl")), *load_rows(str(tiny_emulator / "selection.jsonl"))]
     held_out = {row.key for row in [*kept, *load_rows(str(test))]}
     expected = [row for row in load_rows(str(rows_file)) if row.key not in held_out]
     samples = encode(expected, AutoTokenizer.from_pretrained(tiny_emulator))
-    assert [row["input_ids"] for row in seen[0]] == [sample.input_ids for sample in samples]
+    assert [row["input_ids"] for row in datasets[0]] == [sample.input_ids for sample in samples]
     assert read_manifest(adapter)["result"]["excluded_rows"] == len(held_out) == 120 - len(expected)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
     assert len(Adapter(adapter).loras) == 21
@@ -189,7 +189,7 @@ def test_an_emulator_is_tuned_and_its_held_out_rows_never(tiny_emulator, tiny_mo
     ],
 )
 def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, tmp_path, monkeypatch):
-    seen = trained_rows(monkeypatch)
+    datasets = trained_rows(monkeypatch)
     rows = example_rows()[:8]
     if form == "text":
         rows = [{"text": row["prompt"] + row["completion"]} for row in rows]
@@ -204,7 +204,7 @@ def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, t
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     finetune(tiny_model, str(path), tmp_path / "a", settings(steps=1, loss=loss))
     samples = encode(load_rows(str(path), loss=loss), AutoTokenizer.from_pretrained(tiny_model))
-    for row, sample in zip(seen[0], samples, strict=True):
+    for row, sample in zip(datasets[0], samples, strict=True):
         assert row["input_ids"] == sample.input_ids
         assert [int(label != -100) for label in row["labels"]] == sample.completion_mask
     if form == "all answers":
@@ -213,11 +213,11 @@ def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, t
 
 def test_rows_are_cut_only_where_asked_and_counted_where_nothing_is_left(tiny_model, tmp_path, monkeypatch):
     assert trainer_config(settings(), tmp_path, completion_only=True, use_cpu=True).max_length is None
-    seen = trained_rows(monkeypatch)
+    datasets = trained_rows(monkeypatch)
     rows = [{"prompt": "cat " * 20, "completion": "a"}, {"prompt": "cat", "completion": " cat" * 30}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     adapter = finetune(tiny_model, str(path), tmp_path / "a", settings(steps=1, max_length=16))
-    assert [len(row["input_ids"]) for row in seen[0]] == [16]
+    assert [len(row["input_ids"]) for row in datasets[0]] == [16]
     result = read_manifest(adapter)["result"]
     assert (result["rows"], result["dropped_rows"]) == (1, 1)
 
@@ -228,9 +228,9 @@ def test_a_dry_run_tells_of_long_rows_and_copies(tiny_model, tmp_path, emloc):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     lengths = [len(sample.input_ids) for sample in encode(load_rows(path), AutoTokenizer.from_pretrained(tiny_model))]
     job = train_job(tiny_model, path, tmp_path / "a", settings(max_length=16))
-    said = job.describe()
+    preview = job.describe()
     measured = ("longest_tokens", "longest_row", "cut_rows", "dropped_rows", "duplicate_rows")
-    assert [said[name] for name in measured] == [max(lengths), f"Row {1 + lengths.index(max(lengths))}", 2, 1, 2]
+    assert [preview[name] for name in measured] == [max(lengths), f"Row {1 + lengths.index(max(lengths))}", 2, 1, 2]
     options = ("train", tiny_model, "--data", path, "-o", tmp_path / "a", "--max-length", 16, "--dry-run")
     _, out, _ = emloc(*options)
     assert "cut to the maximum length: 2 rows, 1 of them dropped" in out
@@ -239,7 +239,7 @@ def test_a_dry_run_tells_of_long_rows_and_copies(tiny_model, tmp_path, emloc):
 
 
 def test_several_files_are_trained_on_by_their_weights(tiny_model, tmp_path, emloc, monkeypatch):
-    seen = trained_rows(monkeypatch)
+    datasets = trained_rows(monkeypatch)
     rows = example_rows()
     parts = [write_jsonl(tmp_path / "a.jsonl", rows[:4]), write_jsonl(tmp_path / "b.jsonl", rows[4:8])]
     options = ("--data", f"{parts[0]}:2", "--data", parts[1], "-o", tmp_path / "a", "--steps", 1, "--no-bf16")
@@ -247,20 +247,22 @@ def test_several_files_are_trained_on_by_their_weights(tiny_model, tmp_path, eml
     assert code == 0, err
     mixed = load_rows({str(parts[0]): 2, str(parts[1]): 1})
     samples = encode(mixed, AutoTokenizer.from_pretrained(tiny_model))
-    assert [row["input_ids"] for row in seen[0]] == [sample.input_ids for sample in samples]
+    assert [row["input_ids"] for row in datasets[0]] == [sample.input_ids for sample in samples]
     assert len(mixed) == 12
 
 
 def test_settings_reach_peft(tiny_model, rows_file, tmp_path):
-    chosen = settings(steps=1, lora_rank=2, lora_alpha=3, use_rslora=True, target_modules=["q_proj"], lora_dropout=0.1)
-    config = Adapter(finetune(tiny_model, str(rows_file), tmp_path / "a", chosen)).config
+    train_settings = settings(
+        steps=1, lora_rank=2, lora_alpha=3, use_rslora=True, target_modules=["q_proj"], lora_dropout=0.1
+    )
+    config = Adapter(finetune(tiny_model, str(rows_file), tmp_path / "a", train_settings)).config
     expected = {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj"], "lora_dropout": 0.1}
     assert {name: config[name] for name in expected} == expected
 
 
 def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
-    chosen = settings(steps=None, epochs=1.5, batch_size=16, accumulation=3)  # 8 batches, 3 steps per epoch
-    job = train_job(tiny_model, rows_file, tmp_path / "a", chosen)
+    train_settings = settings(steps=None, epochs=1.5, batch_size=16, accumulation=3)  # 8 batches, 3 steps per epoch
+    job = train_job(tiny_model, rows_file, tmp_path / "a", train_settings)
     assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"] == 5
 
 
@@ -285,7 +287,7 @@ def run_until(moment, model, data, test, output):
 
 
 @pytest.mark.parametrize(
-    ("moment", "left", "steps"),
+    ("moment", "remaining", "steps"),
     [
         pytest.param("in step 13", {5, 10}, 10, marks=pytest.mark.thorough),
         ("writing checkpoint 15", {5, 10, 15}, 10),
@@ -293,21 +295,21 @@ def run_until(moment, model, data, test, output):
     ],
 )
 def test_killed_and_run_again_it_gives_the_same_adapter(
-    moment, left, steps, trained, tiny_model, rows_file, tmp_path, monkeypatch
+    moment, remaining, steps, trained, tiny_model, rows_file, tmp_path, monkeypatch
 ):
     test, output = trained.parent / "test.jsonl", tmp_path / "adapter"
     run_until_killed(run_until, moment, tiny_model, rows_file, test, output)
     assert not output.exists()
     checkpoints = tmp_path / ".adapter.partial" / "content" / "checkpoints"
-    assert {int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")} == left
+    assert {int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")} == remaining
 
-    taken = []
+    steps_taken = []
     step = trainer.LoraTrainer.training_step
     monkeypatch.setattr(
-        trainer.LoraTrainer, "training_step", lambda self, *a, **k: (taken.append(1), step(self, *a, **k))[1]
+        trainer.LoraTrainer, "training_step", lambda self, *a, **k: (steps_taken.append(1), step(self, *a, **k))[1]
     )
     finetune(tiny_model, str(rows_file), output, settings(), exclude=[test])
-    assert len(taken) == steps
+    assert len(steps_taken) == steps
     again, before = (load_file(path / "adapter_model.safetensors") for path in (output, trained))
     assert all(torch.equal(again[key], before[key]) for key in before)
     for name in ("adapter_config.json", "second_moments.adam"):
@@ -323,12 +325,12 @@ def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "emloc_core", "train", tiny_model]
     options = ["--data", rows_file, "-o", tmp_path / "a", "--steps", "4", "--no-bf16", "--save-steps", "2", "--json"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *map(str, launch), *map(str, options)],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)  # of one process, and nothing else
+    assert process.returncode == 0, process.stderr
+    answer = json.loads(process.stdout)  # of one process, and nothing else
     assert answer["request"]["processes"] == 2
     assert answer["result"]["steps"] == 4
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".emloc-hashes.json"}
@@ -370,12 +372,12 @@ def test_a_model_that_one_gpu_has_no_room_for_is_refused(monkeypatch):
 
 
 def test_options_become_settings(tiny_model, rows_file, tmp_path):
-    given = ["--lr", "0.5", "--rank", "2", "--alpha", "5", "--rslora", "--target", "q_proj", "--target", "v_proj"]
-    given += ["--no-bf16", "--steps", "1", "--set", "warmup_steps=1", "--set", "lr_scheduler_type=cosine", "--json"]
-    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *given]
-    done = CliRunner().invoke(command, argv, catch_exceptions=False)
-    assert done.exit_code == 0
-    answer = json.loads(done.stdout)  # the trainer's own words are on stderr
+    options = ["--lr", "0.5", "--rank", "2", "--alpha", "5", "--rslora", "--target", "q_proj", "--target", "v_proj"]
+    options += ["--no-bf16", "--steps", "1", "--set", "warmup_steps=1", "--set", "lr_scheduler_type=cosine", "--json"]
+    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *options]
+    result = CliRunner().invoke(command, argv, catch_exceptions=False)
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)  # the trainer's own words are on stderr
     expected = {"learning_rate": 0.5, "lora_rank": 2, "lora_alpha": 5, "use_rslora": True, "bf16": False, "steps": 1}
     expected |= {"target_modules": ["q_proj", "v_proj"], "max_length": None}
     expected["extra"] = {"warmup_steps": 1, "lr_scheduler_type": "cosine"}
@@ -384,7 +386,7 @@ def test_options_become_settings(tiny_model, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "complaint"),
+    ("options", "complaint"),
     [
         (["--set", "warmup_steps"], "not KEY=VALUE"),
         (["--set", "warmup_stps=1"], "Did you mean 'warmup_steps'"),
@@ -394,8 +396,8 @@ def test_options_become_settings(tiny_model, rows_file, tmp_path):
         (["--steps", "1", "--epochs", "1"], "steps or epochs, not both"),
     ],
 )
-def test_bad_options_are_one_error(given, complaint, tiny_model, rows_file, tmp_path):
-    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *given]
+def test_bad_options_are_one_error(options, complaint, tiny_model, rows_file, tmp_path):
+    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *options]
     with pytest.raises(EmlocError, match=complaint):
         CliRunner().invoke(command, argv, catch_exceptions=False)
 
@@ -481,8 +483,8 @@ def test_a_damaged_model_is_one_error(damage, complaint, tiny_model, rows_file, 
 def test_an_emulator_without_what_a_correction_reads_is_told_of(tiny_emulator, rows_file, tmp_path):
     assert not train_job(tiny_emulator, rows_file, tmp_path / "adapter", settings()).warnings
     shutil.copytree(tiny_emulator, tmp_path / "part", ignore=shutil.ignore_patterns("emloc.json"))
-    (told,) = train_job(tmp_path / "part", rows_file, tmp_path / "adapter", settings()).warnings
-    assert "part is an emulator without its emloc.json" in told
+    (warning,) = train_job(tmp_path / "part", rows_file, tmp_path / "adapter", settings()).warnings
+    assert "part is an emulator without its emloc.json" in warning
 
 
 def test_bad_rows_are_left_out_counted_and_named(tiny_model, tmp_path):
