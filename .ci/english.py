@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Refuses turns of phrase that this project has dropped for plainer ones: ``python .ci/english.py [PATHS...]``.
 
-Reads Markdown as it is, and of Python the comments and strings alone (docstrings, help, messages). Exit code 1, and a
-line for each find, where there is any.
+Reads Markdown as it is, and of Python the comments and strings (docstrings, help, messages), and names of variables
+that say nothing of what they hold. Exit code 1, and a line for each find, where there is any.
 """
 
+import ast
 import io
 import re
 import subprocess
@@ -53,6 +54,9 @@ RULES = [
 STUB = re.compile(r"(^|(?<=[.:!?|]\s))Of (the|its|an?|all|any|each|every|more|that|those|two)\b", re.MULTILINE)
 RULES.append((STUB, "a sentence, such as `Seed for drawing rows.`"))
 
+#: Names of variables that would fit every one.
+VAGUE = {"found", "made", "told", "said", "sought", "taken"}
+
 
 def prose(path: Path) -> str:
     """Return a file's text; of Python comments and strings alone, each where it stands, all else blank."""
@@ -76,18 +80,23 @@ def finds(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield line, phrase and advice for every phrase in a file that is refused."""
     text = re.sub(r"(?m)^ +", "", prose(path))
     for pattern, advice in RULES:
-        for found in pattern.finditer(text):
-            yield text.count("\n", 0, found.start()) + 1, " ".join(found[0].split()), advice
+        for match in pattern.finditer(text):
+            yield text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), advice
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) if name in VAGUE:
+                    yield node.lineno, name, "what it holds"
 
 
 def main(names: list[str]) -> int:
     """Check the files that are named, or all that git knows; return the exit code."""
     tracked = subprocess.run(["git", "ls-files", *names], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = [name for name in tracked.splitlines() if Path(name).suffix in READ and not name.startswith(SKIPPED)]
-    found = [(name, *each) for name in wanted for each in sorted(finds(ROOT / name))]
-    for name, line, phrase, advice in found:
+    refused = [(name, *find) for name in wanted for find in sorted(finds(ROOT / name))]
+    for name, line, phrase, advice in refused:
         sys.stdout.write(f"{name}:{line}: {phrase!r}: write {advice}\n")
-    return int(bool(found))
+    return int(bool(refused))
 
 
 if __name__ == "__main__":

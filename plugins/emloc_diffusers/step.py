@@ -142,8 +142,8 @@ def encoder_bytes(config_file: Path, call: Call, config: Mapping[str, Any]) -> t
     directory = config_file.absolute().parent.parent
     if not (directory / INDEX).is_file():
         return 2 * call.readers(config), 2 * VAE
-    pipeline = Parts(directory)
-    return pipeline.nbytes(pipeline.readers), pipeline.nbytes(["vae"])
+    parts = Parts(directory)
+    return parts.nbytes(parts.readers), parts.nbytes(["vae"])
 
 
 def most_patches(config_file: Path, call: Call, rows: Sequence[Row], most: int | None) -> int:
