@@ -34,6 +34,8 @@ BASELINES = (
 )
 #: A kind that gained nothing and is gone; its rows are kept.
 GONE = "nf4+repair"
+#: Half of the steps on an emulator, the other half on an emulator of the base with that LoRA merged.
+TWICE = "low-rank-nf4-twice"
 #: Other ways to make emulators of a kind, one of which might be its default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
@@ -47,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-unrefined": {"kind": "low-rank", "refine": 0},
     "low-rank-nf4-64": {"kind": "low-rank-nf4", "samples": 64},
     "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
+    TWICE: {"kind": "low-rank-nf4"},
     "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
     "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
     "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
