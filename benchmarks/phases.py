@@ -74,7 +74,7 @@ def measured(rows: int, wait: Callable[[], Any] = lambda: None) -> Iterator[Phas
     phases = Phases(wait)
     work: dict[str, list[tuple[type, str]]] = {
         "hashing": [(Checkpoint, "fingerprint")],
-        "reading": [(Skeleton, "load_parameters"), (FrozenWeights, "at")],
+        "reading": [(Skeleton, "load_parameters"), (FrozenWeights, "parameters")],
         "Grams": [(Gram, "add"), (Gram, "_flush"), (PairedMoments, "add"), (PairedMoments, "_flush")],
         "fitting": [(PairedMoments, "fit"), (PairedMoments, "gram_for"), (Decomposition, "_fit")],
         "refining": [(Refinement, "run")],

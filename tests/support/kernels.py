@@ -18,7 +18,7 @@ def sources():
     """Yield every kernel as it is called: its name, and its source with types and constants."""
     grid = {"levels": "*fp32", "middles": "*fp32", "scales": "*fp32", "originals": "*fp32"}
     sizes = {"m": "i32", "k": "i32", "width": "i32"}
-    block = {"block": "*fp32", "changes": "*fp32", "factor": "*fp32", "places": "*i64"}
+    block = {"block": "*fp32", "changes": "*fp32", "factor": "*fp32", "positions": "*i64"}
     descent = {"block": "*fp32", "slopes": "*fp32", "changes": "*fp32", "curvature": "*fp32", "start": "i32"}
     for count, kept_type in (16, "*i1"), (3, "*fp32"):
         types = grid | {"kept": kept_type} | sizes
