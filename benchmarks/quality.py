@@ -233,7 +233,7 @@ def twice(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dic
     for number in range(2):
         metered, own = Metered(), directory / f"round{number}"
         own.mkdir(exist_ok=True)
-        # Other rows come first in the second round.
+        # By another seed other rows come first in the second round, and its emulator has a name of its own.
         part = replace(cell, steps=cell.steps // 2, seed=cell.seed + 1000 * number)
         share, _, adapter = tuned(current, own, part, rows, metered)
         auto = metered("auto", partial(corrected, adapter, current, rows, "auto", own / "auto"), own / "auto")

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from click.core import ParameterSource
 
 from emloc_core.cli.console import stage_options
 from emloc_core.cli.following import join
+from emloc_core.cli.options import named_options
 from emloc_core.cli.stage import run
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.new_task import KINDS
@@ -53,15 +53,14 @@ def command(
     finished systems are kept.
     """
     if new_task is not None:
-        context = click.get_current_context()
-        assert context is not None
-        used = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        if used - {"new_task", "data", "output"}:
+        if named_options() - {"new_task", "data", "output"}:
             raise EmlocError("--new-task only writes a task file.", "Give only --data and -o with it.")
         _write_task(new_task, data, options["output"])
         return
     if data is not None:
-        raise EmlocError("--data goes only with --new-task: a task file names its own rows.", "Leave out --data.")
+        raise EmlocError(
+            "--data has no effect without --new-task: a task file names its own rows.", "Leave out --data."
+        )
     from emloc_core.evaluation.evaluate import canonical_systems
 
     canonical = canonical_systems(**{name: options.pop(name) for name in _SYSTEMS})

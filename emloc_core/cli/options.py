@@ -194,18 +194,20 @@ def explicit(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[st
     Returns:
         The settings that the user gave, by name, and all other values.
     """
-    context = click.get_current_context()
-    assert context is not None
-
-    def is_given(name: str) -> bool:
-        return context.get_parameter_source(name) is not ParameterSource.DEFAULT
-
+    named = named_options()
     settings = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
-        if name in model.model_fields and is_given(name)
+        if name in model.model_fields and name in named
     }
     return settings, {name: value for name, value in values.items() if name not in model.model_fields}
+
+
+def named_options() -> set[str]:
+    """Return the options of the running command that the user gave, by the names of their values."""
+    context = click.get_current_context()
+    assert context is not None
+    return {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
 
 
 def _kind(annotation: Any) -> Any:

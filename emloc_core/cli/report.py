@@ -27,7 +27,7 @@ def command(run: Path, output: Path | None, serve: bool, port: int, as_json: boo
     if serve and (as_json or output is not None):
         raise EmlocError("--serve writes no page.", "Leave out -o and --json, or --serve.")
     if port and not serve:
-        raise EmlocError("--port goes only with --serve.", "Add --serve, or leave out --port.")
+        raise EmlocError("--port has no effect without --serve.", "Add --serve, or leave out --port.")
     if serve:
         _serve(run, port)
         return

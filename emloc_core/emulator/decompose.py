@@ -224,14 +224,17 @@ class Decomposition:
         """Return what was fitted for a block with its Linears refined, and let the samples of the emulator pass on."""
         unit, rows = self.skeleton.model.get_submodule(block), len(self.samples)
         stacks = {path: stack for path, stack in fitted.items() if isinstance(stack, Stacked)}
-        refinable = {path: linear for path, linear in fitted.items() if path not in stacks}
+        refinable = {path: stand_in for path, stand_in in fitted.items() if path not in stacks}
         experts = self._emulated(block, {path: stack.parts for path, stack in stacks.items()})
         with emulating(self.stream, routed, experts, rows):
             refinable = refined(self.stream, unit, refinable, self.format, self.refine, ends)
-            stand_ins = {path: store.as_read(path, linear) for path, linear in refinable.items()}
+            stand_ins = {path: store.as_read(path, stand_in) for path, stand_in in refinable.items()}
             with errors(linears) as measured, emulating(self.stream, linears, stand_ins, rows):
                 ends.pass_on()
-        return stacks | {path: replace(cast(Any, linear), error=measured()[path]) for path, linear in refinable.items()}
+        relative = measured()
+        return stacks | {
+            path: replace(cast(Any, stand_in), error=relative[path]) for path, stand_in in refinable.items()
+        }
 
     def _emulated(
         self, block: str, stacks: Mapping[str, Mapping[str, torch.Tensor]]

@@ -139,11 +139,12 @@ def require_named(recipe: Recipe) -> None:
     """Refuse a recipe that names missing files, tasks or corrections, which the last stages would find hours later."""
     from emloc_core.evaluation.tasks import require_task_file
 
-    tasks = recipe.eval.tasks if recipe.eval else []
-    bundled = [task for task in tasks if not Path(task).is_absolute()]
-    for task in tasks:
-        if task not in bundled:
+    bundled = []
+    for task in recipe.eval.tasks if recipe.eval else []:
+        if Path(task).is_absolute():  # a recipe's task files are
             require_task_file(Path(task))
+        else:
+            bundled.append(task)
     check_names(recipe.correct)
     for rows in (recipe.data.train, recipe.answers and recipe.answers.rows):
         check_rows(rows)

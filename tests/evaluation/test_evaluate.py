@@ -318,7 +318,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tiny_model, adapter, tas
         CliRunner().invoke(command, [*argv, "--system", f"a={tiny_model}+nowhere"], catch_exceptions=False)
     with pytest.raises(EmlocError, match="'a' is not NAME=MODEL"):
         CliRunner().invoke(command, [*argv, "--system", "a"], catch_exceptions=False)
-    with pytest.raises(EmlocError, match="--data goes only with --new-task"):
+    with pytest.raises(EmlocError, match="--data has no effect without --new-task"):
         CliRunner().invoke(command, [*argv, "--data", "rows.jsonl"], catch_exceptions=False)
     assert not list(tmp_path.iterdir())
 

@@ -55,7 +55,7 @@ def test_it_shows_what_runs_and_then_what_is_done(tmp_path):
     [
         (["--serve", "--json"], "--serve writes no page"),
         (["--serve", "-o", "page.html"], "--serve writes no page"),
-        (["--port", "8000"], "--port goes only with --serve"),
+        (["--port", "8000"], "--port has no effect without --serve"),
     ],
 )
 def test_what_serving_ignores_is_refused(options, complaint, tmp_path):
