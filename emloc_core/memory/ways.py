@@ -125,14 +125,14 @@ def ways(
         kind_sizes = sizes if kind == model.format.name else [size.with_kind(kind) for size in sizes]
         sized, chosen, need = _sized(kind_sizes, budget, ratio)
         plan = sized.plan(chosen)
-        stored = chosen if sized.format.ratios else None
-        polished = 0 < exact <= budget and exact_steps_pay(kind, stored)
+        emulator_ratio = chosen if sized.format.ratios else None
+        polished = 0 < exact <= budget and exact_steps_pay(kind, emulator_ratio)
         return way(
             POLISHED if polished else EMULATOR,
             sized,
             max(need, exact) if polished else need,
             kind=kind,
-            ratio=stored,
+            ratio=emulator_ratio,
             flops=float(rows * passes * sequences * arithmetic.forward(sized, plan)),
             compress_bytes=streamed.compress(sized, plan).total,
         )

@@ -101,9 +101,9 @@ class Format(ABC):
         """
         defaults = CompressSettings()
         unknown = () if self.ratios else ("ratio", "allocator")
-        if excluded := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
+        if lacking := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
             raise EmlocError(
-                f"An emulator of the kind {self.name!r} has no {', '.join(excluded)}.",
+                f"An emulator of the kind {self.name!r} has no {', '.join(lacking)}.",
                 "Leave that out, or choose another --kind.",
             )
         if settings.allocator == "global" and self.allocator == "uniform":
