@@ -175,10 +175,10 @@ def _commands(way: "Way", planned: "MemoryPlan", arguments: Mapping[str, Any]) -
 
     data = [*rows(arguments["data"]), *read_as(arguments["split"], arguments["columns"])]
     length = ["--max-length", arguments["length"]] if arguments["length"] else []
-    usual, explicit = TrainSettings(), planned.model.workload.train.model_dump(exclude_unset=True)
+    usual, changed = TrainSettings(), planned.model.workload.train.model_dump(exclude_unset=True)
     shape = {"batch_size": way.micro_batch, "accumulation": way.accumulation}
     batch = flags({name: value for name, value in shape.items() if value != getattr(usual, name)})
-    other = {name: value for name, value in explicit.items() if name not in shape}
+    other = {name: value for name, value in changed.items() if name not in shape}
     batch += [*flags(other), *length]
     model, commands = planned.name, []
     if planned.layout:
