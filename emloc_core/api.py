@@ -75,6 +75,7 @@ def compress(  # noqa: PLR0913 - all by keyword
     split: str = "train",
     columns: ColumnNames | None = None,
     skip_bad_rows: bool = False,
+    adapter: Name | None = None,
     device: str = "auto",
     progress: OnProgress | None = None,
     **settings: Unpack[CompressKwargs],
@@ -94,6 +95,8 @@ def compress(  # noqa: PLR0913 - all by keyword
         split: split of a saved or hub dataset.
         columns: your names of columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
+        adapter: a LoRA of the model, corrected or trained on it. The emulator is fitted with it, and :func:`train` on
+            the emulator trains it further.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         progress: called after every block.
         settings: see :class:`~emloc_core.settings.CompressSettings`: ``ratio``, ``samples``, ...
@@ -104,7 +107,7 @@ def compress(  # noqa: PLR0913 - all by keyword
     sizing: dict[str, Any] = {} if tuning is None else {"tuning": dict(tuning)}
     content = {"model": model, "output": output, **_rows(data, exclude, split, columns, skip_bad_rows=skip_bad_rows)}
     sizing |= {"memory": memory, "headroom": headroom, "tuned_on": tuned_on}
-    more = {"device": device, **sizing}
+    more = {"adapter": adapter, "device": device, **sizing}
     return _perform(make_request("compress", settings, **content, **more), progress)
 
 

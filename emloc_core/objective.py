@@ -167,15 +167,23 @@ class Objective(Protocol):
         """Return rows as the trainer takes them; sets the arguments that depend on them."""
 
     def trainer(
-        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **options: Any
+        self,
+        model: "OpenModel",
+        settings: "StepSettings",
+        targets: Sequence[str],
+        arguments: Any,
+        *,
+        adapter: "Path | None",
+        **options: Any,
     ) -> "Trainer":
-        """Return the trainer of a new LoRA on the model in memory: an ``emloc_core.tuning.trainer.LoraSteps``.
+        """Return the trainer of a LoRA on the model in memory: an ``emloc_core.tuning.trainer.LoraSteps``.
 
         Args:
             model: an emulator, or an ordinary model.
             settings: how to train.
             targets: ends of the paths of modules that get a LoRA.
             arguments: the trainer's arguments.
+            adapter: directory of the LoRA to train further; None for a new one.
             options: further keyword arguments of the trainer.
         """
 

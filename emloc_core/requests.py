@@ -85,6 +85,9 @@ class CompressRequest(RowsRequest):
     tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` applies to.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
+    adapter: Path | None = Field(
+        None, description="LoRA of the model: the emulator is fitted with it, to train it further there."
+    )
     settings: CompressSettings = CompressSettings()
 
     @model_validator(mode="after")

@@ -158,14 +158,21 @@ class TokenObjective:
         return Datasets(train, held_out, sizes, processing)
 
     def trainer(
-        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **options: Any
+        self,
+        model: "OpenModel",
+        settings: "StepSettings",
+        targets: Sequence[str],
+        arguments: Any,
+        *,
+        adapter: Path | None,
+        **options: Any,
     ) -> "LoraSteps":
         """Return TRL's trainer.
 
         Raises:
             EmlocError: the model cannot be loaded, or the settings conflict.
         """
-        from emloc_core.files.pretrained import load_model
+        from emloc_core.files.pretrained import load_lora, load_model
         from emloc_core.processes.heap import give_back
         from emloc_core.settings import TrainSettings
         from emloc_core.tuning.trainer import SETTINGS, TRAINERS, balance_no_experts, refusing
@@ -177,9 +184,11 @@ class TokenObjective:
             loaded = load_model(model.family.auto_class, directory)
         balance_no_experts(loaded.config)
         with refusing(SETTINGS):
-            trainer = TRAINERS[settings.objective](
-                loaded, args=arguments, peft_config=lora_config(settings, list(targets), self.task, loaded), **options
-            )
+            if adapter:
+                loaded = load_lora(loaded, adapter, is_trainable=True)
+            else:
+                options["peft_config"] = lora_config(settings, list(targets), self.task, loaded)
+            trainer = TRAINERS[settings.objective](loaded, args=arguments, **options)
         if arguments.use_cpu:  # the loss follows, with the peak
             backbone: Any = trainer.lora.get_base_model().base_model
             backbone.register_forward_hook(give_back)

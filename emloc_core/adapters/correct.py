@@ -19,7 +19,6 @@ from emloc_core.adapters.belonging import require_match, require_shapes
 from emloc_core.adapters.candidates import CANDIDATES, Candidate, choose, comparison
 from emloc_core.adapters.dense import replaced_weights
 from emloc_core.adapters.emulator import Emulator
-from emloc_core.adapters.held_out import adding
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
@@ -31,6 +30,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
 from emloc_core.files.manifest import CONTENT, input_name
 from emloc_core.files.output import Output
+from emloc_core.model.loras import adding
 from emloc_core.model.opened import open_original
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import naming_errors

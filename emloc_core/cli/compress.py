@@ -26,6 +26,8 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @click.option("--tuned-on", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
               help="With --memory: the device it applies to.")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), parent="--memory", hidden=True)
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIRECTORY", help="LoRA of MODEL, corrected or "
+              "trained on it. The emulator is fitted with it, and emloc train then trains it further.")  # fmt: skip
 @options(CompressSettings)
 @device
 @stage_options

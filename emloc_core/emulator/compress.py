@@ -11,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.belonging import require_base, require_shapes
+from emloc_core.adapters.enclosed import enclose
 from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
@@ -30,6 +33,7 @@ from emloc_core.emulator.pack import pack_blocks, pack_vocabulary
 from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra
+from emloc_core.errors import EmlocError
 from emloc_core.files.card import data_name
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
@@ -70,8 +74,28 @@ class Compress(Job):
         samples = 0 if self.settings.calibration == "none" else self.settings.samples
         self.rows = draw(rows, self.settings.seed, samples, self.settings.selection)
         self.samples = self._sampled()
+        self.adapter = self._adapter()
         weight_keys(self.base.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused
         self.format.config(self.plan.ranks, model, self.base.skeleton.dtype)
+
+    def _adapter(self) -> Adapter | None:
+        """Return the adapter whose LoRA is on while the emulator is fitted, if there is one.
+
+        Raises:
+            EmlocError: it is not for this model, or the emulator cannot be fitted with it.
+        """
+        if self.request.adapter is None:
+            return None
+        adapter = Adapter(self.request.adapter)
+        require_shapes(adapter, self.base.skeleton.model)
+        problem = ""
+        if self.settings.calibration != "propagated":
+            problem = f"the kind {self.settings.kind!r}, which is not fitted to the rows that pass through it"
+        elif adapter.replaced or any(lora.is_stacked for lora in adapter.loras.values()):
+            problem = f"what {adapter.directory} trains besides LoRAs on Linears"
+        if problem:
+            raise EmlocError(f"No emulator is fitted with {problem}.", "Leave out --adapter.", code="unsupported")
+        return adapter
 
     def _sampled(self) -> Sequence[Sample]:
         """Return the calibration rows as samples; those of the correction must be readable too.
@@ -100,6 +124,10 @@ class Compress(Job):
             "selection": [row.key for row in self.rows.selection],
         }
         inputs = {"base": base.name, "data": data_name(self.request.data)}
+        if self.adapter:
+            require_base(self.adapter, base, files)
+            request["adapter"] = self.adapter.fingerprint(files)
+            inputs["adapter"] = str(self.adapter.directory.absolute())
         device, family = self.base.device.type, self.base.family
         return Output(self.request.output, "emulator", request, device, inputs, files, family)
 
@@ -171,6 +199,8 @@ class Compress(Job):
         else:
             self._decomposition(plan, progress, staging).run(files)
         self._write_rows(staging)
+        if self.adapter:
+            enclose(self.adapter, staging)
         result = {"family": self.base.family.name, "coverage": self.coverage.describe()}
         result |= {"tuning": tuning} if (tuning := self._tuning()) else {}
         left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
@@ -190,7 +220,8 @@ class Compress(Job):
         return self.method.plan(spectra=(spectra.reached(self.method.linears), spectra.spectrum))
 
     def _decomposition(self, plan: RankPlan, progress: Progress, staging: Path) -> Decomposition:
-        arguments = (plan, self.samples, self.format, progress, self.settings.refine, staging)
+        loras = self.adapter.loras if self.adapter else {}
+        arguments = (plan, self.samples, self.format, progress, self.settings.refine, staging, loras)
         return Decomposition(self.base.skeleton, *arguments)
 
     def _write_rows(self, staging: Path) -> None:

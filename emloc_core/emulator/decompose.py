@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from emloc_core.algorithms.lora import Lora
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
@@ -32,6 +33,7 @@ from emloc_core.files.job import Progress
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.inside import Positions
 from emloc_core.model.lockstep import Forward
+from emloc_core.model.loras import adding
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
@@ -40,6 +42,8 @@ from emloc_core.plugins.builtin import naming_errors
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins import Format, StandIn
 from emloc_core.standins.standin import Fitted
+
+_NONE: Mapping[str, Lora] = {}
 
 
 class Store(Protocol):
@@ -62,6 +66,8 @@ class Decomposition:
     Args:
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
         directory: for files of what rows hold beyond what they do at blocks; None: that stays in memory.
+        loras: by the path of a Linear. They are on in the base and in the emulator, whose weights are fitted to what
+            is computed there.
 
     Linears that no token reaches get no stand-in, since there is nothing to fit it to.
     """
@@ -75,9 +81,11 @@ class Decomposition:
         progress: Progress,
         refine: int = 0,
         directory: Path | None = None,
+        loras: Mapping[str, Lora] = _NONE,
     ) -> None:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
         self.format, self.progress, self.refine, self._directory = format, progress, refine, directory
+        self._loras = loras
         self.blocks = skeleton.blocks
 
     def run(self, store: Store, probes: int = 0) -> None:
@@ -133,10 +141,19 @@ class Decomposition:
                 return looking_up(self.stream, vocabulary[unit], packed, len(self.samples))
             return None
 
-        self.stream.run([self._forward(sample) for sample in self.samples] * streams, visit, last)
+        forwards = [self._forward(sample) for sample in self.samples] * streams
+        self.stream.run(forwards, lambda unit: self._tuned(unit, visit(unit)), last)
         for block in self.blocks:
             if not store.is_written(block):  # no row passed through it: a vision tower and text rows, say
                 store.write(block, {})
+
+    @contextmanager
+    def _tuned(self, unit: str, visited: AbstractContextManager[None] | None) -> Iterator[None]:
+        """Let samples pass through a unit with its LoRAs."""
+        model, device = self.skeleton.model, self.skeleton.device
+        loras = {path: lora.to(device) for path, lora in self._loras.items() if f"{path}.".startswith(f"{unit}.")}
+        with adding(model, loras), visited or nullcontext():
+            yield
 
     def _unit(self, plan: VocabularyPlan) -> str:
         """Return the unit that a layer of the vocabulary is, or is part of."""

@@ -129,7 +129,7 @@ def requiring_products(stream: Stream, planned: Sequence[LinearPlan], rows: int)
 
         return hook
 
-    with forward_hooks((module, watching(path)) for path, module in others.items()):
+    with forward_hooks(((module, watching(path)) for path, module in others.items()), first=True):
         yield
     if odd:
         raise EmlocError(

@@ -309,7 +309,7 @@ def _pausing(
     entering = [(modules[linear.path], before(linear.path, linear.group, 1)) for linear in others]
     entering += [(modules[path], before(path, (path,), 2)) for path in experts]  # tokens, and where they are sent
     leaving = [(modules[linear.path], after(linear)) for linear in by_function]
-    with forward_hooks(entering, before=True), forward_hooks(leaving):
+    with forward_hooks(entering, before=True), forward_hooks(leaving, first=True):
         yield
     ran = {path for _, path in reached}
     for linear in planned:

@@ -100,7 +100,7 @@ def errors(linears: Mapping[str, nn.Module]) -> Iterator[Callable[[], dict[str, 
 
         return compare
 
-    with forward_hooks((linear, comparing(path)) for path, linear in linears.items()):
+    with forward_hooks(((linear, comparing(path)) for path, linear in linears.items()), first=True):
         yield lambda: {path: (lost[path] / total[path]) ** 0.5 if total[path] else 0.0 for path in lost}
 
 

@@ -23,8 +23,8 @@ from emloc_core.plugins.manager import plugin_manager
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: The files to fetch and copy: neither pickled weights nor other formats.
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
-#: The rows that an emulator keeps, and their images: without them it does not match its manifest.
-_ROWS = ["calibration.jsonl", "selection.jsonl", "images/*"]
+#: What an emulator keeps: rows and their images, without which it does not match its manifest; and a LoRA.
+_KEPT = ["calibration.jsonl", "selection.jsonl", "images/*", "adapter/*"]
 #: The files to read or copy from a model: also the rows that an emulator keeps.
 _READ = [*FILE_PATTERNS, "*.jsonl"]
 #: Suffixes of files besides the weights that affect what is made from a model; the rest is for people.
@@ -245,7 +245,7 @@ def open_checkpoint(model: str, *, cached: bool = False) -> Checkpoint:
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(
-            name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_ROWS], ignore_patterns=OTHER_LAYOUTS,
+            name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_KEPT], ignore_patterns=OTHER_LAYOUTS,
             local_files_only=cached,
         )  # fmt: skip
     return Checkpoint(_of_several(Path(directory)), name)

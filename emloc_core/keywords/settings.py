@@ -153,6 +153,7 @@ class RecipeKwargs(TypedDict, total=False):
     compress: CompressKwargs
     alternatives: dict[str, CompressKwargs]
     train: TrainKwargs
+    rounds: int
     correct: CorrectKwargs
     polish: PolishKwargs | None
     merge: bool

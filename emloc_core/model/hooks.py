@@ -35,22 +35,29 @@ def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink
 
         return receive
 
-    with forward_hooks((module, hook(path)) for path, module in linears.items()):
+    with forward_hooks(((module, hook(path)) for path, module in linears.items()), first=True):
         yield
 
 
 @contextmanager
 def forward_hooks(
-    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False, with_kwargs: bool = False
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]],
+    *,
+    before: bool = False,
+    with_kwargs: bool = False,
+    first: bool = False,
 ) -> Iterator[None]:
     """Register forward hooks, or pre-hooks, while the context is active.
 
     A hook's result, unless None, replaces the output; a pre-hook's (``before``) replaces the inputs.
+
+    Args:
+        first: they run before hooks that are there: they get what a module itself returns, without what is added to it.
     """
     with ExitStack() as stack:
         for module, hook in hooks:
             register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
-            stack.callback(register(hook, with_kwargs=with_kwargs).remove)
+            stack.callback(register(hook, with_kwargs=with_kwargs, prepend=first).remove)
         yield
 
 

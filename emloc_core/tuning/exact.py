@@ -21,7 +21,6 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
-from emloc_core.adapters.moments import load_moments
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
@@ -35,7 +34,7 @@ from emloc_core.model.overhead import overhead
 from emloc_core.processes.parallel import Processes
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
-from emloc_core.tuning.start import GivenLora, NewLora, loras_alone
+from emloc_core.tuning.start import GivenLora, NewLora, loras_alone, start_of
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import SETTINGS, LoraSteps, LoraTrainer, balance_no_experts, refusing
 from emloc_core.units import human_bytes, parse_bytes
@@ -194,7 +193,7 @@ class Streamed(LoraSteps):
 
     def attach(self, steps: "ExactSteps", micro_batch: int, start: Path | None) -> None:
         """Take gradients by these steps, ``micro_batch`` rows at a time, from an adapter or from scratch."""
-        self._steps, self._micro_batch, self._start = steps, micro_batch, start
+        self._steps, self._micro_batch, self.start = steps, micro_batch, start
         collate: Any = self.data_collator
         self._collate, self.data_collator = collate, _identity
         self.accelerator.device_placement = False  # of the model, and of whole batches
@@ -208,13 +207,6 @@ class Streamed(LoraSteps):
         if isinstance(shard := loader.batch_sampler, BatchSamplerShard):
             shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
         return loader
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the optimiser; it begins with the moments of the adapter, if there are any."""
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self._start:
-            load_moments(self._start, self.lora, optimizer)
-        return optimizer
 
     def take_gradients(self, model: Any, inputs: list[Any], num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG002
         """Take the gradients of a step whose rows are ``inputs``, and return its loss."""
@@ -252,5 +244,5 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
     """
     if isinstance(request, PolishRequest):
         return ExactTrain(request, GivenLora(request))
-    start = NewLora(request)
+    start = start_of(request)
     return ExactTrain(request, start) if request.exact else Train(request, start)

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
+from emloc_core.adapters.enclosed import enclosed_in
 from emloc_core.adapters.moments import FILE, hash_moments, tuned_at
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import MANIFEST, learned_preferences, read_manifest
 from emloc_core.files.quantised import is_in_four_bits
-from emloc_core.model.opened import open_model
+from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings, TrainSettings
 from emloc_core.standins.format import kind_of
@@ -39,16 +40,13 @@ class NewLora:
         settings: including the batch and length that an emulator was planned for.
         adapter: directory of the adapter that is kept if no step improves it; None here.
         tuned_at: the learning rate that its second moments are from, if it has any.
-
-    Raises:
-        EmlocError: there is no such model, or no family declares it.
     """
 
     adapter: Path | None = None
     tuned_at: float | None = None
 
-    def __init__(self, request: TrainRequest) -> None:
-        self.model = open_model(request.model, "cpu")
+    def __init__(self, request: TrainRequest, model: OpenModel) -> None:
+        self.model = model
         self.settings = _as_planned(request.settings, self.model.checkpoint)
         self._recomputes = self.settings.gradient_checkpointing and not request.exact  # exact steps do so by themselves
 
@@ -100,6 +98,60 @@ class NewLora:
         return {}
 
 
+class EnclosedLora(NewLora):
+    """The LoRA that an emulator was fitted with, trained further on it.
+
+    Attributes:
+        adapter, tuned_at: see :class:`NewLora`.
+
+    Raises:
+        EmlocError: emulator or LoRA cannot be used, or settings are for a new LoRA or for preferences.
+    """
+
+    adapter: Path
+
+    def __init__(self, request: TrainRequest, model: OpenModel, adapter: Path) -> None:
+        super().__init__(request, model)
+        self.adapter, self._opened = adapter, Adapter(adapter)
+        self.tuned_at = tuned_at(adapter)
+        emulator = self.model.checkpoint.directory
+        if not self.settings.can_be_exact:
+            raise EmlocError(
+                f"{emulator} was fitted with a LoRA, which is trained further on answers alone.",
+                "Leave out preferences and the modules that are trained themselves, or use another emulator.",
+                code="unsupported",
+            )
+        config = self._opened.config
+        lora = {"lora_rank": config.get("r", 8), "lora_alpha": float(config["lora_alpha"]),
+                "use_rslora": bool(config.get("use_rslora"))}  # fmt: skip
+        for name in sorted(lora.keys() & request.settings.model_fields_set):
+            if getattr(self.settings, name) != lora[name]:
+                raise EmlocError(
+                    f"{emulator} was fitted with a LoRA whose {name} is {lora[name]}, and which is trained further.",
+                    f"Leave {name} out, or use another emulator.",
+                    code="mismatch",
+                )
+        self.settings = self.settings.model_copy(update=lora)
+        click.echo(f"training the LoRA further that {emulator} was fitted with", err=True)
+
+    def targets(self, model: PreTrainedModel) -> list[str]:
+        """Return the modules that have a LoRA, as the adapter names them.
+
+        Raises:
+            EmlocError: see :class:`NewLora`.
+        """
+        super().targets(model)
+        return targets_of(self._opened)
+
+    def lora(self, _targets: list[str], _model: PreTrainedModel) -> LoraConfig | Path:
+        """Return the adapter's directory."""
+        return self.adapter
+
+    def fingerprints(self, files: Inputs) -> dict[str, Any]:
+        """Return the fingerprints of further inputs, besides the model and the rows."""
+        return {"adapter": self._opened.fingerprint(files), **hash_moments(self.adapter, files)}
+
+
 class GivenLora:
     """The LoRA of an adapter of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
 
@@ -145,8 +197,7 @@ class GivenLora:
                 "Use it as it is, or train one without.",
                 code="unsupported",
             )
-        targets = self._opened.config["target_modules"]
-        return sorted(targets) if isinstance(targets, list) else [targets]
+        return targets_of(self._opened)
 
     def lora(self, _targets: list[str], _model: PreTrainedModel) -> LoraConfig | Path:
         """Return the adapter's directory."""
@@ -173,6 +224,23 @@ class GivenLora:
 
     def _require_base(self, files: Inputs) -> None:
         require_base(self._opened, self.model.checkpoint, files, allow_uncorrected=True)
+
+
+def start_of(request: TrainRequest) -> NewLora:
+    """Return the start of a request's training: a new LoRA, or the one that its emulator was fitted with.
+
+    Raises:
+        EmlocError: there is no such model, no family declares it, or settings do not fit the emulator's LoRA.
+    """
+    model = open_model(request.model, "cpu")
+    adapter = enclosed_in(model.checkpoint.directory)
+    return EnclosedLora(request, model, adapter) if adapter else NewLora(request, model)
+
+
+def targets_of(adapter: Adapter) -> list[str]:
+    """Return the modules that have a LoRA, as an adapter names them, sorted."""
+    targets = adapter.config["target_modules"]
+    return sorted(targets) if isinstance(targets, list) else [targets]
 
 
 def loras_alone(names: str) -> EmlocError:

@@ -280,7 +280,11 @@ class Train(Job):
 
     def _trainer(self, config: TrainingArguments, **options: Any) -> LoraSteps:
         require_room(self.model.checkpoint.nbytes, config.device)
-        trainer: Any = self.model.objective.trainer(self.model, self.settings, self.targets, config, **options)
+        start = self.start.adapter
+        trainer: Any = self.model.objective.trainer(
+            self.model, self.settings, self.targets, config, adapter=start, **options
+        )
+        trainer.start = start
         return trainer
 
     def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]], kept: Path | None) -> None:

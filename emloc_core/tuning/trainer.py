@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
+from emloc_core.adapters.moments import load_moments
 from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone, mean_log_probs, note, tiles_of
 from emloc_core.errors import EmlocError
@@ -38,6 +39,7 @@ class LoraSteps(Trainer):
     """Makes TRL's trainers stop at a loss that is NaN or Inf, and save what a resumed log needs."""
 
     base_loss: BaseLoss | None = None
+    start: Path | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, patience: int | None = None, **options: Any) -> None:
         stopping = [_Patience(patience)] if patience and options.get("eval_dataset") is not None else []
@@ -58,6 +60,13 @@ class LoraSteps(Trainer):
         """The model."""
         assert isinstance(self.model, PeftModel)
         return self.model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimiser; it begins with the moments of the adapter that training starts from, if it has any."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.start:
+            load_moments(self.start, self.lora, optimizer)
+        return optimizer
 
     def follow(self, progress: Progress | None, callbacks: Sequence[TrainerCallback]) -> None:
         """Report every step to ``progress``, in place of the trainer's own output, and add the caller's callbacks."""

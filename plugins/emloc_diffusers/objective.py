@@ -153,12 +153,19 @@ class FlowMatching:
         return Datasets(train, held_out, sizes(train), None)
 
     def trainer(
-        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **options: Any
+        self,
+        model: "OpenModel",
+        settings: "StepSettings",
+        targets: Sequence[str],
+        arguments: Any,
+        *,
+        adapter: Path | None,
+        **options: Any,
     ) -> Any:
-        """Return a trainer of a new LoRA."""
-        from emloc_diffusers.training import new_trainer
+        """Return a trainer of a LoRA."""
+        from emloc_diffusers.training import trainer
 
-        return new_trainer(model, settings, targets, arguments, **options)
+        return trainer(model, settings, targets, arguments, adapter=adapter, **options)
 
     def exact_trainer(self) -> type[Any]:
         """Return the trainer with streamed blocks."""

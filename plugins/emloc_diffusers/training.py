@@ -15,6 +15,7 @@ from transformers import TrainingArguments, set_seed
 
 from emloc_core.compat.transformers import use_one_gpu
 from emloc_core.exact.steps import ExactSteps
+from emloc_core.files.pretrained import load_lora
 from emloc_core.model.opened import OpenModel
 from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings, TrainSettings
@@ -171,10 +172,16 @@ class ExactFlow(ExactSteps):
         return forward
 
 
-def new_trainer(
-    model: OpenModel, settings: StepSettings, targets: Sequence[str], arguments: TrainingArguments, **options: Any
+def trainer(
+    model: OpenModel,
+    settings: StepSettings,
+    targets: Sequence[str],
+    arguments: TrainingArguments,
+    *,
+    adapter: Path | None,
+    **options: Any,
 ) -> FlowTrainer:
-    """Return the trainer of a new LoRA; see :meth:`emloc_core.objective.Objective.trainer`."""
+    """Return the trainer of a LoRA; see :meth:`emloc_core.objective.Objective.trainer`."""
     assert isinstance(settings, TrainSettings)
     skeleton = model.skeleton
     skeleton.load_parameters([name for name, _ in skeleton.model.named_parameters()])
@@ -183,5 +190,9 @@ def new_trainer(
         transformer.enable_gradient_checkpointing()
     set_seed(arguments.seed)
     with refusing(SETTINGS):
-        lora = get_peft_model(transformer, lora_config(settings, list(targets), None))
+        lora: Any
+        if adapter:
+            lora = load_lora(transformer, adapter, is_trainable=True)
+        else:
+            lora = get_peft_model(transformer, lora_config(settings, list(targets), None))
         return FlowTrainer(lora, args=arguments, **options)

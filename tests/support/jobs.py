@@ -21,9 +21,11 @@ from emloc_core.tuning.exact import prepare as prepare_tuning
 from emloc_core.tuning.train import Train
 
 
-def compress_job(model: Any, data: Any, output: Path, settings: CompressSettings | None = None) -> Compress:
+def compress_job(
+    model: Any, data: Any, output: Path, settings: CompressSettings | None = None, **more: Any
+) -> Compress:
     """Stage 1 on the CPU."""
-    arguments = {"model": _directory(model), "output": output, "device": "cpu"}
+    arguments = {"model": _directory(model), "output": output, "device": "cpu", **more}
     return Compress(CompressRequest(**arguments, data=_source(data), settings=settings or CompressSettings()))
 
 
