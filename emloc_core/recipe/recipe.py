@@ -30,8 +30,8 @@ FILES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", "
 MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
-#: Names of alternatives, which become part of directories' names.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: Names of alternatives, which become part of directories' names, as rounds do.
+NAME = re.compile(r"(?!.*round\d+$)[A-Za-z0-9][A-Za-z0-9._-]*")
 #: The section of the first emulator, and its name among alternatives.
 FIRST = "compress"
 #: Settings of the first emulator for the rows on which all are compared.
@@ -118,6 +118,12 @@ class Recipe(Settings):
         "``loss``. The LoRA that gives the base the lowest loss on the selection rows is kept.",
     )
     train: TrainSettings = TrainSettings()
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="Emulators that a LoRA is tuned on in turn, in equal shares of the steps. Each is fitted with the "
+        "LoRA so far, and undoes what that learned of the errors of the one before.",
+    )
     correct: CorrectSettings = CorrectSettings()
     polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction; optional.")
     merge: bool = Field(True, description="Write the merged checkpoint.")
@@ -159,6 +165,21 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _rounds_are_possible(self) -> "Recipe":
+        if self.rounds == 1:
+            return self
+        if not self.makes_emulator:
+            raise ValueError(f"rounds are tuned on emulators, but way is {self.way!r}; leave one of them out")
+        if not self.train.can_be_exact or self.train.lora_experts:
+            raise ValueError(
+                "a second round supports only the likelihood of answers, and only LoRAs on Linears: set rounds = 1, or "
+                "leave out train.objective, the modules that are trained themselves and lora_experts"
+            )
+        if self.train.steps is not None and self.train.steps < self.rounds:
+            raise ValueError(f"train.steps = {self.train.steps} are fewer than rounds = {self.rounds}; lower rounds")
+        return self
+
+    @model_validator(mode="after")
     def _rows_can_be_evaluated(self) -> "Recipe":
         evaluates = self.data.eval is not None or self.data.eval_split is not None
         if evaluates and self.train.learns_preferences:
@@ -187,7 +208,8 @@ class Recipe(Settings):
         for name, settings in self.alternatives.items():
             if not NAME.fullmatch(name) or name == FIRST:
                 raise ValueError(
-                    f"alternatives.{name}: choose a name of letters, digits, '.', '-' and '_', other than {FIRST}"
+                    f"alternatives.{name}: choose a name of letters, digits, '.', '-' and '_', other than {FIRST}, and "
+                    "no round1 or the like at its end"
                 )
             for key in SHARED:
                 if key in settings.model_fields_set:

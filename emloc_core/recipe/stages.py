@@ -25,7 +25,7 @@ from emloc_core.requests import (
     System,
     TrainRequest,
 )
-from emloc_core.settings import CompressSettings, PolishSettings, TrainSettings
+from emloc_core.settings import DEFAULT_EPOCHS, CompressSettings, PolishSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Attempt:
         """Whether it is the emulator of the recipe's section ``compress``."""
         return self.name == FIRST
 
-    def directory(self, stage: str) -> Path:
-        """Return the output directory of a stage."""
-        return self.root / f"{stage}{suffix(self.name)}"
+    def directory(self, stage: str, ending: str = "") -> Path:
+        """Return the output directory of a stage; ``ending`` tells it from the one of the last round."""
+        return self.root / f"{stage}{suffix(self.name)}{ending}"
 
     @property
     def selection_loss(self) -> float | None:
@@ -135,15 +135,20 @@ def stages(recipe: Recipe) -> list[Stage]:
     return [*(stage for attempt in tried(recipe) for stage in stages_of(recipe, attempt)), *final_stages(recipe)]
 
 
-def compress_request(recipe: Recipe, attempt: Attempt) -> CompressRequest:
-    """Return the request of stage 1; with the recipe's memory, if nothing has been decided for it yet."""
+def compress_request(recipe: Recipe, attempt: Attempt, number: int = 1) -> CompressRequest:
+    """Return the request of stage 1; with the recipe's memory, if nothing has been decided for it yet.
+
+    Args:
+        number: of the round.
+    """
     data, model = recipe.data, recipe.model
     sized = {"memory": model.memory, "headroom": model.headroom, "tuning": recipe.train} if model.memory else {}
     return CompressRequest(
         model=model.base,
         **_rows(recipe) | {"data": data.calibration or data.train},
         exclude=(*_held_out(recipe, attempt), *(Path(name) for name in [data.eval] if name and not data.eval_split)),
-        output=attempt.directory("emulator"),
+        output=attempt.directory("emulator", _ending(recipe, number)),
+        adapter=attempt.directory("corrected", _ending(recipe, number - 1)) if number > 1 else None,
         settings=attempt.settings,
         **sized,
     )
@@ -154,29 +159,51 @@ def _held_out(recipe: Recipe, attempt: Attempt) -> tuple[Path, ...]:
 
 
 def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
-    """Return the stages up to the corrected LoRA."""
-    data = recipe.data
-    emulator, adapter = attempt.directory("emulator"), attempt.directory("adapter")
+    """Return the stages up to the corrected LoRA, of all rounds."""
+    return [stage for number in range(1, recipe.rounds + 1) for stage in _round(recipe, attempt, number)]
+
+
+def _round(recipe: Recipe, attempt: Attempt, number: int) -> list[Stage]:
+    data, ending = recipe.data, _ending(recipe, number)
+    emulator, adapter = attempt.directory("emulator", ending), attempt.directory("adapter", ending)
     selection, held_out = selection_rows(recipe), _held_out(recipe, attempt)
-    compress = compress_request(recipe, attempt)
+    compress = compress_request(recipe, attempt, number)
     on_base = {"on_base": True, "base": recipe.model.base} if data.eval_base else {}
     correct = CorrectRequest(
         adapter=adapter,
         base=recipe.model.base,
         emulator=emulator,
-        output=attempt.directory("corrected"),
+        output=attempt.directory("corrected", ending),
         settings=recipe.correct,
         **({} if attempt.is_first else {"selection_data": selection}),
     )
     suffix = "" if attempt.is_first else f" ({attempt.name})"
+    suffix += f", round {number} of {recipe.rounds}" if recipe.rounds > 1 else ""
+    train = _share(recipe.train, number, recipe.rounds)
     return [
         Stage(f"make the emulator{suffix}", compress),
         Stage(
             f"tune a LoRA on the emulator{suffix}",
-            _train(recipe, str(emulator), adapter, held_out, evaluation=_evaluation(recipe, **on_base)),
+            _train(recipe, str(emulator), adapter, held_out, evaluation=_evaluation(recipe, **on_base), settings=train),
         ),
         Stage(f"correct it for the base{suffix}", correct),
     ]
+
+
+def _ending(recipe: Recipe, number: int) -> str:
+    """Return the ending of a round's directories; the last round's have none."""
+    return "" if number == recipe.rounds else f"_round{number}"
+
+
+def _share(train: TrainSettings, number: int, rounds: int) -> TrainSettings:
+    """Return settings of a round with its share of the steps, and with other rows first than in the one before."""
+    if rounds == 1:
+        return train
+    if train.steps:
+        length: dict[str, float] = {"steps": train.steps * number // rounds - train.steps * (number - 1) // rounds}
+    else:
+        length = {"epochs": (train.epochs or DEFAULT_EPOCHS) / rounds}
+    return train.model_copy(update={**length, "seed": train.seed + number - 1})
 
 
 def final_stages(recipe: Recipe) -> list[Stage]:

@@ -126,12 +126,10 @@ class RunView:
                 f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
             )
         results = _read(run / "results.json")
-        tried = results.get("selection_losses", [FIRST])
+        endings = [name.removeprefix("emulator") for name in finished if name.startswith("emulator")] or [""]
         # The kept emulator comes last: its plans of the base's stages count.
-        order = sorted(tried, key=lambda name: name == results.get("kept"))
-        planned = {
-            name: size for name in order if complete for name, size in planned_bytes(finished, suffix(name)).items()
-        }
+        order = sorted(endings, key=lambda ending: ending == suffix(results.get("kept", FIRST)))
+        planned = {name: size for ending in order if complete for name, size in planned_bytes(finished, ending).items()}
         stages = [
             StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
             for name, path in finished.items()
