@@ -32,7 +32,7 @@ from emloc_core.units import parse_bytes
 Rows = Any
 
 
-COLUMNS = "Names of the columns in your rows, such as prompt=question,completion=answer."
+COLUMNS = "Your names for the usual columns, such as prompt=question,completion=answer."
 
 SKIP = "Skip rows that cannot be read instead of stopping; skipped_rows.jsonl in the output lists them, with reasons."
 
@@ -66,7 +66,7 @@ class RowsRequest(Request):
 
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field(
-        (), description="Files, or data sets of the same split, whose rows are left out, such as test rows."
+        (), description="Files, or datasets with the same split, whose rows are left out, such as test rows."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
@@ -119,7 +119,9 @@ class EvalRows(Settings):
     @model_validator(mode="after")
     def _base_is_evaluated(self) -> Self:
         if self.base is not None and not self.on_base:
-            raise ValueError("the base is only needed where it is evaluated (--eval-base)")
+            raise ValueError(
+                "base has no effect unless the base is evaluated; add on_base (--eval-base), or leave it out"
+            )
         return self
 
 
@@ -127,8 +129,8 @@ class TrainRequest(RowsRequest):
     """Train a LoRA on an emulator, or on an ordinary model."""
 
     stage = "train"
-    model: str = Field(description="Directory or hub id.")
-    exact: bool = Field(False, description="Read the model block by block: it need not fit in memory.")
+    model: str = Field(description="Emulator or ordinary model: directory or hub id.")
+    exact: bool = Field(False, description="Read the model block by block, so that it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: TrainSettings = TrainSettings()
@@ -153,7 +155,7 @@ class CorrectRequest(Request):
     @model_validator(mode="after")
     def _has_a_choice(self) -> Self:
         if self.selection_data and self.settings.clamp != "auto":
-            raise ValueError("selection_data needs clamp auto")
+            raise ValueError("selection_data has no effect with a fixed clamp; leave one of them out")
         return self
 
 
@@ -193,7 +195,7 @@ class ExportRequest(Request):
     @model_validator(mode="after")
     def _has_matrices(self) -> Self:
         if "dtype" in self.settings.model_fields_set and not self.settings.gguf:
-            raise ValueError("dtype needs gguf")
+            raise ValueError("dtype has no effect without gguf; give both, or leave it out")
         return self
 
 
@@ -213,7 +215,9 @@ class EvaluateRequest(Request):
     tasks: tuple[str, ...] = Field(description="Task files of lm-eval, or names of its bundled tasks.")
     limit: int | None = Field(None, ge=1, description="Use only this many rows of each task.")
     batch_size: int = Field(8, ge=1, description="Rows per batch.")
-    chat: bool | None = Field(None, description="Use the chat template; by default if a task's rows are conversations.")
+    chat: bool | None = Field(
+        None, description="Use the chat template; by default, only if a task's rows are conversations."
+    )
     seed: int = Field(0, ge=0, description="Seed for Python, NumPy, torch and the choice of few-shot examples.")
 
 

@@ -93,45 +93,50 @@ class CompressSettings(Settings):
         None,
         gt=0,
         lt=1,
-        description="Fraction of the compressed Linears' parameters to keep, 0.6 by default; with "
-        "1.6-bit+repair, the size of the factors alone, 0.23 by default.",
+        description="Fraction of the compressed Linears' parameters to keep; 0.6 by default. For 1.6-bit+repair, the "
+        "size of the factors alone; 0.23 by default.",
     )
     allocator: Allocator | None = Field(
         None,
-        description="How ranks are distributed: 'uniform', the same ratio everywhere; 'global', higher ranks where "
-        "errors disturb a block more.",
+        description="How ranks are distributed among the Linears: 'uniform', the same ratio everywhere; 'global', for "
+        "low-rank only, higher ranks where errors disturb a block more.",
     )
     kind: str = Field(
         AUTO,
         description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
-        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (in two), '2.7-bit' or 'low-rank'. 'auto': the "
-        "best kind for the tuning memory, if that is given; otherwise 'nf4', or 'low-rank' with a ratio.",
+        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (factors in two bits), '2.7-bit' or 'low-rank'. "
+        "'auto' is the best kind for the tuning memory if that is given; otherwise 'nf4', or 'low-rank' if a ratio or "
+        "an allocator is given.",
     )
     paper: bool = Field(
-        False, description="As in the paper, for reference: low-rank, uniform ranks, the base's activations, clamp 3."
+        False,
+        description="Follow the paper, for reference: kind low-rank, uniform ranks, activations of the base, clamp 3.",
     )
     samples: int | None = Field(
         None,
         ge=1,
-        description=(
-            "Number of calibration rows; by default 64 (up to 256 for some kinds), but at most a third of the rows."
-        ),
+        description="Number of calibration rows; by default 64 (for some kinds up to 256), or a third of the rows if "
+        "that is fewer.",
     )
     selection: int = Field(
-        32, ge=0, description="Number of rows held out for correct; by default 32, but at most a sixth of the rows."
+        32,
+        ge=0,
+        description="Number of rows to hold out for the correction; by default 32, or a sixth of the rows if that is "
+        "fewer.",
     )
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     loss: Loss = _LOSS
     seed: int = Field(0, description="Seed for drawing rows.")
     calibration: Literal["none", "base", "propagated"] | None = Field(
         None,
-        description="Activations to fit to: 'propagated', those of the emulator so far; 'base', those of the base, "
-        "which is faster; 'none', for nf4 only, which takes seconds.",
+        description="Activations to fit the Linears to: by default 'propagated', those of the emulator built so far; "
+        "'base', those of the base, which is faster; 'none' (nf4 only), which rounds without them, in seconds.",
     )
     refine: int | None = Field(
         None,
         ge=0,
-        description="Passes that bring each block's outputs closer to the base's; 3 by default where that helps.",
+        description="Number of passes that refine each block, bringing its outputs closer to the base's; by default 3 "
+        "where that helps.",
     )
 
     keep: Literal["head"] | None = Field(
@@ -185,15 +190,15 @@ class StepSettings(Settings):
     loss: Loss = _LOSS
     bf16: bool = Field(True, description="Compute in bfloat16 where that is safe (automatic mixed precision).")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for the LoRA's initial values and the order of rows.")
-    report_to: str = Field("none", description="Tracker to report to besides log.json, such as tensorboard.")
+    report_to: str = Field("none", description="Tracker to log to, besides log.json, such as tensorboard.")
     save_steps: int = Field(50, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
     logging_steps: int = Field(10, ge=1, description="Steps between entries in log.json.")
     eval_steps: int = Field(50, ge=1, description="With rows to evaluate: steps between evaluations, each with a "
-                            "checkpoint; the best one is kept.")  # fmt: skip
+                            "checkpoint; the best checkpoint is kept.")  # fmt: skip
     patience: int | None = Field(None, ge=1, description="With rows to evaluate: stop after this many evaluations "
-                                 "without a better loss; by default never.")  # fmt: skip
-    extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig; with the "
-                                  "objective dpo, of its DPOConfig.")  # fmt: skip
+                                 "without a lower loss; by default, never.")  # fmt: skip
+    extra: dict[str, Any] = Field(default_factory=dict, description="Other fields of TRL's SFTConfig; with the "
+                                  "objective dpo or orpo, of its DPOConfig; with kto, of its KTOConfig.")  # fmt: skip
 
     @property
     def learns_preferences(self) -> bool:
@@ -223,20 +228,22 @@ class TrainSettings(StepSettings):
     objective: Literal["sft", "dpo", "kto", "orpo"] = Field(
         "sft",
         description="Training objective: 'sft' learns the answers; 'dpo' learns to prefer each row's chosen answer to "
-        "its rejected one; 'kto' learns from single answers, each with a label: wanted or not; 'orpo' learns chosen "
-        "answers, and to prefer them, without a reference.",
+        "its rejected one; 'kto' learns from single answers, each labelled as wanted or not; 'orpo' learns the chosen "
+        "answers and to prefer them, without a reference model.",
     )
     beta: float = Field(
         0.1,
         gt=0,
-        description="With dpo and kto: how much deviating from the model without the LoRA costs. With orpo: weight of "
-        "the preference beside the likelihood.",
+        description="With dpo and kto: how strongly deviating from the model without the LoRA is penalised. With "
+        "orpo: weight of the preference relative to the likelihood.",
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 by default, unless steps are given.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations to save memory.")
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass, to save memory."
+    )
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
     lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha: the LoRA is scaled by alpha / rank.")
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    use_rslora: bool = Field(False, description="Scale the LoRA by alpha / sqrt(rank) instead (rsLoRA).")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input.")
     target_modules: list[str] | None = Field(
         None,
@@ -258,12 +265,12 @@ class TrainSettings(StepSettings):
         None, description="Layers whose modules get a LoRA, such as 0-7,15; by default all."
     )
     modules_to_save: list[str] | None = Field(
-        None, description="Token embeddings or output layer to train in full, by the end of their paths, such as "
-            "embed_tokens,lm_head."
+        None, description="Modules to train in full, the token embeddings or the output layer, by the end of their "
+            "paths, such as embed_tokens,lm_head."
     )  # fmt: skip
     trainable_token_indices: Numbers | None = Field(
-        None, description="Tokens whose embeddings are trained, such as 32000-32003; with tied embeddings, also those "
-        "of the output layer."
+        None, description="Ids of tokens whose embeddings are trained, such as 32000-32003; with tied embeddings, "
+        "their rows of the output layer too."
     )  # fmt: skip
 
     @property
@@ -295,7 +302,10 @@ class TrainSettings(StepSettings):
     @model_validator(mode="after")
     def _plain_on_experts(self) -> "TrainSettings":
         if self.lora_experts and (self.lora_dropout or self.layers_to_transform):
-            raise ValueError("a LoRA on experts supports neither lora_dropout nor layers_to_transform")
+            raise ValueError(
+                "a LoRA on experts supports neither lora_dropout nor layers_to_transform; leave these out, or "
+                "lora_experts"
+            )
         return self
 
     @model_validator(mode="after")
@@ -310,13 +320,15 @@ class PolishSettings(StepSettings):
 
     steps: int = Field(20, ge=1, description="Optimiser steps.")
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate; by default half of the adapter's tuning rate, and at least 2e-4."
+        None,
+        gt=0,
+        description="Peak learning rate; by default half of the rate that the adapter was tuned at, but at least 2e-4.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for the order of rows.")
     save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
     logging_steps: int = Field(5, ge=1, description="Steps between entries in log.json.")
     eval_steps: int = Field(5, ge=1, description="With rows to evaluate: steps between evaluations, each with a "
-                            "checkpoint; the best one is kept.")  # fmt: skip
+                            "checkpoint; the best checkpoint is kept.")  # fmt: skip
 
 
 class ExactSettings(Settings):
@@ -324,11 +336,12 @@ class ExactSettings(Settings):
 
     memory: str | None = Field(
         None,
-        description="Memory to use on the device, such as 24GiB: weights that fit beside a step stay there; by "
-        "default every block is read twice per step.",
+        description="Memory to use on the device, such as 24GiB: weights that fit beside a step stay there. By "
+        "default, every block is read twice per step.",
     )
     park: Literal["memory", "disk"] = Field(
-        "memory", description="Where activations at block boundaries are kept until the backward pass."
+        "memory",
+        description="Where activations at block boundaries are kept until the backward pass: in 'memory' or on 'disk'.",
     )
 
 
@@ -337,8 +350,8 @@ class CorrectSettings(Settings):
 
     clamp: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "none"] = Field(
         "auto",
-        description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares a few "
-        "limits and scales of the uncorrected LoRA on held-out rows.",
+        description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares several "
+        "limits, and several scales of the uncorrected LoRA, on held-out rows.",
     )
     correction: str = Field(
         "emloc", description="How the LoRA is corrected: 'emloc', as in the paper. Plugins can add others."
@@ -353,5 +366,7 @@ class ExportSettings(Settings):
         False, description="Write an adapter with the tensor names that ComfyUI and kohya's scripts read."
     )
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = Field(
-        "f16", description="With gguf: type of the matrices. Vectors are always f32; LoRAs are f32 instead of q8_0."
+        "f16",
+        description="With gguf: type of the matrices, f32, f16, bf16 or q8_0. Vectors are always f32; LoRAs are f32 "
+        "instead of q8_0.",
     )

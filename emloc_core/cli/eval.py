@@ -34,7 +34,7 @@ _SYSTEMS = ("base", "emulator", "adapter", "corrected", "polished", "merged", "f
 @click.option("--limit", type=click.IntRange(min=1), help="Use only this many rows of each task.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per batch.")
 @click.option("--chat/--no-chat", default=None,
-              help="Use the chat template.  [default: if a task's rows are conversations]")  # fmt: skip
+              help="Use the chat template.  [default: only if a task's rows are conversations]")  # fmt: skip
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling and few-shot examples."
 )

@@ -17,7 +17,7 @@ from emloc_core.requests import make_request
 def command(dry_run: bool, as_json: bool, **content: Any) -> None:
     """Convert SOURCE, a directory or hub id, to the layout of transformers' own classes, for the other commands.
 
-    For checkpoints that come with their own code, in a layout that an installed plugin reads; that code is never run.
-    Shards are written one by one; an interrupted import resumes where it stopped.
+    It is for checkpoints that come with their own code, in a layout that an installed plugin reads. That code is never
+    run. Shards are written one by one; an interrupted import resumes where it stopped.
     """
     run(make_request("import", **content), dry_run=dry_run, to_json=as_json)

@@ -28,8 +28,8 @@ TRAIN_FLAGS = {
 }
 
 _ROWS = (
-    "Rows of your task: a JSONL, JSON, CSV or Parquet file, a saved dataset, or a hub dataset. Repeatable; weight 2 "
-    "takes every row twice, 0.5 takes half of the rows."
+    "Rows of your task: a JSONL, JSON, CSV or Parquet file, a saved dataset, or a hub dataset. Repeatable; a weight of "
+    "2 takes every row twice, 0.5 takes half of the rows."
 )
 
 device = click.option(
@@ -42,7 +42,7 @@ device = click.option(
 headroom = click.option(
     "--headroom",
     metavar="SIZE",
-    help="With --memory: how much of it stays free: a size, a share such as 8%, or 0.  [default: 5%, at most 1GiB]",
+    help="With --memory: how much of it to keep free, such as 2GiB, 8% or 0.  [default: 5%, at most 1GiB]",
 )
 
 
@@ -98,8 +98,8 @@ def evaluation(*, of_emulator: bool) -> Callable[..., Any]:
     """
     added = [
         click.option("--eval-data", metavar="SOURCE", help="Rows to evaluate every --eval-steps steps. They are not "
-                     "trained on; the best checkpoint is kept."),
-        click.option("--eval-split", metavar="SPLIT", help="Split of the rows to evaluate; or a share of --data to "
+                     "trained on, and the best checkpoint is kept."),
+        click.option("--eval-split", metavar="SPLIT", help="Split of the rows to evaluate, or the share of --data to "
                      "hold out, such as 0.05."),
     ]  # fmt: skip
     if of_emulator:
@@ -122,7 +122,7 @@ def evaluated(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 skip = click.option("--skip-bad-rows", is_flag=True, help=SKIP)
 
 
-#: The rows to train on, and any other field of SFTConfig.
+#: The rows to train on, and other fields of SFTConfig.
 rows = _all(
     data(required=True),
     split,
@@ -130,8 +130,8 @@ rows = _all(
     click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
                  help="File with rows not to train on, such as test rows; repeatable."),
     click.option("--set", "extra", multiple=True, metavar="KEY=VALUE",
-                 help="Any other field of SFTConfig (with the objective dpo or orpo, of DPOConfig, with kto of "
-                 "KTOConfig); repeatable."),
+                 help="Another field of TRL's SFTConfig; with the objective dpo or orpo, of its DPOConfig; with "
+                 "kto, of its KTOConfig. Repeatable."),
 )  # fmt: skip
 
 

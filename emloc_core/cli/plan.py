@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 @click.option("--length", type=click.IntRange(1),
               help="Tokens per row, including those of images; with --data, the length to which rows are cut.  "
               "[default: 1024]")  # fmt: skip
-@click.option("--images", type=click.IntRange(0), help="Images per row; if the vision tower takes one size only, every "
-              "tile of a photo counts.  [default: those of the rows, or 1 for an image-text model]"
+@click.option("--images", type=click.IntRange(0), help="Images per row; if the vision tower takes only one size, count "
+              "every tile of a photo.  [default: those of the rows, or 1 for an image-text model]"
               )  # fmt: skip
 @click.option("--image-size", metavar="WIDTHxHEIGHT", help="Size of the images in pixels, for models that take any "
               "size.  [default: that of the rows, or 448x448]")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
               help="Which memory to plan for: a GPU's, or the process's; auto: a GPU's if there is one.")  # fmt: skip
-@click.option("--card", metavar="NAME", help="A GPU, such as 'RTX 4090': plan for its memory, unless --memory "
-              "gives another, and compute times from its published figures. Known: RTX 4080, RTX 3090, RTX 4090, "
+@click.option("--card", metavar="NAME", help="GPU to plan for, such as 'RTX 4090': its memory, unless --memory "
+              "is given, and times computed from its published figures. Known: RTX 4080, RTX 3090, RTX 4090, "
               "L40S, A100, H100.")  # fmt: skip
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine for about a "
               "second, and show the least time that a step takes.")  # fmt: skip

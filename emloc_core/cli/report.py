@@ -20,8 +20,8 @@ from emloc_core.errors import EmlocError
 def command(run: Path, output: Path | None, serve: bool, port: int, as_json: bool) -> None:
     """Write one HTML page about RUN, the output directory of emloc run.
 
-    It shows what was done, memory planned and measured, the losses of tuning, the error of every layer, the corrections
-    that were compared, and the scores. The page is self-contained: it loads nothing else,
+    It shows what was done, the memory planned and measured, the losses of tuning, the error of every layer, the
+    corrections that were compared, and the scores. The page is self-contained: it loads nothing else,
     so you can send it as it is. With --serve, it shows the current state, with the running stage, and refreshes itself.
     """
     if serve and (as_json or output is not None):

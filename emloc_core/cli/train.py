@@ -20,7 +20,7 @@ from emloc_core.settings import ExactSettings, TrainSettings
 @click.option(
     "--exact",
     is_flag=True,
-    help="Read MODEL, an ordinary model or an emulator, block by block: it need not fit in memory.",
+    help="Read MODEL, an ordinary model or an emulator, block by block, so that it need not fit in memory.",
 )
 @options(ExactSettings, parent="--exact")
 @push
@@ -28,8 +28,8 @@ from emloc_core.settings import ExactSettings, TrainSettings
 def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
     """Train a LoRA with TRL on MODEL, an emulator (or an ordinary model, as the upper bound).
 
-    Rows that the emulator was calibrated or selected on are left out, recognised by their content. Run the same command
-    again to resume an interrupted run at its last checkpoint. For several GPUs:
+    Rows that the emulator keeps for calibration and selection are left out, recognised by their content. Run the same
+    command again to resume an interrupted run at its last checkpoint. For several GPUs:
     accelerate launch -m emloc_core train ...
     """
     settings, content = explicit(TrainSettings, options)

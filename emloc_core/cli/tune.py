@@ -42,9 +42,9 @@ from emloc_core.settings import FREE, TrainSettings
 def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Tune MODEL, a directory or hub id, on your rows in the memory available.
 
-    It plans, says what it will do and why, and does it: an ordinary LoRA if that fits, otherwise the best emulator, a
-    LoRA on that, the correction, and exact steps where they pay off. OUTPUT gets all of it, with a report page and the
-    answers to five held-out rows before and after; and recipe.toml, which you can edit and run with emloc run. Run the
+    It plans, says what it will do and why, and does it: an ordinary LoRA if that fits; otherwise the best emulator, a
+    LoRA on it, the correction, and exact steps where they pay off. OUTPUT gets all of it, with a report page, the
+    answers to five held-out rows before and after, and recipe.toml, which you can edit and run with emloc run. Run the
     same command again to resume.
     """
     from emloc_core.recipe.tune import Tune

@@ -1,4 +1,4 @@
-"""Reads rows from their sources: files, folders of pictures, and data sets, saved or of the hub.
+"""Reads rows from their sources: files, folders of pictures, and saved and hub datasets.
 
 :mod:`emloc_core.data.rows` parses them.
 """

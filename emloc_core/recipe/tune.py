@@ -65,8 +65,8 @@ class Tune(Settings):
     model: str = Field(description="Directory or hub id.")
     data: Rows = Field(description="Rows of the task.")
     output: Path = Field(description="Directory of all outputs.")
-    memory: str = Field(FREE, description="Memory to tune in.")
-    headroom: str | None = Field(None, description="How much of it stays free.")
+    memory: str = Field(FREE, description="Memory to tune in, such as 24GiB.")
+    headroom: str | None = Field(None, description="How much of `memory` to keep free, such as 2GiB, 8% or 0.")
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
     skip_bad_rows: bool = Field(False, description=SKIP)
@@ -217,7 +217,7 @@ def by_name(
     skip_bad_rows: bool = False,
     name: str = ROWS,
 ) -> Any:
-    """Return the names of the rows' files or data sets; rows in memory are first written to a file of the output.
+    """Return the names of the rows' files or datasets; rows in memory are first written to a file of the output.
 
     Raises:
         EmlocError: the rows cannot be read, or the output holds other rows or something else.

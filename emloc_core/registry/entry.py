@@ -30,9 +30,11 @@ _UNITS = {None: 1, "M": 10**6, "B": 10**9, "GB": 10**9}
 class Parameters(Settings):
     """The published number of parameters of a model."""
 
-    published: str = Field(description="As published: 7.62B, 494M, all digits; or 15.9GB for the checkpoint's bytes.")
+    published: str = Field(description="As published: 7.62B, 494M, or all digits; 15.9GB for the checkpoint's bytes.")
     source: str = Field(description="Where it was published.")
-    tied_twice: bool = Field(False, description="Counts a tied output projection too, which the checkpoint stores.")
+    tied_twice: bool = Field(
+        False, description="It counts a tied output projection twice, as the checkpoint stores it."
+    )
     note: str | None = Field(None, description="Anything else that was published.")
 
     @field_validator("published")
@@ -75,7 +77,7 @@ class Preset(Settings):
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Ratio of a `low-rank` emulator.")
     memory: str | None = Field(
-        None, description="Memory for tuning, such as 24GB, or 'inference': the kind of emulator that is best for it."
+        None, description="Memory for tuning, such as 24GB, or 'inference'; chooses the best kind of emulator for it."
     )
     samples: int | None = Field(None, ge=1, description="Calibration rows; by default as many as the kind takes.")
     lora_targets: list[str] | None = Field(None, description="Ends of module paths; by default the family's.")

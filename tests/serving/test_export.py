@@ -234,5 +234,5 @@ def test_what_gguf_does_not_express_is_refused(tiny_model, tmp_path, emloc):
         emloc_core.export(tiny_model, tmp_path / "made")
     with pytest.raises(EmlocError, match="is a model, not an adapter"):
         emloc_core.export(tiny_model, tmp_path / "made", base=tiny_model, gguf=True)
-    with pytest.raises(EmlocError, match="dtype needs gguf"):
+    with pytest.raises(EmlocError, match="dtype has no effect without gguf"):
         make_request("export", {"dtype": "f32"}, source=str(tiny_model), output=tmp_path / "made")

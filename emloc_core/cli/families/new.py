@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     "model_types",
     multiple=True,
     metavar="TYPE",
-    help="model_type in config.json; repeatable; default: that of --from, or NAME.",
+    help="The model_type in config.json; repeatable.  [default: that of --from, or NAME]",
 )
 @click.option(
     "--from",
     "model",
     metavar="CONFIG_OR_MODEL",
-    help="Declare what `emloc families scaffold` finds in this model; default: the most common layout.",
+    help="Declare what `emloc families scaffold` finds in this model.  [default: the most common layout]",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to create; default: emloc-NAME.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to create.  [default: emloc-NAME]")
 @as_json
 def command(name: str, model_types: tuple[str, ...], model: str | None, output: Path | None, as_json: bool) -> None:
     """Write a plugin package that declares the model family NAME.

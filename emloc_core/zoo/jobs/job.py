@@ -33,8 +33,8 @@ class ZooJob(Settings):
     name: str = Field(pattern=f"^{NAME}$", description="Name of the job and of its directory in the zoo.")
     model: str = Field(description="Absolute path of a directory, or a hub id, with @revision where that is known.")
     layout: str | None = Field(None, description="Layout of the model, where it has to be rewritten first.")
-    data: str | None = Field(None, description="Absolute path of a file of rows, or a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
+    data: str | None = Field(None, description="Absolute path of a file of rows, or a hub dataset.")
+    split: str = Field("train", description="Split of a hub dataset.")
     calibration: str | None = Field(None, description="Other rows for calibration and selection.")
     test: list[str] = Field([], description="Files of rows that are never tuned on.")
     compress: CompressSettings = CompressSettings()
@@ -154,7 +154,7 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
 
 
 def _rows_fingerprint(source: str, split: str, cache_dir: Path) -> str:
-    """Return a hash of the content of rows and their pictures, wherever they are; for a data set of the hub, its id."""
+    """Return a hash of the content of rows and their pictures, wherever they are; for a hub dataset, its id."""
     from emloc_core.data.rows import digest, load_rows
     from emloc_core.files.inputs import hash_files
 

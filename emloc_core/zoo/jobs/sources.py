@@ -27,17 +27,17 @@ class JobSection(Settings):
 
     name: str | None = Field(None, pattern=f"^{NAME}$", description="Name of the job; by default the model's.")
     model: str = Field(description="Directory, or hub id with an optional @revision.")
-    data: str | None = Field(None, description="Rows: a file, or a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
+    data: str | None = Field(None, description="Rows: a file, or a hub dataset.")
+    split: str = Field("train", description="Split of a hub dataset.")
     calibration: str | None = Field(None, description="File of other rows for calibration and selection.")
     test: list[str] = Field([], description="Files of rows that are never tuned on.")
-    ratio: float | None = Field(None, gt=0, lt=1, description="Short for compress.ratio.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Shorthand for compress.ratio.")
     compress: dict[str, Any] = Field({}, description="Settings of stage 1.")
     train: TrainSettings | bool = Field(True, description="Settings of stage 2; false ends with the emulator.")
     correct: CorrectSettings = CorrectSettings()
     polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction.")
     merge: bool = Field(False, description="Write the merged checkpoint.")
-    eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
+    eval: EvalSection | None = Field(None, description="Evaluation; without it, nothing is compared.")
     threads: int | None = Field(None, ge=1, description="Threads of the worker.")
 
     @model_validator(mode="after")
@@ -151,7 +151,7 @@ def _rows(data: str | None) -> str | None:
     if path.exists():
         return str(path.absolute())
     if path.suffix in FILES or data.startswith((".", "~")) or not DATA_ID.fullmatch(data):
-        raise EmlocError(f"There are no rows at {data}.", "Give a file, or a data set of the hub (organisation/name).")
+        raise EmlocError(f"There are no rows at {data}.", "Give a file, or a hub dataset (organisation/name).")
     return data
 
 
