@@ -103,6 +103,15 @@ def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_
     steps.close()
 
 
+def test_an_emulator_fitted_with_the_lora_trains_it_further(outputs, tmp_path):
+    pipeline, rows, corrected = str(outputs["pipeline"]), outputs["rows"], str(outputs["corrected"])
+    fitted = {"samples": 3, "selection": 2, "ratio": 0.5, "adapter": corrected}
+    emulator = emloc.compress(pipeline, rows, str(tmp_path / "emulator"), **fitted)
+    tuned = emloc.train(emulator, rows, str(tmp_path / "adapter"), steps=1, batch_size=2, learning_rate=1e-30)
+    before, after = (load_file(f"{path}/adapter_model.safetensors") for path in (corrected, tuned.path))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_pipelines_load_the_lora_exactly(outputs):
     pipeline = diffusers.FluxPipeline.from_pretrained(str(outputs["pipeline"]))
     pipeline.load_lora_weights(str(outputs["polished"]), weight_name=FILE)
