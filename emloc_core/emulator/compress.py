@@ -37,6 +37,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.card import data_name
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
+from emloc_core.files.manifest import learned_preferences
 from emloc_core.files.output import Output
 from emloc_core.files.shards import tensor_bytes
 from emloc_core.model.opened import open_original
@@ -93,6 +94,8 @@ class Compress(Job):
             problem = f"the kind {self.settings.kind!r}, which is not fitted to the rows that pass through it"
         elif adapter.replaced or any(lora.is_stacked for lora in adapter.loras.values()):
             problem = f"what {adapter.directory} trains besides LoRAs on Linears"
+        elif learned_preferences(adapter.directory):
+            problem = f"{adapter.directory}, which learned preferences: training it further on answers undoes them"
         if problem:
             raise EmlocError(f"No emulator is fitted with {problem}.", "Leave out --adapter.", code="unsupported")
         return adapter
@@ -206,6 +209,8 @@ class Compress(Job):
         left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
         self.output.result = {**result, **left_out, **files.finish(self._tokens)}
         self.output.provenance = described(self.settings, self.output.result)
+        if self.adapter:
+            self.output.provenance += " It was fitted with the LoRA so far, which was then trained further on it."
 
     def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
         """Return the plan with ranks by spectra, which are gathered unless an interrupted run has."""

@@ -119,7 +119,7 @@ def _provenance(line: list[Manifest], base: str | None) -> Iterator[str]:
 def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:
     if table:
         yield f"## Scores\n\n{table}"
-    candidates = filter(None, ((manifest.get("result") or {}).get("candidates") for manifest in line))
+    candidates = filter(None, ((manifest.get("result") or {}).get("candidates") for manifest in reversed(line)))
     if compared := next(candidates, None):
         yield (
             "## Scores\n\nLoss per token, in nats, of the base with the corrected LoRA on "

@@ -9,11 +9,12 @@ from support.adapters import make_adapter
 from support.jobs import compress_job, correct_job, exact_job, train_job
 from transformers import AutoModelForCausalLM
 
+from emloc_core.adapters.adapter import content_hash
 from emloc_core.adapters.enclosed import enclosed_in
 from emloc_core.adapters.moments import FILE
 from emloc_core.errors import EmlocError
-from emloc_core.files.documents import read_json
-from emloc_core.files.manifest import MANIFEST, read_manifest
+from emloc_core.files.documents import read_json, write_json
+from emloc_core.files.manifest import CONTENT, MANIFEST, read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
@@ -168,6 +169,12 @@ def test_a_lora_that_it_cannot_be_fitted_with_is_refused(
     uncorrected = train_job(emulators[0][1], rows_file, tmp_path / "tuned", TrainSettings(**STEPS)).run()
     with pytest.raises(EmlocError, match="is not corrected"):
         emulator_job(tiny_model, rows_file, output, uncorrected).run()
+    manifest = {"kind": "adapter", "request": {"model": "any", "settings": {"objective": "dpo"}}}
+    taught = tmp_path / "taught"
+    shutil.copytree(strong, taught)
+    write_json(taught / MANIFEST, manifest | {"result": {CONTENT: content_hash(taught)}})
+    with pytest.raises(EmlocError, match="learned preferences"):
+        emulator_job(tiny_model, rows_file, output, taught)
     assert not output.exists()
 
 

@@ -113,6 +113,11 @@ def test_a_run_trains_one_lora_on_both_emulators(emloc, write, tmp_path):
     names = ("selection.jsonl", "calibration.jsonl")
     assert all((run / "emulator" / name).read_text() == (run / "emulator_round1" / name).read_text() for name in names)
 
+    card = (run / "merged" / "README.md").read_text()
+    assert card.count("fitted with the LoRA so far") == 1
+    last = read_json(run / "corrected" / MANIFEST)["result"]["candidates"][0]
+    assert f"| {last['clamp']} | {last['scale']:g} | {last['nll']:.4f} |" in card
+
     view = RunView.read(run)
     assert len(view.stages) == 7
     assert all(stage.planned for stage in view.stages)
