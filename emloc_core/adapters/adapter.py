@@ -200,7 +200,8 @@ class Adapter:
                 raise self._no_lora(key)
             if not tensor.is_floating_point():
                 raise EmlocError(
-                    f"{key} in {self.directory} has dtype {tensor.dtype}, which is not floating-point.", "Train again."
+                    f"{key} in {self.directory} has dtype {tensor.dtype}, which is not floating-point.",
+                    "Save the adapter in float32 or bfloat16, or train again.",
                 )
             if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # NaN and Inf survive a sum
                 raise EmlocError(

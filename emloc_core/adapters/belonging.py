@@ -25,12 +25,14 @@ def require_shapes(adapter: Adapter, model: nn.Module) -> None:
             actual = _shape(model, path, lora)
         except AttributeError:
             raise EmlocError(
-                f"The base has no Linear at {path}.", "The adapter belongs to another architecture.", code="mismatch"
+                f"The base has no Linear at {path}.",
+                "The adapter belongs to another architecture: give the base that it was trained for.",
+                code="mismatch",
             ) from None
         if actual != lora.shape:
             raise EmlocError(
                 f"The LoRA on {path} is for a weight of shape {lora.shape}; the base has {actual}.",
-                "The adapter belongs to another model.",
+                "The adapter belongs to another model: give the base that it was trained for.",
                 code="mismatch",
             )
     require_dense(adapter.replaced, model)

@@ -93,7 +93,7 @@ def require_dense(replaced: Mapping[str, Replacement], model: nn.Module) -> None
         if not fits or any(index >= shape[0] for index in new.indices or ()):
             raise EmlocError(
                 f"The adapter's {path} does not fit a weight of shape {shape}.",
-                "The adapter belongs to another model.",
+                "The adapter belongs to another model: give the base that it was trained for.",
                 code="mismatch",
             )
 

@@ -97,14 +97,14 @@ class Merge(Job):
             if not keys:
                 raise EmlocError(
                     f"The base has no Linear at {path}.",
-                    "The adapter belongs to another architecture.",
+                    "The adapter belongs to another architecture: give the base that it was trained for.",
                     code="mismatch",
                 )
             if len(keys) != 1 or skeleton.shape_of(keys[0]) != expected:
                 shapes = [skeleton.shape_of(key) for key in keys]
                 raise EmlocError(
                     f"The LoRA on {path} is for a weight of shape {expected}; the base has {shapes} in {keys}.",
-                    "The adapter belongs to another model, or save the base with save_pretrained first.",
+                    "Give the base that the adapter was trained for; if this is it, save it with save_pretrained.",
                     code="mismatch",
                 )
             loras[self._key(name, skeleton)] = lora.transposed() if skeleton.is_transposed(keys[0]) else lora
@@ -213,7 +213,7 @@ def _by_expert(lora: Lora, path: str, keys: list[str], skeleton: Skeleton) -> di
             return by_key
     raise EmlocError(
         f"The LoRA on {path} is for matrices of shape {lora.shape}; the base has {shapes[:3]} in {keys[:3]}.",
-        "The adapter belongs to another model, or save the base with save_pretrained first.",
+        "Give the base that the adapter was trained for; if this is it, save it with save_pretrained.",
         code="mismatch",
     )
 

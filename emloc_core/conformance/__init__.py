@@ -58,7 +58,9 @@ def check_format(format: "Format") -> list[CheckResult]:
 
     families = (family for family in plugin_manager().families() if family.modality == "text" and family.tiny_configs)
     if (family := next(families, None)) is None:
-        raise EmlocError("No installed family has a tiny text model to check a format on.", "Install a plugin.")
+        raise EmlocError(
+            "No installed family has a tiny text model to check a format on.", "Install a plugin with one."
+        )
     with tempfile.TemporaryDirectory(prefix="emloc-check-") as directory, offered(format):
         subject = TinyEmulator(format, family, family.tiny_configs[0], Path(directory))
         return [check.on(subject) for check in CHECKS]

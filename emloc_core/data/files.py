@@ -24,7 +24,9 @@ def read_file(path: Path) -> Iterator[Numbered]:
     """
     if not names_rows(path):
         formats = f"{', '.join(READERS)}, nor one of these with {' or '.join(_COMPRESSED)}"
-        raise EmlocError(f"{path} is none of {formats}.", "Convert it to one of these.", code="unsupported")
+        raise EmlocError(
+            f"{path} does not end in {formats}.", "Convert it to one of these formats.", code="unsupported"
+        )
     yield from READERS[_format(path)](path)
 
 

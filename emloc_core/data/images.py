@@ -67,7 +67,8 @@ class Picture:
             source.save(content, format="PNG")
             return cls.from_source(content.getvalue(), directory)
         raise EmlocError(
-            f"An image is {type(source).__name__}.", "Give a path, bytes, or both as an object with `bytes` and `path`."
+            f"An image is given as {type(source).__name__}.",
+            "Give a path, bytes, or both as an object with `bytes` and `path`.",
         )
 
     @classmethod
@@ -76,7 +77,11 @@ class Picture:
             raise EmlocError(f"The image {source[:80]} is not a path.", "Download it, and give the path of the file.")
         path = directory / source
         if confined and not path.resolve().is_relative_to(directory.resolve()):
-            raise EmlocError(f"The image {source} is outside {directory}.", "Do not use these rows.", code="refused")
+            raise EmlocError(
+                f"The image {source} is outside {directory}.",
+                "Do not use these rows: those in an output name only images inside it.",
+                code="refused",
+            )
         try:
             require_regular(path)
             content = path.read_bytes()

@@ -42,8 +42,11 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
     if images is None:
         images = family.modality != "text" and any(model.glob("*processor_config.json"))
     if images and family.modality == "text":
-        raise EmlocError(f"A task shows images, but models of the family {family.name} only read text.",
-                         code="mismatch")  # fmt: skip
+        raise EmlocError(
+            f"A task shows images, but models of the family {family.name} only read text.",
+            "Give a model for images and text, or another task.",
+            code="mismatch",
+        )
     processing = load_processor(model) if images else load_tokenizer(model)
     parts = _parts(checkpoint.nbytes)
     try:
@@ -115,7 +118,9 @@ def _add_adapter(model: Any, adapter: Path, parts: dict[int | str, int] | None) 
             combined = load_lora(model, adapter, max_memory=parts)
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
-        raise EmlocError(f"The adapter {adapter} cannot be put on the model ({reason}).", "Check both.") from error
+        raise EmlocError(
+            f"The adapter {adapter} cannot be put on the model ({reason}).", "Check that it belongs to this model."
+        ) from error
     # without PEFT's copy of an output projection below a LoRA, which not all files have
     expected = {key for key in read_header(adapter / WEIGHTS)[0] if not key.endswith(".base_layer.weight")}
     differing = sorted(expected ^ set(get_peft_model_state_dict(combined, save_embedding_layers=False)))

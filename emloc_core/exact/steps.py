@@ -140,7 +140,7 @@ class ExactSteps:
             raise EmlocError(
                 f"{type(self.model).__name__} has no backbone apart from its head, so that its loss cannot be "
                 "streamed.",
-                "Train it by ordinary steps.",
+                "Train it by ordinary steps: leave out exact steps.",
             )
         self._head = Head(self.model)
         return head_units
@@ -205,7 +205,7 @@ class ExactSteps:
             if _written(module) != before:
                 raise EmlocError(
                     f"{unit} writes to a buffer in its forward, and would do so again when it is recomputed.",
-                    "Train this model by ordinary steps.",
+                    "Train this model by ordinary steps: leave out exact steps.",
                 )
             return result
 

@@ -70,7 +70,7 @@ def read_json(path: Path, constant: Callable[[str], Any] = _refuse) -> Any:
         raise EmlocError(f"{path} does not exist.", "Check the path.", code="missing") from None
     except OSError as error:
         raise EmlocError(
-            f"{path} cannot be read ({error.strerror}).", "Restore the file.", code="unavailable"
+            f"{path} cannot be read ({error.strerror}).", "Check its permissions, or restore it.", code="unavailable"
         ) from None
     except (ValueError, RecursionError) as error:
         raise EmlocError(

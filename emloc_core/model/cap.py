@@ -96,4 +96,4 @@ def _too_small(nbytes: int, used: int) -> EmlocError:
     message = (
         f"A cap of {human_bytes(nbytes)} is less than the {human_bytes(used)} that the process has before its work."
     )
-    return EmlocError(message, "Give more.", code="memory", resumable=True)
+    return EmlocError(message, f"Raise it in {CAP}.", code="memory", resumable=True)

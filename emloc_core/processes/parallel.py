@@ -77,7 +77,7 @@ def _connected() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise EmlocError(
-            f"Another process has ended ({first_line(error)}).",
+            f"Another process of this training has ended ({first_line(error)}).",
             "Run the same command again to resume at the last checkpoint.",
             code="died",
             resumable=True,

@@ -44,7 +44,7 @@ def towers(observation: Observation, idle: Mapping[str, str], notes: list[str]) 
         model_type = observation.model.config.model_type
         raise EmlocError(
             f"No block of this {model_type!r} holds a Linear that can be compressed ({listing}).",
-            "EMLoC factors only nn.Linear: use another model.",
+            "EMLoC compresses only Linears (nn.Linear): use another model.",
             code="unsupported",
         )
     trained = {name for name in observation.calls if is_grouped(name, stacks)} - set(idle)

@@ -27,7 +27,7 @@ def _plain(lora: Lora, rank: int) -> Lora:
     missing = rank - lora.rank
     b = lora.b.to(torch.promote_types(lora.b.dtype, torch.float32)) * lora.scale
     if not bool(torch.isfinite(b).all()):
-        raise EmlocError("The LoRA times its scale is not finite.", "Train again.", code="not-finite")
+        raise EmlocError("The LoRA multiplied by its scale has NaN or Inf.", "Train again.", code="not-finite")
     return Lora(functional.pad(lora.a, (0, 0, 0, missing)).to(b.dtype), functional.pad(b, (0, missing)), 1.0)
 
 

@@ -85,8 +85,8 @@ def compute_apart(model: nn.Module) -> None:
             if not isinstance(experts, StandInExperts):  # PEFT's own way computes it
                 continue
             raise EmlocError(
-                f"There is a LoRA on {' and '.join(names)} of {path}, in this order.",
-                f"Put one on both stacks, {' and '.join(stacks_of(experts))}.",
+                f"The LoRA on the experts in {path} is on {' and '.join(names)}.",
+                f"Put it on both stacks, in this order: {', '.join(stacks_of(experts))}.",
                 code="unsupported",
             )
         for wrapper in wrappers:
@@ -106,7 +106,9 @@ class _Computed:
         on = not outermost.disable_adapters
         if on and (outermost.merged or len(outermost.active_adapters) != 1):
             if isinstance(self._experts, StandInExperts):
-                raise EmlocError("Experts of an emulator have one LoRA at a time.", "Activate one, unmerged.")
+                raise EmlocError(
+                    "Experts of an emulator have one LoRA at a time.", "Activate one adapter, and merge none."
+                )
             return type(outermost).forward(outermost, *args, **kwargs)
         loras = {wrapper.parameter_name: of_wrapper(wrapper) for wrapper in self._wrappers if on}
         return routed(self._experts, *args, **kwargs, loras=loras)

@@ -108,12 +108,12 @@ class Format(ABC):
             )
         if settings.allocator == "global" and self.allocator == "uniform":
             raise EmlocError(
-                f"All factors of the kind {self.name!r} have the same share of ranks.",
+                f"The kind {self.name!r} gives all Linears the same ratio.",
                 "Leave out --allocator, or give --kind low-rank, say.",
             )
         if settings.calibration not in (None, *self.calibrations):
             raise EmlocError(
-                f"An emulator of the kind {self.name!r} is fitted to rows.",
+                f"An emulator of the kind {self.name!r} is always fitted to rows.",
                 "Leave out --calibration none, or give --kind nf4, say.",
             )
         if settings.refine and self.refine is None:

@@ -248,7 +248,9 @@ def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank
         linear = None
     if not isinstance(linear, nn.Linear):
         raise EmlocError(
-            f"The model has no Linear at {path}.", "The emulator belongs to another architecture.", code="mismatch"
+            f"The model has no Linear at {path}.",
+            "The emulator belongs to another architecture: copy it again in full, or make it again.",
+            code="mismatch",
         )
     device, dtype = linear.weight.device, linear.weight.dtype
     stand_in = layer(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)

@@ -337,7 +337,7 @@ def replace_vocabulary(model: Any, packings: Mapping[str, str]) -> None:
         else:
             raise EmlocError(
                 f"The model has neither a Linear nor embeddings at {path}.",
-                "The emulator belongs to another architecture.",
+                "The emulator belongs to another architecture: copy it again in full, or make it again.",
                 code="mismatch",
             )
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})

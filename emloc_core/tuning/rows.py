@@ -55,7 +55,7 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
     if not evaluated and settings.patience is not None:
         raise EmlocError(
             "There are no rows to evaluate, so patience has no effect.",
-            "Give --eval-data or --eval-split, or leave it out.",
+            "Give --eval-data or --eval-split, or leave patience out.",
         )
     if not train:
         source = request.data if isinstance(request.data, str) else "the data"

@@ -91,11 +91,13 @@ def _require_matches(lora: nn.Module, settings: TrainSettings) -> None:
     adapted = [path for path, module in lora.named_modules() if isinstance(module, LoraLayer)]
     for name in settings.rank_pattern or {}:
         if not any(get_pattern_key([name], path) == name for path in adapted):
-            raise EmlocError(f"rank_pattern: no LoRA is on {name!r}.", "Give ends of paths that get a LoRA.")
+            raise EmlocError(f"rank_pattern: no LoRA is on {name!r}.", "Give the ends of paths of modules with a LoRA.")
     for layer in settings.layers_to_transform or []:
         if not any(str(layer) in path.split(".") for path in adapted):
             raise EmlocError(f"layers_to_transform: the model has no layer {layer} with a target.", "Count from 0.")
     paths = [path for path, _ in lora.named_modules()]
     for name in settings.modules_to_save or []:
         if not any(f".{path}".endswith(f".{name}") for path in paths):
-            raise EmlocError(f"modules_to_save: the model has no module {name!r}.", "Give ends of paths.")
+            raise EmlocError(
+                f"modules_to_save: the model has no module {name!r}.", "Give the end of a path, such as lm_head."
+            )

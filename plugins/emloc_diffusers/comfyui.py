@@ -123,7 +123,7 @@ def _joined(class_name: str, loras: Mapping[str, Lora]) -> dict[str, Sequence[st
         blocks, names = _NAMES[class_name].get(match[1], ("", {})) if match else ("", {})
         name = next((name for name, ends in names.items() if match and match[3] in ends), None)
         if match is None or name is None:
-            raise EmlocError(f"ComfyUI has no matrix like {path}.", "Tune others, see --target-modules.")
+            raise EmlocError(f"ComfyUI has no matrix like {path}.", "Tune other modules, with --target-modules.")
         paths = [f"{match[1]}.{match[2]}.{end}" for end in names[name]]
         joined[f"lora_unet_{blocks}_{match[2]}_{name}"] = paths
     return joined

@@ -99,7 +99,8 @@ class FlowMatching:
         """Refuse settings that apply only to text."""
         if settings.learns_preferences or settings.trains_modules:
             raise EmlocError(
-                "Pictures are learned as they are, and only by a LoRA.", "Leave out preferences and modules."
+                "Models that make pictures learn no preferences, and train no modules in full.",
+                "Leave out the objective, modules_to_save and trainable_token_indices.",
             )
         if settings.extra:
             raise EmlocError(

@@ -93,7 +93,7 @@ def test_compressed_files_hold_the_same_rows(suffix: str, codec: str, tmp_path: 
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(EmlocError, match="cannot be unpacked"):
         load_rows(packed)
-    with pytest.raises(EmlocError, match=r"is none of \.jsonl.*nor one of these with \.gz"):
+    with pytest.raises(EmlocError, match=r"does not end in \.jsonl.*nor one of these with \.gz"):
         load_rows(csv.rename(tmp_path / f"rows.xlsx{suffix}"))
 
 

@@ -322,7 +322,7 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="no ratio, allocator"):
         compress_job(base, rows, tmp_path / "emulator", chosen)
     chosen = CompressSettings(kind="2.7-bit", calibration="none", selection=2)
-    with pytest.raises(EmlocError, match=r"kind '2\.7-bit' is fitted to rows"):
+    with pytest.raises(EmlocError, match=r"kind '2\.7-bit' is always fitted to rows"):
         compress_job(base, rows, tmp_path / "emulator", chosen)
 
 

@@ -107,8 +107,8 @@ def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
     ("chosen", "complaint"),
     [
         ({"ratio": 0.6}, "hardly smaller than weights in four bits"),
-        ({"calibration": "none"}, "is fitted to rows"),
-        ({"allocator": "global"}, "have the same share of ranks"),
+        ({"calibration": "none"}, "is always fitted to rows"),
+        ({"allocator": "global"}, "gives all Linears the same ratio"),
         ({"refine": 1}, "cannot be refined"),
     ],
 )
