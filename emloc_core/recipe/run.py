@@ -75,7 +75,7 @@ def run_recipe(
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
     total = len(stages(recipe))
     for attempt in tried(recipe)[1:]:
-        if not (attempt.directory("emulator") / MANIFEST).is_file():
+        if not attempt.has("emulator"):
             describe(recipe, attempt)  # reports its errors now, before the first takes hours
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     done: list[Stage] = []
@@ -148,13 +148,16 @@ def require_named(recipe: Recipe) -> None:
     check_names(recipe.correct)
     for rows in (recipe.data.train, recipe.answers and recipe.answers.rows):
         check_rows(rows)
-    if bundled:
+    if bundled and not kept(recipe).has("evaluation"):
         list(call(BUNDLED, {"tasks": bundled}))
 
 
 def require_tuning(recipe: Recipe) -> None:
     """Refuse settings of tuning that name what the model, TRL or this machine lacks, before the emulator is made."""
-    polish = recipe.polish or PolishSettings()
+    attempt, polish = kept(recipe), recipe.polish or PolishSettings()
+    tuned = all(each.has("adapter") for each in (attempt, *tried(recipe)))
+    if tuned and (recipe.polish is None or attempt.has("polished")):
+        return
     tracked = any(part.report_to != "none" for part in (recipe.train, polish))
     if tracked or polish.extra or any(getattr(recipe.train, name) for name in _NAMING):
         settings, after = (part.model_dump(mode="json", exclude_unset=True) for part in (recipe.train, polish))

@@ -74,6 +74,10 @@ class Attempt:
         """Return the output directory of a stage; ``ending`` tells it from the one of the last round."""
         return self.root / f"{stage}{suffix(self.name)}{ending}"
 
+    def has(self, stage: str) -> bool:
+        """Whether the output of a stage is there."""
+        return (self.directory(stage) / MANIFEST).is_file()
+
     @property
     def selection_loss(self) -> float | None:
         """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known.

@@ -112,7 +112,7 @@ class RunView:
         """Read the directory that ``emloc run`` wrote to.
 
         Args:
-            whole: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
+            complete: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
 
         Raises:
             EmlocError: no stage is finished there.

@@ -29,7 +29,7 @@ from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
-from emloc_core.files.manifest import CONTENT, input_name, manifest_value, read_manifest
+from emloc_core.files.manifest import CONTENT, MANIFEST, input_name, manifest_value, read_manifest
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_sentence
 from emloc_core.model.opened import OpenModel, open_model
@@ -73,7 +73,8 @@ class Train(Job):
         without_weights = self._without_weights()
         find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
         self.model.objective.check(self.settings)
-        require_tracker(self.settings)
+        if not (self.path / MANIFEST).is_file():  # a finished adapter needs none
+            require_tracker(self.settings)
         self.targets = start.targets(without_weights)
         self.rows, self.eval_rows, self.excluded, self.skipped = tuning_rows(request, self.model, self.settings)
         self.base = self._base()

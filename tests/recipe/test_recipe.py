@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.recipe.recipe import load_recipe
+from emloc_core.recipe.run import BUNDLED, CHECK, require_named, require_tuning
 from emloc_core.recipe.stages import stages
 
 RECIPE = """
@@ -157,6 +159,25 @@ def test_a_task_that_lm_eval_lacks_is_named_before_the_first_stage(
     assert code == 1, err
     assert "lm-eval has no task of that name. Did you mean 'hellaswag'?" in err
     assert not (path.parent / "emloc-run").exists()
+
+
+def test_what_is_finished_needs_neither_its_tracker_nor_the_list_of_tasks(write, monkeypatch):
+    asked = []
+    monkeypatch.setattr("emloc_core.recipe.run.call", lambda function, _: asked.append(function) or [])
+    path = write('[train]\nreport_to = "nowhere"\n[polish]\n', train="org/rows")
+    for finished, expected in (
+        ([], [BUNDLED, CHECK]),
+        (["adapter"], [BUNDLED, CHECK]),  # the exact steps are still to come
+        (["polished"], [BUNDLED]),
+        (["evaluation"], []),
+    ):
+        for name in finished:
+            (path.parent / "emloc-run" / name).mkdir(parents=True)
+            (path.parent / "emloc-run" / name / MANIFEST).write_text("{}")
+        asked.clear()
+        require_named(load_recipe(path))
+        require_tuning(load_recipe(path))
+        assert asked == expected
 
 
 def test_a_recipe_may_be_edited_while_it_runs(write, emloc, monkeypatch):
