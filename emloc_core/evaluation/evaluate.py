@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.tasks import TaskSpec, find_task
+from emloc_core.evaluation.tasks import TaskSpec, find_task, require_bundled
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
 from emloc_core.files.lora import CONFIG
-from emloc_core.files.manifest import read_manifest
+from emloc_core.files.manifest import MANIFEST, read_manifest
 from emloc_core.files.output import Output
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.processes.call import ProcessDiedError, call
@@ -137,11 +137,15 @@ class Evaluate(Job):
 
     def __init__(self, request: EvaluateRequest) -> None:
         self.request = request
+        _check_names(request.systems)
+        self._specs = _specs(request.tasks, Inputs())  # nothing is written, not even hashes beside the output
+        bundled = [spec.name for spec in self._specs if spec.path is None]
+        if bundled and not (request.output / MANIFEST).is_file():
+            require_bundled(bundled)
         self.systems = [
             _Opened(system.name, open_checkpoint(system.model), system.adapter) for system in request.systems
         ]
         _require_text(self.systems)
-        self._specs = _specs(request.tasks, Inputs())  # nothing is written, not even hashes beside the output
         _check(self.systems, self._specs)
 
     @cached_property
@@ -244,7 +248,7 @@ def _specs(tasks: Sequence[str], files: Inputs) -> list[TaskSpec]:
     return specs
 
 
-def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
+def _check_names(systems: Sequence[System]) -> None:
     if not systems:
         raise EmlocError("There is no system to evaluate.", "Give --base, --emulator or --system NAME=MODEL.")
     names = [system.name for system in systems]
@@ -253,6 +257,10 @@ def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
             raise EmlocError(f"{system.name!r} is not a name for a system.", "Use letters, digits and + . _ - in it.")
         if names.count(system.name) > 1:
             raise EmlocError(f"Two systems are called {system.name!r}.", "Give each its own name.")
+
+
+def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
+    for system in systems:
         family = plugin_manager().family_for(system.model.config)
         image_task = next((spec.name for spec in specs if spec.shows_images), None)
         if image_task and family.modality == "text":

@@ -42,19 +42,18 @@ class TaskSpec:
 
 
 def find_task(task: str, inputs: Inputs) -> TaskSpec:
-    """Find and check a task: the path of a YAML file, or the name of a bundled task.
+    """Find and check a task: the path of a YAML file; anything else is a name for :func:`require_bundled`.
 
     Args:
         task: path or name.
         inputs: receives the task's files.
 
     Raises:
-        EmlocError: there is no such task, its file is not valid, or its data are missing.
+        EmlocError: there is no such file, it is not valid, or its data are missing.
     """
     path = Path(task)
     if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) > 1:
         return _find_file(path, inputs)
-    require_bundled([task])
     return TaskSpec(task, None, "lm-eval")
 
 

@@ -30,6 +30,7 @@ from emloc_core.files import pretrained
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.processes.call import ProcessDiedError
 from emloc_core.requests import make_request
 from emloc_core.standins.format import MARK
@@ -371,6 +372,22 @@ def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
         evaluate([system("a", tiny_model)], [tasks[1]] * 2, tmp_path / "out")
     with pytest.raises(EmlocError, match="is not a name for a system"):
         evaluate([system("../a", tiny_model)], tasks, tmp_path / "out")
+
+
+def test_names_are_looked_up_before_a_model_is_fetched_and_not_for_a_finished_evaluation(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: SimpleNamespace(all_tasks=["hellaswag"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "open_checkpoint", lambda _: pytest.fail("fetched"))
+        with pytest.raises(EmlocError, match="Did you mean 'hellaswag'"):
+            evaluate([system("a", "org/model")], ["hellaswagg"], tmp_path / "out")
+        with pytest.raises(EmlocError, match="Two systems are called 'a'"):
+            evaluate([system("a", "org/model")] * 2, ["hellaswag"], tmp_path / "out")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: pytest.fail("listed again"))
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / MANIFEST, {})
+    Evaluate(make_request("eval", systems=(system("a", tiny_model),), tasks=("hellaswag",), output=tmp_path / "out"))
 
 
 def test_layers_that_do_not_fit_wait_elsewhere(tiny_model, adapter, tmp_path, monkeypatch):
