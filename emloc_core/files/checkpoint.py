@@ -190,7 +190,7 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Return the files that belong to the model besides its weights and config: tokenizer, templates, licence."""
-        skipped = {"config.json", self.index, "emloc.json", "timing.json", *(shard.name for shard in self.shards)}
+        skipped = {"config.json", self.index, "emloc.json", "timing.json"}
         return sorted(
             path
             for path in self.directory.iterdir()
@@ -296,10 +296,13 @@ def _from_hub(model: str) -> Iterator[tuple[str, str | None]]:
         ) from error
 
 
-def find_config(model: str) -> Path:
-    """Return the path of a ``config.json``: itself, in a model directory, or of a hub id (nothing else is fetched).
+def find_config(model: str, *, with_tokenizer: bool = False) -> Path:
+    """Return the path of a ``config.json``: itself, in a model directory, or of a hub id.
 
     A hub id may end in ``@revision``.
+
+    Args:
+        with_tokenizer: also fetch the files of the tokenizer and the processor; otherwise nothing else is fetched.
 
     Raises:
         EmlocError: there is none.
@@ -316,9 +319,11 @@ def find_config(model: str) -> Path:
         return path / "config.json"
     folders = ["", *(objective.folder for objective in plugin_manager().objectives() if objective.folder)]
     with _from_hub(model) as (name, revision):
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+        if with_tokenizer:
+            snapshot_download(name, revision=revision, allow_patterns=[*_PROCESSING])
         missing: EntryNotFoundError | None = None
         for part in (str(Path(folder, "config.json")) for folder in folders):
             unreachable = isinstance(missing, LocalEntryNotFoundError)  # learned by waiting, so it is not asked again

@@ -17,7 +17,7 @@ import torch
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import INDEX, SINGLE, open_checkpoint
+from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
@@ -161,7 +161,7 @@ class Import(Job):
                 self._write_shard(shard, staging / shard.name)
             progress(shard.name, index + 1, len(shards))
         self._write_index(staging)
-        self._write_side_files(staging)
+        write_side_files(self.source, {**self._files, "config.json": self.config}, staging)
         self.output.result = {
             "layout": self.layout.name,
             "model_type": self.config["model_type"],
@@ -201,13 +201,19 @@ class Import(Job):
         if set(weight_map.values()) != {SINGLE}:
             write_json(staging / INDEX, {"metadata": {"total_size": self.source.nbytes}, "weight_map": weight_map})
 
-    def _write_side_files(self, staging: Path) -> None:
-        self.source.copy_side_files(staging, skip=self._files)
-        for name, content in {**self._files, "config.json": self.config}.items():
-            if isinstance(content, str):
-                (staging / name).write_text(content, encoding="utf-8")
-            elif content is not None:
-                write_json(staging / name, content)
+
+def write_side_files(source: Checkpoint, instead: Mapping[str, dict[str, Any] | str | None], target: Path) -> None:
+    """Copy the files of a source besides its weights and config into a directory.
+
+    Args:
+        instead: files to write instead of the source's; see :attr:`emloc_core.layout.Layout.files`.
+    """
+    source.copy_side_files(target, skip=instead)
+    for name, content in instead.items():
+        if isinstance(content, str):
+            (target / name).write_text(content, encoding="utf-8")
+        elif content is not None:
+            write_json(target / name, content)
 
 
 def native_tensors(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Shape], dict[str, str]]:

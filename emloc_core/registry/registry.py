@@ -100,7 +100,7 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
     """Yield the ``config.json`` of a directory, a file, an entry (by id or file), or a hub id, in that order.
 
     Args:
-        with_tokenizer: require a tokenizer beside it, which an entry does not have.
+        with_tokenizer: require a tokenizer beside it, which is the model's: an entry has none.
 
     Raises:
         EmlocError: there is no such config.
@@ -108,9 +108,7 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
     from emloc_core.files.checkpoint import find_config
 
     entry = entry_of(model)
-    if entry is not None and with_tokenizer:
-        yield find_config(entry.model)
-    elif entry is None:
+    if entry is None:
         if not (Path(model).exists() or "/" in model):
             suggestion = did_you_mean(model, [entry.name for entry in load_entries()])
             raise EmlocError(
@@ -118,10 +116,24 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
                 "Check the path, or give a hub id (organisation/name) or an entry that `emloc zoo list` shows.",
                 code="missing",
             )
-        yield find_config(model)
+        yield find_config(model, with_tokenizer=with_tokenizer)
+    elif with_tokenizer and entry.layout is None:
+        yield find_config(entry.model, with_tokenizer=True)
     else:
         with entry.config_file() as file:
+            if with_tokenizer:
+                _add_native_tokenizer(entry, file.parent)
             yield file
+
+
+def _add_native_tokenizer(entry: Entry, directory: Path) -> None:
+    """Write the files of an entry's tokenizer and processor into a directory, as ``emloc import`` does."""
+    from emloc_core.files.checkpoint import Checkpoint, find_config
+    from emloc_core.model.importing import write_side_files
+
+    source = Checkpoint(find_config(entry.model, with_tokenizer=True).parent)
+    layout = plugin_manager().layout_for(source.config)
+    write_side_files(source, layout.files(source.config, source.directory), directory)
 
 
 def argument_of(model: str) -> tuple[str, str | None]:

@@ -90,6 +90,16 @@ def test_a_base_has_its_id_though_a_directory_has_that_name_too(hub, tiny_model,
     assert json.loads(hub.files["people/merged"]["emloc.json"])["inputs"]["base"] == BASE
 
 
+def test_a_plan_for_rows_fetches_the_tokenizer_and_no_weights(hub, shallow_model, rows_file, tmp_path):
+    hub.add(BASE, shallow_model)
+    planned, expected = (
+        emloc_core.plan(str(model), data=rows_file, memory="4GiB", measure=False).describe()["workload"]
+        for model in (BASE, shallow_model)
+    )
+    assert planned == expected
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_of_an_earlier_upload_no_part_is_left(hub, tmp_path):
     """Uploading an adapter over a merged model left the model's shards, which transformers loads."""
     for name, files in {"merged": ["a.safetensors", "deep/b.json"], "adapter": ["adapter.safetensors"]}.items():

@@ -15,11 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from emloc_internvl.chat_layout import INTERNVL_CHAT
 from PIL import Image
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
+from support.hub import local_hub
 from support.internvl_chat import (
     InternLM2,
     InternVLChat,
@@ -35,9 +37,11 @@ from support.internvl_chat import (
 from support.jobs import compress_job, import_job
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+import emloc_core
 from emloc_core.cli import cli, main
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.documents import read_json
 from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
@@ -162,6 +166,24 @@ def test_an_imported_model_is_compressed(models, rows_file, tmp_path):
     emulator = compress_job(native, rows_file, tmp_path / "emulator", settings).run()
     model = AutoModelForImageTextToText.from_pretrained(emulator)
     assert type(model.model.language_model.layers[0].self_attn.q_proj).__name__ == "LowRankLinear"
+
+
+@pytest.mark.parametrize("case", ["qwen2", "internlm2, biases"])
+def test_an_entry_of_a_source_is_planned_for_rows_before_it_is_imported(models, tmp_path, case):
+    source, _, native = models(case)
+    Image.new("RGB", (16, 8)).save(tmp_path / "image.png")
+    row = {"messages": [*MESSAGE, {"role": "assistant", "content": "yes"}], "images": [str(tmp_path / "image.png")]}
+    entry = {"id": "org/own", "family": "internvl", "layout": "internvl", "presets": {"default": {"ratio": 0.5}}}
+    config = {name: value for name, value in read_json(native / "config.json").items() if name[0] != "_"}
+    (tmp_path / "own.toml").write_text(tomli_w.dumps({**entry, "config": config}))
+    with local_hub(tmp_path / "cache") as hub:
+        hub.add("org/own", source)
+        published, imported = (
+            emloc_core.plan(str(model), data=[row], memory="4GiB", measure=False).describe()["workload"]
+            for model in (tmp_path / "own.toml", native)
+        )
+    assert published == imported
+    assert imported["images"] == 3  # two tiles and a thumbnail
 
 
 def test_other_commands_say_that_a_source_must_be_imported(models, tmp_path, rows_file, capsys, monkeypatch):
