@@ -8,11 +8,11 @@ benchmark can be interrupted at any time and continued, on another machine too. 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
 it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and takes
 10 and 20 exact steps from there. Variants of kinds with factors alone, which serve to choose a default, take none; nor
-does the variant whose output layer and embeddings are packed, as they are by default, nor the one that is tuned in two
-rounds of half of the steps. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch. Of
-three learning rates, the one with the least loss of the base on the selection rows counts. Baselines from the
-literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160
-test rows; for the emulator itself, whose loss is no goal, of 64 of them. All else is done by the toolkit's stages.
+does the variant whose output layer and embeddings are packed, as they are by default. Some kinds are tuned on in two
+rounds, too, of half of the steps each. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from
+scratch. Of three learning rates, the one with the least loss of the base on the selection rows counts. Baselines from
+the literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of
+160 test rows; for the emulator itself, whose loss is no goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
 learning rate, with fewer rows to test and to select on. Those of more steps have one row per step. Exact steps are
@@ -73,7 +73,8 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     cell_directory.mkdir(exist_ok=True)
     started = time.perf_counter()
     rows, base = write_rows(cell_directory, cell, root), base_of(cell.model, cell.task, root)
-    work = {FULL: control, SCRATCH: control, TWICE: twice} | dict.fromkeys((kind for kind, _ in BASELINES), baseline)
+    work = {FULL: control, SCRATCH: control, **dict.fromkeys(TWICE, twice)}
+    work |= dict.fromkeys((kind for kind, _ in BASELINES), baseline)
     measurement = work.get(cell.kind, wider if cell.is_wider else emulated)(base, cell_directory, cell, rows)
     shutil.rmtree(cell_directory)
     peak = max(stage["peak_rss_bytes"] for stage in measurement["stages"].values())
@@ -134,8 +135,12 @@ def base_scores(scored: Scores, directory: Path, cell: Cell) -> dict[str, Any]:
     return scores
 
 
-def tuned(base: Path, directory: Path, cell: Cell, rows: dict[str, Path], metered: Metered) -> tuple[float, Path, Path]:
+def tuned(
+    base: Path, directory: Path, cell: Cell, rows: dict[str, Path], metered: Metered, adapter: Path | None = None
+) -> tuple[float, Path, Path]:
     """Make an emulator, and tune a LoRA on it; return the emulator's share of the memory, and both directories.
+
+    The emulator is fitted with the LoRA of ``adapter``, if there is one, which is trained further on it.
 
     Wider cells of one model share their emulators, which are kept: lengths, ranks and places change the tuning alone.
     """
@@ -156,7 +161,8 @@ def tuned(base: Path, directory: Path, cell: Cell, rows: dict[str, Path], metere
     settings = CompressSettings(**options | {"samples": len(samples)})
     name = f"emulator-{cell.model}-{cell.task}-{cell.kind}-{cell.memory:g}-{cell.seed}"
     emulator = directory.parent / name if cell.is_wider else directory / "emulator"
-    compress = Compress(CompressRequest(model=str(base), output=emulator, data=samples, settings=settings))
+    request = CompressRequest(model=str(base), output=emulator, data=samples, adapter=adapter, settings=settings)
+    compress = Compress(request)
     share = emulator_share(compress)
     metered("compress", compress.run, emulator)
     return share, emulator, trained(emulator, directory / "adapter", cell, rows, metered)
@@ -223,30 +229,33 @@ def wider(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dic
 
 
 def twice(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
-    """Tune in two rounds, the second on an emulator of the base with the first one's LoRA merged, and measure it."""
-    from emloc_core.adapters.merge import Merge
+    """Tune in two rounds, the second on an emulator that is fitted with the first one's LoRA; then as in one."""
     from emloc_core.files.manifest import read_manifest
-    from emloc_core.requests import MergeRequest
 
     stages: dict[str, dict[str, float]] = {}
-    current = base
+    auto = None
     for number in range(2):
         metered, own = Metered(), directory / f"round{number}"
         own.mkdir(exist_ok=True)
         # By another seed other rows come first in the second round, and its emulator has a name of its own.
         part = replace(cell, steps=cell.steps // 2, seed=cell.seed + 1000 * number)
-        share, _, adapter = tuned(current, own, part, rows, metered)
-        auto = metered("auto", partial(corrected, adapter, current, rows, "auto", own / "auto"), own / "auto")
+        share, _, adapter = tuned(base, own, part, rows, metered, auto)
+        auto = metered("auto", partial(corrected, adapter, base, rows, "auto", own / "auto"), own / "auto")
         stages |= {f"{stage}, round {number + 1}": figures for stage, figures in metered.stages.items()}
-        if number == 0:
-            current = Merge(MergeRequest(adapter=auto, base=str(base), output=own / "merged")).run()
-    on_base, chosen = Scores(current, rows["test"]), (read_manifest(auto) or {})["result"]
+    assert auto is not None
+    metered = Metered()
+    exact_rate, exact = polish(part, auto, base, rows, metered)
+    on_base, chosen = Scores(base, rows["test"]), (read_manifest(auto) or {})["result"]
     return {
         "share": round(share, 4),
         "chosen": {name: chosen[name] for name in chosen if name in ("clamp", "scale")},
         "candidates": chosen["candidates"],
-        "systems": {name: on_base.measure(path) for name, path in (("uncorrected", adapter), ("auto", auto))},
-        "stages": stages,
+        "exact_rate": exact_rate,
+        "exact_moments": True,
+        "systems": {
+            name: on_base.measure(path) for name, path in {"uncorrected": adapter, "auto": auto, **exact}.items()
+        },
+        "stages": stages | metered.stages,
     }
 
 

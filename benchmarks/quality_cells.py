@@ -34,8 +34,6 @@ BASELINES = (
 )
 #: A kind that gained nothing and is gone; its rows are kept.
 GONE = "nf4+repair"
-#: Half of the steps on an emulator, the other half on an emulator of the base with that LoRA merged.
-TWICE = "low-rank-nf4-twice"
 #: Other ways to make emulators of a kind, one of which might be its default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
@@ -49,7 +47,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-unrefined": {"kind": "low-rank", "refine": 0},
     "low-rank-nf4-64": {"kind": "low-rank-nf4", "samples": 64},
     "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
-    TWICE: {"kind": "low-rank-nf4"},
     "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
     "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
     "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
@@ -66,6 +63,9 @@ VARIED = {
 }
 #: Variants measured without exact steps: with factors, or compared only at the same memory.
 WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name in ("nf4-vocabulary", "2.7-bit-once")]
+#: Two rounds, by memory: half of the steps on an emulator, half on another that is fitted with the LoRA so far.
+TWICE = {"low-rank-nf4-twice": 0.11, "1.6-bit+repair-twice": 0.17, "low-rank-2-bit-twice": 0.07}
+VARIANTS |= {name: {"kind": name.removesuffix("-twice")} for name in TWICE}
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
 BYTES = dict.fromkeys(("low-rank", GONE, "pruned", "depth"), 2.0)
 BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
@@ -198,7 +198,12 @@ def cells(seeds: int, measured: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     recommendations = (RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS)
     recommended = list(dict.fromkeys(recommendations))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
-    variants = [(name, memory) for name, variant in VARIANTS.items() for memory in VARIED.get(variant["kind"], ())]
+    variants = [
+        (name, memory)
+        for name, variant in VARIANTS.items()
+        if name not in TWICE
+        for memory in VARIED.get(variant["kind"], ())
+    ]
     longer = STEPS + EXACT[-1]
 
     def first(ways: Sequence[tuple[str, float]], steps: int = STEPS, rate: int = 0) -> Iterator[Cell]:
@@ -219,7 +224,7 @@ def cells(seeds: int, measured: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from first(plain)
     yield from (
         Cell(task, *way, 0, STEPS, best_rate(measured, task, VARIANTS[way[0]]["kind"], way[1]))
-        for way, task in product(variants, TASKS)
+        for way, task in [*product(variants, TASKS), *product(TWICE.items(), TEXTS)]
     )
     for rate in (1, 2):
         yield from first([*recommended, *RIVALS, *plain, *BASELINES], rate=rate)
