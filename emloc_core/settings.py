@@ -98,8 +98,8 @@ class CompressSettings(Settings):
     )
     allocator: Allocator | None = Field(
         None,
-        description="How ranks are distributed among the Linears: 'uniform', the same ratio everywhere; 'global', for "
-        "low-rank only, higher ranks where errors disturb a block more.",
+        description="How ranks are distributed among the Linears: 'uniform', the same ratio everywhere; 'global', "
+        "higher ranks where errors disturb a block more, for factors alone.",
     )
     kind: str = Field(
         AUTO,
