@@ -147,6 +147,8 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                 "  That was in 60 steps at a rate of 2e-3, the best for an ordinary LoRA too (the default is 2e-4)"
                 f"{in_longer_tuning(measured)}."
             )
+            if measured.two_rounds:
+                click.echo(f"  In two rounds (`rounds = 2` in a recipe) it was {measured.two_rounds:.2f}.")
         if best.alternative:
             click.echo(
                 f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both, "
