@@ -1,5 +1,6 @@
 """A run, ready to be shown: what each stage did, its losses and memory, the corrections compared, the scores."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ PURPOSES = {
 LOSSES = {"loss": "rows of the step", "eval_loss": "held-out rows", "eval_base_loss": "held-out rows, on the base"}
 #: The versions that are shown, and the kind of device.
 _VERSIONS = ("emloc", "python", "torch", "transformers", "peft", "trl", "device")
+_ROUND = re.compile(r"_round(\d+)$")
 #: Standard errors in half of a 95 % interval.
 _HALF = 1.96
 
@@ -119,7 +121,7 @@ class RunView:
         """
         paths = sorted(run.iterdir(), key=_order) if run.is_dir() else []
         finished = {
-            path.name: path for path in paths if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()
+            path.name: path for path in paths if _order(path)[1] < len(PURPOSES) and (path / MANIFEST).is_file()
         }
         if complete and not finished:
             raise EmlocError(
@@ -243,12 +245,11 @@ class RunView:
         return self._manifest(name).get("result", {})
 
 
-def _order(path: Path) -> tuple[int, str]:
-    """Return a key that sorts the stages' directories."""
-    for index, name in enumerate(PURPOSES):
-        if path.name == name or path.name.startswith(f"{name}_"):
-            return index, path.name
-    return len(PURPOSES), path.name
+def _order(path: Path) -> tuple[float, int, str]:
+    """Return a key that sorts the stages' directories: by round, the last of which has no number, then by stage."""
+    number = _ROUND.search(path.name)
+    stages = (index for index, name in enumerate(PURPOSES) if path.name == name or path.name.startswith(f"{name}_"))
+    return int(number[1]) if number else float("inf"), next(stages, len(PURPOSES)), path.name
 
 
 def _read(path: Path) -> dict[str, Any]:
