@@ -160,7 +160,7 @@ def test_a_bad_row_is_named_with_its_file(tmp_path: Path, row: str, complaint: s
         ("rows.json", '{"text": "a"}', "not an array"),
         ("rows.json", "[1", "not valid JSON"),
         ("rows.parquet", "PAR1 not really", "cannot be read as Parquet"),
-        ("rows.xlsx", "text\na\n", r"none of \.jsonl"),
+        ("rows.xlsx", "text\na\n", r"does not end in \.jsonl"),
         ("rows.csv", "text\na,b\n", "row 1: more cells than columns"),
         ("rows.csv", 'text\n"a"b\n', "row 1: not valid CSV"),
         ("rows.csv", "text\n", "holds no rows"),

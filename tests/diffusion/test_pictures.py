@@ -31,6 +31,7 @@ import emloc_core as emloc
 from emloc_core.cli import cli
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.evaluation.new_task import write_task
 from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.files.pretrained import load_lora
 from emloc_core.model.opened import open_model
@@ -197,9 +198,10 @@ def test_a_judge_finds_like_pictures_like(judge):
     assert judging.similarity([picture], [brighter, other]) == pytest.approx(sum(both) / 2)
 
 
-def test_lm_eval_is_told_apart_from_what_scores_pictures(pixels, tmp_path):
+def test_lm_eval_is_told_apart_from_what_scores_pictures(pixels, rows_file, tmp_path):
+    task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
     with pytest.raises(EmlocError, match="does not write text") as caught:
-        emloc.evaluate("some-task", tmp_path / "results", base=str(pixels))
+        emloc.evaluate(str(task), tmp_path / "results", base=str(pixels))
     assert "emloc pictures" in caught.value.fix
 
 

@@ -85,7 +85,7 @@ def test_a_lora_comes_back_to_it(base, rows_file, tmp_path, on_experts):
     corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp="auto")).run()
     polish_job(corrected, base, rows_file, tmp_path / "polished", PolishSettings(**LORA, steps=1)).run()
     if on_experts:
-        with pytest.raises(EmlocError, match="save the base with save_pretrained first"):
+        with pytest.raises(EmlocError, match="if this is it, save it with save_pretrained"):
             merge_job(corrected, base, tmp_path / "merged")
         return
     merged = merge_job(corrected, base, tmp_path / "merged").run()
