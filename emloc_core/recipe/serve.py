@@ -10,6 +10,7 @@ from pathlib import Path
 
 from emloc_core.errors import EmlocError
 from emloc_core.recipe.page import live_page
+from emloc_core.recipe.view import require_run
 
 #: Nothing else on the network reaches it.
 HOST = "127.0.0.1"
@@ -30,8 +31,7 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
     Raises:
         EmlocError: there is no such directory, or the port is taken.
     """
-    if not run.is_dir():
-        raise EmlocError(f"{run} is not a directory.", "Give the output directory of `emloc run`.", code="missing")
+    require_run(run)
     try:
         return ThreadingHTTPServer((HOST, port), partial(_Page, partial(live_page, run)))
     except OSError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.documents import read_json
+from emloc_core.files.documents import read_json, read_object
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import TIMING
@@ -117,9 +117,10 @@ class RunView:
             complete: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
 
         Raises:
-            EmlocError: no stage is finished there.
+            EmlocError: there is no such directory, or no stage is finished there.
         """
-        paths = sorted(run.iterdir(), key=_order) if run.is_dir() else []
+        require_run(run)
+        paths = sorted(run.iterdir(), key=_order)
         finished = {
             path.name: path for path in paths if _order(path)[1] < len(PURPOSES) and (path / MANIFEST).is_file()
         }
@@ -133,7 +134,7 @@ class RunView:
         order = sorted(endings, key=lambda ending: ending == suffix(results.get("kept", FIRST)))
         planned = {name: size for ending in order if complete for name, size in planned_bytes(finished, ending).items()}
         stages = [
-            StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
+            StageView(name, read_object(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
             for name, path in finished.items()
         ]
         return cls(run.resolve().name, stages, results, _read(run / ANSWERS).get("answers", []))
@@ -245,6 +246,12 @@ class RunView:
         return self._manifest(name).get("result", {})
 
 
+def require_run(run: Path) -> None:
+    """Refuse what is no directory."""
+    if not run.is_dir():
+        raise EmlocError(f"{run} is not a directory.", "Give the output directory of `emloc run`.", code="missing")
+
+
 def _order(path: Path) -> tuple[float, int, str]:
     """Return a key that sorts the stages' directories: by round, the last of which has no number, then by stage."""
     number = _ROUND.search(path.name)
@@ -253,7 +260,7 @@ def _order(path: Path) -> tuple[float, int, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _log(stage: Path) -> list[dict[str, Any]]:

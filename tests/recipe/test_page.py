@@ -96,10 +96,17 @@ def test_memory_is_planned_where_the_model_itself_is_tuned(tiny_model, rows_file
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
-    for directory in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(EmlocError, match="holds no finished stage"):
+    for directory, complaint in ((tmp_path, "holds no finished stage"), (tmp_path / "nothing", "is not a directory")):
+        with pytest.raises(EmlocError, match=complaint):
             write_page(directory, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("file", ["adapter/emloc.json", "adapter/timing.json", "results.json", "answers.json"])
+def test_a_file_of_something_else_is_named(tmp_path, file):
+    (finished_run(tmp_path / "run") / file).write_text("[]")
+    with pytest.raises(EmlocError, match=rf"{file} holds a list, not an object"):
+        write_page(tmp_path / "run", tmp_path / "page.html")
 
 
 @pytest.fixture(scope="module")
