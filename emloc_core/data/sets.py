@@ -34,7 +34,7 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
     if len(copies) < needed:
         raise EmlocError(
             f"{needed} distinct rows are needed, {calibration} for calibration and {selection} for selection, "
-            f"but the data have {len(copies)}.",
+            f"but the data have {len(copies)} besides excluded ones.",
             "Give more rows, or keep fewer of them: --samples, --selection.",
         )
 

@@ -45,7 +45,7 @@ def reader_of(source: str) -> tuple[Callable[[str], Iterator[Numbered]], Path]:
         return lambda _: _read_folder(path), path
     if path.is_dir():
         raise EmlocError(
-            f"{source} is a directory.",
+            f"{path} is a directory.",
             f"Give a file ({', '.join(READERS)}), or what `save_to_disk` of datasets wrote, or a folder "
             "of pictures with a metadata.jsonl or a .txt beside each.",
         )

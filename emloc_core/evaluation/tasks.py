@@ -102,40 +102,47 @@ def is_conversational(task: Any) -> bool:
     return any(isinstance(turn, dict) and "role" in turn for turn in turns)
 
 
-def require_task_file(path: Path) -> None:
-    """Refuse a path without a task file."""
+def read_task_file(path: Path) -> tuple[list[Path], dict[str, Any]]:
+    """Read a task file without lm-eval, which takes seconds to import.
+
+    Returns:
+        All files read, and the content, with its data files as absolute paths.
+
+    Raises:
+        EmlocError: there is no such file, it is not valid, or its data are missing.
+    """
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.",
                          code="missing")  # fmt: skip
-
-
-def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
-    require_task_file(path)
     files, content = read_task(path)
-    name = content.get("task")
-    if not isinstance(name, str):
+    if not isinstance(content.get("task"), str):
         raise EmlocError(
             f"{path} does not say `task: NAME`.", "Give the task a name (a group: name its files instead)."
         )
-    _check_keys(path, content)
-    resolved = with_absolute_data(content, path)
-    data = [Path(file) for file in data_files(resolved)]
-    missing = [file for file in data if not file.is_file()]
+    content = with_absolute_data(content, path)
+    missing = [file for file in data_files(content) if not Path(file).is_file()]
     if missing:
         raise EmlocError(
             f"{path} names the data file {missing[0]}, which does not exist.",
             "data_files are relative to the task file; correct the path.",
             code="missing",
         )
+    return files, content
+
+
+def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
+    files, content = read_task_file(path)
+    _check_keys(path, content)
+    data = [Path(file) for file in data_files(content)]
     functions = sorted({file for value in named_functions(content) if (file := _function_file(value, path)).is_file()})
     inputs.hash([*files, *functions])
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
-    rows = [*data, *_files_of_a_directory(resolved)]
+    rows = [*data, *_files_of_a_directory(content)]
     digest, declared = f"{own}-{inputs.hash(sorted(rows))}", content.get("doc_to_image")
     if declared is not None:
         digest += f"-{hash_pictures(data, declared, inputs)}"
-    return TaskSpec(name, path.resolve(), digest, declared is not None)
+    return TaskSpec(content["task"], path.resolve(), digest, declared is not None)
 
 
 def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
@@ -150,7 +157,7 @@ def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict
         reason = " ".join(str(error).split())
         raise EmlocError(f"{path} is not valid YAML: {reason}", "Correct the file.") from None
     if not isinstance(content, dict):
-        raise EmlocError(f"{path} holds {type(content).__name__}, not keys and values.", "Correct the file.")
+        raise EmlocError(f"{path} does not hold keys and values.", "Correct the file.")
     files, merged = [path], {}
     includes = content.pop("include", [])
     for name in includes if isinstance(includes, list) else [includes]:

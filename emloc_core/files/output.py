@@ -52,6 +52,13 @@ def versions() -> dict[str, str]:
     return versions | {entry.dist.name: entry.dist.version for entry in entry_points(group=GROUP) if entry.dist}
 
 
+def require_directory(path: Path) -> None:
+    """Refuse a path that cannot be a directory, since there is a file in its place or on the way to it."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise EmlocError(f"{existing} is not a directory.", "Choose another output directory.", code="exists")
+
+
 def output_manifest(path: Path) -> dict[str, Any] | None:
     """Return the manifest of the output at a path; None if there is nothing, or an empty directory.
 
@@ -60,11 +67,8 @@ def output_manifest(path: Path) -> dict[str, Any] | None:
     """
     if path.is_symlink() and not (path / MANIFEST).exists():
         raise EmlocError(f"{path} is a link, which a directory cannot replace.", _ELSEWHERE, code="exists")
-    if not path.exists():
-        return None
-    if not path.is_dir():
-        raise EmlocError(f"{path} exists and is not a directory.", _ELSEWHERE, code="exists")
-    if not any(path.iterdir()):
+    require_directory(path)
+    if not path.exists() or not any(path.iterdir()):
         return None
     manifest = read_manifest(path)
     if manifest is None:

@@ -13,7 +13,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
 from emloc_core.files.manifest import MANIFEST
-from emloc_core.files.output import TIMING
+from emloc_core.files.output import TIMING, require_directory
 from emloc_core.model.cap import gpu_cap
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.recipe.answers import answers_of
@@ -136,17 +136,18 @@ def _perform(
 
 
 def require_named(recipe: Recipe) -> None:
-    """Refuse a recipe that names missing files, tasks or corrections, which the last stages would find hours later."""
-    from emloc_core.evaluation.tasks import require_task_file
+    """Refuse files, tasks and corrections that cannot be used, which the last stages would find hours later."""
+    from emloc_core.evaluation.tasks import read_task_file
 
+    require_directory(Path(recipe.output))
     bundled = []
     for task in recipe.eval.tasks if recipe.eval else []:
         if Path(task).is_absolute():  # a recipe's task files are
-            require_task_file(Path(task))
+            read_task_file(Path(task))
         else:
             bundled.append(task)
     check_names(recipe.correct)
-    for rows in (recipe.data.train, recipe.answers and recipe.answers.rows):
+    for rows in (recipe.data.train, recipe.data.eval, recipe.answers and recipe.answers.rows):
         check_rows(rows)
     if bundled and not kept(recipe).has("evaluation"):
         list(call(BUNDLED, {"tasks": bundled}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from emloc_core.errors import EmlocError
 from emloc_core.files.job import Progress
 from emloc_core.files.manifest import MANIFEST
+from emloc_core.files.output import require_directory
 from emloc_core.units import human_bytes
 from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, remaining_bytes, used_bytes
 from emloc_core.zoo.engines.engine import Engine
@@ -43,7 +44,7 @@ def convert(
         EmlocError: another driver is at work there, a finished job already has the name of a new one, or the directory
             cannot be made.
     """
-    _require_directory(directory)
+    require_directory(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,7 +87,7 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
     Raises:
         EmlocError: a finished job already has the name of a new one, or the directory cannot be made.
     """
-    _require_directory(directory)
+    require_directory(directory)
     with tempfile.TemporaryDirectory() as temporary, closing(Store(Path(temporary), create=True)) as store:
         if (directory / DATABASE).is_file():
             with closing(Store(directory)) as existing:
@@ -153,14 +154,6 @@ def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progres
         {job.name: needs or demands[fingerprint] for job, (fingerprint, needs) in zip(jobs, planned, strict=True)}
     )
     return changed
-
-
-def _require_directory(directory: Path) -> None:
-    """Require that a directory exists, or can be made."""
-    path = directory.absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise EmlocError(f"{existing} is not a directory.", "Choose another place with -o.")
 
 
 def _is_gone(record: JobRecord, zoo: Path) -> bool:

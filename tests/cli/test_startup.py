@@ -95,6 +95,7 @@ def directory(tmp_path_factory, tiny_model: Path) -> Path:
         ("compress odd --data rows.jsonl -o o", "'odd'"),
         ("train missing --data rows.jsonl -o o", "There is no model at missing"),
         ("compress model --data rows.jsonl -o odd", "odd exists and was not written by emloc"),
+        ("compress model --data rows.jsonl -o rows.jsonl/o", "rows.jsonl is not a directory"),
         ("correct missing -o o", "There is no directory missing"),
         ("polish missing --data rows.jsonl -o o", "There is no directory missing"),
         ("merge missing -o o", "There is no directory missing"),

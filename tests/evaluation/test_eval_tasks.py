@@ -329,7 +329,7 @@ def test_a_digest_covers_a_directory_of_data(rows_file, tmp_path):
 
 BROKEN = {
     "task: [": "not valid YAML",
-    "- 1": "holds list",
+    "- 1": "does not hold keys",
     "dataset_path: json": "does not say `task: NAME`",
     "task: a\ndoc_to_txt: b": "unknown key 'doc_to_txt'.*Did you mean 'doc_to_text'",
     "task: a\noutput_type: logliklihood": "Did you mean 'loglikelihood'",

@@ -122,7 +122,7 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
 @pytest.mark.usefixtures("calls_here")
 def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, message, dry_run, emloc, shallow_model):
     path = write(base=shallow_model, train="org/rows", task="task.yaml")
-    (path.parent / "task.yaml").touch()
+    (path.parent / "task.yaml").write_text("task: a")
     code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1
     assert message in err
@@ -134,6 +134,9 @@ def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, m
     ("override", "message"),
     [
         ("eval.tasks=['./mine.yaml']", "mine.yaml. Did you mean 'mime.yaml'?"),
+        ("eval.tasks=['mime.yaml']", "mime.yaml does not hold keys and values"),
+        ("output='mime.yaml/run'", "mime.yaml is not a directory. Choose another output directory."),
+        ("data={train='org/rows',eval='mime.yaml'}", "mime.yaml holds no rows"),
         ("answers.rows='none.jsonl'", "There is no file"),
         ("data={train='none.jsonl',calibration='mime.yaml'}", "There is no file"),
         ("correct.correction='nope'", "There is no 'nope' among the corrections"),

@@ -344,4 +344,4 @@ def test_a_zoo_is_no_file(tmp_path, tiny_model, rows_file, options):
     (tmp_path / "file").write_text("")
     for zoo in (tmp_path / "file", tmp_path / "file" / "zoo"):
         result = run_here("convert", tiny_model, "-o", zoo, "--data", rows_file, *options)
-        assert f"{tmp_path / 'file'} is not a directory. Choose another place with -o." in str(result.exception)
+        assert f"{tmp_path / 'file'} is not a directory. Choose another output directory." in str(result.exception)
