@@ -89,15 +89,15 @@ class Compress(Job):
             return None
         adapter = Adapter(self.request.adapter)
         require_shapes(adapter, self.base.skeleton.model)
-        problem = ""
+        problem = None
         if self.settings.calibration != "propagated":
-            problem = f"the kind {self.settings.kind!r}, which is not fitted to the rows that pass through it"
+            problem = f"The calibration {self.settings.calibration!r} fits to the base as it is, without a LoRA."
         elif adapter.replaced or any(lora.is_stacked for lora in adapter.loras.values()):
-            problem = f"what {adapter.directory} trains besides LoRAs on Linears"
+            problem = f"An emulator can be fitted with LoRAs on Linears, and {adapter.directory} trains more."
         elif learned_preferences(adapter.directory):
-            problem = f"{adapter.directory}, which learned preferences: training it further on answers undoes them"
+            problem = f"{adapter.directory} learned preferences, which training it further on answers undoes."
         if problem:
-            raise EmlocError(f"No emulator is fitted with {problem}.", "Leave out --adapter.", code="unsupported")
+            raise EmlocError(problem, "Leave out --adapter.", code="unsupported")
         return adapter
 
     def _sampled(self) -> Sequence[Sample]:

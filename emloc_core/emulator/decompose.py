@@ -142,13 +142,13 @@ class Decomposition:
             return None
 
         forwards = [self._forward(sample) for sample in self.samples] * streams
-        self.stream.run(forwards, lambda unit: self._tuned(unit, visit(unit)), last)
+        self.stream.run(forwards, lambda unit: self._with_loras(unit, visit(unit)), last)
         for block in self.blocks:
             if not store.is_written(block):  # no row passed through it: a vision tower and text rows, say
                 store.write(block, {})
 
     @contextmanager
-    def _tuned(self, unit: str, visited: AbstractContextManager[None] | None) -> Iterator[None]:
+    def _with_loras(self, unit: str, visited: AbstractContextManager[None] | None) -> Iterator[None]:
         """Let samples pass through a unit with its LoRAs."""
         model, device = self.skeleton.model, self.skeleton.device
         loras = {path: lora.to(device) for path, lora in self._loras.items() if f"{path}.".startswith(f"{unit}.")}

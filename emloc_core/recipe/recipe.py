@@ -30,8 +30,10 @@ FILES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", "
 MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
-#: Names of alternatives, which become part of directories' names, as rounds do.
-NAME = re.compile(r"(?!.*round\d+$)[A-Za-z0-9][A-Za-z0-9._-]*")
+#: Names of alternatives, which become part of directories' names.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: The end of the names of a round's directories; the last round's have none.
+ROUND = re.compile(r"_round(\d+)$")
 #: The section of the first emulator, and its name among alternatives.
 FIRST = "compress"
 #: Settings of the first emulator for the rows on which all are compared.
@@ -206,7 +208,7 @@ class Recipe(Settings):
                 "a recipe for each"
             )
         for name, settings in self.alternatives.items():
-            if not NAME.fullmatch(name) or name == FIRST:
+            if not NAME.fullmatch(name) or name == FIRST or ROUND.search(f"_{name}"):
                 raise ValueError(
                     f"alternatives.{name}: choose a name of letters, digits, '.', '-' and '_', other than {FIRST}, and "
                     "no round1 or the like at its end"

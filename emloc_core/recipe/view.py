@@ -1,6 +1,5 @@
 """A run, ready to be shown: what each stage did, its losses and memory, the corrections compared, the scores."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import TIMING
 from emloc_core.recipe.answers import FILE as ANSWERS
 from emloc_core.recipe.planned import planned_bytes
-from emloc_core.recipe.recipe import FIRST
+from emloc_core.recipe.recipe import FIRST, ROUND
 from emloc_core.recipe.stages import suffix
 from emloc_core.report.chart import Line
 from emloc_core.report.error_plot import Strip, finite, strips
@@ -35,7 +34,6 @@ PURPOSES = {
 LOSSES = {"loss": "rows of the step", "eval_loss": "held-out rows", "eval_base_loss": "held-out rows, on the base"}
 #: The versions that are shown, and the kind of device.
 _VERSIONS = ("emloc", "python", "torch", "transformers", "peft", "trl", "device")
-_ROUND = re.compile(r"_round(\d+)$")
 #: Standard errors in half of a 95 % interval.
 _HALF = 1.96
 
@@ -254,7 +252,7 @@ def require_run(run: Path) -> None:
 
 def _order(path: Path) -> tuple[float, int, str]:
     """Return a key that sorts the stages' directories: by round, the last of which has no number, then by stage."""
-    number = _ROUND.search(path.name)
+    number = ROUND.search(path.name)
     stages = (index for index, name in enumerate(PURPOSES) if path.name == name or path.name.startswith(f"{name}_"))
     return int(number[1]) if number else float("inf"), next(stages, len(PURPOSES)), path.name
 

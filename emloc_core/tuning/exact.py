@@ -117,7 +117,7 @@ class ExactTrain(Train):
             trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **options)
         base: Any = lora.get_base_model()
         steps = self.model.objective.exact_steps()(base, self.skeleton, config.device, room, boundaries)
-        trainer.attach(steps, self.settings.batch_size, self.start.adapter)
+        trainer.attach(steps, self.settings.batch_size)
         self._closing.callback(steps.close)
         return trainer
 
@@ -191,9 +191,9 @@ class StreamedConfig(SFTConfig):
 class Streamed(LoraSteps):
     """A trainer that gets all rows of a step at once, and takes their gradients by exact steps."""
 
-    def attach(self, steps: "ExactSteps", micro_batch: int, start: Path | None) -> None:
-        """Take gradients by these steps, ``micro_batch`` rows at a time, from an adapter or from scratch."""
-        self._steps, self._micro_batch, self.start = steps, micro_batch, start
+    def attach(self, steps: "ExactSteps", micro_batch: int) -> None:
+        """Take gradients by these steps, ``micro_batch`` rows at a time."""
+        self._steps, self._micro_batch = steps, micro_batch
         collate: Any = self.data_collator
         self._collate, self.data_collator = collate, _identity
         self.accelerator.device_placement = False  # of the model, and of whole batches

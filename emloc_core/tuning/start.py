@@ -66,13 +66,16 @@ class NewLora:
         Raises:
             EmlocError: it cannot be trained like this.
         """
+        self._require_recomputation(model)
+        return choose_targets(self.model, self.settings)
+
+    def _require_recomputation(self, model: PreTrainedModel) -> None:
         if self._recomputes and not getattr(model, "supports_gradient_checkpointing", True):
             raise EmlocError(
                 f"Transformers cannot recompute the activations of a {type(model).__name__}.",
                 "Give --no-gradient-checkpointing, which takes more memory.",
                 code="unsupported",
             )
-        return choose_targets(self.model, self.settings)
 
     def lora(self, targets: list[str], model: PreTrainedModel) -> LoraConfig | Path:
         """Return what a LoRA on a model is made from; see :func:`emloc_core.exact.lora.lora_on`."""
@@ -140,7 +143,7 @@ class EnclosedLora(NewLora):
         Raises:
             EmlocError: see :class:`NewLora`.
         """
-        super().targets(model)
+        self._require_recomputation(model)
         return targets_of(self._opened)
 
     def lora(self, _targets: list[str], _model: PreTrainedModel) -> LoraConfig | Path:

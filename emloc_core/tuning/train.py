@@ -224,6 +224,7 @@ class Train(Job):
         self.sizes, dropped = data.sizes, len(self.rows) - len(data.sizes)
         options = {"patience": self.settings.patience, "processing_class": data.processing}
         trainer = self._trainer(config, train_dataset=data.train, eval_dataset=data.evaluated, **options)
+        trainer.start = self.start.adapter
         trainer.follow(self._progress, self.callbacks)
         if self.eval_rows and (held_out := self._held_out(config)):
             trainer.base_loss = held_out
@@ -281,11 +282,8 @@ class Train(Job):
 
     def _trainer(self, config: TrainingArguments, **options: Any) -> LoraSteps:
         require_room(self.model.checkpoint.nbytes, config.device)
-        start = self.start.adapter
-        trainer: Any = self.model.objective.trainer(
-            self.model, self.settings, self.targets, config, adapter=start, **options
-        )
-        trainer.start = start
+        options["adapter"] = self.start.adapter
+        trainer: Any = self.model.objective.trainer(self.model, self.settings, self.targets, config, **options)
         return trainer
 
     def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]], kept: Path | None) -> None:

@@ -39,6 +39,7 @@ class LoraSteps(Trainer):
     """Makes TRL's trainers stop at a loss that is NaN or Inf, and save what a resumed log needs."""
 
     base_loss: BaseLoss | None = None
+    #: Directory of the adapter that training starts from, if it does.
     start: Path | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, patience: int | None = None, **options: Any) -> None:
@@ -62,7 +63,7 @@ class LoraSteps(Trainer):
         return self.model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the optimiser; it begins with the moments of the adapter that training starts from, if it has any."""
+        """Create the optimiser; it begins with the moments of that adapter, if it has any."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.start:
             load_moments(self.start, self.lora, optimizer)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.adapters import make_adapter
+from support.errors import require_reported_errors
 from support.jobs import compress_job, correct_job, exact_job, train_job
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.manifest import CONTENT, MANIFEST, read_manifest
 from emloc_core.files.pretrained import load_lora
-from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 
 FITTED = {"samples": 12, "selection": 6}
@@ -78,27 +78,8 @@ def shards(directory):
 def test_errors_are_those_of_the_weights_alone(emulators, tiny_model, strong):
     """What the LoRA adds is no part of what a Linear's stand-in gets wrong."""
     job, emulator = emulators[1]
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto")
     model = load_lora(AutoModelForCausalLM.from_pretrained(emulator, dtype="auto"), strong).eval()
-    errors = {linear["path"]: linear["relative_error"] for linear in read_manifest(emulator)["result"]["linears"]}
-    lost, total = dict.fromkeys(errors, 0.0), dict.fromkeys(errors, 0.0)
-
-    def compare(path):
-        weight = base.get_submodule(path).weight
-
-        def note(_module, args, output):
-            exact = args[0] @ weight.T
-            lost[path] += float((output - exact).square().sum())
-            total[path] += float(exact.square().sum())
-
-        return note
-
-    linears = ((model.get_submodule(f"base_model.model.{path}.base_layer"), compare(path)) for path in errors)
-    with torch.no_grad(), forward_hooks(linears):
-        for sample in job.samples:
-            model(**sample.inputs("cpu"))
-    for path, error in errors.items():
-        assert error == pytest.approx((lost[path] / total[path]) ** 0.5, rel=1e-3), path
+    require_reported_errors(tiny_model, emulator, job.samples, model, "base_model.model.{}.base_layer".format)
 
 
 def test_it_keeps_the_lora_which_is_trained_further(emulators, tiny_model, rows_file, strong, tmp_path):
@@ -159,10 +140,10 @@ def test_a_lora_that_it_cannot_be_fitted_with_is_refused(
     emulators, tiny_model, shallow_model, strong, rows_file, tmp_path
 ):
     output = tmp_path / "emulator"
-    with pytest.raises(EmlocError, match="not fitted to the rows that pass through it"):
+    with pytest.raises(EmlocError, match="fits to the base as it is"):
         emulator_job(tiny_model, rows_file, output, strong, calibration="base")
     saved = make_adapter(tiny_model, tmp_path / "saved", modules_to_save=["lm_head"])
-    with pytest.raises(EmlocError, match="besides LoRAs on Linears"):
+    with pytest.raises(EmlocError, match="trains more"):
         emulator_job(tiny_model, rows_file, output, saved)
     with pytest.raises(EmlocError, match="no Linear at"):
         emulator_job(shallow_model, rows_file, output, strong)

@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.errors import require_reported_errors
 from support.jobs import compress_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms import levels
 from emloc_core.errors import EmlocError
-from emloc_core.files.manifest import read_manifest
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings
 
@@ -59,26 +59,8 @@ def test_hidden_states_come_nearer_to_those_of_the_base(emulators, tiny_model):
 
 def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny_model):
     job, emulator = emulators[1]
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto")
     model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
-    linears = {row["path"]: row["relative_error"] for row in read_manifest(emulator)["result"]["linears"]}
-    lost, total = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
-
-    def compare(path):
-        weight = base.get_submodule(path).weight
-
-        def note(_module, args, output):
-            exact = args[0] @ weight.T
-            lost[path] += float((output - exact).square().sum())
-            total[path] += float(exact.square().sum())
-
-        return note
-
-    with torch.no_grad(), forward_hooks((model.get_submodule(path), compare(path)) for path in linears):
-        for sample in job.samples:
-            model(**sample.inputs("cpu"))
-    for path, error in linears.items():
-        assert error == pytest.approx((lost[path] / total[path]) ** 0.5, rel=1e-3), path
+    require_reported_errors(tiny_model, emulator, job.samples, model)
 
 
 def test_what_may_move_moves_and_nothing_else(emulators):
