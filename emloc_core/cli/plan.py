@@ -148,7 +148,9 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                 f"{in_longer_tuning(measured)}."
             )
             if measured.two_rounds:
-                click.echo(f"  In two rounds (`rounds = 2` in a recipe) it was {measured.two_rounds:.2f}.")
+                click.echo(
+                    f"  In two rounds (`rounds = 2` in a recipe) it got {measured.two_rounds:.2f}, without exact steps."
+                )
         if best.alternative:
             click.echo(
                 f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both, "
