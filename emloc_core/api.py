@@ -88,7 +88,7 @@ def compress(  # noqa: PLR0913 - all by keyword
         output: directory of the emulator.
         memory: memory to tune in, such as ``24GiB``; chooses the ``kind`` that is recommended for it, unless one is
             given, and the largest ``ratio`` that fits.
-        headroom: how much of it stays free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        headroom: how much of it to keep free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
         tuned_on: the device that ``memory`` refers to, if another machine will do the tuning.
         tuning: with ``memory``, the settings of :func:`train` that the emulator will be tuned with.
         exclude: files with rows to leave out, such as test rows.
@@ -406,7 +406,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     Args:
         model: directory, ``config.json``, registry entry, or hub id.
         memory: memory to tune in, such as ``24GiB``; by default what inference on the base needs.
-        headroom: how much of it stays free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        headroom: how much of it to keep free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
         ratio: plan an emulator of this ratio, instead of the largest that fits.
         kind: plan an emulator of this kind; by default the best way to tune is planned, with an emulator or without.
         data: rows; the longest sets the number of tokens per row.
@@ -515,7 +515,7 @@ def tune(  # noqa: PLR0913 - all by keyword
         data: rows of the task.
         output: directory of all outputs.
         memory: memory to tune in, such as ``24GiB``; by default the device's free memory.
-        headroom: how much of it stays free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        headroom: how much of it to keep free: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
         merge: write the merged model too.
         split: split of a saved or hub dataset.
         columns: your names of columns, by the usual names: ``{"prompt": "question"}``.

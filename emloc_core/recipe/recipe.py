@@ -8,7 +8,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from emloc_core.errors import EmlocError, validated
 from emloc_core.files.documents import read_toml
@@ -51,7 +51,8 @@ class ModelSection(Settings):
         "tried.",
     )
     headroom: str | None = Field(
-        None, description="How much of ``memory`` stays free: a size, a share such as 8%, or 0; 5%, at most 1GiB."
+        None,
+        description="How much of ``memory`` to keep free: a size, a share such as 8%, or 0; by default 5%, up to 1GiB.",
     )
 
 
@@ -63,7 +64,7 @@ class DataSection(Settings):
         "dataset; a list of several, or a table of them with their weights."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
-    columns: Columns = Field({}, description="Names of the columns in your rows, by TRL's names.")
+    columns: Columns = Field({}, description="Your names for the usual columns, such as {prompt = 'question'}.")
     skip_bad_rows: bool = Field(False, description=SKIP)
     calibration: str | None = Field(
         None, description="File with other rows for calibration and selection; by default they come from ``train``."
@@ -78,6 +79,13 @@ class DataSection(Settings):
         False, description="Also evaluate the base, streamed, and keep the checkpoint that is best there."
     )
     test: list[str] = Field([], description="Files with rows that are never tuned on.")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _names_rows(cls, value: Any) -> Any:
+        if not value or not isinstance(value, str | list | dict):
+            raise ValueError("name a file or a dataset, or several in a list, or in a table with their weights")
+        return value
 
 
 class AnswersSection(Settings):

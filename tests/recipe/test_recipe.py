@@ -108,6 +108,12 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
         load_recipe(write(), override)
 
 
+@pytest.mark.parametrize("rows", ["[]", "{}", "3"])
+def test_rows_that_are_not_named_are_refused(write, rows):
+    with pytest.raises(EmlocError, match=r"data\.train: name a file or a dataset, or several in a list"):
+        load_recipe(write(), [f"data={{train={rows}}}"])
+
+
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("override", "message"),
