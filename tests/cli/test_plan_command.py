@@ -63,8 +63,8 @@ def refused(*arguments: str | Path) -> str:
 
 
 def test_the_largest_ratio_within_a_budget(shallow_model: Path) -> None:
-    tuning = tuning_need(shallow_model, 0.4, 64, batch_size=1)
-    planned = plan(shallow_model, "--length", 64, *ALL, tuning, "--kind", "low-rank", "--batch-size", 1)
+    tuning = tuning_need(shallow_model, 0.4, 16, batch_size=1)
+    planned = plan(shallow_model, "--length", 16, *ALL, tuning, "--kind", "low-rank", "--batch-size", 1)
     assert planned["fits"]
     assert 0.4 <= planned["ratio"] < 0.45
     assert planned["budget_bytes"] == int(tuning)
@@ -73,7 +73,7 @@ def test_the_largest_ratio_within_a_budget(shallow_model: Path) -> None:
 
 def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "measure", lambda *_: speed.Speed(1e6, 1e3))
-    options = ("--length", 64, "--memory", "4GiB", "--device", "cpu")
+    options = ("--length", 16, "--memory", "4GiB", "--device", "cpu")
     ways = plan(shallow_model, *options)["ways"]
     assert [way["seconds"] for way in ways] == [max(way["flops"] / 1e6, way["read_bytes"] / 1e3) for way in ways]
     assert ways[-1]["seconds"] == ways[-1]["read_bytes"] / 1e3
@@ -86,7 +86,7 @@ def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
-    options = ("plan", shallow_model, "--length", 64, "--batch-size", 1, "--json")
+    options = ("plan", shallow_model, "--length", 16, "--batch-size", 1, "--json")
     content = json.loads(run(*options).stdout)
     assert content["budget_bytes"] == content["memory_bytes"] == content["stages"][0]["bytes"]
     assert content["headroom_bytes"] == 0
@@ -97,7 +97,7 @@ def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
 
 def test_what_is_shown_and_what_is_made_are_one_decision(shallow_model: Path) -> None:
     """The table shows the best way, and every way has the same rows per step."""
-    options = ("--length", 64, "--batch-size", 2, "--memory")
+    options = ("--length", 16, "--batch-size", 2, "--memory")
     *_, exact = plan(shallow_model, *options, "4GiB")["ways"]
     tight = plan(shallow_model, *options, exact["bytes"], "--headroom", 0)
     assert tight["best"] == "exact steps"
@@ -106,7 +106,7 @@ def test_what_is_shown_and_what_is_made_are_one_decision(shallow_model: Path) ->
     shown = run("plan", shallow_model, *options, exact["bytes"], "--headroom", 0)
     assert shown.exception is None, shown.exception
     assert "No emulator" not in shown.stdout
-    assert "--exact --batch-size 1 --accumulation 2 --max-length 64" in shown.stdout
+    assert "--exact --batch-size 1 --accumulation 2 --max-length 16" in shown.stdout
     for name in ("LoRA on the base", "emulator"):
         needed = next(way["bytes"] for way in tight["ways"] if way["name"].startswith(name))
         planned = plan(shallow_model, *options, needed, "--headroom", 0)
@@ -118,7 +118,7 @@ def test_what_is_shown_and_what_is_made_are_one_decision(shallow_model: Path) ->
 
 
 def test_headroom_is_named_and_stays_free(shallow_model: Path) -> None:
-    options = ("plan", shallow_model, "--length", 64, "--batch-size", 1, "--memory")
+    options = ("plan", shallow_model, "--length", 16, "--batch-size", 2, "--memory")
     needed = plan(*options[1:], "4GiB")["ways"][0]["bytes"]
     shown = run(*options, needed)
     assert "of which" in shown.stdout
@@ -145,7 +145,7 @@ def test_images_of_any_size(tmp_path: Path) -> None:
 
 
 def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) -> None:
-    options = ("--length", 64, "--batch-size", 2, "--memory", "4GiB")
+    options = ("--length", 16, "--batch-size", 2, "--memory", "4GiB")
     planned = plan(shallow_model, *options)
     assert planned["best"] == "LoRA on the base"
     assert [way["name"] for way in planned["ways"] if way["fits"]][-1] == "exact steps"
@@ -160,40 +160,41 @@ def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) 
 
 
 def test_a_low_ratio_is_a_warning_and_fewer_rows_at_once_make_room(shallow_model: Path) -> None:
-    budget = tuning_need(shallow_model, 0.1, 64, batch_size=8)
-    options = ("--length", 64, "--batch-size", 8, *ALL, budget)
+    budget = tuning_need(shallow_model, 0.1, 16, batch_size=2)
+    options = ("--length", 16, "--batch-size", 2, *ALL, budget)
     planned = plan(shallow_model, *options, "--kind", "low-rank")
     emulator = next(way for way in planned["ways"] if way["kind"] == "low-rank")
-    assert (emulator["micro_batch"], emulator["accumulation"]) == (4, 2)
+    assert (emulator["micro_batch"], emulator["accumulation"]) == (1, 2)
     assert emulator["ratio"] == planned["ratio"] > 0.1
-    least = tuning_need(shallow_model, 0.1, 64, batch_size=1, accumulation=8)
-    low = plan(shallow_model, "--length", 64, "--batch-size", 8, *ALL, least, "--kind", "low-rank")
+    least = tuning_need(shallow_model, 0.1, 16, batch_size=1, accumulation=2)
+    low = plan(shallow_model, "--length", 16, "--batch-size", 2, *ALL, least, "--kind", "low-rank")
     assert "may help the base little" in low["warnings"][0]
     shown = run("plan", shallow_model, *options).stdout
-    assert "best: LoRA on the base, 4 x 2 rows per step; no emulator is needed" in shown
-    assert f"emloc train {shallow_model} --data train.jsonl --batch-size 4 --accumulation 2 --max-length 64" in shown
+    assert "best: LoRA on the base, 1 x 2 rows per step; no emulator is needed" in shown
+    assert f"emloc train {shallow_model} --data train.jsonl --batch-size 1 --accumulation 2 --max-length 16" in shown
 
 
 def test_a_card_that_is_not_here(shallow_model: Path) -> None:
-    planned = plan(shallow_model, "--length", 64, "--card", "rtx4090")
+    options = ("--length", 16, "--batch-size", 1)
+    planned = plan(shallow_model, *options, "--card", "rtx4090")
     assert (planned["card"], planned["memory_bytes"]) == ("RTX 4090", 24 * 10**9)
     assert [way["seconds"] for way in planned["ways"] if not way["read_bytes"]] == [
         way["flops"] / 165.2e12 for way in planned["ways"] if not way["read_bytes"]
     ]
-    assert plan(shallow_model, "--length", 64, "--card", "A100", "--memory", "4GiB")["memory_bytes"] == 4 << 30
-    shown = run("plan", shallow_model, "--length", 64, "--card", "H100").stdout
+    assert plan(shallow_model, *options, "--card", "A100", "--memory", "4GiB")["memory_bytes"] == 4 << 30
+    shown = run("plan", shallow_model, *options, "--card", "H100").stdout
     assert "times are computed from the published figures of H100" in shown
     assert "Did you mean 'RTX 4090'?" in refused("plan", shallow_model, "--card", "RTX 5090")
     assert "Give one of them" in refused("plan", shallow_model, "--card", "H100", "--device", "cpu")
 
 
 def test_a_micro_batch_is_as_large_as_fits(shallow_model: Path) -> None:
-    for rows in (4, 2):
+    for rows in (2, 1):
         config = shallow_model / "config.json"
-        workload = make_workload(config, TrainSettings(batch_size=8), "cpu", length=64).at_once(rows)
+        workload = make_workload(config, TrainSettings(batch_size=4), "cpu", length=16).at_once(rows)
         needed = MemoryModel(config, workload).tuning().total
-        planned = plan(shallow_model, "--length", 64, "--batch-size", 8, "--device", "cpu", *ALL, needed)
-        assert (planned["ways"][0]["micro_batch"], planned["ways"][0]["accumulation"]) == (rows, 8 // rows)
+        planned = plan(shallow_model, "--length", 16, "--batch-size", 4, "--device", "cpu", *ALL, needed)
+        assert (planned["ways"][0]["micro_batch"], planned["ways"][0]["accumulation"]) == (rows, 4 // rows)
 
 
 @pytest.mark.thorough
@@ -306,7 +307,7 @@ def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Pat
     assert "note" not in run(*options, *single, *ALL, least).stderr
     assert chosen(least, "--kind", "2.7-bit") == "2.7-bit"
     assert plan(shallow_model, "--data", rows_file, *single, *ALL, least)["kind"] == "nf4"
-    assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["kind"] == "low-rank"
+    assert plan(shallow_model, "--data", rows_file, *single, "--ratio", 0.5)["kind"] == "low-rank"
     assert "Write the unit: 24GiB" in refused(*options, "--memory", "24")
 
 
@@ -358,8 +359,9 @@ def test_the_length_comes_from_the_rows(shallow_model: Path, rows_file: Path) ->
 def test_a_config_is_enough(shallow_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "elsewhere.json"
     file.write_bytes((shallow_model / "config.json").read_bytes())
-    alone = plan(file, "--ratio", 0.5)
-    assert alone["stages"] == plan(shallow_model, "--ratio", 0.5)["stages"]
+    options = ("--ratio", 0.5, "--batch-size", 1)
+    alone = plan(file, *options)
+    assert alone["stages"] == plan(shallow_model, *options)["stages"]
     assert alone["workload"]["length"] == 256  # the model takes no more
 
 
@@ -383,18 +385,18 @@ def test_what_is_refused(shallow_model: Path, rows_file: Path, tmp_path: Path) -
     assert "takes at most 256 tokens, not 257" in refused("plan", shallow_model, "--length", "257")
     (tmp_path / "config.json").write_bytes((shallow_model / "config.json").read_bytes())
     assert "has no tokenizer" in refused("plan", tmp_path, "--data", rows_file)
-    message = refused("plan", shallow_model, "--memory", "100kB", "--batch-size", 1, "--length", 64)
+    message = refused("plan", shallow_model, "--memory", "100kB", "--batch-size", 1, "--length", 16)
     assert "No way to tune fits 100 kB" in message
     assert "no length fits" in message
 
 
 def test_compress_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
+    budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=2)
     kind = ["--kind", "low-rank"]
-    expected = plan(shallow_model, "--data", rows_file, "--batch-size", 4, *ALL, budget, *kind)["ratio"]
+    expected = plan(shallow_model, "--data", rows_file, "--batch-size", 2, *ALL, budget, *kind)["ratio"]
     output = tmp_path / "emulator"
     common = ["compress", shallow_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output, *kind]
-    result = run(*common, *ALL, budget, "--batch-size", 4)
+    result = run(*common, *ALL, budget, "--batch-size", 2)
     assert result.exception is None, result.exception
     assert f"(low-rank at ratio {expected:g})" in result.stderr
     manifest = read_json(output / "emloc.json")
@@ -410,24 +412,24 @@ def test_compress_warns_where_making_takes_more_than_tuning(
     shallow_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, warns: bool
 ) -> None:
     monkeypatch.setattr("emloc_core.memory.streamed.compress", lambda *_: Need("compress", {"weights": 10**12}, "all"))
-    budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
-    argv = ["compress", shallow_model, "--data", rows_file, *ALL, budget, "--batch-size", 4, "--kind", "low-rank"]
+    budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=2)
+    argv = ["compress", shallow_model, "--data", rows_file, *ALL, budget, "--batch-size", 2, "--kind", "low-rank"]
     result = run(*argv, "--device", device, "--dry-run", "-o", tmp_path / "emulator")
     assert ("warning: making the emulator (compress) needs 1,000 GB, more than the memory" in result.stderr) == warns
 
 
 @pytest.mark.usefixtures("calls_here")
 def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
+    train = {"batch_size": 2, "lora_rank": 5, "bf16": False}
     budget = tuning_need(shallow_model, 0.35, 12, rows_file, **train)
-    tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--length", 12]
+    tuning = ["--data", rows_file, "--batch-size", 2, "--lora-rank", 5, "--no-bf16", "--length", 12]
     planned = plan(shallow_model, *tuning, *ALL, budget, "--kind", "low-rank")
     expected = planned["ratio"]
-    assert expected < 0.4 or planned["workload"]["batch_size"] < 4  # the budget decides it
+    assert expected < 0.4 or planned["workload"]["batch_size"] < 2  # the budget decides it
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f"[model]\nbase = '{shallow_model}'\nmemory = '{budget}'\nheadroom = '0'\n[data]\ntrain = '{rows_file}'\n"
-        "[compress]\nkind = 'low-rank'\n[train]\nbatch_size = 4\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
+        "[compress]\nkind = 'low-rank'\n[train]\nbatch_size = 2\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
     )
     result = run("run", recipe, "--dry-run", "--json")
     assert result.exception is None, result.exception
@@ -435,9 +437,8 @@ def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path:
     emulator, adapter = (stage["request"]["settings"] for stage in json.loads(result.stdout)["stages"][:2])
     assert emulator["ratio"] == expected
     assert adapter["batch_size"] == planned["workload"]["batch_size"]
-    assert adapter["batch_size"] * adapter["accumulation"] == 4
-    smaller = ("--set", "model.memory=1MB", "--set", "train.batch_size=1")
-    assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", *smaller)
+    assert adapter["batch_size"] * adapter["accumulation"] == 2
+    assert "No emulator's tuning fits 100 kB" in refused("run", recipe, "--dry-run", "--set", "model.memory=100kB")
 
 
 def test_compress_refuses(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -445,7 +446,7 @@ def test_compress_refuses(shallow_model: Path, rows_file: Path, tmp_path: Path) 
     assert "ratio and memory" in refused(*common, "--memory", "1GB", "--ratio", 0.5)
     assert "'much'" in refused(*common, "--memory", "much")
     assert "batch_size has no effect without memory" in refused(*common, "--batch-size", 2)
-    assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB", "--batch-size", 1)
+    assert "No emulator's tuning fits" in refused(*common, "--memory", "100kB", "--batch-size", 1)
     assert not (tmp_path / "emulator").exists()
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.marks import most_thorough
 from torch import nn
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -87,7 +88,7 @@ def outputs(module, hidden, index, weights):
         pytest.param(layout, format, id=f"{layout}-{format.name}", marks=marks)
         for layout in LAYOUTS
         for format in FORMATS
-        for marks in [() if layout in ("usual", "transposed") or format in QUICK else pytest.mark.thorough]
+        for marks in [() if layout == "transposed" or format in QUICK else pytest.mark.thorough]
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_dense_experts(layout, format):
@@ -148,7 +149,7 @@ def test_experts_without_tokens_are_not_unpacked(monkeypatch):
 
 
 @pytest.mark.parametrize("format", FORMATS, **BY_NAME)
-@pytest.mark.parametrize(("m", "n"), [(48, 64), (17, 33), (128, 256)])
+@pytest.mark.parametrize(("m", "n"), most_thorough([(48, 64), (17, 33), (128, 256)], (48, 64), (17, 33)))
 def test_a_stack_is_unpacked_as_its_matrices(format, m, n):
     draw = torch.Generator().manual_seed(0)
     packed_matrices = [rounded(torch.randn(m, n, generator=draw), format) for _ in range(3)]

@@ -10,6 +10,7 @@ from emloc_qwen import QWEN_MOE
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.jobs import compress_job, correct_job, exact_job, merge_job, polish_job, train_job
+from support.marks import most_thorough
 from support.models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -47,7 +48,11 @@ IDS = torch.arange(5, 40)[None]
 TRAIN = TrainSettings(steps=3, batch_size=2, learning_rate=1e-2, bf16=False, logging_steps=1, lora_experts=True)
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", pytest.param("mixtral", marks=pytest.mark.thorough)])
+#: Of what follows for every layout, one is shown; layers are compared on two.
+ONE_LAYOUT = pytest.mark.parametrize("base", most_thorough(MODELS, "gpt_oss"), indirect=True)
+
+
+@pytest.fixture(scope="module", params=most_thorough(MODELS, "qwen3_moe", "gpt_oss"))
 def base(request, tmp_path_factory):
     return save_tiny_model(MODELS[request.param], tmp_path_factory.mktemp("models") / request.param)
 
@@ -119,6 +124,7 @@ def test_ends_of_names_are_no_less_than_names_in_full(emulator):
     assert torch.equal(passed(by_ends)[0], passed(in_full)[0])
 
 
+@ONE_LAYOUT
 def test_an_adapter_names_its_stacks_in_an_order_that_is_always_the_same(emulator, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["target_parameters"] == sorted(expert_stacks(loaded(emulator)))
@@ -210,6 +216,7 @@ def test_plain_peft_loads_it_and_merging_is_what_peft_merges(base, adapter, tmp_
         assert not torch.allclose(merged.get_parameter(path), loaded(base).get_parameter(path), atol=1e-5)
 
 
+@ONE_LAYOUT
 def test_the_loss_of_candidates_is_that_of_the_base_with_the_lora(base, adapter, tmp_path):
     lora = load_lora(loaded(base), adapter).eval()
     job = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp="auto"))
@@ -229,6 +236,7 @@ def test_the_loss_of_candidates_is_that_of_the_base_with_the_lora(base, adapter,
     assert uncorrected == [pytest.approx(expected / tokens, rel=1e-5)]
 
 
+@ONE_LAYOUT
 def test_exact_steps_are_those_of_the_trainer(base, emulator, adapter, rows_file, tmp_path):
     exact = exact_job(emulator, rows_file, tmp_path / "exact", TRAIN).run()
     for name, tensor in load_file(exact / WEIGHTS).items():
@@ -244,6 +252,7 @@ def test_exact_steps_are_those_of_the_trainer(base, emulator, adapter, rows_file
     assert all(not torch.equal(polished[path].b, before[path].b) for path in expert_stacks(loaded(base)))
 
 
+@ONE_LAYOUT
 def test_it_is_planned(base, adapter):
     load = Workload(batch_size=2, length=32, train=TRAIN)
     model = MemoryModel(base / "config.json", load, CompressSettings(kind="2.7-bit"))
@@ -269,6 +278,7 @@ def test_a_model_without_experts_is_refused(tiny_model, rows_file, tmp_path):
         train_job(tiny_model, rows_file, tmp_path / "adapter", TRAIN)
 
 
+@pytest.mark.parametrize("base", most_thorough(MODELS, "qwen3_moe"), indirect=True)
 def test_a_lora_of_another_model_s_experts_is_refused(base, adapter, rows_file, tmp_path):
     other = copy.deepcopy(open_model(str(base), "cpu").checkpoint.config)
     other["moe_intermediate_size" if "moe_intermediate_size" in other else "intermediate_size"] = 48

@@ -10,6 +10,7 @@ import torch
 from emloc_qwen import QWEN_MOE
 from safetensors.torch import load_file, save_file
 from support.jobs import compress_job, correct_job, merge_job, train_job
+from support.marks import most_thorough
 from support.models import save_tiny_model
 from support.ranks import plan_ranks
 from torch.nn.functional import linear
@@ -57,7 +58,7 @@ def emulator(base, rows_file, tmp_path_factory):
     return compression(base, rows_file, tmp_path_factory.mktemp("emulator") / "emulator").run()
 
 
-KINDS = ("nf4", "2.7-bit", "1.6-bit+repair", "low-rank-nf4")
+KINDS = most_thorough(["nf4", "2.7-bit", "1.6-bit+repair", "low-rank-nf4"], "nf4", "1.6-bit+repair")
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from support.adapters import make_adapter
 from support.errors import require_reported_errors
 from support.jobs import compress_job, correct_job, exact_job, train_job
+from support.marks import most_thorough
 from transformers import AutoModelForCausalLM
 
 from emloc_core.adapters.adapter import content_hash
@@ -60,7 +61,7 @@ def test_it_is_nearer_to_the_base_with_that_lora(emulators, tiny_model, strong):
     assert apart[1] < 0.9 * apart[0]
 
 
-@pytest.mark.parametrize("kind", ["nf4", "2.7-bit"])
+@pytest.mark.parametrize("kind", most_thorough(["nf4", "2.7-bit"], "nf4"))
 def test_a_lora_that_adds_nothing_changes_nothing(kind, tiny_model, rows_file, tmp_path):
     zero = make_adapter(tiny_model, tmp_path / "zero", size=0.0)
     plain, fitted = (

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.jobs import compress_job, correct_job, merge_job, train_job
+from support.marks import most_thorough
 from support.models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +65,7 @@ SETTINGS = {
 #: With one kind of a fixed size and one with ranks; the others are resumed by the same code.
 TWO_KINDS = pytest.mark.parametrize(
     "trained",
-    [pytest.param(kind, marks=() if kind in ("nf4", "1.6-bit+repair") else pytest.mark.thorough) for kind in KINDS],
+    most_thorough(KINDS, "nf4", "1.6-bit+repair"),
     indirect=True,
 )
 
@@ -89,7 +90,7 @@ def test_every_kind_has_a_size_of_its_own(kind, tiny_model, rows_file, tmp_path)
             compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": 0.6})
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=most_thorough(KINDS, "low-rank", "nf4", "low-rank-2-bit", "1.6-bit+repair"))
 def trained(request, tiny_model, rows_file, tmp_path_factory):
     """A kind, its emulator, and a LoRA trained on it."""
     directory = tmp_path_factory.mktemp(request.param)
@@ -121,6 +122,7 @@ def test_it_trains_is_corrected_and_merges(trained, tiny_model, tmp_path):
         assert torch.allclose(merged_model(ids).logits, carried(ids).logits, atol=1e-4)
 
 
+@TWO_KINDS
 def test_the_clamp_is_chosen(trained, tiny_model, tmp_path):
     _, _, adapter = trained
     output = correct_job(adapter, tiny_model, tmp_path / "corrected", CorrectSettings()).run()
@@ -159,6 +161,7 @@ def test_it_is_the_same_after_an_interruption(trained, tiny_model, rows_file, tm
         assert (again / shard.name).read_bytes() == shard.read_bytes()
 
 
+@TWO_KINDS
 def test_reported_errors_are_those_of_what_the_model_holds(trained, tiny_model, rows_file, tmp_path):
     """Where no earlier error is to be made up for, which is what targets do; elsewhere the outputs are not far off."""
     kind, _, _ = trained
@@ -362,15 +365,10 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [
-        ("llama", "1.6-bit+repair"),
+    most_thorough(
+        product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit"]),
         ("internvl", "low-rank-nf4"),
-        *(
-            pytest.param(family, kind, marks=pytest.mark.thorough)
-            for family, kind in product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit"])
-            if (family, kind) not in (("llama", "1.6-bit+repair"), ("internvl", "low-rank-nf4"))
-        ),
-    ],
+    ),
 )
 def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
     declared = next(declaration for declaration in plugin_manager().families() if declaration.name == family)
@@ -399,7 +397,7 @@ def test_training_is_resumed(trained, rows_file, monkeypatch):
     assert (job.run() / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", most_thorough(KINDS, "low-rank-2-bit", "1.6-bit+repair"))
 def test_memory_is_planned_by_what_the_kind_needs(kind, shallow_model):
     workload = Workload(batch_size=2, length=32)
     planned = MemoryModel(shallow_model / "config.json", workload, CompressSettings(kind=kind))

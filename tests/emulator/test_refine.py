@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from support.errors import require_reported_errors
 from support.jobs import compress_job
+from support.marks import most_thorough
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
@@ -16,7 +17,7 @@ from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings
 
 
-@pytest.fixture(scope="module", params=["2.7-bit", "low-rank"])
+@pytest.fixture(scope="module", params=most_thorough(["2.7-bit", "low-rank"], "2.7-bit"))
 def emulators(request, tiny_model, rows_file, tmp_path_factory):
     """Emulators without refinement and with it, and their job; scales are off at first, to leave something to gain."""
     scales, emulators = levels._scales, []
@@ -73,6 +74,7 @@ def test_what_may_move_moves_and_nothing_else(emulators):
     assert changed == ({"weight_scales"} if emulators[0][0].format.name == "2.7-bit" else {"weight", "V"})
 
 
+@pytest.mark.thorough
 def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     outer = [part for layer in model.model.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.jobs import compress_job
+from support.marks import most_thorough
 from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
@@ -39,7 +40,7 @@ def on_levels(weight, gram):
     return unpack(*packed.values(), torch.float32, tuple(weight.shape), 3)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", most_thorough(range(4), 0))
 @pytest.mark.parametrize(("m", "n"), [(96, 70), (64, 130)])
 def test_the_error_falls_with_the_rank_and_with_every_round(m, n, seed, monkeypatch):
     weight, gram = drawn(m, n, 200, seed)

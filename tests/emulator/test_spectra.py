@@ -9,6 +9,7 @@ from emloc_internvl import INTERNVL
 from safetensors.torch import load_file
 from support.adapters import contents
 from support.jobs import compress_job
+from support.marks import most_thorough, thorough
 from support.models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -130,7 +131,7 @@ def stopping_after(step):
     return progress
 
 
-@pytest.mark.parametrize("step", range(1, 7))
+@pytest.mark.parametrize("step", most_thorough(range(1, 7), 2, 5))
 def test_global_goes_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, uninterrupted, tmp_path, counted, step):
     expected = uninterrupted(allocator="global")
     counted.clear()
@@ -163,12 +164,12 @@ def overwritten(content):
     return content[:-200] + b"\xff" * 100 + content[-100:]
 
 
-@pytest.mark.parametrize("damage", [cut_short, pytest.param(overwritten, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("damage", [cut_short, *thorough(overwritten)])
 @pytest.mark.parametrize(
     ("changes", "step", "damaged"),
     [
         ({}, 2, ("model-00001-of-00004.safetensors", 14)),
-        ({"calibration": "propagated"}, 2, ("model-00001-of-00004.safetensors", 14)),
+        *thorough(({"calibration": "propagated"}, 2, ("model-00001-of-00004.safetensors", 14))),
         ({"allocator": "global"}, 2, (".spectra/spectra-00001-of-00003.safetensors", 35)),
         ({"allocator": "global"}, 5, (".spectra/spectra-00001-of-00003.safetensors", 14)),
         ({"allocator": "global"}, 5, ("model-00001-of-00004.safetensors", 14)),
@@ -236,7 +237,7 @@ def test_global_spends_no_more_than_uniform_and_differs(uninterrupted):
     assert ranks[0] != ranks[1]
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", most_thorough([2, 5], 2))
 def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, uninterrupted, tmp_path, step):
     changes = {"allocator": "global", "calibration": "propagated"}
     emulator = uninterrupted(**changes)
@@ -251,7 +252,7 @@ def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, un
     assert contents(compression(tiny_model, rows_file, tmp_path / "again", **changes).run()) == contents(emulator)
 
 
-@pytest.mark.parametrize("calibration", ["base", "propagated"])
+@pytest.mark.parametrize("calibration", most_thorough(["base", "propagated"], "propagated"))
 def test_two_passes_are_reported_as_one(tiny_model, rows_file, tmp_path, calibration):
     seen = []
     job = compression(tiny_model, rows_file, tmp_path / "out", allocator="global", calibration=calibration)
@@ -274,7 +275,11 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"allocator": "global"}, {"calibration": "propagated"}, {"allocator": "global", "calibration": "propagated"}],
+    [
+        {},
+        {"allocator": "global", "calibration": "propagated"},
+        *thorough({"allocator": "global"}, {"calibration": "propagated"}),
+    ],
 )
 def test_a_tower_that_no_row_passes_through_stays_dense(pictures, rows_file, tmp_path, changes):
     emulator = compression(pictures, rows_file, tmp_path / "emulator", **changes).run()

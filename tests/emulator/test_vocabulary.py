@@ -10,6 +10,7 @@ from emloc_llama import LLAMA
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.adapters import delta
 from support.jobs import compress_job, correct_job, merge_job, train_job
+from support.marks import most_thorough
 from support.models import save_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -68,7 +69,7 @@ def test_a_loaded_emulator_computes_with_the_unpacked_rows(models):
     assert isinstance(model.model.embed_tokens, type(original.model.embed_tokens))  # which may scale what is looked up
 
 
-@pytest.mark.parametrize("calibration", ["propagated", "base"])
+@pytest.mark.parametrize("calibration", most_thorough(["propagated", "base"], "propagated"))
 def test_an_output_layer_is_fitted_to_what_it_is_given(calibration, rows_file, tmp_path):
     base = save_tiny_model(MODELS["untied"], tmp_path / "base")
     settings = CompressSettings(kind="2.7-bit", samples=40, selection=2, refine=0, calibration=calibration)
