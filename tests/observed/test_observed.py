@@ -29,9 +29,8 @@ thorough = pytest.mark.thorough
 #: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name;
 #: transposed weights.
 TYPES = (
-    "granite",
     "gpt2",
-    *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "opt")),
+    *(pytest.param(name, marks=thorough) for name in ("granite", "gpt_neox", "opt")),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo2", "bloom", "cohere")),
 )
 #: Sizes that these types call by other names.
