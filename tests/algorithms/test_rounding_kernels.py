@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.marks import thorough
 
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.feedback import Damped, descended, descent, with_feedback
@@ -20,7 +21,8 @@ def grid(count, width, m, n, stay):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "count", "width", "stay"), [(5, 70, 16, 1, True), (40, 130, 3, 64, False), (33, 9, 6, 256, False)]
+    ("m", "n", "count", "width", "stay"),
+    [(5, 70, 16, 1, True), (33, 9, 6, 256, False), *thorough((40, 130, 3, 64, False))],
 )
 def test_kernels_round_as_torch_does(m, n, count, width, stay, monkeypatch):
     matrix, gram = draw(m, n), Damped(torch.cov(draw(3 * n, n, seed=4).T))

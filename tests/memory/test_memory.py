@@ -13,6 +13,7 @@ from emloc_llama import LLAMA
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import get_peft_model
 from support.jobs import compress_job, train_job
+from support.marks import thorough
 from support.planned import CASES, HEADLINE, PICTURED, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -110,10 +111,10 @@ def test_needs_grow_with_ratio_batch_and_length(shallow_model: Path) -> None:
         changed = model.with_workload(replace(model.workload, **changes))
         return changed.tuning(changed.plan(0.5)).total
 
-    ratios = [model.tuning(model.plan(ratio)).total for ratio in (0.1, 0.3, 0.5, 0.9)]
+    ratios = [model.tuning(model.plan(ratio)).total for ratio in (0.1, 0.5)]
     assert sorted(set(ratios)) == ratios
-    assert ratios[2] < tuning(batch_size=8) < tuning(batch_size=16)
-    assert ratios[2] < tuning(length=64) < tuning(length=128)
+    assert ratios[1] < tuning(batch_size=8)
+    assert ratios[1] < tuning(length=64)
     assert model.inference().total < model.with_workload(replace(model.workload, length=128)).inference().total
 
 
@@ -366,7 +367,7 @@ def test_boundaries_of_exact_steps_leave_a_gpu_that_has_no_room_for_them(shallow
 
 def test_a_way_that_does_not_fit_and_one_that_is_not_there_are_told_apart(shallow_model: Path) -> None:
     budget = Budget(1000, 50)
-    decision = decide(shallow_model / "config.json", workload(objective="dpo"), budget)
+    decision = decide(shallow_model / "config.json", workload(objective="dpo"), budget, CompressSettings(kind="nf4"))
     with pytest.raises(EmlocError, match=rf"rows per step, needs .* MB, which does not fit {budget}\."):
         decision.best("lora")
     with pytest.raises(EmlocError, match=r"^The model cannot be tuned by the way 'exact'\.") as refused:
@@ -386,7 +387,9 @@ def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: 
     assert decide(file, load, Budget(budget - 1)).emulator.kind == kind
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "nf4", "1.6-bit+repair", "2.7-bit", "low-rank-nf4", "low-rank-2-bit"])
+@pytest.mark.parametrize(
+    "kind", ["low-rank", "1.6-bit+repair", *thorough("nf4", "2.7-bit", "low-rank-nf4", "low-rank-2-bit")]
+)
 def test_every_term_has_a_column(kind: str, shallow_model: Path) -> None:
     decision = decide(shallow_model / "config.json", workload(), Budget(10**12), CompressSettings(kind=kind))
     for need in make_plan("small", decision).needs:
@@ -406,7 +409,7 @@ def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> Non
     assert shared.tuning(plan, exists=True) == even.tuning(plan)
     shapes = {linear.path: (linear.out_features, linear.in_features) for linear in plan.linears}
     draw = random.Random(0)
-    for _ in range(3):
+    for _ in range(1):
         spectra = [
             Spectrum(path, "", torch.rand(min(shape)).double().sort(descending=True).values, draw.random())
             for path, shape in shapes.items()

@@ -11,6 +11,7 @@ from emloc_gemma import GEMMA
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from support.jobs import train_job
+from support.marks import thorough
 from support.planned import PICTURED, label, workload, write_config
 from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -163,15 +164,12 @@ def test_a_trace_equals_a_step_of_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        (QWEN, QWEN.tiny_configs[1]),
         (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": [0, 1]}),
-        *(
-            pytest.param(*case, marks=pytest.mark.thorough)
-            for case in (
-                (GEMMA, GEMMA.tiny_configs[0]),
-                (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": []}),
-                *PICTURED,
-            )
+        *thorough(
+            (QWEN, QWEN.tiny_configs[1]),
+            (GEMMA, GEMMA.tiny_configs[0]),
+            (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": []}),
+            *PICTURED,
         ),
     ],
     ids=label,

@@ -35,6 +35,7 @@ from support.internvl_chat import (
     text_config,
 )
 from support.jobs import compress_job, import_job
+from support.marks import most_thorough
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import emloc_core
@@ -168,7 +169,7 @@ def test_an_imported_model_is_compressed(models, rows_file, tmp_path):
     assert type(model.model.language_model.layers[0].self_attn.q_proj).__name__ == "LowRankLinear"
 
 
-@pytest.mark.parametrize("case", ["qwen2", "internlm2, biases"])
+@pytest.mark.parametrize("case", most_thorough(["qwen2", "internlm2, biases"], "qwen2"))
 def test_an_entry_of_a_source_is_planned_for_rows_before_it_is_imported(models, tmp_path, case):
     source, _, native = models(case)
     Image.new("RGB", (16, 8)).save(tmp_path / "image.png")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.jobs import compress_job, correct_job, merge_job, polish_job, train_job
+from support.marks import most_thorough
 from support.models import save_tiny_model
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -20,7 +21,7 @@ from emloc_core.standins.expert_loras import expert_stacks
 
 TINY = {
     "model_type": "gpt_oss", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
     "num_experts_per_tok": 2, "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 IDS = torch.arange(5, 40)[None]
@@ -66,7 +67,7 @@ def test_stacks_are_those_that_transformers_unpacks(base, unpacked_model):
     assert float(unpacked_model.get_parameter(path).abs().max()) > 0
 
 
-@pytest.mark.parametrize("kind", ["nf4", "2.7-bit", "low-rank"])
+@pytest.mark.parametrize("kind", most_thorough(["nf4", "2.7-bit", "low-rank"], "2.7-bit", "low-rank"))
 def test_an_emulator_of_it_is_made_and_as_large_as_said(base, unpacked_model, rows_file, tmp_path, kind):
     job = emulator_of(base, rows_file, tmp_path / "emulator", kind, **({"ratio": 0.6} if kind == "low-rank" else {}))
     emulator = job.run()

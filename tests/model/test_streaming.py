@@ -7,6 +7,7 @@ import torch
 from emloc_llama import LLAMA
 from support.adapters import make_adapter
 from support.jobs import compress_job, correct_job
+from support.marks import most_thorough
 from support.ranks import plan_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -201,7 +202,7 @@ def test_buffers_that_the_checkpoint_holds_are_loaded(tmp_path):
         assert torch.equal(logits, reference(input_ids=ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "low-rank"])
+@pytest.mark.parametrize("kind", most_thorough(["nf4", "low-rank"], "low-rank"))
 def test_stages_write_the_same_bytes(kind, tiny_model, rows_file, tmp_path, monkeypatch):
     outputs, settings, adapter = [], CompressSettings(kind=kind, samples=6, selection=4), None
     for name in ("page cache", "thread"):

@@ -250,6 +250,7 @@ def test_a_record_that_a_stranger_changed_is_not_used(tmp_path):
         assert not KNOWN, name
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_fused_experts_are_compressed_where_a_forward_shows_that_their_layout_is_known(monkeypatch):
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -264,6 +265,7 @@ def test_fused_experts_are_compressed_where_a_forward_shows_that_their_layout_is
     assert family.keep_dense["model.layers.*.mlp.experts"] == ROUTED
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("model_type", "compressed"),
     [  # transposed, with biases; transposed; with a norm; in a class that transformers does not mark

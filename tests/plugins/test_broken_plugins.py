@@ -56,22 +56,22 @@ def install(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stages(install, tiny_model, rows_file, tmp_path_factory):
+def stages(install, shallow_model, rows_file, tmp_path_factory):
     """Every stage's output for a tiny model, with all broken plugins installed, and an observer that raises."""
     sources = {f"aaa_{index}": source for index, source in enumerate(SOURCES.values())}
     sys_path = list(sys.path)
     install(**sources, aaa_observer=RAISING_OBSERVER)
     directory = tmp_path_factory.mktemp("stages")
     recipe = directory / "recipe.toml"
-    recipe.write_text(f'output = "run"\n[model]\nbase = "{tiny_model}"\n[data]\ntrain = "{rows_file}"\n')
-    base, rows = ("--base", tiny_model), ("--data", rows_file)
+    recipe.write_text(f'output = "run"\n[model]\nbase = "{shallow_model}"\n[data]\ntrain = "{rows_file}"\n')
+    base, rows = ("--base", shallow_model), ("--data", rows_file)
     tuning = ("--steps", "1", "--batch-size", "2", "--no-bf16")
     outputs = [
-        run("compress", tiny_model, *rows, *SMALL, "-o", directory / "emulator"),
+        run("compress", shallow_model, *rows, *SMALL, "-o", directory / "emulator"),
         run("train", directory / "emulator", *rows, *tuning, "-o", directory / "adapter"),
         run("correct", directory / "adapter", *base, "-o", directory / "corrected"),
         run("merge", directory / "corrected", *base, "-o", directory / "merged"),
-        run("plan", tiny_model, "--device", "cpu", "--memory", "4GiB", "--ratio", "0.5", "--length", "16"),
+        run("plan", shallow_model, "--device", "cpu", "--memory", "4GiB", "--ratio", "0.5", "--length", "16"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch_calls(patch)
@@ -87,14 +87,14 @@ def stages(install, tiny_model, rows_file, tmp_path_factory):
 
 
 @pytest.fixture
-def commands(stages, tiny_model, rows_file, tmp_path):
+def commands(stages, shallow_model, rows_file, tmp_path):
     """Every command, as it is used, without the work that takes long."""
     task = tmp_path / "task.yaml"
-    base, rows, dry = ("--base", tiny_model), ("--data", rows_file), ("--dry-run", "-o", tmp_path / "output")
+    base, rows, dry = ("--base", shallow_model), ("--data", rows_file), ("--dry-run", "-o", tmp_path / "output")
     return [
         ("families",),
         ("families", "new", "phi9", "-o", tmp_path / "plugin"),
-        ("compress", tiny_model, *rows, *SMALL, *dry),
+        ("compress", shallow_model, *rows, *SMALL, *dry),
         ("train", stages / "emulator", *rows, *dry),
         ("correct", stages / "adapter", *base, *dry),
         ("merge", stages / "corrected", *base, *dry),

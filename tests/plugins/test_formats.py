@@ -50,30 +50,30 @@ def test_it_passes_the_checks():
 
 
 @pytest.mark.usefixtures("installed")
-def test_every_stage_takes_it(emloc, tiny_model, rows_file, tmp_path):
+def test_every_stage_takes_it(emloc, shallow_model, rows_file, tmp_path):
     common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
-    output = run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator", "--dry-run")
+    output = run(emloc, "compress", shallow_model, *common, "-o", tmp_path / "emulator", "--dry-run")
     assert "-> 8-bit" in output
-    planned = json.loads(run(emloc, "plan", tiny_model, "--kind", "8-bit", "--memory", "1GiB", "--json"))
+    planned = json.loads(run(emloc, "plan", shallow_model, "--kind", "8-bit", "--memory", "1GiB", "--json"))
     assert planned["kind"] == "8-bit"
-    run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator")
+    run(emloc, "compress", shallow_model, *common, "-o", tmp_path / "emulator")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "emulator", dtype="auto")
     layers = [module for module in model.modules() if isinstance(module, EightBitLinear)]
-    assert len(layers) == 21
+    assert len(layers) == 7
     assert {layer.weight.dtype for layer in layers} == {torch.int8}
     tuning = ("--steps", 2, "--batch-size", 2, "--no-bf16")
     run(emloc, "train", tmp_path / "emulator", "--data", rows_file, *tuning, "-o", tmp_path / "adapter")
-    run(emloc, "correct", tmp_path / "adapter", "--base", tiny_model, "-o", tmp_path / "corrected")
-    run(emloc, "merge", tmp_path / "corrected", "--base", tiny_model, "-o", tmp_path / "merged")
+    run(emloc, "correct", tmp_path / "adapter", "--base", shallow_model, "-o", tmp_path / "corrected")
+    run(emloc, "merge", tmp_path / "corrected", "--base", shallow_model, "-o", tmp_path / "merged")
     exact = ("--steps", 1, "--batch-size", 2, "--no-bf16", "--exact")
     run(emloc, "train", tmp_path / "emulator", "--data", rows_file, *exact, "-o", tmp_path / "streamed")
 
 
-def test_without_its_plugin_an_emulator_says_what_is_missing(emloc, tiny_model, rows_file, tmp_path):
+def test_without_its_plugin_an_emulator_says_what_is_missing(emloc, shallow_model, rows_file, tmp_path):
     plugin_manager().register(eight_bits, "eight_bits")
     try:
         common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
-        run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator")
+        run(emloc, "compress", shallow_model, *common, "-o", tmp_path / "emulator")
     finally:
         plugin_manager().unregister(eight_bits)
     with pytest.raises(EmlocError, match=r"no '8-bit' among the emulators"):
@@ -81,7 +81,7 @@ def test_without_its_plugin_an_emulator_says_what_is_missing(emloc, tiny_model, 
 
 
 def test_a_format_that_is_offered_under_another_name_is_refused_before_anything_is_made(
-    emloc, tiny_model, rows_file, tmp_path, monkeypatch
+    emloc, shallow_model, rows_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(EightBits, "name", "eight")
     other = ModuleType("other_name")
@@ -89,7 +89,7 @@ def test_a_format_that_is_offered_under_another_name_is_refused_before_anything_
     plugin_manager().register(other)
     try:
         common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
-        code, _, err = emloc("compress", tiny_model, *common, "-o", tmp_path / "emulator", "--dry-run")
+        code, _, err = emloc("compress", shallow_model, *common, "-o", tmp_path / "emulator", "--dry-run")
     finally:
         plugin_manager().unregister(other)
     assert (code, "offers as '8-bit' is named 'eight'" in err) == (1, True), err

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from support.chromium import Page
 from support.jobs import train_job
 from support.runs import HOSTILE, finished_run
 
-from emloc_core import merge, plan, polish, train
+from emloc_core import compress, merge, plan, polish, train
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING
@@ -66,9 +65,9 @@ def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_memory_is_planned_for_the_device_that_tuned(tiny_emulator, rows_file, tmp_path):
+def test_memory_is_planned_for_the_device_that_tuned(shallow_model, rows_file, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(tiny_emulator, run / "emulator")
+    compress(shallow_model, str(rows_file), run / "emulator", kind="nf4", samples=4, selection=2)
     train_job(run / "emulator", rows_file, run / "adapter", TrainSettings(steps=1, batch_size=1, bf16=False)).run()
 
     def planned() -> dict[str, int | None]:
@@ -82,14 +81,14 @@ def test_memory_is_planned_for_the_device_that_tuned(tiny_emulator, rows_file, t
 
 
 @pytest.mark.parametrize("exact", [pytest.param(False, marks=pytest.mark.thorough), True])
-def test_memory_is_planned_where_the_model_itself_is_tuned(tiny_model, rows_file, tmp_path, exact):
+def test_memory_is_planned_where_the_model_itself_is_tuned(shallow_model, rows_file, tmp_path, exact):
     run, shape = tmp_path / "run", {"batch_size": 2, "bf16": False}
-    adapter = train(tiny_model, str(rows_file), run / "adapter", exact=exact, steps=1, **shape)
+    adapter = train(shallow_model, str(rows_file), run / "adapter", exact=exact, steps=1, **shape)
     polish(adapter, str(rows_file), run / "polished", steps=1, **shape)
     merge(adapter, run / "merged")
     planned = {stage.name: stage.planned for stage in RunView.read(run).stages}
     assert planned.keys() == {"adapter", "polished", "merged"}
-    needs = plan(tiny_model, data=str(rows_file), memory="8GiB", device="cpu", **shape)
+    needs = plan(shallow_model, data=str(rows_file), memory="8GiB", device="cpu", **shape)
     lora, steps = (next(way.bytes for way in needs.decision.ways if way.name == name) for name in (ORDINARY, EXACT))
     assert planned["polished"] > steps  # which is planned one row at a time
     assert planned["adapter"] == (planned["polished"] if exact else lora)

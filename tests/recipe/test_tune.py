@@ -102,6 +102,7 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert code == 0, err
 
 
+@pytest.mark.thorough
 def test_rows_to_evaluate(emloc, shallow_model, rows_file, tmp_path):
     out = tmp_path / "tuned"
     command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)

@@ -25,10 +25,8 @@ from emloc_core.stages.perform import prepare
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    wide = LLAMA.tiny_configs[0] | {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-    }  # kernels of bitsandbytes take 64 columns
+    # Kernels of bitsandbytes take 64 columns.
+    wide = LLAMA.tiny_configs[0] | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
     return save_tiny_model(wide, tmp_path_factory.mktemp("original") / "base")
 
 

@@ -6,6 +6,7 @@ import signal
 from contextlib import closing
 
 import pytest
+from support.marks import most_thorough
 from support.processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
 
 from emloc_core.errors import EmlocError
@@ -43,7 +44,9 @@ def test_each_job_is_done_once_and_has_a_log_and_a_place(tmp_path):
     assert [len(record.attempts) for record in again.values()] == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("at_work", [False, True])  # killed while the worker's Python starts, or later
+@pytest.mark.parametrize(
+    "at_work", most_thorough([False, True], True)
+)  # killed while the worker's Python starts, or later
 def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, at_work):
     first = driver(tmp_path, {"quick": 0, "long": 600, "last": 0}, workers=1)
     try:
@@ -83,7 +86,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
         first.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", most_thorough([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_driver_that_is_told_to_stop_says_so_and_leaves_no_worker(tmp_path, number):
     first = driver(tmp_path, {"long": 600})
     try:
@@ -97,7 +100,7 @@ def test_a_driver_that_is_told_to_stop_says_so_and_leaves_no_worker(tmp_path, nu
     assert (record.state, causes(record)) == ("waiting", ["interrupted"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", most_thorough([signal.SIGKILL, signal.SIGTERM], signal.SIGKILL))
 def test_a_killed_worker_is_lost_and_tried_again(tmp_path, number):
     killed = []
 

@@ -200,6 +200,7 @@ def test_a_report_that_cannot_be_written(zoo, tmp_path):
         write_report(zoo, tmp_path / "file")
 
 
+@pytest.mark.thorough
 def test_two_hundred_models_are_less_than_three_megabytes(tmp_path):
     zoo = zoos.many(tmp_path, 200)
     write_report(zoo, zoo)
