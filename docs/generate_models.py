@@ -139,7 +139,8 @@ def page(entries: list[Entry], figures_by_entry: Mapping[str, Mapping[str, str]]
 
 def listed_entries() -> list[Entry]:
     """Return the entries of the page: models of tokens. Those of pictures are planned in ``pictures.md``."""
-    return [entry for entry in load_entries() if plugin_manager().family_for(entry.config).objective == TOKENS]
+    others = {family.name for family in plugin_manager().families() if family.objective != TOKENS}
+    return [entry for entry in load_entries() if entry.family not in others]
 
 
 def figures_on_page() -> dict[str, dict[str, str]]:

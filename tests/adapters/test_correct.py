@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, delta, make_adapter
 from support.jobs import compress_job, correct_job, merge_job
+from support.marks import thorough
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -60,10 +61,8 @@ def scaled(adapter, factor, output):
     "options",
     [
         {"lora_alpha": 2},  # scale 0.5
-        {"lora_alpha": 4},  # scale 1
-        {"lora_alpha": 8},  # scale 2
-        {"lora_alpha": 4, "use_rslora": True},
         {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"down_proj": 3}},
+        *thorough({"lora_alpha": 4}, {"lora_alpha": 8}, {"lora_alpha": 4, "use_rslora": True}),
     ],
 )
 def test_unclamped_the_base_answers_as_the_tuned_emulator_on_the_loras_subspace(
@@ -302,15 +301,13 @@ def test_clamps_are_compared_on_the_answers_that_count_in_training(tiny_model, t
     assert all("".join(map(str, sample.completion_mask)).count("01") == 2 for sample in job.samples)
 
 
-@pytest.mark.parametrize(("chosen", "clamp"), [({}, 3), ({"clamp": "none"}, "none"), ({"clamp": "auto"}, "auto")])
-def test_an_emulator_as_in_the_paper_has_its_clamp_unless_another_is_given(
-    tiny_model, rows_file, tmp_path, chosen, clamp
-):
+def test_an_emulator_as_in_the_paper_has_its_clamp_unless_another_is_given(tiny_model, rows_file, tmp_path):
     settings = CompressSettings(paper=True, samples=4, selection=2)
     emulator = compress_job(tiny_model, rows_file, tmp_path / "emulator", settings).run()
     adapter = make_adapter(emulator, tmp_path / "adapter")
-    job = correct_job(adapter, tiny_model, tmp_path / "out", CorrectSettings(**chosen))
-    assert job.output.request["clamp"] == clamp
+    for chosen, clamp in (({}, 3), ({"clamp": "none"}, "none"), ({"clamp": "auto"}, "auto")):
+        job = correct_job(adapter, tiny_model, tmp_path / "out", CorrectSettings(**chosen))
+        assert job.output.request["clamp"] == clamp
 
 
 @pytest.mark.parametrize("overflowing", [0, -1])

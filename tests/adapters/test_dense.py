@@ -9,6 +9,7 @@ from emloc_llama import LLAMA
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.jobs import compress_job, correct_job, exact_job, merge_job, polish_job, train_job
+from support.marks import most_thorough
 from support.models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,7 +50,7 @@ def adapter_on(emulator, directory, **settings):
     return directory
 
 
-@pytest.mark.parametrize("options", WAYS, ids=["embeddings", "output", "both", "tokens"])
+@pytest.mark.parametrize("options", most_thorough(WAYS, *WAYS[2:]), ids=["embeddings", "output", "both", "tokens"])
 def test_they_are_carried_over_and_merged(models, tmp_path, options):
     base, emulator = models
     adapter = adapter_on(emulator, tmp_path / "adapter", **options)

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, delta, make_adapter
 from support.jobs import correct_job, merge_job
+from support.marks import thorough
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +33,7 @@ def peft_merged(base, adapter):
     return model.merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 1}}])
+@pytest.mark.parametrize("options", [{"alpha_pattern": {"up_proj": 1}}, *thorough({}, {"use_rslora": True})])
 @pytest.mark.parametrize("rows_bytes", [1000, merging._ROWS_BYTES])
 def test_equals_merge_and_unload(tiny_model, tmp_path, monkeypatch, rows_bytes, options):
     monkeypatch.setattr(merging, "_ROWS_BYTES", rows_bytes)
@@ -217,7 +218,7 @@ def test_an_uncorrected_adapter_is_refused_unless_asked_for(tiny_model, tiny_emu
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint16])
+@pytest.mark.parametrize("dtype", [torch.int8, *thorough(torch.bool, torch.uint16)])
 def test_a_weight_that_holds_no_floats_is_refused(tiny_model, tmp_path, dtype):
     adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=["up_proj"])
     base = shutil.copytree(tiny_model, tmp_path / "base")

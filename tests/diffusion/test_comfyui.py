@@ -99,7 +99,7 @@ def test_a_class_without_known_names_is_refused():
 
 
 def test_an_adapter_is_exported(tmp_path):
-    pipeline, rows = flux_pipeline(tmp_path / "pipeline"), picture_rows(tmp_path / "rows", 4)
+    pipeline, rows = flux_pipeline(tmp_path / "pipeline", FLUX.tiny_configs[0]), picture_rows(tmp_path / "rows", 4)
     adapter = emloc.train(str(pipeline), rows, str(tmp_path / "adapter"), steps=2, batch_size=2, lora_rank=2)
     exported = emloc.export(adapter, tmp_path / "exported", comfyui=True)
     assert exported.result["warnings"] == []

@@ -16,6 +16,7 @@ from emloc_diffusers.pipeline import Parts
 from emloc_diffusers.scores import Judge
 from emloc_diffusers.training import Pictures, sizes
 from PIL import Image
+from support.marks import most_thorough
 from support.pipelines import flux_pipeline, picture_rows
 from transformers import (
     BitImageProcessor,
@@ -152,7 +153,7 @@ def judge(request, tmp_path):
     return tmp_path / "judge"
 
 
-@pytest.mark.parametrize("judge", ["clip", "dino"], indirect=True)
+@pytest.mark.parametrize("judge", most_thorough(["clip", "dino"], "clip"), indirect=True)
 def test_systems_are_scored_on_held_out_pictures(judge, pixels, tmp_path):
     train, held_out = tmp_path / "train", tmp_path / "held-out"
     rows = picture_rows(held_out, 3)
@@ -186,7 +187,7 @@ def test_systems_are_scored_on_held_out_pictures(judge, pixels, tmp_path):
     assert scores["base"] != scores["adapter"]
 
 
-@pytest.mark.parametrize("judge", ["clip", "dino"], indirect=True)
+@pytest.mark.parametrize("judge", most_thorough(["clip", "dino"], "clip"), indirect=True)
 def test_a_judge_finds_like_pictures_like(judge):
     numbers = numpy.random.default_rng(0)
     picture, other = (Image.fromarray(numbers.integers(0, 250, (16, 16), dtype=numpy.uint8)) for _ in range(2))

@@ -9,7 +9,7 @@ import torch
 from emloc_diffusers.families import FAMILIES, FLUX
 from emloc_diffusers.step import FlowStep
 from PIL import Image
-from support.pipelines import flux_pipeline, picture_rows
+from support.pipelines import SHALLOW, flux_pipeline, picture_rows
 
 import emloc_core as emloc
 from emloc_core.files.checkpoint import find_config
@@ -38,7 +38,7 @@ def needs(planned):
 
 @pytest.mark.parametrize("family", CASES)
 def test_every_stage_is_planned_and_tuning_grows_with_the_picture(family, tmp_path):
-    file = write(tmp_path, family.tiny_configs[0])
+    file = write(tmp_path, SHALLOW if family is FLUX else family.tiny_configs[0])
     planned = emloc.plan(file, length=9, memory="1GB", **USUAL)
     weights, tuned = planned.describe()["weight_bytes"], needs(planned)["LoRA on the emulator"].terms
     assert tuned["weights"] == weights["emulator"] < weights["base"]
@@ -96,5 +96,5 @@ def test_the_encoders_are_those_of_the_pipeline_or_as_published(tmp_path):
     read, drawn = (sum(path.stat().st_size for path in files) for files in (reads, (pipeline / "vae").iterdir()))
     there = needs(emloc.plan(str(pipeline), length=16, memory="1GB", **USUAL))["encode the rows"]
     assert there.terms["weights"] == max(read, drawn)  # they are not there together
-    alone = needs(emloc.plan(write(tmp_path / "alone", FLUX.tiny_configs[0]), length=16, memory="1GB", **USUAL))
+    alone = needs(emloc.plan(write(tmp_path / "alone", SHALLOW), length=16, memory="1GB", **USUAL))
     assert alone["encode the rows"].terms["weights"] > 9e9

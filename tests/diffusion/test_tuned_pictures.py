@@ -1,10 +1,9 @@
 """From a pipeline and a folder of pictures to a tuned one in one call."""
 
 import pytest
-from emloc_diffusers.families import FLUX
 from emloc_diffusers.lora_file import FILE
 from emloc_diffusers.pictures import Drawing
-from support.pipelines import flux_pipeline, picture_rows
+from support.pipelines import SHALLOW, flux_pipeline, picture_rows
 from support.run import patch_calls
 
 import emloc_core as emloc
@@ -14,8 +13,7 @@ from emloc_core.files.documents import read_json
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tune")
-    shallow = {**FLUX.tiny_configs[0], "in_channels": 4, "num_layers": 1, "num_single_layers": 1}
-    pipeline = flux_pipeline(directory / "pipeline", shallow, vae=False)
+    pipeline = flux_pipeline(directory / "pipeline", {**SHALLOW, "in_channels": 4}, vae=False)
     for row in picture_rows(directory / "rows", 8):
         path = directory / "rows" / row["image"].rpartition("/")[2].replace(".png", ".txt")
         path.write_text(row["prompt"])

@@ -11,6 +11,7 @@ import pytest
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN_VL
 from support.adapters import make_adapter
+from support.marks import thorough
 from support.models import CHAT_TEMPLATE, THINKING_TEMPLATE
 from support.vision_models import internvl_processor, picture, qwen_processor, save_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -163,7 +164,7 @@ def test_a_conversation_that_is_too_long_is_refused_and_forgotten(tiny_model):
 
 @pytest.mark.parametrize(
     ("family", "kind", "make"),
-    [(INTERNVL, "internvl", internvl_processor), (QWEN_VL, "qwen2_5_vl", qwen_processor)],
+    [(INTERNVL, "internvl", internvl_processor), *thorough((QWEN_VL, "qwen2_5_vl", qwen_processor))],
     ids=["internvl", "qwen-vl"],
 )
 def test_pictures_are_shown_as_the_processor_shows_them(tmp_path, family, kind, make):

@@ -10,6 +10,7 @@ import lm_eval.tasks
 import pytest
 from lm_eval.models.huggingface import HFLM
 from support.evaluation import completions, direct_nll, metrics_of
+from support.marks import thorough
 from support.models import CHAT_TEMPLATE, THINKING_TEMPLATE
 from support.rows import example_rows, tokenized_row, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,7 +70,7 @@ def test_conversations_go_through_the_chat_template(tiny_model, tmp_path, monkey
     assert "<user>" not in samples[0]["prompt"]
 
 
-@pytest.mark.parametrize("form", ["messages", "prompt"])
+@pytest.mark.parametrize("form", ["messages", *thorough("prompt")])
 def test_conversations_of_several_turns_are_asked_for_their_last_answer(tiny_model, tmp_path, form):
     turns = [one["messages"] + other["messages"][1:] for one, other in itertools.pairwise(chat_rows(5))]
     turns[1] = chat_rows(1)[0]["messages"]  # of one turn, among others

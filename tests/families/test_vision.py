@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from support.jobs import compress_job, correct_job, merge_job, train_job
+from support.marks import thorough
 from support.rows import write_jsonl
 from support.run import PLAIN_TRAINING
 from support.vision_models import internvl_processor, picture, picture_rows, qwen_processor, save_model
@@ -161,7 +162,7 @@ def rows_for_trl(form):
     return rows
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [*thorough(False), True])
 @pytest.mark.parametrize("form", ["strings", "parts"])
 def test_samples_equal_what_trl_trains_on(base, tmp_path, form, cut):
     raw = rows_for_trl(form)

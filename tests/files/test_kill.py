@@ -7,6 +7,7 @@ import torch
 from support.adapters import contents, make_adapter
 from support.jobs import compress_job, correct_job, merge_job
 from support.killed import kill, run_until_killed
+from support.marks import thorough
 from transformers import AutoModelForCausalLM
 
 from emloc_core.settings import CompressSettings, CorrectSettings
@@ -77,21 +78,21 @@ def factorised(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3])
+@pytest.mark.parametrize("kill_at", [2, *thorough(1, 3)])
 def test_compress(tmp_path, sharded, rows_file, emulator, factorised, kill_at):
     output = killed_and_finished("compress", sharded, rows_file, tmp_path / "interrupted", kill_at)
     assert contents(output) == contents(emulator)
     assert len(factorised) == 7 * (3 - kill_at)  # a finished block is not factorised again
 
 
-@pytest.mark.parametrize("kill_at", [1, 10, 21])
+@pytest.mark.parametrize("kill_at", [10, *thorough(1, 21)])
 def test_correct(tmp_path, sharded, carried, kill_at):
     adapter, uninterrupted = carried
     output = killed_and_finished("correct", sharded, adapter, tmp_path / "interrupted", kill_at)
     assert contents(output) == contents(uninterrupted)
 
 
-@pytest.mark.parametrize("kill_at", [1, 3])
+@pytest.mark.parametrize("kill_at", [3, *thorough(1)])
 def test_merge(tmp_path, sharded, folded, kill_at):
     adapter, uninterrupted = folded
     output = killed_and_finished("merge", sharded, adapter, tmp_path / "interrupted", kill_at)

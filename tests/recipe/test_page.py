@@ -67,7 +67,9 @@ def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
 
 def test_memory_is_planned_for_the_device_that_tuned(shallow_model, rows_file, tmp_path):
     run = tmp_path / "run"
-    compress(shallow_model, str(rows_file), run / "emulator", kind="nf4", samples=4, selection=2)
+    compress(
+        shallow_model, str(rows_file), run / "emulator", kind="low-rank", calibration="base", samples=4, selection=2
+    )
     train_job(run / "emulator", rows_file, run / "adapter", TrainSettings(steps=1, batch_size=1, bf16=False)).run()
 
     def planned() -> dict[str, int | None]:

@@ -17,13 +17,15 @@ from torch import nn
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import Workload
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import PluginManager, plugin_manager
 from emloc_core.registry import registry
 from emloc_core.registry.entry import Entry, Parameters, Preset, read_entry
 from emloc_core.registry.fit import fit
 from emloc_core.registry.registry import find, load_entries, resolve
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.standins import RECOMMENDED
 
 ENTRIES = load_entries()
@@ -184,14 +186,21 @@ def test_a_memory_target_is_planned(name: str) -> None:
     assert resolve(entry)[0].ratio == entry.presets["default"].ratio
 
 
-def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_preset() -> None:
-    (entry,) = find("SmolLM2-135M")
-    assert resolve(entry, overrides={"kind": "nf4"})[0] == CompressSettings(kind="nf4")
-    assert resolve(entry, "inference", overrides={"kind": "low-rank-nf4", "ratio": 0.2})[0].ratio == 0.2
-    factors, _ = resolve(entry, "inference", overrides={"kind": "low-rank-nf4", "samples": 8})
+def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_preset(
+    write: Callable[..., Path],
+) -> None:
+    shallow = ("num_hidden_layers = 2", "num_hidden_layers = 1")
+    with read_entry(write("tiny.toml", shallow)).config_file() as file:
+        model = MemoryModel(file, Workload(1, 16, train=TrainSettings(batch_size=1)), CompressSettings(kind="low-rank"))
+        memory = round(model.tuning(model.plan(0.5)).total / 0.95)  # all of it, with the headroom
+    target = f'[presets.small]\nmemory = "{memory}"\nlength = 16\nbatch_size = 1\n\n[config]'
+    entry = read_entry(write("tiny.toml", shallow, ("[config]", target)))
+    assert resolve(entry, overrides={"kind": "nf4"})[0] == CompressSettings(kind="nf4", samples=8)
+    assert resolve(entry, "small", overrides={"kind": "low-rank-nf4", "ratio": 0.2})[0].ratio == 0.2
+    factors, _ = resolve(entry, "small", overrides={"kind": "low-rank-nf4", "samples": 8})
     assert factors.samples == 8
     assert factors.ratio is not None
-    assert factors.ratio > (resolve(entry, "inference", overrides={"kind": "low-rank"})[0].ratio or 1)
+    assert factors.ratio > (resolve(entry, "small", overrides={"kind": "low-rank"})[0].ratio or 1)
 
 
 def test_find() -> None:

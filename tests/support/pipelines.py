@@ -25,6 +25,8 @@ from transformers import (
 
 from emloc_core.family import Family
 
+#: FLUX.1 with one block of each kind.
+SHALLOW = {**FLUX.tiny_configs[0], "num_layers": 1, "num_single_layers": 1}
 WORDS = ["<pad>", "<unk>", "</s>", "a", "photo", "of", "sks", "cat", "dog", "house"]
 
 
@@ -44,7 +46,7 @@ def random(model: Any) -> Any:
     return model.eval()
 
 
-def flux_pipeline(directory: Path, settings: dict[str, Any] | None = None, *, vae: bool = True) -> Path:
+def flux_pipeline(directory: Path, settings: dict[str, Any] = SHALLOW, *, vae: bool = True) -> Path:
     """Write a FLUX.1 pipeline; without a VAE it makes the pixels themselves."""
     torch.manual_seed(0)
     config = _config(FLUX, settings)

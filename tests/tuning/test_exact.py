@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.adapters import contents, make_adapter
 from support.jobs import compress_job, correct_job, exact_job, merge_job, polish_job, train_job
 from support.killed import kill, run_until_killed
+from support.marks import thorough
 from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
 from support.vision_models import internvl_processor, picture_rows, save_model
@@ -85,7 +86,7 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
     assert read_manifest(exact)["request"]["exact"] is True
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "nf4", pytest.param("1.6-bit+repair", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kind", ["low-rank", *thorough("nf4", "1.6-bit+repair")])
 def test_an_emulator_with_experts_is_streamed(kind, rows_file, tmp_path):
     base = save_tiny_model(QWEN_MOE.tiny_configs[0], tmp_path / "base")
     emulator = compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(kind=kind, samples=8)).run()
@@ -99,9 +100,8 @@ def test_an_emulator_with_experts_is_streamed(kind, rows_file, tmp_path):
 @pytest.mark.parametrize(
     "kind",
     [
-        "low-rank",
         "nf4",
-        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("low-rank-nf4", "1.6-bit+repair", "2.7-bit")),
+        *thorough("low-rank", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"),
     ],
 )
 def test_an_emulator_is_streamed_to_the_same_result(kind, rows_file, tmp_path):
@@ -204,12 +204,12 @@ def test_polish_takes_half_of_the_learning_rate_of_tuning(ordinary, tiny_model, 
     assert rate(polish(plain, tiny_model, rows_file, tmp_path / "polished", learning_rate=None, steps=1)) == 2e-4
 
 
-def test_polish_goes_on_from_what_train_and_correct_make(ordinary, tiny_model, tiny_emulator, rows_file, tmp_path):
+def test_polish_goes_on_from_what_train_and_correct_make(tiny_model, tiny_emulator, rows_file, tmp_path):
     tuned = train_job(tiny_emulator, rows_file, tmp_path / "tuned", train_settings()).run()
     corrected = tmp_path / "corrected"
     correct_job(tuned, tiny_model, corrected, CorrectSettings(clamp=1)).run()
     before = contents(corrected)
-    for adapter in (ordinary, tuned, corrected):
+    for adapter in (tuned, corrected):
         output = polish(adapter, tiny_model, rows_file, tmp_path / f"polished-{adapter.name}", learning_rate=1e-6)
         trained, start = Adapter(output), Adapter(adapter)
         for path, lora in start.loras.items():  # six very small steps away

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from support.jobs import train_job
+from support.marks import thorough
 from support.rows import ANIMALS, COLOURS, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, KTOConfig
@@ -211,7 +212,7 @@ def test_the_odds_ratio_is_that_of_trl():
     assert certain.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", [*thorough("dpo"), "kto"])
 def test_the_dry_runs_steps_are_the_trainers(objective, tiny_model, tmp_path):
     long = [{"prompt": "cat " * 40, "chosen": " a", "rejected": text} for text in (" b", " c")]  # dropped
     rows = write_jsonl(tmp_path / "rows.jsonl", [*preferences()[:6], *long])

@@ -154,13 +154,13 @@ def test_a_model_that_cannot_be_planned_stops_no_other(own):
     ("options", "message"),
     [([], "no rows to calibrate on"), (["--memory", "100MB"], "it needs more than 100 MB of memory")],
 )
-def test_a_dry_run_says_what_would_fail(shallow_model, rows_file, tmp_path, options, message):
-    argv = ["zoo", "convert", *[str(shallow_model)] * 2, "-o", str(tmp_path / "zoo"), *options, "--dry-run"]
+def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options, message):
+    argv = ["zoo", "convert", *[str(tiny_model)] * 2, "-o", str(tmp_path / "zoo"), *options, "--dry-run"]
     argv += ["--data", str(rows_file)] if options else []
     with planning_here():
         result = CliRunner().invoke(cli, argv)
         jobs = json.loads(CliRunner().invoke(cli, [*argv, "--json"]).stdout)["jobs"]
-    assert str(result.exception).startswith(f"1 of 2 jobs would fail. shallow-llama: {message}.")
+    assert str(result.exception).startswith(f"1 of 2 jobs would fail. tiny-llama: {message}.")
     assert f"({message})" in result.stdout
     assert [job["refused"] for job in jobs] == [message, ""]
 
