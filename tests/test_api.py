@@ -18,10 +18,10 @@ TRAIN = {"steps": 2, "batch_size": 2, "bf16": False}
 
 
 @pytest.fixture(scope="module")
-def outputs(tiny_model, tmp_path_factory):
+def outputs(shallow_model, tmp_path_factory):
     """Emulator, adapter, corrected adapter and merged model, from rows in memory."""
     directory = tmp_path_factory.mktemp("api")
-    emulator = emloc.compress(tiny_model, ROWS, directory / "emulator", **COMPRESS)
+    emulator = emloc.compress(shallow_model, ROWS, directory / "emulator", **COMPRESS)
     adapter = emloc.train(emulator, Dataset.from_list(ROWS), directory / "adapter", **TRAIN)
     corrected = emloc.correct(adapter, device="cpu", clamp=1)
     return emulator, adapter, corrected, emloc.merge(corrected, directory / "merged")
@@ -54,8 +54,8 @@ def test_what_is_made_loads_and_the_merged_model_is_the_base_with_the_corrected_
         assert not torch.equal(emulator(**inputs).logits, adapter(**inputs).logits)
 
 
-def test_rows_in_memory_and_rows_of_a_file_make_the_same_bytes(outputs, tiny_model, rows_file, tmp_path):
-    of_file = contents(emloc.compress(tiny_model, rows_file, tmp_path / "e", **COMPRESS).path)
+def test_rows_in_memory_and_rows_of_a_file_make_the_same_bytes(outputs, shallow_model, rows_file, tmp_path):
+    of_file = contents(emloc.compress(shallow_model, rows_file, tmp_path / "e", **COMPRESS).path)
     of_memory = contents(outputs[0].path)
     for name in ("README.md", "emloc.json"):  # they say where the rows came from
         assert of_file[name] != of_memory[name]
@@ -63,18 +63,18 @@ def test_rows_in_memory_and_rows_of_a_file_make_the_same_bytes(outputs, tiny_mod
     assert of_file == of_memory
 
 
-def test_the_command_line_finds_what_python_made(outputs, tiny_model, rows_file, request):
+def test_the_command_line_finds_what_python_made(outputs, shallow_model, rows_file, request):
     options = ["--samples", 12, "--selection", 6, "--ratio", 0.6, "--device", "cpu", "--json"]
     command = request.getfixturevalue("emloc")
-    code, out, _ = command("compress", tiny_model, "--data", rows_file, "-o", outputs[0].path, *options)
+    code, out, _ = command("compress", shallow_model, "--data", rows_file, "-o", outputs[0].path, *options)
     assert code == 0
     assert json.loads(out)["result"] == outputs[0].result
 
 
-def test_the_base_is_known_from_the_manifests(outputs, tiny_model):
+def test_the_base_is_known_from_the_manifests(outputs, shallow_model):
     emulator, _, corrected, _ = outputs
-    assert emulator.manifest["inputs"] == {"base": str(tiny_model), "data": "rows in memory"}
-    assert corrected.manifest["inputs"]["base"] == str(tiny_model)
+    assert emulator.manifest["inputs"] == {"base": str(shallow_model), "data": "rows in memory"}
+    assert corrected.manifest["inputs"]["base"] == str(shallow_model)
     assert emloc.load_family(emulator).name == "llama"
 
 
@@ -86,9 +86,9 @@ def test_the_base_is_known_from_the_manifests(outputs, tiny_model):
         ({"ratio": 0.5, "memory": "1GB"}, "ratio and memory"),
     ],
 )
-def test_wrong_settings_are_one_error(tiny_model, tmp_path, settings, message):
+def test_wrong_settings_are_one_error(shallow_model, tmp_path, settings, message):
     with pytest.raises(emloc.EmlocError, match=message):
-        emloc.compress(tiny_model, ROWS, tmp_path / "emulator", **settings)
+        emloc.compress(shallow_model, ROWS, tmp_path / "emulator", **settings)
     assert not list(tmp_path.iterdir())
 
 
@@ -102,12 +102,18 @@ def test_an_adapter_that_does_not_belong_is_refused(outputs, tmp_path):
 
 @pytest.mark.usefixtures("calls_here")
 @pytest.mark.thorough
-def test_systems_are_compared(outputs, tiny_model, rows_file, tmp_path):
+def test_systems_are_compared(outputs, shallow_model, rows_file, tmp_path):
     emulator, adapter, corrected, merged = outputs
     task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
-    systems = {"base": tiny_model, "emulator": emulator, "adapter": adapter, "corrected": corrected, "merged": merged}
+    systems = {
+        "base": shallow_model,
+        "emulator": emulator,
+        "adapter": adapter,
+        "corrected": corrected,
+        "merged": merged,
+    }
     evaluation = emloc.evaluate(
-        task, tmp_path / "evaluation", **systems, systems={"mine": (tiny_model, corrected)}, limit=4
+        task, tmp_path / "evaluation", **systems, systems={"mine": (shallow_model, corrected)}, limit=4
     )
     scores = evaluation.load()["systems"]
     assert set(scores) == {

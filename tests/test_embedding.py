@@ -64,8 +64,8 @@ def test_mypy_finds_every_wrong_setting_and_no_right_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def emulator(tiny_model, tmp_path_factory):
-    return emloc.compress(tiny_model, ROWS, tmp_path_factory.mktemp("embedding") / "emulator", **COMPRESS)
+def emulator(shallow_model, tmp_path_factory):
+    return emloc.compress(shallow_model, ROWS, tmp_path_factory.mktemp("embedding") / "emulator", **COMPRESS)
 
 
 class Watcher(TrainerCallback):
@@ -118,10 +118,10 @@ def test_the_trainer_has_every_field_that_is_a_keyword():
             check_extra(TrainSettings(objective="dpo", extra={field: None}))
 
 
-def test_events_tell_how_far_a_stage_is_and_nothing_is_printed(emulator, tiny_model, tmp_path, capfd):
+def test_events_tell_how_far_a_stage_is_and_nothing_is_printed(emulator, shallow_model, tmp_path, capfd):
     events = []
     options = {"progress": events.append}
-    emloc.compress(tiny_model, ROWS, tmp_path / "e", **COMPRESS, **options)
+    emloc.compress(shallow_model, ROWS, tmp_path / "e", **COMPRESS, **options)
     adapter = emloc.train(emulator, ROWS, tmp_path / "a", **TRAIN, **options)
     corrected = emloc.correct(adapter, device="cpu", **options)
     emloc.polish(corrected, ROWS, steps=1, batch_size=2, bf16=False, **options)
@@ -163,10 +163,10 @@ logging_steps = 1
 
 @pytest.mark.usefixtures("calls_here")
 def test_a_run_reports_every_stage_and_keeps_what_it_is_doing_in_a_file(
-    tiny_model, rows_file, tmp_path, capfd, monkeypatch
+    shallow_model, rows_file, tmp_path, capfd, monkeypatch
 ):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(model=tiny_model, rows=rows_file))
+    recipe.write_text(RECIPE.format(model=shallow_model, rows=rows_file))
     monkeypatch.setattr("emloc_core.recipe.live._EVERY", 0.0)
     events, states = [], []
 
@@ -217,12 +217,14 @@ def test_results_have_the_keys_of_their_types(emulator, tmp_path):
     assert set(corrected.result["candidates"][0]) == set(result.CandidateResult.__annotations__)
 
 
-def test_warnings_go_to_the_logger_of_emloc_when_events_are_asked_for(monkeypatch, tiny_model, tmp_path, caplog, capfd):
+def test_warnings_go_to_the_logger_of_emloc_when_events_are_asked_for(
+    monkeypatch, shallow_model, tmp_path, caplog, capfd
+):
     monkeypatch.setattr("emloc_core.emulator.compress.Compress.warnings", ["the rows are few"])
     with warnings.catch_warnings(record=True) as caught:
-        emloc.compress(tiny_model, ROWS, tmp_path / "e", **COMPRESS, progress=lambda _: None)
+        emloc.compress(shallow_model, ROWS, tmp_path / "e", **COMPRESS, progress=lambda _: None)
     assert not caught
     assert capfd.readouterr() == ("", "")
     assert [record.name for record in caplog.records if "the rows are few" in record.getMessage()] == ["emloc.warnings"]
     with pytest.warns(UserWarning, match="the rows are few"):
-        emloc.compress(tiny_model, ROWS, tmp_path / "e", **COMPRESS)
+        emloc.compress(shallow_model, ROWS, tmp_path / "e", **COMPRESS)

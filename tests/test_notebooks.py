@@ -25,7 +25,7 @@ def run(notebook, **replaced):
     return variables
 
 
-def test_the_first_notebook_goes_from_a_model_to_an_answer(tiny_model, tmp_path, monkeypatch):
+def test_the_first_notebook_goes_from_a_model_to_an_answer(shallow_model, tmp_path, monkeypatch):
     conversations = [
         {
             "messages": [
@@ -36,7 +36,7 @@ def test_the_first_notebook_goes_from_a_model_to_an_answer(tiny_model, tmp_path,
         for row in example_rows()
     ]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(emloc_demo.model, "write_base", lambda directory: shutil.copytree(tiny_model, directory))
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda directory: shutil.copytree(shallow_model, directory))
     monkeypatch.setattr(emloc_demo.data, "make_rows", lambda: (conversations, conversations[:1]))
     variables = run(FIRST, steps=2, max_new_tokens=4)
     assert [variables[name].kind for name in ("emulator", "adapter", "corrected", "merged")] == [

@@ -28,6 +28,10 @@ WAYS = [
 ]
 
 
+#: What differs little where embeddings are tied is shown there.
+TIED = pytest.mark.parametrize("models", most_thorough([False, True], True), ids=["untied", "tied"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def models(request, rows_file, tmp_path_factory):
     """A base with tied embeddings or not, and an emulator of it."""
@@ -69,6 +73,7 @@ def test_they_are_carried_over_and_merged(models, tmp_path, options):
     assert (actual - before).abs().max() > 0.01
 
 
+@TIED
 def test_candidates_are_compared_with_them(models, tmp_path):
     """Otherwise a base that lacks what was trained would be judged."""
     base, emulator = models
@@ -91,6 +96,7 @@ def test_candidates_are_compared_with_them(models, tmp_path):
         assert count == int(mask.sum())
 
 
+@TIED
 def test_training_trains_saves_and_resumes_them(models, rows_file, tmp_path):
     base, emulator = models
     settings = TrainSettings(
@@ -111,6 +117,7 @@ def test_training_trains_saves_and_resumes_them(models, rows_file, tmp_path):
         exact_job(base, rows_file, tmp_path / "exact", settings)
 
 
+@TIED
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -125,6 +132,7 @@ def test_what_matches_nothing_is_refused_before_training(models, rows_file, tmp_
         train_job(models[1], rows_file, tmp_path / "a", TrainSettings(target_modules="q_proj", **settings))
 
 
+@TIED
 def test_one_matrix_is_not_trained_in_two_ways(models, rows_file, tmp_path):
     base, emulator = models
     tied = AutoConfig.from_pretrained(base).tie_word_embeddings
@@ -146,6 +154,7 @@ def _rows(cut):
     }
 
 
+@TIED
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -172,6 +181,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(models, tmp_path):
         merge_job(adapter, base, tmp_path / "merged")
 
 
+@TIED
 def test_the_plan_counts_what_is_trained(models):
     file = models[0] / "config.json"
 

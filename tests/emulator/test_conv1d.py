@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.jobs import compress_job, correct_job, merge_job
+from support.marks import thorough
 from support.models import save_tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,7 @@ def gpt2(tmp_path_factory):
     return save_tiny_model({"model_type": "gpt2", **TINY, "hidden_size": 64}, tmp_path_factory.mktemp("gpt2"))
 
 
-@pytest.fixture(scope="module", params=["low-rank", "nf4", "2.7-bit"])
+@pytest.fixture(scope="module", params=["2.7-bit", *thorough("low-rank", "nf4")])
 def emulator(request, gpt2, rows_file, tmp_path_factory):
     settings = CompressSettings(kind=request.param, samples=4, selection=2)
     return compress_job(gpt2, rows_file, tmp_path_factory.mktemp("made") / "emulator", settings).run()

@@ -48,10 +48,10 @@ def test_what_nobody_declared_is_named_with_its_share(tiny_model, rows_file, tmp
     assert 0 < query["share"] < 0.2
 
 
-def test_plan_and_dry_run_warn_as_well(tiny_model, rows_file, tmp_path, emloc):
+def test_plan_and_dry_run_warn_as_well(shallow_model, rows_file, tmp_path, emloc):
     with plugin_manager().declaring(FORGETFUL):
-        _, out, _ = emloc("plan", tiny_model, "--length", 32, "--kind", "nf4", "--memory", "4GB")
-        compress = ("compress", tiny_model, "--data", rows_file, *SETTINGS, "-o", tmp_path / "emulator", "--dry-run")
+        _, out, _ = emloc("plan", shallow_model, "--length", 32, "--kind", "nf4", "--memory", "4GB")
+        compress = ("compress", shallow_model, "--data", rows_file, *SETTINGS, "-o", tmp_path / "emulator", "--dry-run")
         _, shown, err = emloc(*compress, "--json")
     assert "warning: the family 'llama' does not mention" in out
     assert "does not mention" in err

@@ -378,7 +378,7 @@ def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
         assert result.passed, result
 
 
-@TWO_KINDS
+@pytest.mark.parametrize("trained", most_thorough(KINDS, "1.6-bit+repair"), indirect=True)
 def test_training_is_resumed(trained, rows_file, monkeypatch):
     _, emulator, adapter = trained
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from support.allocated import peak_of
+from support.marks import most_thorough
 
 from emloc_core.algorithms import statistics
 from emloc_core.algorithms.products import by_onednn
@@ -81,7 +82,7 @@ def fit_to_base(format, linears, weights, inputs):
 
 
 @pytest.mark.parametrize("wide", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", most_thorough(KINDS, "2.7-bit", "low-rank-2-bit"))
 @pytest.mark.parametrize(
     ("group", "fit"),
     [

@@ -33,23 +33,23 @@ def greedy(directory, messages, **options):
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_answers_are_those_of_transformers_and_turns_are_remembered(tiny_model):
-    conversation = emloc_core.chat(tiny_model, system="be short", **GREEDY)
+def test_answers_are_those_of_transformers_and_turns_are_remembered(shallow_model):
+    conversation = emloc_core.chat(shallow_model, system="be short", **GREEDY)
     pieces = []
     first = conversation.say("animal: cat", write=pieces.append)
     start = [{"role": "system", "content": "be short"}, {"role": "user", "content": "animal: cat"}]
-    assert first == greedy(tiny_model, start) != ""
+    assert first == greedy(shallow_model, start) != ""
     assert "".join(pieces).strip() == first
     second = conversation.say("colour: red")
     turns = [*start, {"role": "assistant", "content": first}, {"role": "user", "content": "colour: red"}]
-    assert second == greedy(tiny_model, turns)
+    assert second == greedy(shallow_model, turns)
     conversation.reset()
     assert conversation.say("animal: cat") == first
 
 
-def test_what_the_template_writes_before_an_answer_is_not_said(tiny_model, tmp_path):
-    first = emloc_core.chat(tiny_model, **GREEDY).say("animal: cat")
-    model = shutil.copytree(tiny_model, tmp_path / "model")
+def test_what_the_template_writes_before_an_answer_is_not_said(shallow_model, tmp_path):
+    first = emloc_core.chat(shallow_model, **GREEDY).say("animal: cat")
+    model = shutil.copytree(shallow_model, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     start = first[: len(first) // 2]
     tokenizer.chat_template = THINKING_TEMPLATE.replace("thought. ", start)
@@ -63,49 +63,49 @@ def test_what_the_template_writes_before_an_answer_is_not_said(tiny_model, tmp_p
         assert conversation.say("animal: cat") == first
 
 
-def test_a_question_ends_where_a_tuned_answer_begins(tiny_model):
+def test_a_question_ends_where_a_tuned_answer_begins(shallow_model):
     """Not with the start of thoughts, by which some templates ask and which they leave out before an answer."""
-    conversation = emloc_core.chat(tiny_model, **GREEDY)
+    conversation = emloc_core.chat(shallow_model, **GREEDY)
     expected = conversation.say("animal: cat")
     conversation.processing.chat_template = CHAT_TEMPLATE.replace("<assistant>", "<assistant><system>")
     conversation.reset()
     assert conversation.say("animal: cat") == expected
 
 
-def test_a_tokenizer_may_tell_types_of_tokens(tiny_model):
-    conversation = emloc_core.chat(tiny_model, **GREEDY)
+def test_a_tokenizer_may_tell_types_of_tokens(shallow_model):
+    conversation = emloc_core.chat(shallow_model, **GREEDY)
     expected = conversation.say("animal: cat"), conversation.continue_text("animal: cat")
     conversation.reset()
     conversation.processing.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     assert (conversation.say("animal: cat"), conversation.continue_text("animal: cat")) == expected
 
 
-def test_the_command_writes_the_answers_to_the_lines_of_stdin(emloc, tiny_model, monkeypatch):
-    expected = [greedy(tiny_model, [{"role": "user", "content": text}]) for text in ("animal: cat", "animal: dog")]
+def test_the_command_writes_the_answers_to_the_lines_of_stdin(emloc, shallow_model, monkeypatch):
+    expected = [greedy(shallow_model, [{"role": "user", "content": text}]) for text in ("animal: cat", "animal: dog")]
     monkeypatch.setattr("sys.stdin", io.StringIO("animal: cat\n/reset\n\nanimal: dog\n/exit\nanimal: cow\n"))
-    code, out, _ = emloc("chat", tiny_model, "--temperature", "0", "--max-new-tokens", "8")
+    code, out, _ = emloc("chat", shallow_model, "--temperature", "0", "--max-new-tokens", "8")
     assert code == 0
     assert [line.strip() for line in out.splitlines()] == expected
 
 
-def test_lines_may_come_from_another_system(emloc, tiny_model, monkeypatch):
+def test_lines_may_come_from_another_system(emloc, shallow_model, monkeypatch):
     calls = []
     monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", lambda *args: calls.append(args[1:3]))
     lines = b"caf\xe9\r\n/image ~no one/x.png\r\nb\r\n/exit\r\nc\r\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8", newline="\n"))
-    assert emloc("chat", tiny_model)[0] == 0
+    assert emloc("chat", shallow_model)[0] == 0
     assert calls == [("caf\ufffd", []), ("b", [Path("~no one/x.png")])]
 
 
-def test_an_adapter_names_its_model(tiny_model, tmp_path):
-    adapter = make_adapter(tiny_model, tmp_path / "adapter", size=0.5)
+def test_an_adapter_names_its_model(shallow_model, tmp_path):
+    adapter = make_adapter(shallow_model, tmp_path / "adapter", size=0.5)
     alone = emloc_core.chat(adapter, **GREEDY).say("animal: cat")
-    assert alone == emloc_core.chat(tiny_model, adapter, **GREEDY).say("animal: cat")
-    assert alone != emloc_core.chat(tiny_model, **GREEDY).say("animal: cat")
+    assert alone == emloc_core.chat(shallow_model, adapter, **GREEDY).say("animal: cat")
+    assert alone != emloc_core.chat(shallow_model, **GREEDY).say("animal: cat")
 
 
-def test_rows_are_answered_with_their_tools_and_expect_calls(tiny_model, tmp_path):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
+def test_rows_are_answered_with_their_tools_and_expect_calls(shallow_model, tmp_path):
+    model = shutil.copytree(shallow_model, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
     tokenizer.save_pretrained(model)
@@ -117,8 +117,8 @@ def test_rows_are_answered_with_their_tools_and_expect_calls(tiny_model, tmp_pat
     assert answer["before"] == greedy(model, messages, tools=tools) != greedy(model, messages)
 
 
-def test_without_a_chat_template_text_is_continued(tiny_model, tmp_path):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
+def test_without_a_chat_template_text_is_continued(shallow_model, tmp_path):
+    model = shutil.copytree(shallow_model, tmp_path / "model")
     (model / "chat_template.jinja").unlink()
     conversation = emloc_core.chat(model, **GREEDY)
     first = conversation.say("animal: cat, colour: red. sentence:")
@@ -127,16 +127,16 @@ def test_without_a_chat_template_text_is_continued(tiny_model, tmp_path):
         emloc_core.chat(model, system="be short")
 
 
-def test_what_a_terminal_acts_on_is_escaped(emloc, tiny_model, monkeypatch):
+def test_what_a_terminal_acts_on_is_escaped(emloc, shallow_model, monkeypatch):
     def say(*args):
         args[-1]("a\x1b[2Jb\n")
 
     monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", say)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert emloc("chat", tiny_model)[1] == "a\\x1b[2Jb\n\n"
+    assert emloc("chat", shallow_model)[1] == "a\\x1b[2Jb\n\n"
 
 
-def test_an_answer_that_was_stopped_does_not_make_an_interruption_of_a_later_error(emloc, tiny_model, monkeypatch):
+def test_an_answer_that_was_stopped_does_not_make_an_interruption_of_a_later_error(emloc, shallow_model, monkeypatch):
     def say(_, text, *__):
         if text == "first":
             os.kill(os.getpid(), signal.SIGINT)
@@ -145,18 +145,18 @@ def test_an_answer_that_was_stopped_does_not_make_an_interruption_of_a_later_err
 
     monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", say)
     monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
-    code, out, err = emloc("chat", tiny_model)
+    code, out, err = emloc("chat", shallow_model)
     assert (code, out) == (1, " ...\n")
     assert err.splitlines()[-1] == "emloc: error: There is no such image."
 
 
-def test_images_are_for_models_that_read_them(tiny_model, tmp_path):
+def test_images_are_for_models_that_read_them(shallow_model, tmp_path):
     with pytest.raises(EmlocError, match="reads no images"):
-        emloc_core.chat(tiny_model).say("what is it?", [tmp_path / "image.png"])
+        emloc_core.chat(shallow_model).say("what is it?", [tmp_path / "image.png"])
 
 
-def test_a_conversation_that_is_too_long_is_refused_and_forgotten(tiny_model):
-    conversation = emloc_core.chat(tiny_model, **GREEDY)
+def test_a_conversation_that_is_too_long_is_refused_and_forgotten(shallow_model):
+    conversation = emloc_core.chat(shallow_model, **GREEDY)
     with pytest.raises(EmlocError, match=r"The conversation has \d+ tokens"):
         conversation.say("cat " * 400)
     assert conversation.messages == []

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.evaluation import evaluate, metrics_of, system
 from support.jobs import compress_job
+from support.marks import most_thorough
 from support.rows import example_rows, tokenized_row, write_jsonl
 from support.vision_models import conversation, internvl_processor, picture, qwen_processor, save_model
 from tokenizers import processors
@@ -50,7 +51,7 @@ def rows_with_pictures(tmp_path_factory):
     return write_jsonl(directory / "rows.jsonl", rows)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=most_thorough(MODELS, "internvl"))
 def base(request, tmp_path_factory):
     """A tiny model with its processor, of each family for images and text."""
     family, processor = MODELS[request.param]

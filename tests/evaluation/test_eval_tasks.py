@@ -24,22 +24,22 @@ from emloc_core.evaluation.tasks import TaskSpec, find_task, load_task, require_
 from emloc_core.files.inputs import Inputs
 
 
-def test_nll_is_the_loss_a_token(tiny_model, rows_file, tmp_path):
+def test_nll_is_the_loss_a_token(shallow_model, rows_file, tmp_path):
     task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
-    measured, _ = metrics_of(tiny_model, task, limit=13, batch_size=4)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), completions(tokenizer, 13))
+    measured, _ = metrics_of(shallow_model, task, limit=13, batch_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(shallow_model), completions(tokenizer, 13))
     assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
     assert "perplexity" not in measured["metrics"]  # lm-eval's is of sequences
 
 
-def test_rolling_nll_is_the_loss_a_token_of_the_whole_text(tiny_model, tmp_path):
+def test_rolling_nll_is_the_loss_a_token_of_the_whole_text(shallow_model, tmp_path):
     texts = [row["prompt"] + row["completion"] for row in example_rows()[:5]]
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    measured, _ = metrics_of(tiny_model, write_task("rolling_perplexity", data, tmp_path / "rolling.yaml"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    measured, _ = metrics_of(shallow_model, write_task("rolling_perplexity", data, tmp_path / "rolling.yaml"))
+    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
     pairs = [([tokenizer.bos_token_id], tokenizer.encode(text)) for text in texts]
-    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(shallow_model), pairs)
     assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -56,40 +56,40 @@ def chat_rows(n):
     ]
 
 
-def test_conversations_go_through_the_chat_template(tiny_model, tmp_path, monkeypatch):
+def test_conversations_go_through_the_chat_template(shallow_model, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail("lm-eval starts a process"))
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(4))
-    _, samples = metrics_of(tiny_model, write_task("generation", data, tmp_path / "write.yaml"), limit=2)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    _, samples = metrics_of(shallow_model, write_task("generation", data, tmp_path / "write.yaml"), limit=2)
+    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
     turns = chat_rows(4)[0]["messages"]
     expected = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     assert samples[0]["prompt"] == expected
     assert samples[0]["expected"] == turns[-1]["content"]
-    _, samples = metrics_of(tiny_model, tmp_path / "write.yaml", limit=2, chat=False)
+    _, samples = metrics_of(shallow_model, tmp_path / "write.yaml", limit=2, chat=False)
     assert samples[0]["prompt"].endswith(turns[1]["content"])
     assert "<user>" not in samples[0]["prompt"]
 
 
 @pytest.mark.parametrize("form", ["messages", *thorough("prompt")])
-def test_conversations_of_several_turns_are_asked_for_their_last_answer(tiny_model, tmp_path, form):
+def test_conversations_of_several_turns_are_asked_for_their_last_answer(shallow_model, tmp_path, form):
     turns = [one["messages"] + other["messages"][1:] for one, other in itertools.pairwise(chat_rows(5))]
     turns[1] = chat_rows(1)[0]["messages"]  # of one turn, among others
     rows = [{"messages": row} if form == "messages" else {"prompt": row[:-1], "completion": row[-1:]} for row in turns]
     task = write_task("completion_nll", write_jsonl(tmp_path / "turns.jsonl", rows), tmp_path / "turns.yaml")
-    measured, _ = metrics_of(tiny_model, task)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    measured, _ = metrics_of(shallow_model, task)
+    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
     pairs = []
     for row in turns:
         text = tokenizer.apply_chat_template(row[:-1], tokenize=False, add_generation_prompt=True)
         context = tokenizer.encode(text)
         pairs.append((context, tokenizer.encode(text + row[-1]["content"])[len(context) :]))
-    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(shallow_model), pairs)
     assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(EmlocError, match=r"has conversations of several turns\. Leave out --no-chat"):
-        metrics_of(tiny_model, task, chat=False)
+        metrics_of(shallow_model, task, chat=False)
 
 
-def test_tools_are_shown_in_an_evaluation(tiny_model, tmp_path):
+def test_tools_are_shown_in_an_evaluation(shallow_model, tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {"at": "cat"}}]}
     messages = [
         {"role": "user", "content": "which?"},
@@ -99,7 +99,7 @@ def test_tools_are_shown_in_an_evaluation(tiny_model, tmp_path):
     ]
     data = write_jsonl(tmp_path / "tools.jsonl", [{"tools": [{"name": "look"}], "messages": messages}] * 2)
     spec = find_task(str(write_task("generation", data, tmp_path / "tools.yaml")), Inputs())
-    model, tokenizer = load_system(tiny_model, None)
+    model, tokenizer = load_system(shallow_model, None)
     with pytest.raises(EmlocError, match="Row 1: the model's chat template leaves out tools"):
         run_tasks(model, tokenizer, load_task(spec))
     tokenizer.chat_template = (
@@ -113,21 +113,21 @@ def test_tools_are_shown_in_an_evaluation(tiny_model, tmp_path):
     assert sample["prompt"].endswith("<tool>red[]<assistant>")
 
 
-def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, tmp_path):
+def test_nll_of_a_conversation_is_of_the_answer_after_the_template(shallow_model, tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(6))
-    measured, _ = metrics_of(tiny_model, write_task("completion_nll", data, tmp_path / "answers.yaml"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    measured, _ = metrics_of(shallow_model, write_task("completion_nll", data, tmp_path / "answers.yaml"))
+    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
     pairs = []
     for row in chat_rows(6):
         text = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
         context = tokenizer.encode(text)
         pairs.append((context, tokenizer.encode(text + row["messages"][-1]["content"])[len(context) :]))
-    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(shallow_model), pairs)
     assert measured["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
-def with_template(template, tiny_model, tmp_path):
-    model = shutil.copytree(tiny_model, tmp_path / "thinking")
+def with_template(template, shallow_model, tmp_path):
+    model = shutil.copytree(shallow_model, tmp_path / "thinking")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(model)
@@ -135,9 +135,9 @@ def with_template(template, tiny_model, tmp_path):
 
 
 @pytest.fixture
-def thinking(tiny_model, tmp_path):
+def thinking(shallow_model, tmp_path):
     """A model whose template writes more before an answer than the prompt that asks for it ends with."""
-    return with_template(THINKING_TEMPLATE, tiny_model, tmp_path)
+    return with_template(THINKING_TEMPLATE, shallow_model, tmp_path)
 
 
 @pytest.fixture(params=["one turn", "several turns"])
@@ -157,8 +157,8 @@ ASKING_TEMPLATE = CHAT_TEMPLATE.replace("<assistant>", "<assistant><system>")
     ("template", "before", "end"),
     [(THINKING_TEMPLATE, "<system>thought.", "thought."), (ASKING_TEMPLATE, "", "<assistant>")],
 )
-def test_an_answer_is_scored_where_tuning_has_it(template, before, end, tiny_model, conversations, tmp_path):
-    thinking = with_template(template, tiny_model, tmp_path)
+def test_an_answer_is_scored_where_tuning_has_it(template, before, end, shallow_model, conversations, tmp_path):
+    thinking = with_template(template, shallow_model, tmp_path)
     measured, _ = metrics_of(thinking, write_task("completion_nll", conversations, tmp_path / "answers.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(thinking)
     thought, pairs = len(tokenizer.encode(before)), []
@@ -196,22 +196,22 @@ def test_stop_sequences_are_looked_for_in_the_answer_alone(thinking, conversatio
     assert seen == [[";"]] * len(samples)
 
 
-def test_a_chat_without_a_template_is_refused(tiny_model, tmp_path):
+def test_a_chat_without_a_template_is_refused(shallow_model, tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
     spec = find_task(str(write_task("generation", data, tmp_path / "write.yaml")), Inputs())
-    model, tokenizer = load_system(tiny_model, None)
+    model, tokenizer = load_system(shallow_model, None)
     tokenizer.chat_template = None
     with pytest.raises(EmlocError, match="needs a chat template"):
         run_tasks(model, tokenizer, load_task(spec))
 
 
-def test_a_choice_is_scored_among_all_answers(tiny_model, tmp_path):
+def test_a_choice_is_scored_among_all_answers(shallow_model, tmp_path):
     # answers of digits, which lm-eval takes for places among the choices when they are written into a task as they are
     rows = [{"prompt": row["prompt"], "completion": "1222"[i % 4]} for i, row in enumerate(example_rows()[:20])]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    measured, _ = metrics_of(tiny_model, write_task("choice", data, tmp_path / "choice.yaml"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    measured, _ = metrics_of(shallow_model, write_task("choice", data, tmp_path / "choice.yaml"))
+    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
+    model = AutoModelForCausalLM.from_pretrained(shallow_model)
     right = 0
     for row in rows:
         context = tokenizer.encode(row["prompt"])
@@ -242,7 +242,7 @@ def test_a_task_of_a_form_that_its_kind_cannot_use_is_refused(rows_file, tmp_pat
     assert not (tmp_path / "a.yaml").exists()
 
 
-def test_rows_that_lm_eval_reads_otherwise_are_copied(tiny_model, tmp_path):
+def test_rows_that_lm_eval_reads_otherwise_are_copied(shallow_model, tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,completion\ncat,1\ndog,02\n")
     task = write_task("completion_nll", tmp_path / "rows.csv", tmp_path / "tasks" / "loss.yaml")
     assert [row.completion for row in load_rows(tmp_path / "tasks" / "loss.jsonl")] == ["1", "02"]
@@ -252,18 +252,18 @@ def test_rows_that_lm_eval_reads_otherwise_are_copied(tiny_model, tmp_path):
     write_task("generation", alpaca, tmp_path / "alpaca.yaml.yaml")
     with pytest.raises(EmlocError, match="already exists"):
         write_task("generation", alpaca, tmp_path / "alpaca.yaml")
-    _, samples = metrics_of(tiny_model, tmp_path / "alpaca.yaml.yaml")
+    _, samples = metrics_of(shallow_model, tmp_path / "alpaca.yaml.yaml")
     assert samples[0]["expected"] == "dog."
 
 
-def test_texts_in_parts_are_asked_as_text(tiny_model, tmp_path):
+def test_texts_in_parts_are_asked_as_text(shallow_model, tmp_path):
     rows = chat_rows(3)
     question, answer = rows[2]["messages"][1:]  # of one row among others
     prompt, expected = question["content"], answer["content"]
     question["content"] = [{"type": "text", "text": prompt[:5]}, {"type": "text", "text": prompt[5:]}]
     answer["content"] = [{"type": "text", "text": expected}]
     task = write_task("generation", write_jsonl(tmp_path / "parts.jsonl", rows), tmp_path / "write.yaml")
-    sample = metrics_of(tiny_model, task)[1][2]
+    sample = metrics_of(shallow_model, task)[1][2]
     assert sample["prompt"].endswith(f"<user>{prompt}</s><assistant>")
     assert sample["expected"] == expected
 

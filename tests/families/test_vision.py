@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from support.jobs import compress_job, correct_job, merge_job, train_job
-from support.marks import thorough
+from support.marks import most_thorough, thorough
 from support.rows import write_jsonl
 from support.run import PLAIN_TRAINING
 from support.vision_models import internvl_processor, picture, picture_rows, qwen_processor, save_model
@@ -37,6 +37,10 @@ MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qw
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> Path:
     return picture_rows(tmp_path_factory.mktemp("pictures") / "data")
+
+
+#: Of what towers of any family have in common, one is shown.
+ONE = pytest.mark.parametrize("base", most_thorough(MODELS, "internvl"), indirect=True)
 
 
 @pytest.fixture(scope="session", params=MODELS)
@@ -237,6 +241,7 @@ def nll(model, base, rows):
     return float(total[0] / total[1])
 
 
+@ONE
 def test_an_emulator_trains_in_a_plain_sft_trainer_and_its_adapter_loads_onto_the_base(
     base, emulator, rows_file, tmp_path
 ):
@@ -271,6 +276,7 @@ def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(row
     assert towers(Adapter(adapter).loras) == {"vision", "language"}
 
 
+@ONE
 @pytest.mark.parametrize(
     "variant", ["default", *(pytest.param(variant, marks=pytest.mark.thorough) for variant in ("propagated", "global"))]
 )
@@ -305,6 +311,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_adapter(emulator, adapter, ro
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@ONE
 def test_a_plan_counts_the_images_of_the_rows(base, rows_file):
     workload = make_workload(base / "config.json", TrainSettings(), data=str(rows_file))
     rows = load_rows(str(rows_file))

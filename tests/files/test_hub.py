@@ -32,8 +32,8 @@ def corrected(model, directory):
     return emloc_core.correct(adapter, directory / "corrected")
 
 
-def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, tiny_model, tmp_path, emloc):
-    hub.add(BASE, tiny_model)
+def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, shallow_model, tmp_path, emloc):
+    hub.add(BASE, shallow_model)
     adapter = corrected(BASE, tmp_path)
     assert Adapter(adapter.path).model_name == BASE
     code, out, err = emloc("push", adapter, ADAPTER)
@@ -57,8 +57,8 @@ def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, tiny_model, tmp_pa
 
 
 @pytest.mark.thorough
-def test_an_emulator_from_the_hub_is_tuned_and_corrected(hub, tiny_model, tmp_path):
-    hub.add(BASE, tiny_model)
+def test_an_emulator_from_the_hub_is_tuned_and_corrected(hub, shallow_model, tmp_path):
+    hub.add(BASE, shallow_model)
     emulator = emloc_core.compress(BASE, example_rows(), tmp_path / "emulator", samples=8, selection=4)
     with pytest.raises(EmlocError, match=r"holds rows of your data \(calibration.jsonl, selection.jsonl\)"):
         emloc_core.push(emulator, EMULATOR)
@@ -70,8 +70,8 @@ def test_an_emulator_from_the_hub_is_tuned_and_corrected(hub, tiny_model, tmp_pa
 
 
 @pytest.mark.thorough
-def test_a_local_base_gets_its_name_on_the_hub(hub, tiny_model, tmp_path):
-    adapter = corrected(tiny_model, tmp_path)
+def test_a_local_base_gets_its_name_on_the_hub(hub, shallow_model, tmp_path):
+    adapter = corrected(shallow_model, tmp_path)
     emloc_core.push(adapter, ADAPTER, base=BASE)
     published = hub.files[ADAPTER]
     assert json.loads(published["adapter_config.json"])["base_model_name_or_path"] == BASE
@@ -82,8 +82,8 @@ def test_a_local_base_gets_its_name_on_the_hub(hub, tiny_model, tmp_path):
     assert not any(str(tmp_path).encode() in content for content in published.values())
 
 
-def test_a_base_has_its_id_though_a_directory_has_that_name_too(hub, tiny_model, tmp_path, monkeypatch):
-    merged = emloc_core.merge(make_adapter(tiny_model, tmp_path / "adapter"), tmp_path / "merged")
+def test_a_base_has_its_id_though_a_directory_has_that_name_too(hub, shallow_model, tmp_path, monkeypatch):
+    merged = emloc_core.merge(make_adapter(shallow_model, tmp_path / "adapter"), tmp_path / "merged")
     (tmp_path / BASE).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     emloc_core.push(merged, "people/merged", base=BASE)
@@ -132,22 +132,22 @@ def test_an_evaluation_is_published_with_its_rows(hub, tmp_path):
 
 
 @pytest.mark.usefixtures("calls_here")
-def test_a_stage_and_a_recipe_push_what_they_make(hub, tiny_model, rows_file, tmp_path, emloc):
-    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+def test_a_stage_and_a_recipe_push_what_they_make(hub, shallow_model, rows_file, tmp_path, emloc):
+    adapter = make_adapter(shallow_model, tmp_path / "adapter")
     code, _, err = emloc("merge", adapter, "-o", tmp_path / "merged", "--push", "people/merged")
     assert (code, f"{hub.address}/people/merged" in err) == (0, True), err
     assert "model.safetensors" in hub.files["people/merged"]
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f'push = "{ADAPTER}"\nmerge = false\n[model]\nbase = "{tiny_model}"\n[data]\ntrain = "{rows_file}"\n'
+        f'push = "{ADAPTER}"\nmerge = false\n[model]\nbase = "{shallow_model}"\n[data]\ntrain = "{rows_file}"\n'
         "[compress]\nsamples = 8\nselection = 4\n[train]\nsteps = 1\nbatch_size = 2\n"
     )
     assert emloc_core.run(recipe).result["pushed"].startswith(f"{hub.address}/{ADAPTER}")
     assert b"Correction" in hub.files[ADAPTER]["README.md"]
 
 
-def test_what_the_hub_refuses_is_said_in_a_sentence(hub, tiny_model, tmp_path, emloc):
-    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+def test_what_the_hub_refuses_is_said_in_a_sentence(hub, shallow_model, tmp_path, emloc):
+    adapter = make_adapter(shallow_model, tmp_path / "adapter")
     merged = emloc_core.merge(adapter, tmp_path / "merged")
     hub.refuses = True
     code, _, err = emloc("push", merged, "people/merged")
@@ -161,18 +161,20 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(hub, tiny_model, tmp_path, e
         emloc_core.push(adapter, ADAPTER)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tiny_model, tmp_path, monkeypatch):
-    merged = emloc_core.merge(make_adapter(tiny_model, tmp_path / "adapter"), tmp_path / "merged")
+def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(shallow_model, tmp_path, monkeypatch):
+    merged = emloc_core.merge(make_adapter(shallow_model, tmp_path / "adapter"), tmp_path / "merged")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(EmlocError, match=r"cannot be pushed to people/merged \(.*refused.*Check the connection"):
         emloc_core.push(merged, "people/merged")
 
 
-def test_the_card_shows_code_that_runs(tiny_model, tmp_path):
-    adapter = corrected(tiny_model, tmp_path)
+def test_the_card_shows_code_that_runs(shallow_model, tmp_path):
+    adapter = corrected(shallow_model, tmp_path)
     card = (adapter.path / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0]
-    code = code.replace(f'"{tiny_model.name}"', repr(str(tiny_model))).replace('"DIRECTORY"', repr(str(adapter.path)))
+    code = code.replace(f'"{shallow_model.name}"', repr(str(shallow_model))).replace(
+        '"DIRECTORY"', repr(str(adapter.path))
+    )
     namespace: dict = {}
     exec(code, namespace)
     assert isinstance(namespace["model"], PeftModel)

@@ -213,6 +213,7 @@ def test_advice_names_no_ratio_where_a_kind_has_none(shallow_model: Path) -> Non
     assert half.startswith("1 x 64 tokens fits (")
 
 
+@pytest.mark.thorough
 def test_the_smallest_emulator_is_the_one_that_needs_least(shallow_model: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"  # with a large vocabulary, which other kinds pack, and low-rank does not
     config.write_text(json.dumps(read_json(shallow_model / "config.json") | {"vocab_size": 50_000}))
@@ -375,9 +376,7 @@ def test_a_way_that_does_not_fit_and_one_that_is_not_there_are_told_apart(shallo
     assert refused.value.code == "unsupported"
 
 
-@pytest.mark.parametrize(
-    ("images", "kind"), [(0, "1.6-bit+repair"), pytest.param(1, "low-rank-nf4", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize(("images", "kind"), thorough((0, "1.6-bit+repair"), (1, "low-rank-nf4")))
 def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: Path) -> None:
     file = write_config(tmp_path / "seeing", INTERNVL, **PICTURED[0][1])
     load = workload(batch=1, length=40, images=images)

@@ -74,9 +74,7 @@ def test_logits_are_told_from_activations(tiny_model: Path) -> None:
     ("checkpointing", "bf16"),
     [
         (True, True),
-        (False, False),
-        pytest.param(True, False, marks=pytest.mark.thorough),
-        pytest.param(False, True, marks=pytest.mark.thorough),
+        *thorough((False, False), (True, False), (False, True)),
     ],
 )
 def test_a_trace_equals_what_the_trainer_allocates(

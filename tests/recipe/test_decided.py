@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.marks import thorough
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
@@ -77,8 +78,7 @@ def test_the_second_best_is_tried_where_evidence_is_divided(write, capsys):
     [
         ("nf4", 0.5),
         ("1.6-bit+repair", 0.25),  # six levels are a little larger
-        ("low-rank-nf4", 0.4),
-        ("low-rank-2-bit", 0.3),
+        *thorough(("low-rank-nf4", 0.4), ("low-rank-2-bit", 0.3)),
     ],
 )
 def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kind, ratio):
@@ -165,6 +165,7 @@ def test_whoever_says_how_the_emulator_is_made_gets_it_alone(write, override):
     assert decided(write(overrides=[override])).alternatives == {}
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("calls_here")
 def test_what_is_learned_from_preferences_is_not_compared(write):
     recipe = decided(write(overrides=["train.objective='dpo'"], objective="dpo"))

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support.jobs import exact_job, polish_job, train_job
 from support.killed import kill, run_until_killed
+from support.marks import thorough
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,7 +112,7 @@ def run_until(moment, model, rows, output, eval_rows):
     train(model, rows, output, eval_rows, patience=1)
 
 
-@pytest.mark.parametrize("moment", ["in step 11", "before it is written"])
+@pytest.mark.parametrize("moment", ["in step 11", *thorough("before it is written")])
 def test_killed_and_run_again_it_keeps_the_same_checkpoint(
     moment, tiny_emulator, rows_file, held_out, tmp_path, uninterrupted
 ):

@@ -74,7 +74,7 @@ def polished(tiny_model, rows_file, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"extra": {"accelerator_config": {"dispatch_batches": True}}}, {"batch_size": 2, "accumulation": 4}],
+    [*thorough({"extra": {"accelerator_config": {"dispatch_batches": True}}}), {"batch_size": 2, "accumulation": 4}],
     ids=["dispatched", "small"],
 )
 def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny_model, rows_file, tmp_path):
@@ -176,6 +176,7 @@ def test_four_bits_that_say_something_else_are_not_streamed(change, reason, four
     assert caught.value.code == "damaged"
 
 
+@pytest.mark.thorough
 def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):
     base = save_model(tmp_path / "base", INTERNVL, "internvl", internvl_processor())
     rows = picture_rows(tmp_path / "rows")

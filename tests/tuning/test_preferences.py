@@ -55,18 +55,18 @@ def margin(model, tokenizer, rows):
 
 
 @pytest.fixture(scope="module")
-def outputs(tiny_model, tmp_path_factory):
+def outputs(shallow_model, tmp_path_factory):
     """Emulator, adapter by DPO, and the corrected adapter."""
     directory = tmp_path_factory.mktemp("dpo")
     data = write_jsonl(directory / "rows.jsonl", preferences()[:100])
-    emulator = emloc_core.compress(tiny_model, str(data), directory / "emulator", samples=12, selection=6)
+    emulator = emloc_core.compress(shallow_model, str(data), directory / "emulator", samples=12, selection=6)
     adapter = emloc_core.train(emulator, str(data), directory / "adapter", **SETTINGS)
     return emulator, adapter, emloc_core.correct(adapter)
 
 
-def test_the_base_prefers_what_the_emulator_was_taught_to(outputs, tiny_model):
+def test_the_base_prefers_what_the_emulator_was_taught_to(outputs, shallow_model):
     _, adapter, corrected = outputs
-    tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer, base = AutoTokenizer.from_pretrained(shallow_model), AutoModelForCausalLM.from_pretrained(shallow_model)
     held_out = preferences()[100:]
     before = margin(base, tokenizer, held_out)
     assert margin(PeftModel.from_pretrained(base, corrected.path), tokenizer, held_out) > before + 1
@@ -107,9 +107,9 @@ def test_conversations_are_trained_on_too(outputs):
     assert emloc_core.train(outputs[0], rows, outputs[1].path.with_name("chat"), **settings).result["rows"] == 20
 
 
-def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
+def test_exact_steps_know_no_preferences(shallow_model, tmp_path):
     with pytest.raises(EmlocError, match="only the likelihood of answers"):
-        emloc_core.train(tiny_model, preferences(), tmp_path / "a", exact=True, **SETTINGS)
+        emloc_core.train(shallow_model, preferences(), tmp_path / "a", exact=True, **SETTINGS)
     recipe = tmp_path / "recipe.toml"
     tables = '[model]\nbase = "b"\n[data]\ntrain = "d.jsonl"\n[train]\nobjective = "dpo"\n[polish]\nsteps = 2\n'
     recipe.write_text(tables)
@@ -117,14 +117,14 @@ def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
         load_recipe(recipe)
 
 
-def test_polishing_says_that_it_forgets_preferences(outputs, tiny_model, tmp_path, emloc):
+def test_polishing_says_that_it_forgets_preferences(outputs, shallow_model, tmp_path, emloc):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}])
     for adapter in (outputs[1].path, outputs[2].path):  # as trained, and as corrected
         job = (
             "polish",
             adapter,
             "--base",
-            tiny_model,
+            shallow_model,
             "--data",
             data,
             "--steps",
@@ -142,10 +142,10 @@ def test_fields_of_the_other_config_are_refused(outputs):
         emloc_core.train(outputs[0], preferences(), outputs[1].path.with_name("x"), extra={"packing": True}, **SETTINGS)
 
 
-def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
+def test_the_longer_answer_of_a_pair_is_planned_for(shallow_model):
     plain = preferences()
     long = [row | {"rejected": row["rejected"] * 5} for row in plain]
-    config = tiny_model / "config.json"
+    config = shallow_model / "config.json"
     short, answers, pairs = (
         make_workload(config, TrainSettings(objective=objective), data=rows).length
         for objective, rows in (("dpo", plain), ("sft", long), ("dpo", long))
@@ -154,7 +154,7 @@ def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
 
 
 @pytest.mark.thorough
-def test_labels_teach_the_base_too(outputs, tiny_model, tmp_path):
+def test_labels_teach_the_base_too(outputs, shallow_model, tmp_path):
     """By KTO, from labelled answers: each preference becomes two."""
     labelled = [
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
@@ -163,7 +163,7 @@ def test_labels_teach_the_base_too(outputs, tiny_model, tmp_path):
     settings = {**SETTINGS, "objective": "kto"}
     adapter = emloc_core.train(outputs[0], labelled, tmp_path / "labelled", **settings)
     corrected = emloc_core.correct(adapter, clamp=1)
-    tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer, base = AutoTokenizer.from_pretrained(shallow_model), AutoModelForCausalLM.from_pretrained(shallow_model)
     held_out = preferences()[100:]
     before = margin(base, tokenizer, held_out)
     assert margin(PeftModel.from_pretrained(base, corrected.path), tokenizer, held_out) > before + 0.2
@@ -182,12 +182,12 @@ def test_labels_teach_the_base_too(outputs, tiny_model, tmp_path):
         emloc_core.train(outputs[0], [str(unwanted), str(bare)], tmp_path / "none", **settings)
 
 
-def test_odds_teach_the_base_too(outputs, tiny_model, tmp_path):
+def test_odds_teach_the_base_too(outputs, shallow_model, tmp_path):
     """By ORPO, without a reference: the loss is of answers and of odds, and margins are logged."""
     settings = {**SETTINGS, "objective": "orpo", "beta": 0.5}
     adapter = emloc_core.train(outputs[0], preferences()[:100], tmp_path / "odds", **settings)
     corrected = emloc_core.correct(adapter, clamp=1)
-    tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer, base = AutoTokenizer.from_pretrained(shallow_model), AutoModelForCausalLM.from_pretrained(shallow_model)
     held_out = preferences()[100:]
     before = margin(base, tokenizer, held_out)
     assert margin(PeftModel.from_pretrained(base, corrected.path), tokenizer, held_out) > before + 0.2
@@ -213,18 +213,18 @@ def test_the_odds_ratio_is_that_of_trl():
 
 
 @pytest.mark.parametrize("objective", [*thorough("dpo"), "kto"])
-def test_the_dry_runs_steps_are_the_trainers(objective, tiny_model, tmp_path):
+def test_the_dry_runs_steps_are_the_trainers(objective, shallow_model, tmp_path):
     long = [{"prompt": "cat " * 40, "chosen": " a", "rejected": text} for text in (" b", " c")]  # dropped
     rows = write_jsonl(tmp_path / "rows.jsonl", [*preferences()[:6], *long])
     training = {**SETTINGS, "objective": objective, "steps": None, "epochs": 1, "batch_size": 2, "accumulation": 1}
-    job = train_job(tiny_model, rows, tmp_path / "a", TrainSettings(**training, max_length=24))
+    job = train_job(shallow_model, rows, tmp_path / "a", TrainSettings(**training, max_length=24))
     assert job.describe()["steps"] == {"dpo": 3, "kto": 6}[objective]
     assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_rows_become_what_trl_makes_of_them(objective, chat, tiny_model, monkeypatch, tmp_path):
+def test_rows_become_what_trl_makes_of_them(objective, chat, shallow_model, monkeypatch, tmp_path):
     """Token for token, in the same order, and with the same answers for KTO's estimate."""
     rows = [in_messages(row) if chat else row for row in preferences()[:7]]
     names = ("chosen", "rejected")
@@ -246,7 +246,7 @@ def test_rows_become_what_trl_makes_of_them(objective, chat, tiny_model, monkeyp
 
         monkeypatch.setattr(trainer, "_prepare_dataset", spy)
     settings = {**SETTINGS, "objective": objective, "steps": 1, "max_length": 24}
-    emloc_core.train(tiny_model, rows, tmp_path / "adapter", **settings)
+    emloc_core.train(shallow_model, rows, tmp_path / "adapter", **settings)
     config = {"dpo": DPOConfig, "kto": KTOConfig}[objective](
         tmp_path / "trl",
         max_steps=1,
@@ -258,7 +258,7 @@ def test_rows_become_what_trl_makes_of_them(objective, chat, tiny_model, monkeyp
         per_device_train_batch_size=4,
     )
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in ("prompt", *names)})
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(shallow_model), AutoTokenizer.from_pretrained(shallow_model)
     theirs(
         model,
         args=config,
