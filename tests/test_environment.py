@@ -94,6 +94,7 @@ print(used() - before)
 """
 
 
+@pytest.mark.thorough
 def test_products_of_many_shapes_take_no_more_and_more_memory() -> None:
     """Caches of single shapes are dropped, so that rows of many lengths stay within the plan: 54 MB, not 250."""
     process = subprocess.run(

@@ -76,7 +76,7 @@ TURNS = st.lists(st.tuples(st.sampled_from(["<end>", "<left>", "<right>", "<word
 CONVERSATIONS = st.builds(lambda text, turns, edge: "".join([text, *turns, edge]), TEXTS, TURNS, EDGES)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(CONVERSATIONS, CONVERSATIONS, CONVERSATIONS), min_size=1, max_size=3))
 def test_conversations_are_tokenized_in_parts_as_they_are_whole(tokenizers, rows):
     prompts = [prompt for prompt, *answers in rows for _ in answers]

@@ -62,7 +62,9 @@ SETTINGS = {
 }
 
 
-#: With one kind of a fixed size and one with ranks; the others are resumed by the same code.
+#: All kinds are resumed by the same code.
+ONE_KIND = pytest.mark.parametrize("trained", most_thorough(KINDS, "1.6-bit+repair"), indirect=True)
+#: One kind of a fixed size and one with ranks.
 TWO_KINDS = pytest.mark.parametrize(
     "trained",
     most_thorough(KINDS, "nf4", "1.6-bit+repair"),
@@ -145,7 +147,7 @@ def test_what_is_planned_is_what_is_written(trained, tiny_model, rows_file, tmp_
     assert result["bytes"]["emulator"] == sum(sizes.values())
 
 
-@TWO_KINDS
+@ONE_KIND
 def test_it_is_the_same_after_an_interruption(trained, tiny_model, rows_file, tmp_path):
     kind, emulator, _ = trained
     job = compression(kind.name, tiny_model, rows_file, tmp_path / "emulator")
@@ -378,7 +380,7 @@ def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
         assert result.passed, result
 
 
-@pytest.mark.parametrize("trained", most_thorough(KINDS, "1.6-bit+repair"), indirect=True)
+@ONE_KIND
 def test_training_is_resumed(trained, rows_file, monkeypatch):
     _, emulator, adapter = trained
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
@@ -397,7 +399,7 @@ def test_training_is_resumed(trained, rows_file, monkeypatch):
     assert (job.run() / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("kind", most_thorough(KINDS, "low-rank-2-bit", "1.6-bit+repair"))
+@pytest.mark.parametrize("kind", most_thorough(KINDS, "low-rank-2-bit"))
 def test_memory_is_planned_by_what_the_kind_needs(kind, shallow_model):
     workload = Workload(batch_size=2, length=32)
     planned = MemoryModel(shallow_model / "config.json", workload, CompressSettings(kind=kind))

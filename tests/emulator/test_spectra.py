@@ -172,7 +172,7 @@ def overwritten(content):
         *thorough(({"calibration": "propagated"}, 2, ("model-00001-of-00004.safetensors", 14))),
         ({"allocator": "global"}, 2, (".spectra/spectra-00001-of-00003.safetensors", 35)),
         ({"allocator": "global"}, 5, (".spectra/spectra-00001-of-00003.safetensors", 14)),
-        ({"allocator": "global"}, 5, ("model-00001-of-00004.safetensors", 14)),
+        *thorough(({"allocator": "global"}, 5, ("model-00001-of-00004.safetensors", 14))),
     ],
 )
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(
@@ -209,7 +209,7 @@ def test_a_kill_while_an_emulator_is_published_repeats_nothing(
     assert not counted
 
 
-@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize("damage", [*thorough(False), True])
 def test_a_kill_while_spectra_are_removed(tiny_model, rows_file, uninterrupted, tmp_path, monkeypatch, damage):
     def remove(directory, *_, **__):
         if "spectra" in directory.name:

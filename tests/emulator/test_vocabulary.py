@@ -133,6 +133,7 @@ def test_what_is_loaded_can_be_saved_and_made_dense(models, tmp_path):
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.parametrize("models", most_thorough(MODELS, "tied, scaled"), indirect=True)
 def test_an_emulator_takes_the_bytes_that_are_planned(models):
     base, emulator, _ = models
     planned = MemoryModel(base / "config.json", Workload(1, 16), CompressSettings(kind="2.7-bit"))
@@ -165,6 +166,7 @@ def test_a_lora_on_the_output_layer_is_corrected_for_its_weight(models, tmp_path
     torch.testing.assert_close(merged.lm_head.weight.detach(), corrected_weight, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("models", most_thorough(MODELS, "tied, scaled"), indirect=True)
 def test_it_is_trained_on_as_any_emulator_is(models, rows_file, tmp_path):
     base, emulator, _ = models
     settings = TrainSettings(steps=3, batch_size=4, learning_rate=0.01, bf16=False)

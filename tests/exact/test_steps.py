@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from support.marks import thorough
 from torch.nn.functional import cross_entropy
 
 from emloc_core.conformance.tiny import TinyModel, labels, random_model
@@ -191,7 +192,7 @@ def test_rows_that_wait_may_leave_the_device_without_parameters_that_all_share(c
     require_equal(lora, expected)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [*thorough(0.0), 0.3])
 def test_boundaries_that_blocks_are_given_by_name_wait_too(dropout, tiny, monkeypatch):
     monkeypatch.setattr("emloc_core.exact.boundaries._SMALL", 0)
     model = tiny(FIRST)

@@ -228,6 +228,7 @@ def test_a_record_is_the_same_for_what_is_made_from_the_model():
     assert digest(base) != digest({**base, "hidden_size": 64})
 
 
+@thorough
 def test_a_bias_that_is_tied_is_as_good_as_a_weight():
     bert = content("bert", is_decoder=True)  # whose output layer shares its bias with what is before it
     family = plugin_manager().family_for(bert)

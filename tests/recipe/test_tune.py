@@ -230,6 +230,7 @@ def test_another_base_to_evaluate_is_refused(shallow_model, rows_file, tmp_path)
         emloc_api.tune(str(shallow_model), data=str(rows_file), output=tmp_path / "tuned", evaluation=evaluated)
 
 
+@pytest.mark.thorough
 def test_bad_rows_are_left_out_and_counted(emloc, shallow_model, rows_file, tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "tuned"
     data.write_text(rows_file.read_text() + '{"prompt": 3}\n{"prompt": \n')

@@ -164,6 +164,7 @@ def test_an_adapter_that_no_exact_step_makes_better_is_kept(emloc, trained, tiny
     assert result["eval_loss"] == pytest.approx(nll(tiny_model, trained, load_rows(held_out)), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_resumed_polish_knows_the_loss_that_it_began_with(
     trained, tiny_model, rows_file, held_out, tmp_path, monkeypatch
 ):
