@@ -83,7 +83,7 @@ class DataSection(Settings):
     @field_validator("train", mode="before")
     @classmethod
     def _names_rows(cls, value: Any) -> Any:
-        if not value or not isinstance(value, str | list | dict):
+        if value in ([], {}) or not isinstance(value, str | list | dict):
             raise ValueError("name a file or a dataset, or several in a list, or in a table with their weights")
         return value
 
