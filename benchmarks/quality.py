@@ -136,16 +136,9 @@ def base_scores(scored: Scores, directory: Path, cell: Cell) -> dict[str, Any]:
 
 
 def tuned(
-    base: Path,
-    directory: Path,
-    cell: Cell,
-    rows: dict[str, Path],
-    metered: Metered,
-    adapter: Path | None = None,
-    part: tuple[int, int] | None = None,
+    base: Path, directory: Path, cell: Cell, rows: dict[str, Path], metered: Metered, adapter: Path | None = None
 ) -> tuple[float, Path, Path]:
-    """Make an emulator, and tune a LoRA on it, on a part of the rows; return the emulator's share of the memory, and
-    both directories.
+    """Make an emulator, and tune a LoRA on it; return the emulator's share of the memory, and both directories.
 
     The emulator is fitted with the LoRA of ``adapter``, if there is one, which is trained further on it.
 
@@ -172,7 +165,7 @@ def tuned(
     compress = Compress(request)
     share = emulator_share(compress)
     metered("compress", compress.run, emulator)
-    return share, emulator, trained(emulator, directory / "adapter", cell, rows, metered, part=part)
+    return share, emulator, trained(emulator, directory / "adapter", cell, rows, metered)
 
 
 def emulated(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
@@ -244,14 +237,14 @@ def twice(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dic
     for number in range(2):
         metered, own = Metered(), directory / f"round{number}"
         own.mkdir(exist_ok=True)
-        # By another seed the second emulator has a name of its own.
-        half = replace(cell, steps=cell.steps // 2, seed=cell.seed + 1000 * number)
-        share, _, adapter = tuned(base, own, half, rows, metered, auto, (number, 2))
+        # By another seed other rows come first in the second round, and its emulator has a name of its own.
+        part = replace(cell, steps=cell.steps // 2, seed=cell.seed + 1000 * number)
+        share, _, adapter = tuned(base, own, part, rows, metered, auto)
         auto = metered("auto", partial(corrected, adapter, base, rows, "auto", own / "auto"), own / "auto")
         stages |= {f"{stage}, round {number + 1}": figures for stage, figures in metered.stages.items()}
     assert auto is not None
     metered = Metered()
-    exact_rate, exact = polish(half, auto, base, rows, metered)
+    exact_rate, exact = polish(part, auto, base, rows, metered)
     on_base, chosen = Scores(base, rows["test"]), (read_manifest(auto) or {})["result"]
     return {
         "share": round(share, 4),

@@ -31,16 +31,9 @@ class Metered:
 
 
 def trained(
-    model: Path,
-    output: Path,
-    cell: Cell,
-    rows: dict[str, Path],
-    metered: Metered,
-    *,
-    exact: bool = False,
-    part: tuple[int, int] | None = None,
+    model: Path, output: Path, cell: Cell, rows: dict[str, Path], metered: Metered, *, exact: bool = False
 ) -> Path:
-    """Tune a LoRA on a model by ordinary steps, or by exact ones, on a part of the rows; return its directory."""
+    """Tune a LoRA on a model by ordinary steps, or by exact ones; return its directory."""
     from emloc_core.requests import TrainRequest
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.exact import prepare
@@ -51,9 +44,7 @@ def trained(
         options["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     options["use_rslora"] = cell.scaling == RSLORA
     settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **options)
-    request = TrainRequest(
-        model=str(model), data=str(rows["tuning"]), output=output, exact=exact, part=part, settings=settings
-    )
+    request = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
     return metered("train", lambda: prepare(request).run(), output)
 
 

@@ -133,9 +133,6 @@ class TrainRequest(RowsRequest):
     exact: bool = Field(False, description="Read the model block by block, so that it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
-    part: tuple[int, int] | None = Field(
-        None, description="Which of how many equal parts of the rows to train on, from 0, if its steps repeat no row."
-    )
     settings: TrainSettings = TrainSettings()
 
     @model_validator(mode="after")

@@ -131,8 +131,8 @@ class Recipe(Settings):
     rounds: int = Field(
         1,
         ge=1,
-        description="Emulators that a LoRA is tuned on in turn, in equal shares of the steps, and of the rows if none "
-        "is repeated. Each is fitted with the LoRA so far, which unlearns the errors of the one before.",
+        description="Emulators that a LoRA is tuned on in turn, in equal shares of the steps. Each is fitted with the "
+        "LoRA so far, and undoes what that learned of the errors of the one before.",
     )
     correct: CorrectSettings = CorrectSettings()
     polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction; optional.")

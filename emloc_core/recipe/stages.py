@@ -183,18 +183,12 @@ def _round(recipe: Recipe, attempt: Attempt, number: int) -> list[Stage]:
     )
     suffix = "" if attempt.is_first else f" ({attempt.name})"
     suffix += f", round {number} of {recipe.rounds}" if recipe.rounds > 1 else ""
+    train = _share(recipe.train, number, recipe.rounds)
     return [
         Stage(f"make the emulator{suffix}", compress),
         Stage(
             f"tune a LoRA on the emulator{suffix}",
-            _train(
-                recipe,
-                str(emulator),
-                adapter,
-                held_out,
-                evaluation=_evaluation(recipe, **on_base),
-                **_share(recipe.train, number, recipe.rounds),
-            ),
+            _train(recipe, str(emulator), adapter, held_out, evaluation=_evaluation(recipe, **on_base), settings=train),
         ),
         Stage(f"correct it for the base{suffix}", correct),
     ]
@@ -205,19 +199,15 @@ def _ending(recipe: Recipe, number: int) -> str:
     return "" if number == recipe.rounds else f"_round{number}"
 
 
-def _share(train: TrainSettings, number: int, rounds: int) -> dict[str, Any]:
-    """Return what differs in a round's tuning: its share of the steps, and of the rows if none is repeated."""
+def _share(train: TrainSettings, number: int, rounds: int) -> TrainSettings:
+    """Return settings of a round with its share of the steps, and with other rows first than in the one before."""
     if rounds == 1:
-        return {}
-    epochs = train.epochs or DEFAULT_EPOCHS
+        return train
     if train.steps:
         length: dict[str, float] = {"steps": train.steps * number // rounds - train.steps * (number - 1) // rounds}
-    elif epochs <= 1:
-        length = {"epochs": epochs}  # of its part
     else:
-        length = {"epochs": epochs / rounds}
-    settings = train.model_copy(update={**length, "seed": train.seed + number - 1})
-    return {"settings": settings, "part": (number - 1, rounds) if train.steps or epochs <= 1 else None}
+        length = {"epochs": (train.epochs or DEFAULT_EPOCHS) / rounds}
+    return train.model_copy(update={**length, "seed": train.seed + number - 1})
 
 
 def final_stages(recipe: Recipe) -> list[Stage]:

@@ -62,15 +62,7 @@ def tuning_rows(request: TrainRequest | PolishRequest, model: OpenModel, setting
         reason = f"all {excluded} are calibration, selection or excluded rows"
         reason = f"all {len(rows)} that are left are held out for evaluation" if rows else reason
         raise EmlocError(f"No row of {source} is left to train on: {reason}.", "Give more rows.")
-    if isinstance(request, TrainRequest) and request.part:
-        train = _part(train, *request.part, settings)
     return TuningRows(train, evaluated, excluded, skipped)
-
-
-def _part(rows: list[Row], index: int, parts: int, settings: StepSettings) -> list[Row]:
-    """Return every ``parts``-th row, which no other part has; all rows, if the steps would see some of these twice."""
-    part = rows[index::parts]
-    return rows if (settings.steps or 0) * settings.batch_size * settings.accumulation > len(part) else part
 
 
 def _require_preferences(rows: Sequence[Row], settings: StepSettings) -> None:

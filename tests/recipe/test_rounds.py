@@ -10,12 +10,10 @@ from emloc_core.adapters.enclosed import enclosed_in
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.files.manifest import MANIFEST, input_name
-from emloc_core.model.opened import open_model
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import Recipe, load_recipe
 from emloc_core.recipe.stages import attempts, compress_request, stages
 from emloc_core.recipe.view import RunView
-from emloc_core.tuning.rows import tuning_rows
 
 RECIPE = """
 output = "run"
@@ -63,38 +61,26 @@ def test_every_round_has_its_stages_and_the_last_has_the_usual_names(write):
     assert compress_request(recipe, attempts(recipe)[0]) == requests["emulator_round1"]
 
 
-@pytest.mark.parametrize(("steps", "shares"), [((5, 2), [2, 3]), ((60, 3), [20, 20, 20])])
-def test_rounds_share_the_steps_and_the_rows(write, steps, shares):
-    recipe = write("", f"train.steps={steps[0]}", f"rounds={steps[1]}")
-    tuning = [stage.request for stage in stages(recipe) if stage.request.stage == "train"]
-    assert [request.settings.steps for request in tuning] == shares
-    assert [request.settings.seed for request in tuning] == [*range(len(shares))]
-    assert [request.part for request in tuning] == [(number, len(shares)) for number in range(len(shares))]
+@pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [
+        (["train.steps=5"], [{"steps": 2}, {"steps": 3}]),
+        (["train.steps=60", "rounds=3"], [{"steps": 20}] * 3),
+    ],
+)
+def test_rounds_share_the_steps_and_see_other_rows_first(write, overrides, shares):
+    tuning = [stage.request.settings for stage in stages(write("", *overrides)) if stage.request.stage == "train"]
+    assert [{"steps": settings.steps} for settings in tuning] == shares
+    assert [settings.seed for settings in tuning] == [*range(len(shares))]
 
 
-def test_rounds_share_the_epochs_or_the_rows_of_one(tmp_path, write):
+def test_rounds_share_the_epochs(tmp_path, write):
     write()
-    path, parts = tmp_path / "recipe.toml", [(0, 2), (1, 2)]
-    recipe = path.read_text()
-    for line, epochs, expected in (("epochs = 2", 1, [None] * 2), ("", 1.5, [None] * 2), ("epochs = 0.8", 0.8, parts)):
-        path.write_text(recipe.replace("steps = 5", line))
-        tuning = [stage.request for stage in stages(load_recipe(path)) if stage.request.stage == "train"]
-        assert [(request.settings.steps, request.settings.epochs) for request in tuning] == [(None, epochs)] * 2
-        assert [request.part for request in tuning] == expected
-
-
-def test_rounds_train_on_rows_of_their_own_while_there_are_enough(write):
-    def rows_of(recipe):
-        requests = [stage.request for stage in stages(recipe) if stage.request.stage == "train"]
-        model = open_model(recipe.model.base, "cpu")
-        return [{row.key for row in tuning_rows(request, model, request.settings).train} for request in requests]
-
-    first, second = rows_of(write())
-    assert len(first) == len(second) == 60
-    assert not first & second
-    first, second = rows_of(write("", "train.steps=70"))  # 70 rows of each 60
-    assert first == second
-    assert len(first) == 120
+    path = tmp_path / "recipe.toml"
+    for line, epochs in (("epochs = 2", 1), ("", 1.5)):
+        path.write_text(path.read_text().replace("steps = 5", line).replace("epochs = 2", line))
+        tuning = [stage.request.settings for stage in stages(load_recipe(path)) if stage.request.stage == "train"]
+        assert [(settings.steps, settings.epochs) for settings in tuning] == [(None, epochs)] * 2
 
 
 @pytest.mark.parametrize(
