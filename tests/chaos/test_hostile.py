@@ -23,6 +23,7 @@ def exit_as_warm():
     sys.exit(0 if "support.warm" in sys.modules else 1)
 
 
+@pytest.mark.thorough
 def test_a_fork_has_imported_what_the_commands_need():
     process = warm_process(exit_as_warm)
     process.start()

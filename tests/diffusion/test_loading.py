@@ -136,6 +136,7 @@ def test_an_emulator_that_lacks_a_part_is_refused(outputs, tmp_path):
         plain(tmp_path)
 
 
+@pytest.mark.thorough
 def test_it_is_loaded_without_an_import_of_ours(outputs):
     code = f"""
 from diffusers import Flux2KleinPipeline  # which begins with the loaders of LoRAs: they import the quantizers, and ours

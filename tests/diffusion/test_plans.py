@@ -89,6 +89,7 @@ def test_a_plan_of_rows_counts_the_patches_of_the_largest_picture(tmp_path):
     assert shorter.length == 6  # scaled down to eight patches, and cut to 3 x 2
 
 
+@pytest.mark.thorough
 def test_the_encoders_are_those_of_the_pipeline_or_as_published(tmp_path):
     pipeline = flux_pipeline(tmp_path / "pipeline")
     reads = [path for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

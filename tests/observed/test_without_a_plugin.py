@@ -65,7 +65,7 @@ def test_what_is_observed_of_a_tiny_model_gives_the_same_bytes(name, tmp_path, d
     numbers = torch.randint(3, 100, (12, 16), generator=torch.Generator().manual_seed(0)).tolist()
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "{" ".join(map(str, row))}"}}\n' for row in numbers))
-    for declared, observed in emulators(tmp_path / "base", rows, tmp_path, disable, "low-rank", "nf4"):
+    for declared, observed in emulators(tmp_path / "base", rows, tmp_path, disable, "nf4"):
         assert weights(observed) == weights(declared)
 
 

@@ -88,11 +88,12 @@ def test_the_kit_accepts_the_draft_without_an_edit(save, model_type):
 
 SWITCHES = [
     ("falcon", "parallel_attn", True),
-    pytest.param("falcon", "parallel_attn", False, marks=thorough),
-    pytest.param("stablelm", "use_parallel_residual", True, marks=thorough),
+    ("falcon", "parallel_attn", False),
+    ("stablelm", "use_parallel_residual", True),
 ]
 
 
+@thorough
 @pytest.mark.parametrize(("model_type", "switch", "value"), SWITCHES)
 def test_every_branch_of_an_architecture_is_observed_and_has_a_tiny_config(save, model_type, switch, value):
     draft = scaffold(save(model_type, **{switch: value}))
