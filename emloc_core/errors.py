@@ -135,8 +135,8 @@ _SHORT = {
     "gradient_accumulation_steps": "accumulation",
     "max_seq_length": "max_length",
 }
-#: Prefixes of pydantic's names for a union's members.
-_MEMBERS = ("literal[", "constrained-", "float", "function-", "bool")
+#: Pydantic's names for a union's members.
+_MEMBERS = re.compile(r"(literal|list|dict)\[.*\]|(constrained|function)-.*|str|float|bool")
 
 
 def validated(model: type[Model], values: Mapping[str, Any], remedy: str, where: str = "") -> Model:
@@ -161,9 +161,14 @@ def validated(model: type[Model], values: Mapping[str, Any], remedy: str, where:
 def explain(error: "ValidationError", model: type["BaseModel"]) -> str:
     """Return all problems of a failed validation in one line, with suggestions for misspelt names."""
     texts = []
-    for problem in error.errors():
-        # Users need not know which member of a union pydantic tried.
-        steps = [str(step) for step in problem["loc"] if not str(step).startswith(_MEMBERS)]
+    # Users need not know which member of a union pydantic tried.
+    located = [
+        ([str(step) for step in problem["loc"] if not _MEMBERS.fullmatch(str(step))], problem)
+        for problem in error.errors()
+    ]
+    for steps, problem in located:
+        if any(inner[: len(steps)] == steps != inner for inner, _ in located):
+            continue  # of a member of another type; the one that was meant has a problem further inside
         name = ".".join(steps) or "settings"
         if problem["type"] == "extra_forbidden":
             names = list(_section(model, steps[:-1]).model_fields)

@@ -80,12 +80,12 @@ class DataSection(Settings):
     )
     test: list[str] = Field([], description="Files with rows that are never tuned on.")
 
-    @field_validator("train", mode="before")
+    @field_validator("train")
     @classmethod
-    def _names_rows(cls, value: Any) -> Any:
-        if value in ([], {}) or not isinstance(value, str | list | dict):
-            raise ValueError("name a file or a dataset, or several in a list, or in a table with their weights")
-        return value
+    def _names_rows(cls, train: Any) -> Any:
+        if train in ([], {}):
+            raise ValueError("name at least one file or dataset")
+        return train
 
 
 class AnswersSection(Settings):

@@ -12,6 +12,7 @@ import pytest
 import rich_click as click
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from support.marks import thorough
 from support.paths import DOCS
 from support.rows import write_jsonl
 from support.run import patch_calls, run_here
@@ -171,7 +172,7 @@ def recipe(tiny_model, rows_file, tmp_path):
     return write_recipe(tmp_path, tiny_model, rows_file)
 
 
-@pytest.fixture(scope="module", params=["here", pytest.param("processes", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["here", *thorough("processes")])
 def ran(request, tiny_model, rows_file, tmp_path_factory):
     """A recipe that has been run: in this process, and as a user runs it, every stage in a process of its own."""
     path = write_recipe(tmp_path_factory.mktemp("recipe"), tiny_model, rows_file)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.marks import thorough
 from support.rows import example_rows, write_jsonl
 
 from emloc_core.files.documents import read_json
@@ -32,9 +33,7 @@ def printed(emloc, model: Path, rows: Path, memory: int, *more: object) -> list[
     return [shlex.split(line) for line in out.splitlines() if line.startswith("  emloc ")]
 
 
-@pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("nf4", "1.6-bit+repair")), None]
-)
+@pytest.mark.parametrize("kind", [*thorough("nf4", "1.6-bit+repair"), None])
 def test_they_run_and_make_what_was_decided(kind: str | None, emloc, shallow_model: Path, rows: Path) -> None:
     commands = printed(emloc, shallow_model, rows, 2**32, "--headroom", 0, *(["--kind", kind] if kind else []))
     for command in commands:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.marks import thorough
 
 from emloc_core.plugins.builtin import ALGORITHMS
 from emloc_core.plugins.manager import plugin_manager
@@ -104,25 +105,22 @@ def directory(tmp_path_factory, tiny_model: Path) -> Path:
         ("chat missing", "There is no model at missing"),
         ("run recipe.toml --set train.setps=3", "Did you mean 'steps'?"),
         ("zoo plan odd", "No entry of the registry is called 'odd'"),
-        *(
-            pytest.param(*case, marks=pytest.mark.thorough)
-            for case in (
-                ("plan Qwen-14B", "Did you mean 'Qwen3-14B'?"),
-                ("plan model --memory 12", "Write the unit"),
-                ("plan model --batch-size 0", "batch_size = 0"),
-                ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit+repair"),
-                ("plan model --data none.jsonl", "There is no file none.jsonl"),
-                ("compress missing --data rows.jsonl -o o", "There is no model at missing"),
-                ("compress model --data none.jsonl:2 --data rows.jsonl -o o", "There is no file none.jsonl"),
-                ("compress model --data rows.jsonl --kind nf5 -o o", "Did you mean 'nf4'?"),
-                ("compress model --data rows.jsonl --allocator even -o o", "allocator"),
-                ("compress model --data rows.jsonl --memory 3hours -o o", "is not a memory size"),
-                ("train model --data none.jsonl -o o", "There is no file none.jsonl"),
-                ("train model --data empty.jsonl -o o", "empty.jsonl holds no rows"),
-                ("run recipe.toml --dry-run --set model.memory=12q", "is not a memory size"),
-                ("run recipe.toml --dry-run --set model.base=odd", "'odd'"),
-                ("run recipe.toml --set data.train=none.jsonl", "There is no file"),
-            )
+        *thorough(
+            ("plan Qwen-14B", "Did you mean 'Qwen3-14B'?"),
+            ("plan model --memory 12", "Write the unit"),
+            ("plan model --batch-size 0", "batch_size = 0"),
+            ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit+repair"),
+            ("plan model --data none.jsonl", "There is no file none.jsonl"),
+            ("compress missing --data rows.jsonl -o o", "There is no model at missing"),
+            ("compress model --data none.jsonl:2 --data rows.jsonl -o o", "There is no file none.jsonl"),
+            ("compress model --data rows.jsonl --kind nf5 -o o", "Did you mean 'nf4'?"),
+            ("compress model --data rows.jsonl --allocator even -o o", "allocator"),
+            ("compress model --data rows.jsonl --memory 3hours -o o", "is not a memory size"),
+            ("train model --data none.jsonl -o o", "There is no file none.jsonl"),
+            ("train model --data empty.jsonl -o o", "empty.jsonl holds no rows"),
+            ("run recipe.toml --dry-run --set model.memory=12q", "is not a memory size"),
+            ("run recipe.toml --dry-run --set model.base=odd", "'odd'"),
+            ("run recipe.toml --set data.train=none.jsonl", "There is no file"),
         ),
     ],
 )  # fmt: skip

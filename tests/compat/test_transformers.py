@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.contracts import contract
+from support.marks import thorough
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils import chat_template_utils
@@ -276,9 +277,7 @@ def test_models_whose_modules_quantisation_replaces_are_known():
     assert not transformers.laid_out_otherwise(model, "emloc")
 
 
-@pytest.mark.parametrize(
-    "first", ["transformers.quantizers", pytest.param("transformers.modeling_utils", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("first", ["transformers.quantizers", *thorough("transformers.modeling_utils")])
 def test_emulators_are_registered_whatever_a_program_imports_first(first):
     """It may be what imports torch, whose entry point we are: the module we wait for is then half imported."""
     script = f"import {first}, transformers.modeling_utils as _; from transformers.quantizers import auto"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.killed import kill, run_until_killed
+from support.marks import thorough
 from support.pipelines import flux_pipeline, picture_rows
 from transformers import TrainerCallback
 
@@ -33,9 +34,7 @@ def killed(pipeline, rows, output, exact):
     emloc.train(pipeline, rows, output, exact=exact, **USUAL)
 
 
-@pytest.mark.parametrize(
-    "exact", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["in memory", "exact steps"]
-)
+@pytest.mark.parametrize("exact", [False, *thorough(True)], ids=["in memory", "exact steps"])
 def test_a_killed_training_resumes_to_the_same_lora(exact, tmp_path):
     pipeline, rows = str(flux_pipeline(tmp_path / "pipeline")), picture_rows(tmp_path / "rows", 6)
     uninterrupted = emloc.train(pipeline, rows, str(tmp_path / "whole"), exact=exact, **USUAL)

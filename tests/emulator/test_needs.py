@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from support.allocated import peak_of
-from support.marks import most_thorough
+from support.marks import most_thorough, thorough
 
 from emloc_core.algorithms import statistics
 from emloc_core.algorithms.products import by_onednn
@@ -81,7 +81,7 @@ def fit_to_base(format, linears, weights, inputs):
     return format.fit(weights, gram, [linear.rank for linear in linears])
 
 
-@pytest.mark.parametrize("wide", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("wide", [*thorough(False), True], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("kind", most_thorough(KINDS, "2.7-bit", "low-rank-2-bit"))
 @pytest.mark.parametrize(
     ("group", "fit"),
@@ -107,7 +107,7 @@ def test_fitting_takes_no_more_than_is_planned(kind, group, fit, wide):
         assert need <= 1.3 * peak
 
 
-@pytest.mark.parametrize("wide", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("wide", [*thorough(False), True], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packing_the_vocabulary_takes_no_more_than_is_planned(packing, wide):
     rows, features = 600, 192

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.evaluation import evaluate, metrics_of, system
 from support.jobs import compress_job
-from support.marks import most_thorough
+from support.marks import most_thorough, thorough
 from support.rows import example_rows, tokenized_row, write_jsonl
 from support.vision_models import conversation, internvl_processor, picture, qwen_processor, save_model
 from tokenizers import processors
@@ -128,11 +128,7 @@ FORMS = {"images": dict, "image": as_image, "parts": as_parts, "prompt": as_prom
     [
         *((form, "jsonl") for form in FORMS),
         ("parts", "parquet"),
-        *(
-            pytest.param(form, "parquet", marks=pytest.mark.thorough)
-            for form in FORMS
-            if form not in ("parts", "either")
-        ),
+        *thorough(*((form, "parquet") for form in FORMS if form not in ("parts", "either"))),
     ],
 )
 def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_with_pictures, tmp_path):
@@ -165,7 +161,7 @@ def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_wit
         assert all(torch.equal(encoded[name], prompt[name]) for name in prompt)
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 5])
+@pytest.mark.parametrize("batch_size", [*thorough(1), 5])
 def test_nll_is_the_loss_a_token_of_the_answers_alone(batch_size, lm, base, rows_with_pictures, tmp_path):
     task = write_task("image_nll", rows_with_pictures, tmp_path / "loss.yaml")
     measured, _ = metrics_of(base, task, batch_size=batch_size)
@@ -242,7 +238,7 @@ def random_adapter(model_directory, directory):
     return directory
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 5])
+@pytest.mark.parametrize("batch_size", [*thorough(1), 5])
 def test_what_is_written_is_what_generate_writes(batch_size, base, adapter, rows_with_pictures, tmp_path):
     shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
     rows = [json.loads(line) for line in rows_with_pictures.read_text().splitlines()]
@@ -259,7 +255,7 @@ def test_what_is_written_is_what_generate_writes(batch_size, base, adapter, rows
     assert len({sample["written"] for sample in samples}) > 3  # and there are three questions
 
 
-@pytest.mark.parametrize("form", ["messages", pytest.param("prompt and completion", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("form", ["messages", *thorough("prompt and completion")])
 def test_tasks_of_text_run_on_a_model_of_images_too(form, base, tmp_path):
     rows = example_rows()[:5]
     if form == "messages":

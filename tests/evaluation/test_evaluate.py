@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.adapters import make_adapter
 from support.evaluation import completions, direct_nll, evaluate, metrics_of, system
+from support.marks import thorough
 from support.models import save_in_four_bits
 from support.run import patch_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,7 +88,7 @@ def test_a_lora_on_the_head_may_lack_peft_s_copy_of_it(tiny_model, tmp_path, cop
     assert load_system(tiny_model, adapter)
 
 
-@pytest.fixture(scope="module", params=["here", pytest.param("processes", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["here", *thorough("processes")])
 def compared(request, tiny_model, adapter, tasks, tmp_path_factory):
     """Two systems, evaluated in this process, or each in one of its own."""
     output = tmp_path_factory.mktemp("evaluations") / "comparison"

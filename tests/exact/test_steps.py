@@ -121,7 +121,7 @@ def seeds_of(count):
     return torch.randint(2**63 - 1, (count,)).tolist()
 
 
-@pytest.mark.parametrize(("count", "dropout"), [pytest.param(1, 0.0, marks=pytest.mark.thorough), (4, 0.3)])
+@pytest.mark.parametrize(("count", "dropout"), [*thorough((1, 0.0)), (4, 0.3)])
 @pytest.mark.parametrize("label", FIRST_OF_EACH)
 def test_every_gradient_is_that_of_the_ordinary_step_and_every_block_is_read_twice(label, count, dropout, tiny):
     model = tiny(label)

@@ -200,7 +200,7 @@ def test_an_image_gives_pixels_in_the_models_dtype(base, rows_file):
     assert {tensor.dtype for name, tensor in inputs.items() if name != "pixel_values"} == {torch.int64}
 
 
-@pytest.mark.parametrize("clamp", ["auto", pytest.param("none", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("clamp", ["auto", *thorough("none")])
 def test_an_adapter_is_carried_over_and_merged_in_both_towers(base, emulator, adapter, rows_file, tmp_path, clamp):
     loras = Adapter(adapter).loras
     assert towers(loras) == {"vision", "language"}
@@ -277,9 +277,7 @@ def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(row
 
 
 @ONE
-@pytest.mark.parametrize(
-    "variant", ["default", *(pytest.param(variant, marks=pytest.mark.thorough) for variant in ("propagated", "global"))]
-)
+@pytest.mark.parametrize("variant", ["default", *thorough("propagated", "global")])
 def test_every_way_to_make_an_emulator_takes_images(base, rows_file, tmp_path, variant):
     other = {"propagated": {"calibration": "propagated"}, "global": {"allocator": "global"}}
     chosen = other.get(variant, {"calibration": None, "allocator": None})

@@ -376,7 +376,8 @@ def test_a_way_that_does_not_fit_and_one_that_is_not_there_are_told_apart(shallo
     assert refused.value.code == "unsupported"
 
 
-@pytest.mark.parametrize(("images", "kind"), thorough((0, "1.6-bit+repair"), (1, "low-rank-nf4")))
+@pytest.mark.thorough
+@pytest.mark.parametrize(("images", "kind"), [(0, "1.6-bit+repair"), (1, "low-rank-nf4")])
 def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: Path) -> None:
     file = write_config(tmp_path / "seeing", INTERNVL, **PICTURED[0][1])
     load = workload(batch=1, length=40, images=images)
@@ -408,15 +409,14 @@ def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> Non
     assert shared.tuning(plan, exists=True) == even.tuning(plan)
     shapes = {linear.path: (linear.out_features, linear.in_features) for linear in plan.linears}
     draw = random.Random(0)
-    for _ in range(1):
-        spectra = [
-            Spectrum(path, "", torch.rand(min(shape)).double().sort(descending=True).values, draw.random())
-            for path, shape in shapes.items()
-        ]
-        ranks = dict(zip(shapes, global_budget(list(shapes.values()), 0.4, spectra), strict=True))
-        actual = shared.tuning(plan.with_ranks(ranks), exists=True)
-        assert actual.terms["weights"] <= need.terms["weights"]
-        assert actual.terms["activations"] <= need.terms["activations"]
+    spectra = [
+        Spectrum(path, "", torch.rand(min(shape)).double().sort(descending=True).values, draw.random())
+        for path, shape in shapes.items()
+    ]
+    ranks = dict(zip(shapes, global_budget(list(shapes.values()), 0.4, spectra), strict=True))
+    actual = shared.tuning(plan.with_ranks(ranks), exists=True)
+    assert actual.terms["weights"] <= need.terms["weights"]
+    assert actual.terms["activations"] <= need.terms["activations"]
 
 
 def test_a_config_with_the_fields_of_the_language_model_outside_its_section(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support.jobs import compress_job
+from support.marks import thorough
 from support.models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,12 +26,11 @@ from emloc_core.scaffold.stored import UNREAD
 from emloc_core.settings import CompressSettings
 from emloc_core.standins.experts import StandInExperts
 
-thorough = pytest.mark.thorough
 #: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name;
 #: transposed weights.
 TYPES = (
     "gpt2",
-    *(pytest.param(name, marks=thorough) for name in ("granite", "gpt_neox", "opt")),
+    *thorough("granite", "gpt_neox", "opt"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo2", "bloom", "cohere")),
 )
 #: Sizes that these types call by other names.
@@ -102,7 +102,7 @@ def test_every_stage_runs_and_later_ones_use_the_declaration_that_was_stored(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.model_type == model_type
 
 
-@thorough
+@pytest.mark.thorough
 def test_a_model_that_reads_answers_in_both_directions_by_their_token_types_is_refused():
     """PaliGemma 2: a text without token types is read in one."""
     with pytest.raises(EmlocError, match="The logits of a token depend on later ones"):
@@ -126,7 +126,7 @@ def test_strictness_refuses_what_would_be_observed_and_what_was(emloc, rows_file
         ("bart", "is an encoder-decoder", "unsupported"),
         ("clip", "neither a causal language model nor an image-text model", "unsupported"),
         ("roberta", "The logits of a token depend on later ones", "unsupported"),
-        pytest.param("blt", "The code of this 'blt' fails (ValueError: Expected", "plugin", marks=thorough),
+        *thorough(("blt", "The code of this 'blt' fails (ValueError: Expected parameter logits", "plugin")),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_reason(model_type, reason, code):
@@ -137,7 +137,7 @@ def test_what_cannot_be_used_is_refused_with_the_reason(model_type, reason, code
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("model_type", ["gemma", pytest.param("phi", marks=thorough)])
+@pytest.mark.parametrize("model_type", ["gemma", *thorough("phi")])
 def test_a_model_type_that_another_family_has_for_a_name_is_observed(model_type):
     (other,) = [family for family in plugin_manager().families() if family.name == model_type]
     family = plugin_manager().family_for(content(model_type))
@@ -228,7 +228,7 @@ def test_a_record_is_the_same_for_what_is_made_from_the_model():
     assert digest(base) != digest({**base, "hidden_size": 64})
 
 
-@thorough
+@pytest.mark.thorough
 def test_a_bias_that_is_tied_is_as_good_as_a_weight():
     bert = content("bert", is_decoder=True)  # whose output layer shares its bias with what is before it
     family = plugin_manager().family_for(bert)
@@ -272,8 +272,7 @@ def test_fused_experts_are_compressed_where_a_forward_shows_that_their_layout_is
     ("model_type", "compressed"),
     [  # transposed, with biases; transposed; with a norm; in a class that transformers does not mark
         ("gpt_oss", True),
-        *(pytest.param(name, True, marks=thorough) for name in ("aria_text", "muse_spark")),
-        pytest.param("llama4_text", False, marks=thorough),
+        *thorough(("aria_text", True), ("muse_spark", True), ("llama4_text", False)),
     ],
 )
 def test_experts_of_other_layouts_are_compressed_too_or_stay_dense_for_a_reason(model_type, compressed):
@@ -283,7 +282,7 @@ def test_experts_of_other_layouts_are_compressed_too_or_stay_dense_for_a_reason(
     assert compressed == (ROUTED not in family.keep_dense.values())
 
 
-@thorough
+@pytest.mark.thorough
 def test_experts_of_another_layout_are_packed_and_loaded(rows_file, tmp_path):
     sizes = {
         "num_local_experts": 4,
@@ -315,7 +314,7 @@ def test_a_cast_to_the_dtype_of_a_weight_by_another_name_is_found_by_an_emulator
         plugin_manager().family_for(content("granite"))
 
 
-@thorough
+@pytest.mark.thorough
 def test_where_no_image_can_be_made_up_the_language_tower_is_observed_on_text_and_that_is_said():
     family = plugin_manager().family_for(content("git"))
     assert [tower.name for tower in family.towers] == ["language"]
@@ -323,13 +322,13 @@ def test_where_no_image_can_be_made_up_the_language_tower_is_observed_on_text_an
     assert "on text alone, since no image could be made up" in family.observed[0]["found"]
 
 
-@thorough
+@pytest.mark.thorough
 def test_a_model_that_takes_no_row_without_an_image_is_observed_with_one():
     towers = plugin_manager().family_for(content("blip-2")).towers
     assert [tower.blocks.partition(".")[0] for tower in towers] == ["vision_model", "qformer", "language_model"]
 
 
-@thorough
+@pytest.mark.thorough
 @pytest.mark.usefixtures("unchecked")
 def test_a_linear_of_which_nothing_reads_some_outputs_stays_dense():
     family = plugin_manager().family_for(content("deepseek_v4"))

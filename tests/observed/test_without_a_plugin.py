@@ -9,6 +9,7 @@ import torch
 from emloc_demo.data import write_data
 from emloc_demo.model import write_base
 from support.jobs import compress_job
+from support.marks import thorough
 from support.paths import ROOT
 
 from emloc_core.conformance.inputs import number_tokenizer
@@ -19,7 +20,7 @@ from emloc_core.scaffold.config_arguments import make_config
 from emloc_core.settings import CompressSettings
 
 #: Families of a text model each; the second has norms behind its Linears, the others fused Linears, or experts.
-FAMILIES = ("llama", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("gemma", "glm", "phi", "qwen-moe")))
+FAMILIES = ("llama", *thorough("gemma", "glm", "phi", "qwen-moe"))
 
 
 @pytest.fixture
@@ -40,20 +41,17 @@ def weights(emulator):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def emulators(base, data, directory, disable, *kinds):
-    """Make emulators with the plugin and without, and return the pairs."""
+def emulators(base, data, directory, disable, kind):
+    """Make an emulator with the plugin and one without; return both."""
 
-    def jobs(name):
-        settings = [CompressSettings(samples=4, selection=2, kind=kind) for kind in kinds]
-        return [compress_job(base, data, directory / name / choice.kind, choice) for choice in settings]
-
-    declared = jobs("declared")
-    assert not any(job.base.family.observed for job in declared)
-    with_it = [job.run() for job in declared]
+    settings = CompressSettings(samples=4, selection=2, kind=kind)
+    declared = compress_job(base, data, directory / "declared", settings)
+    assert not declared.base.family.observed
+    with_it = declared.run()
     disable()
-    observed = jobs("observed")
-    assert all(job.base.family.observed for job in observed)
-    return zip(with_it, [job.run() for job in observed], strict=True)
+    observed = compress_job(base, data, directory / "observed", settings)
+    assert observed.base.family.observed
+    return with_it, observed.run()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -65,8 +63,8 @@ def test_what_is_observed_of_a_tiny_model_gives_the_same_bytes(name, tmp_path, d
     numbers = torch.randint(3, 100, (12, 16), generator=torch.Generator().manual_seed(0)).tolist()
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "{" ".join(map(str, row))}"}}\n' for row in numbers))
-    for declared, observed in emulators(tmp_path / "base", rows, tmp_path, disable, "nf4"):
-        assert weights(observed) == weights(declared)
+    declared, observed = emulators(tmp_path / "base", rows, tmp_path, disable, "nf4")
+    assert weights(observed) == weights(declared)
 
 
 @pytest.mark.slow
@@ -78,5 +76,5 @@ def test_what_is_observed_of_a_real_model_gives_the_same_bytes(name, tmp_path, d
     texts = ["\n\n".join(turn["content"] for turn in turns) for turns in conversations[:12]]  # no template is needed
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    ((declared, observed),) = emulators(write(tmp_path / "base"), rows, tmp_path, disable, "low-rank")
+    declared, observed = emulators(write(tmp_path / "base"), rows, tmp_path, disable, "low-rank")
     assert weights(observed) == weights(declared)

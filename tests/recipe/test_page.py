@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from support.chromium import Page
 from support.jobs import train_job
+from support.marks import thorough
 from support.runs import HOSTILE, finished_run
 
 from emloc_core import compress, merge, plan, polish, train
@@ -82,7 +83,7 @@ def test_memory_is_planned_for_the_device_that_tuned(shallow_model, rows_file, t
     assert planned()["adapter"] != on_cpu["adapter"]  # by the context of CUDA, and without the imports
 
 
-@pytest.mark.parametrize("exact", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.parametrize("exact", [*thorough(False), True])
 def test_memory_is_planned_where_the_model_itself_is_tuned(shallow_model, rows_file, tmp_path, exact):
     run, shape = tmp_path / "run", {"batch_size": 2, "bf16": False}
     adapter = train(shallow_model, str(rows_file), run / "adapter", exact=exact, steps=1, **shape)

@@ -1,5 +1,6 @@
 """Recipes: which texts are paths, and what is refused before a stage runs."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -108,9 +109,18 @@ def test_what_evaluation_cannot_do_is_said_before_the_first_stage(write, overrid
         load_recipe(write(), override)
 
 
-@pytest.mark.parametrize("rows", ["[]", "{}", "3"])
-def test_rows_that_are_not_named_are_refused(write, rows):
-    with pytest.raises(EmlocError, match=r"data\.train: name a file or a dataset, or several in a list"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("[]", "data.train: name at least one file or dataset."),
+        ("{}", "data.train: name at least one file or dataset."),
+        ("3", "data.train = 3: Input should be a valid string; data.train = 3: Input should be a valid list"),
+        ("['a',3]", "recipe.toml: data.train.1 = 3: Input should be a valid string."),
+        ("{a=-1}", "recipe.toml: data.train.a = -1: Input should be greater than 0."),
+    ],
+)
+def test_rows_that_are_not_named_are_refused(write, rows, message):
+    with pytest.raises(EmlocError, match=re.escape(message)):
         load_recipe(write(), [f"data={{train={rows}}}"])
 
 

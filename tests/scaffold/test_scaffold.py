@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from support.marks import most_thorough
+from support.marks import most_thorough, thorough
 from support.paths import ROOT
 from torch import nn
 from transformers import AutoConfig
@@ -30,13 +30,12 @@ from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
 from emloc_core.scaffold.shrink import shrink
 from emloc_core.scaffold.stored import OTHERWISE, TIED, UNNAMED
 
-thorough = pytest.mark.thorough
 #: Architectures whose draft has to be accepted without an edit.
 TEXT = ("gpt_neox", "gemma3_text", "phi3", "mistral", "olmo2")
 #: idefics3 asks a model without weights where it is; lfm2_vl takes a list of patches, with a mask and their grid.
 IMAGES = ("llava", "gemma3", "llava_onevision", "idefics3", "lfm2_vl")
 MORE = [
-    *(pytest.param(name, marks=thorough) for name in (*TEXT[1:3], *IMAGES[3:])),
+    *thorough(*TEXT[1:3], *IMAGES[3:]),
     *(pytest.param(name, marks=pytest.mark.slow) for name in (*TEXT[3:], *IMAGES[1:3])),
 ]
 #: What else a config of Qwen4-Exp needs to have an indexer.
@@ -77,7 +76,7 @@ def groups(family: Family) -> dict[str, list[list[str]]]:
     return {tower.blocks: [list(group) for group in tower.input_groups] for tower in family.towers}
 
 
-@pytest.mark.parametrize("model_type", [*(pytest.param(name, marks=thorough) for name in (TEXT[0], IMAGES[0])), *MORE])
+@pytest.mark.parametrize("model_type", [*thorough(TEXT[0], IMAGES[0]), *MORE])
 def test_the_kit_accepts_the_draft_without_an_edit(save, model_type):
     draft = scaffold(save(model_type))
     results = check_family(declared(draft))
@@ -86,15 +85,15 @@ def test_the_kit_accepts_the_draft_without_an_edit(save, model_type):
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
-SWITCHES = [
-    ("falcon", "parallel_attn", True),
-    ("falcon", "parallel_attn", False),
-    ("stablelm", "use_parallel_residual", True),
-]
-
-
-@thorough
-@pytest.mark.parametrize(("model_type", "switch", "value"), SWITCHES)
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("model_type", "switch", "value"),
+    [
+        ("falcon", "parallel_attn", True),
+        ("falcon", "parallel_attn", False),
+        ("stablelm", "use_parallel_residual", True),
+    ],
+)
 def test_every_branch_of_an_architecture_is_observed_and_has_a_tiny_config(save, model_type, switch, value):
     draft = scaffold(save(model_type, **{switch: value}))
     family = declared(draft)
@@ -190,7 +189,7 @@ def test_fused_experts_of_a_known_layout_are_compressed_and_get_no_lora(save):
     assert any("gets no LoRA by default" in note for note in draft.notes)
 
 
-@thorough
+@pytest.mark.thorough
 def test_what_no_gradient_reaches_gets_no_lora(save):
     """An indexer ranks tokens; which ones come first has no derivative."""
     draft = check_draft(scaffold(save("deepseek_v32")))
@@ -201,7 +200,7 @@ def test_what_no_gradient_reaches_gets_no_lora(save):
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
-@thorough
+@pytest.mark.thorough
 def test_what_peft_drops_as_it_loads_an_adapter_gets_no_lora(save):
     """A renaming of old checkpoints matches the model's own names of its shared experts."""
     draft = check_draft(scaffold(save("laguna")))
@@ -213,7 +212,7 @@ def test_what_peft_drops_as_it_loads_an_adapter_gets_no_lora(save):
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
-@thorough
+@pytest.mark.thorough
 def test_weights_that_are_stored_together_stay_dense(save):
     draft = check_draft(scaffold(save("qianfan_ocr")))
     assert draft.family.keep_dense["model.vision_tower.layers.*.attention.q_proj"] == OTHERWISE
@@ -222,14 +221,14 @@ def test_weights_that_are_stored_together_stay_dense(save):
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
-@thorough
+@pytest.mark.thorough
 def test_a_weight_of_another_name_in_the_checkpoint_stays_dense(save):
     draft = check_draft(scaffold(save("inkling2_text")))
     assert draft.family.keep_dense["model.layers.*.self_attn.k_proj.sconv.weight_proj"] == UNNAMED
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
-@thorough
+@pytest.mark.thorough
 def test_a_module_outside_the_blocks_that_runs_twice_needs_no_edit(save):
     """Streaming reads what is outside the blocks again."""
     draft = check_draft(scaffold(save("ovis2")))
@@ -237,7 +236,7 @@ def test_a_module_outside_the_blocks_that_runs_twice_needs_no_edit(save):
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
-@thorough
+@pytest.mark.thorough
 def test_towers_that_text_and_images_do_not_reach_need_no_edit(save):
     draft = scaffold(save("video_llava"))
     assert draft.family.keep_dense["model.video_tower.*"] == UNREACHED
@@ -250,7 +249,7 @@ def test_a_weight_that_is_used_without_a_call_stays_dense(save):
     assert any(note.startswith("Check") and "dt_proj" in note for note in draft.notes)
 
 
-@thorough
+@pytest.mark.thorough
 def test_a_weight_that_a_kernel_takes_stays_dense(save):
     """In training on a GPU alone, which no forward here shows."""
     settings = {"time_step_limit": [0.0, 100.0], "attn_layer_indices": [1]}

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 from emloc_internvl import INTERNVL
 from emloc_llama import LLAMA
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
+from support.marks import most_thorough
 from support.paths import FIXTURES
 from transformers import AutoConfig
 
@@ -18,11 +18,7 @@ from emloc_core.settings import TrainSettings
 HEADLINE = FIXTURES / "internvl2_5_38b" / "config.json"
 TINY = [(family, config) for family in (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL) for config in family.tiny_configs]
 #: The same as cases, of which one of text, one of experts and one of images are enough for `make test`.
-CASES = [
-    pytest.param(family, config, marks=() if config is first else pytest.mark.thorough)
-    for family, config in TINY
-    for first in [family.tiny_configs[0] if family in (LLAMA, QWEN_MOE, QWEN_VL) else None]
-]
+CASES = most_thorough(TINY, *((family, family.tiny_configs[0]) for family in (LLAMA, QWEN_MOE, QWEN_VL)))
 PICTURED = [(INTERNVL, INTERNVL.tiny_configs[0]), *((QWEN_VL, settings) for settings in QWEN_VL.tiny_configs[1:])]
 
 

@@ -277,9 +277,9 @@ def run_until(step, park, adapter, base, rows, output):
 @pytest.mark.parametrize(
     ("step", "remaining", "park"),
     [
-        pytest.param(1, 6, "memory", marks=pytest.mark.thorough),
+        *thorough((1, 6, "memory")),
         (4, 4, "disk"),
-        pytest.param(6, 2, "disk", marks=pytest.mark.thorough),
+        *thorough((6, 2, "disk")),
     ],
 )
 def test_killed_at_any_step_it_resumes_bit_for_bit(

@@ -8,6 +8,7 @@ import torch
 from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.jobs import compress_job, correct_job
+from support.marks import thorough
 from support.paths import EXAMPLES
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +22,7 @@ SCRIPT = EXAMPLES / "train_with_your_own_script.py"
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("trainer", ["sft", pytest.param("plain", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("trainer", ["sft", *thorough("plain")])
 def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
     trainer, tiny_emulator, tiny_model, rows_file, tmp_path, monkeypatch
 ):
@@ -72,7 +73,7 @@ def test_rewards_train_an_emulator_too(tiny_emulator, tiny_model, tmp_path, monk
     assert correct_job(tmp_path / "a", tiny_model, tmp_path / "c", CorrectSettings()).run()
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("2.7-bit", marks=pytest.mark.thorough), "low-rank-nf4"])
+@pytest.mark.parametrize("kind", ["nf4", *thorough("2.7-bit"), "low-rank-nf4"])
 def test_an_emulator_may_be_placed_by_a_map(kind, tiny_model, rows_file, tmp_path):
     """Here on one device; a block that waits on a disk stands for one on another GPU: accelerate's hooks bring both."""
     settings = CompressSettings(kind=kind, samples=6, selection=2)

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.jobs import train_job
 from support.killed import kill, run_until_killed
+from support.marks import thorough
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl.trainer import utils
@@ -185,7 +186,7 @@ def test_an_emulator_is_tuned_and_its_held_out_rows_never(tiny_emulator, tiny_mo
     [
         "prompt and completion",
         "conversation",
-        *(pytest.param(form, marks=pytest.mark.thorough) for form in ("text", "all answers")),
+        *thorough("text", "all answers"),
     ],
 )
 def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, tmp_path, monkeypatch):
@@ -289,9 +290,9 @@ def run_until(moment, model, data, test, output):
 @pytest.mark.parametrize(
     ("moment", "remaining", "steps"),
     [
-        pytest.param("in step 13", {5, 10}, 10, marks=pytest.mark.thorough),
+        *thorough(("in step 13", {5, 10}, 10)),
         ("writing checkpoint 15", {5, 10, 15}, 10),
-        pytest.param("after step 20", {15, 20}, 0, marks=pytest.mark.thorough),
+        *thorough(("after step 20", {15, 20}, 0)),
     ],
 )
 def test_killed_and_run_again_it_gives_the_same_adapter(

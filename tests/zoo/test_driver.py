@@ -44,9 +44,8 @@ def test_each_job_is_done_once_and_has_a_log_and_a_place(tmp_path):
     assert [len(record.attempts) for record in again.values()] == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "at_work", most_thorough([False, True], True)
-)  # killed while the worker's Python starts, or later
+# Killed while the worker's Python starts, or later.
+@pytest.mark.parametrize("at_work", most_thorough([False, True], True))
 def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, at_work):
     first = driver(tmp_path, {"quick": 0, "long": 600, "last": 0}, workers=1)
     try:
