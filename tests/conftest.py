@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,15 @@ def seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Collect no garbage: where a test reaches the end of the stack, freeing what others left would fail there."""
+    from emloc_core.processes.environment import without_collections
+
+    with without_collections():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

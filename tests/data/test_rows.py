@@ -143,6 +143,7 @@ def test_jsonl_keeps_line_numbers_and_unicode_line_separators(tmp_path: Path):
         ('{"text": "of another form"}', "a row of text, but row 1 is of prompt and completion"),
     ],
 )
+@pytest.mark.usefixtures("uncollected")
 def test_a_bad_row_is_named_with_its_file(tmp_path: Path, row: str, complaint: str):
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"prompt": "a", "completion": "b"})

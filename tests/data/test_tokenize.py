@@ -120,6 +120,7 @@ def test_a_tokenizer_that_knows_more_ids_than_the_model_is_refused(tokenizer):
     ['{"a":' * 100_000 + "1" + "}" * 100_000, '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}'],
     ids=["deep", "no number"],
 )
+@pytest.mark.usefixtures("uncollected")
 def test_a_tokenizer_that_transformers_stumbles_over_is_refused(tiny_model, tmp_path, content):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "tokenizer_config.json").write_text(content)

@@ -321,6 +321,7 @@ def test_many_processes_may_share_the_cache_of_hashes(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"a": NaN}', '{"a": -Infinity}', '{"a":' * 100_000, "[" + "9" * 5000 + "]", "{"])
+@pytest.mark.usefixtures("uncollected")
 def test_what_is_no_json_is_named(tmp_path, content):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(EmlocError, match="not valid JSON"):

@@ -70,6 +70,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("fault", DAMAGED)
+@pytest.mark.usefixtures("uncollected")
 def test_a_damaged_header_is_refused(tmp_path, fault):
     path = tmp_path / "model.safetensors"
     path.write_bytes(DAMAGED[fault])
