@@ -1,13 +1,13 @@
 """A model and its inputs as fake tensors, which have shapes but no contents: its steps allocate nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from emloc_core.compat.torch import FakeTensorMode, fake_tensors
+from emloc_core.compat.torch import fake_tensors
 from emloc_core.model.image_shape import ImageShape
 
 
@@ -34,15 +34,13 @@ def fake_inputs(
     return {"input_ids": ids, **inputs}
 
 
-@contextmanager
-def fake(inputs: Mapping[str, Any]) -> Iterator[FakeTensorMode]:
+def fake(inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Make all tensors created in the context fake; ``inputs`` as for :func:`fake_inputs`."""
     image = inputs.get("image")
-    with fake_tensors(whole_numbers=image is not None and bool(image.grid)) as mode:
-        yield mode
+    return fake_tensors(whole_numbers=image is not None and bool(image.grid))
 
 
-def without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Parameter]:
+def without_contents(model: nn.Module) -> list[nn.Parameter]:
     """Replace all parameters and buffers with fake tensors; return the parameters, each once."""
     replaced: dict[int, nn.Parameter] = {}
     modules: Iterable[Any] = model.modules()
@@ -55,6 +53,5 @@ def without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Paramete
                 replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             setattr(module, name, replaced[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
-            real = torch.empty(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else mode.from_tensor(buffer)
-            setattr(module, name, real)
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return list(replaced.values())

@@ -81,15 +81,15 @@ class TokenStep:
         return ()
 
     @contextmanager
-    def tracing(self, model: Any) -> Iterator[Any]:
+    def tracing(self, model: Any) -> Iterator[None]:
         """Make tensors fake; on a GPU, count TRL's loss as the one kernel per tile that it is there."""
         from emloc_core.compat.trl import tiles_in_place, tiles_of
         from emloc_core.memory.fake import fake
         from emloc_core.standins.vocabulary import rows_at_once
 
         in_place = tiles_in_place() if self._memory.workload.device == "cuda" else nullcontext()
-        with fake(self.inputs) as mode, in_place, tiles_of(rows_at_once(model)):
-            yield mode
+        with fake(self.inputs), in_place, tiles_of(rows_at_once(model)):
+            yield
 
     def widths(self, model: Any) -> Sequence[int]:
         """Return the widths of the vocabulary and of TRL's tiles."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from emloc_core.compat.peft import leave_casts_to_autocast
-from emloc_core.compat.torch import TorchDispatchMode, is_device_call, storage_id, tree_leaves
+from emloc_core.compat.torch import TorchDispatchMode, storage_id, storage_of, tree_leaves
 from emloc_core.memory.depth import Composition, Copies, Depth, Moment, Phases, State, extended
 from emloc_core.memory.fake import without_contents
 
@@ -53,8 +53,6 @@ class Ledger(TorchDispatchMode):
         return extended(self.peaks, list(self.copies.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_device_call(func):  # two thirds of all calls
-            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -64,7 +62,7 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, tensor: torch.Tensor, kind: str) -> None:
         """Add a tensor as of this kind, or change its kind."""
-        key = storage_id(tensor.untyped_storage())
+        key = storage_id(storage_of(tensor))
         if key in self._alive:
             size, before, *rest = self._alive[key]
             self._alive[key] = (size, kind, *rest)
@@ -74,7 +72,7 @@ class Ledger(TorchDispatchMode):
             self._add(tensor, kind)
 
     def _add(self, tensor: torch.Tensor, kind: str) -> None:
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         key, size = storage_id(storage), storage.nbytes()
         if key not in self._alive:
             self._alive[key] = (size, kind, self.births, weakref.ref(storage, lambda _: self._remove(key)))
@@ -128,8 +126,8 @@ def trace_training(
     if bf16:
         leave_casts_to_autocast(model)
     step.prepare(model, checkpointing=checkpointing)
-    with step.tracing(base) as mode:
-        parameters = without_contents(model, mode)
+    with step.tracing(base):
+        parameters = without_contents(model)
         with Ledger(step.widths(base)) as ledger:
             _follow_forward(ledger, base, towers, depths)
             _enter_parameters(ledger, parameters)
@@ -159,8 +157,8 @@ def trace_inference(model: nn.Module, towers: Mapping[str, str], depths: Mapping
     Arguments and result are as for :func:`trace_training`; the model is an ordinary one on the meta device.
     """
     model.eval()
-    with step.tracing(model) as mode, torch.no_grad():
-        parameters = without_contents(model, mode)
+    with step.tracing(model), torch.no_grad():
+        parameters = without_contents(model)
         with Ledger(step.widths(model)) as ledger:
             _follow_forward(ledger, model, towers, depths)
             _enter_parameters(ledger, parameters)

@@ -27,8 +27,8 @@ def counted(counter: FlopCounterMode) -> int:
 
 def forward_operations(planned: MemoryModel, model: Any) -> int:
     """What a forward pass of the workload counts; the whole of the model's shapes, without numbers."""
-    with fake(planned.step.inputs) as mode, torch.no_grad():
-        without_contents(model, mode)
+    with fake(planned.step.inputs), torch.no_grad():
+        without_contents(model)
         with FlopCounterMode(display=False) as counter:
             model.eval()(**fake_inputs(**planned.step.inputs))
     return counted(counter)
