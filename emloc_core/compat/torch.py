@@ -116,7 +116,8 @@ class _FakeMode(TorchDispatchMode):
             outlines = [leaf for leaf in tree_leaves(func(*args, **options)) if isinstance(leaf, torch.Tensor)]
         except RuntimeError:  # the shape depends on the contents
             outlines = []
-        if any(outline.numel() > self._LARGEST for outline in outlines):
+        # Parameters that were left on the meta device stay there: only their shapes are asked for.
+        if any(outline.numel() > self._LARGEST for outline in outlines) and any(map(has_contents, known)):
             return _with_outlines(func(*args, **options), fakes)
         return func(*given, **kwargs)
 

@@ -69,6 +69,13 @@ def test_numbers_that_code_writes_are_known():
 
 
 @contract("torch", "compat.torch.fake_tensors")
+def test_what_is_on_the_meta_device_stays_there():
+    stack = torch.empty(1 << 10, 1 << 10, 8, device="meta")
+    with compat.fake_tensors(whole_numbers=False):
+        assert stack.mT.is_meta
+
+
+@contract("torch", "compat.torch.fake_tensors")
 def test_checks_of_contents_are_left_out():
     with compat.fake_tensors(whole_numbers=False):
         torch._check_tensor_all(torch.ones(2) > 2, lambda: "unequal")
