@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from emloc_core.compat.peft import leave_casts_to_autocast
-from emloc_core.compat.torch import TorchDispatchMode, storage_id, storage_of, tree_leaves
+from emloc_core.compat.torch import DispatchMode, storage_id, storage_of, tree_leaves
 from emloc_core.memory.depth import Composition, Copies, Depth, Moment, Phases, State, extended
 from emloc_core.memory.fake import without_contents
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from emloc_core.objective import Step
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(DispatchMode):
     """Follows the storages of all tensors created while it is active.
 
     Args:

@@ -102,15 +102,16 @@ def test_fused_experts_run_on_fake_tensors():
         assert logits.shape == (2, 3, 9), "the products of experts do not go through moe._grouped_mm"
 
 
-@contract("torch", "compat.torch.TorchDispatchMode")
+@contract("torch", "compat.torch.DispatchMode")
 def test_a_dispatch_mode_sees_every_operation():
     seen = []
 
-    class Watch(compat.TorchDispatchMode):
+    class Watch(compat.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(func.overloadpacket)
             return func(*args, **(kwargs or {}))
 
+    assert not hasattr(Watch.__torch_dispatch__, "__wrapped__"), "torch wraps the mode for its compiler"
     with compat.fake_tensors(whole_numbers=False), Watch():
         weight = nn.Parameter(torch.empty(2, 2))
         (torch.empty(2, 2) @ weight).sum().backward()
