@@ -35,6 +35,8 @@ from emloc_core.standins.transposed import TransposedLinear, as_linears
 
 #: Bytes from which a tensor gets no memory while a model is built: a stack of experts may have 15 GB.
 _LARGE = 1 << 30
+#: Modules of functions that draw initial weights: the second calls the first.
+_INITIAL = ("transformers.initialization", "torch.nn.init")
 
 
 class Skeleton:
@@ -254,7 +256,7 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
         EmlocError: its library does not have the class that the family declares.
     """
     objective = plugin_manager().objective_of(family)
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+    with init_empty_weights(include_buffers=False), _OnMeta():
         model = as_linears(objective.build(family, deepcopy(config), dtype))  # which may edit it
     if hasattr(model, "tie_weights"):
         model.tie_weights()
@@ -262,15 +264,21 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Puts large empty tensors on the meta device at once; others get there when they become parameters."""
+class _OnMeta(TorchFunctionMode):
+    """Puts large empty tensors on the meta device at once; others get there when they become parameters.
+
+    Initial weights are not drawn there, which would take longer than all else.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        tensor = kwargs.get("tensor")
+        if getattr(func, "__module__", None) in _INITIAL and tensor is not None and tensor.is_meta:
+            return tensor
         if func is torch.empty and kwargs.get("device") is None:
-            tensor = func(*args, **{**kwargs, "device": "meta"})
-            if tensor.nbytes >= _LARGE:
-                return tensor
+            empty = func(*args, **{**kwargs, "device": "meta"})
+            if empty.nbytes >= _LARGE:
+                return empty
         return func(*args, **kwargs)
 
 
