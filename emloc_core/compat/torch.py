@@ -24,6 +24,7 @@ class HollowTensor(torch.Tensor):
 
     with private("torch"):
         __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+        _make: Any = torch.Tensor._make_wrapper_subclass
 
     @classmethod
     def hollow(cls, size: Sequence[int], like: torch.Tensor, **layout: Any) -> Self:
@@ -32,9 +33,8 @@ class HollowTensor(torch.Tensor):
         Args:
             layout: ``strides``, ``storage_offset`` or another ``device``.
         """
-        with private("torch"):
-            make: Any = torch.Tensor._make_wrapper_subclass
-        return make(cls, size, **{"dtype": like.dtype, "device": like.device, **layout})
+        made: Self = cls._make(cls, size, **{"dtype": like.dtype, "device": like.device, **layout})
+        return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
@@ -153,7 +153,8 @@ def _with_outlines(value: Any, fakes: Mapping[int, FakeTensor]) -> Any:
 
 @cache
 def _takes_device(operation: Any) -> bool:
-    return any(argument.name == "device" for argument in operation._schema.arguments)
+    with private("torch"):
+        return any(argument.name == "device" for argument in operation._schema.arguments)
 
 
 def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
