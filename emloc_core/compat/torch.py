@@ -33,8 +33,8 @@ class HollowTensor(torch.Tensor):
         Args:
             layout: ``strides``, ``storage_offset`` or another ``device``.
         """
-        made: Self = cls._make(cls, size, **{"dtype": like.dtype, "device": like.device, **layout})
-        return made
+        tensor: Self = cls._make(cls, size, **{"dtype": like.dtype, "device": like.device, **layout})
+        return tensor
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"

@@ -5,11 +5,15 @@ content security policy forbids everything else. All that comes from files is es
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from emloc_core import __version__
-from emloc_core.errors import printable
+from emloc_core.errors import EmlocError, printable, typed_line
 from emloc_core.files.documents import write_text
 from emloc_core.recipe.live import Doing, doing
 from emloc_core.recipe.view import RunView
@@ -25,15 +29,35 @@ def write_page(run: Path, output: Path) -> Path:
     """Write the page of a run, completely or not at all.
 
     Raises:
-        EmlocError: no stage is finished there, or the page cannot be written.
+        EmlocError: no stage is finished there, a file there is damaged, or the page cannot be written.
     """
-    write_text(output, _render(RunView.read(run)))
+    with _showing(run):
+        page = _render(RunView.read(run))
+    write_text(output, page)
     return output
 
 
 def live_page(run: Path) -> str:
-    """Return the page of a run as it is now, with the running stage; it reloads itself."""
-    return _render(RunView.read(run, complete=False), doing(run), REFRESH)
+    """Return the page of a run as it is now, with the running stage; it reloads itself.
+
+    Raises:
+        EmlocError: a file there is damaged.
+    """
+    with _showing(run):
+        return _render(RunView.read(run, complete=False), doing(run), REFRESH)
+
+
+@contextmanager
+def _showing(run: Path) -> Iterator[None]:
+    """Translate the errors of files that have values of other types than were written."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TemplateError, TypeError, ValueError) as error:
+        raise EmlocError(
+            f"{run} cannot be shown: a JSON file there is not as it was written ({typed_line(error)}).",
+            "Restore it, or make its directory again.",
+            code="damaged",
+        ) from error
 
 
 def _render(view: RunView, now: Doing | None = None, refresh: int | None = None) -> str:

@@ -1,9 +1,12 @@
 """The page of a run: what it says, and in a real browser (``make test-browser``) how it looks."""
 
 import json
+import random
 import re
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -109,6 +112,44 @@ def test_a_file_of_something_else_is_named(tmp_path, file):
     (finished_run(tmp_path / "run") / file).write_text("[]")
     with pytest.raises(EmlocError, match=rf"{file} holds a list, not an object"):
         write_page(tmp_path / "run", tmp_path / "page.html")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON document, by the keys that lead there."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def broken_files(run: Path) -> Iterator[tuple[str, Any]]:
+    """Every JSON file of a run, with one value in it replaced by one of another type; and what was changed."""
+    draw = random.Random(0)
+    for file in sorted(run.rglob("*.json")):
+        content = file.read_text()
+        every = list(places(json.loads(content)))
+        for path in draw.sample(every, min(4, len(every))):
+            document = json.loads(content)
+            *outer, last = path
+            parent = reduce(lambda inner, key: inner[key], outer, document)
+            parent[last] = next(other for other in draw.sample([7, "?", [1], {"?": 1}, None], 5)
+                                if type(other) is not type(parent[last]))  # fmt: skip
+            file.write_text(json.dumps(document))
+            yield f"{file.relative_to(run)}: {path}", parent[last]
+        file.write_text(content)
+
+
+def test_a_damaged_file_gives_a_page_or_an_error(tmp_path):
+    """Never a traceback: anyone may have written the files."""
+    run, refused = finished_run(tmp_path / "run"), 0
+    for what, value in broken_files(run):
+        try:
+            write_page(run, tmp_path / "page.html")
+        except EmlocError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{what} = {value!r}") from error
+    assert refused > 5
 
 
 @pytest.fixture(scope="module")
