@@ -122,7 +122,10 @@ class _FakeMode(DispatchMode):
         if _takes_device(func) and ("device" in options or not fakes):
             options["device"] = "meta"
         if fakes or not (known or func.overloadpacket is self._known):
-            return _with_outlines(func(*args, **options), fakes)
+            try:
+                return _with_outlines(func(*args, **options), fakes)
+            except NotImplementedError as error:  # whose words are for those who write operations
+                raise NotImplementedError(f"{func} takes the numbers, not only their shapes") from error
         try:
             outlines = [leaf for leaf in tree_leaves(func(*args, **options)) if isinstance(leaf, torch.Tensor)]
         except RuntimeError:  # the shape depends on the contents

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import weakref
 
+import pytest
 import torch
 from support.contracts import contract
 from torch import nn
@@ -73,6 +74,12 @@ def test_what_is_on_the_meta_device_stays_there():
     stack = torch.empty(1 << 10, 1 << 10, 8, device="meta")
     with compat.fake_tensors(whole_numbers=False):
         assert stack.mT.is_meta
+
+
+@contract("torch", "compat.torch.fake_tensors")
+def test_what_depends_on_contents_is_named():
+    with compat.fake_tensors(whole_numbers=False), pytest.raises(NotImplementedError, match=r"aten\.nonzero.* numbers"):
+        torch.ones(3).nonzero()
 
 
 @contract("torch", "compat.torch.fake_tensors")
