@@ -20,6 +20,7 @@ import emloc_core.memory.depth
 import emloc_core.memory.planned_model
 from emloc_core.family import Family
 from emloc_core.memory.depth import repetition
+from emloc_core.memory.fake import fake
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.memory.workload import Workload
@@ -63,6 +64,14 @@ def test_the_ledger_follows_births_and_deaths() -> None:
         torch.zeros(10)
     assert ledger.phases["forward"] == {"activations": 24_000}
     assert ledger.phases["later"] == {"weights": 4000, "activations": 40, "logits": wide.nbytes}
+
+
+def test_what_lies_on_the_meta_device_takes_nothing() -> None:
+    """The stacks of packed experts do, in the module that is replaced: code asks for their shapes."""
+    stack = torch.empty(4, 3, 2, device="meta")
+    with fake({}), Ledger() as ledger:
+        assert stack.mT.shape == (4, 2, 3)
+    assert not ledger.phases
 
 
 def test_logits_are_told_from_activations(tiny_model: Path) -> None:
