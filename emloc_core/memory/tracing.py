@@ -55,7 +55,7 @@ class Ledger(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:  # on that device nothing takes room
                 wide = tensor.dim() > 1 and tensor.shape[-1] in self._widths
                 self._add(tensor, "logits" if wide else "activations")
         return result

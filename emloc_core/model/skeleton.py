@@ -35,7 +35,7 @@ from emloc_core.standins.transposed import TransposedLinear, as_linears
 
 #: Bytes from which a tensor gets no memory while a model is built: a stack of experts may have 15 GB.
 _LARGE = 1 << 30
-#: Modules of functions that draw initial weights: the second calls the first.
+#: Modules of functions that draw initial weights: transformers' call torch's, and models either.
 _INITIAL = ("transformers.initialization", "torch.nn.init")
 
 
@@ -276,9 +276,9 @@ class _OnMeta(TorchFunctionMode):
         if getattr(func, "__module__", None) in _INITIAL and tensor is not None and tensor.is_meta:
             return tensor
         if func is torch.empty and kwargs.get("device") is None:
-            empty = func(*args, **{**kwargs, "device": "meta"})
-            if empty.nbytes >= _LARGE:
-                return empty
+            tensor = func(*args, **{**kwargs, "device": "meta"})
+            if tensor.nbytes >= _LARGE:
+                return tensor
         return func(*args, **kwargs)
 
 
