@@ -114,14 +114,14 @@ class _FakeMode(DispatchMode):
             return NotImplemented  # the other tensor computes the operation
         given, kwargs = args, kwargs or {}
         fakes: dict[int, FakeTensor] = {}
-        known: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []
         if func.overloadpacket in _INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
-        args = _outlined(args, fakes, known)
-        options = {name: _outlined(value, fakes, known) for name, value in kwargs.items()}
+        args = _outlined(args, fakes, others)
+        options = {name: _outlined(value, fakes, others) for name, value in kwargs.items()}
         if _takes_device(func) and ("device" in options or not fakes):
             options["device"] = "meta"
-        if fakes or not (known or func.overloadpacket is self._known):
+        if fakes or not (others or func.overloadpacket is self._known):
             try:
                 return _with_outlines(func(*args, **options), fakes)
             except NotImplementedError as error:  # whose words are for those who write operations
@@ -131,20 +131,20 @@ class _FakeMode(DispatchMode):
         except RuntimeError:  # the shape depends on the contents
             outlines = []
         # Parameters that were left on the meta device stay there: only their shapes are asked for.
-        if any(outline.numel() > self._LARGEST for outline in outlines) and any(map(has_contents, known)):
+        if any(outline.numel() > self._LARGEST for outline in outlines) and any(map(has_contents, others)):
             return _with_outlines(func(*args, **options), fakes)
         return func(*given, **kwargs)
 
 
-def _outlined(value: Any, fakes: dict[int, FakeTensor], known: list[torch.Tensor]) -> Any:
-    """Return an argument with outlines in place of tensors; add those to ``fakes``, by their outlines, or ``known``."""
+def _outlined(value: Any, fakes: dict[int, FakeTensor], others: list[torch.Tensor]) -> Any:
+    """Return an argument with outlines in place of tensors; add these to ``fakes``, by outline, or to ``others``."""
     if isinstance(value, FakeTensor):
         fakes[id(value.outline)] = value
         return value.outline
     if isinstance(value, torch.Tensor):
-        known.append(value)
+        others.append(value)
         return value.to("meta")
-    return [_outlined(item, fakes, known) for item in value] if isinstance(value, list | tuple) else value
+    return [_outlined(item, fakes, others) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _with_outlines(value: Any, fakes: Mapping[int, FakeTensor]) -> Any:
