@@ -61,26 +61,21 @@ def test_every_round_has_its_stages_and_the_last_has_the_usual_names(write):
     assert compress_request(recipe, attempts(recipe)[0]) == requests["emulator_round1"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "shares"),
-    [
-        (["train.steps=5"], [{"steps": 2}, {"steps": 3}]),
-        (["train.steps=60", "rounds=3"], [{"steps": 20}] * 3),
-    ],
-)
-def test_rounds_share_the_steps_and_see_other_rows_first(write, overrides, shares):
-    tuning = [stage.request.settings for stage in stages(write("", *overrides)) if stage.request.stage == "train"]
-    assert [{"steps": settings.steps} for settings in tuning] == shares
-    assert [settings.seed for settings in tuning] == [*range(len(shares))]
+@pytest.mark.parametrize(("steps", "rounds", "shares"), [(5, 2, [2, 3]), (60, 3, [20, 20, 20])])
+def test_rounds_share_the_steps_and_see_other_rows_first(write, steps, rounds, shares):
+    recipe = write("", f"train.steps={steps}", f"rounds={rounds}")
+    tuning = [stage.request.settings for stage in stages(recipe) if stage.request.stage == "train"]
+    assert [settings.steps for settings in tuning] == shares
+    assert [settings.seed for settings in tuning] == [*range(rounds)]
 
 
-def test_rounds_share_the_epochs(tmp_path, write):
+@pytest.mark.parametrize(("line", "epochs"), [("epochs = 2", 1), ("", 1.5)])
+def test_rounds_share_the_epochs(tmp_path, write, line, epochs):
     write()
     path = tmp_path / "recipe.toml"
-    for line, epochs in (("epochs = 2", 1), ("", 1.5)):
-        path.write_text(path.read_text().replace("steps = 5", line).replace("epochs = 2", line))
-        tuning = [stage.request.settings for stage in stages(load_recipe(path)) if stage.request.stage == "train"]
-        assert [(settings.steps, settings.epochs) for settings in tuning] == [(None, epochs)] * 2
+    path.write_text(path.read_text().replace("steps = 5", line))
+    tuning = [stage.request.settings for stage in stages(load_recipe(path)) if stage.request.stage == "train"]
+    assert [(settings.steps, settings.epochs) for settings in tuning] == [(None, epochs)] * 2
 
 
 @pytest.mark.parametrize(
