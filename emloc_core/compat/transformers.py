@@ -119,6 +119,12 @@ def kept_in_fp32(model: Any) -> list[str]:
     return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
+def has_own_cache(model: "PreTrainedModel") -> bool:
+    """Return whether ``generate`` leaves it to a model to make its cache, since it takes no other class's."""
+    takes_others = getattr(model, "_supports_default_dynamic_cache", lambda: True)
+    return not takes_others()
+
+
 def laid_out_otherwise(model: Any, method: str) -> list[str]:
     """Return the paths of modules that ``from_pretrained`` replaces by others in a model quantised by this method.
 

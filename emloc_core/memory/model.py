@@ -330,6 +330,8 @@ class MemoryModel:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # about names that libraries use
                 return trace(depths)
+        except EmlocError:
+            raise
         except Exception as error:  # the model's own code may raise anything on fake tensors
             raise EmlocError(
                 f"A step of the model in {self.config_file} cannot be traced without weights ({first_line(error)}).",

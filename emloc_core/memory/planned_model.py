@@ -119,11 +119,12 @@ class PlannedModel:
                 file.write_text(json.dumps(self.config), encoding="utf-8")
             config = plugin_manager().objective_of(self.family).config(file)
         _require_sizes(self.config_file, self.config, config)
+        dtype = self._dtype_of(config)
         try:
-            return build_model(config, self.family, self._dtype_of(config))
+            return build_model(config, self.family, dtype)
         except Exception as error:  # the model's own code may raise anything on bad values
             raise EmlocError(
-                f"The model of {self.config_file} cannot be built ({typed_line(error)}).",
+                f"The model of {self.config_file} cannot be built ({typed_line(error.__cause__ or error)}).",
                 "Check the values in the file.",
             ) from error
 

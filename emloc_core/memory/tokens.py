@@ -99,11 +99,17 @@ class TokenStep:
         return [vocabulary, *([tile, vocabulary % tile] if vocabulary > tile else [tile])]
 
     def prepare(self, lora: Any, *, checkpointing: bool) -> None:
-        """Enable what TRL and the trainer do."""
+        """Enable what TRL and the trainer do.
+
+        Raises:
+            EmlocError: transformers cannot recompute the model's activations.
+        """
         from emloc_core.compat.trl import fuse_loss
+        from emloc_core.model.recomputing import require_recomputation
 
         base = lora.get_base_model()
         if checkpointing:
+            require_recomputation(base)
             lora.enable_input_require_grads()
             base.activation_checkpointing_enable()
         fuse_loss(base)
@@ -120,10 +126,11 @@ class TokenStep:
         """Run the first forward of ``generate``: keys and values of the full prompt, logits of one token."""
         import torch
 
+        from emloc_core.compat.transformers import has_own_cache
         from emloc_core.memory.fake import fake_inputs
         from emloc_core.memory.tracing import EnteredCache
 
-        cache = EnteredCache(enter, model.config.get_text_config())
+        cache = None if has_own_cache(model) else EnteredCache(enter, model.config.get_text_config())
         inputs = fake_inputs(**self.inputs)
         inputs.setdefault("position_ids", torch.zeros_like(inputs["input_ids"]))  # generate passes them for every row
         model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)

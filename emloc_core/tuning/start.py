@@ -21,6 +21,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import MANIFEST, learned_preferences, read_manifest
 from emloc_core.files.quantised import is_in_four_bits
 from emloc_core.model.opened import OpenModel, open_model
+from emloc_core.model.recomputing import require_recomputation
 from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings, TrainSettings
 from emloc_core.standins.format import kind_of
@@ -70,12 +71,8 @@ class NewLora:
         return choose_targets(self.model, self.settings)
 
     def _require_recomputation(self, model: PreTrainedModel) -> None:
-        if self._recomputes and not getattr(model, "supports_gradient_checkpointing", True):
-            raise EmlocError(
-                f"Transformers cannot recompute the activations of a {type(model).__name__}.",
-                "Give --no-gradient-checkpointing, which takes more memory.",
-                code="unsupported",
-            )
+        if self._recomputes:
+            require_recomputation(model)
 
     def lora(self, targets: list[str], model: PreTrainedModel) -> LoraConfig | Path:
         """Return what a LoRA on a model is made from; see :func:`emloc_core.exact.lora.lora_on`."""

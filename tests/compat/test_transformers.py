@@ -265,6 +265,17 @@ def test_models_name_what_they_keep_in_fp32():
     assert names == ["wo"], f"_keep_in_fp32_modules of T5 are {names}"
 
 
+@contract("transformers", "compat.transformers.has_own_cache")
+def test_models_that_generate_with_a_cache_of_their_own_are_known():
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=9, **_SIZES))
+        minimax = MiniMaxForCausalLM(MiniMaxConfig(vocab_size=9, num_local_experts=2, **_SIZES))
+    assert transformers.has_own_cache(minimax), "_supports_default_dynamic_cache is true of MiniMax"
+    assert not transformers.has_own_cache(llama), "_supports_default_dynamic_cache is false of Llama"
+
+
 @contract("transformers", "compat.transformers.laid_out_otherwise")
 def test_models_whose_modules_quantisation_replaces_are_known():
     from transformers import Llama4ForCausalLM, Llama4TextConfig

@@ -505,6 +505,15 @@ def test_a_model_that_computes_its_shapes_is_refused(tiny_model: Path, monkeypat
         MemoryModel(tiny_model / "config.json", workload()).tuning()
 
 
+def test_a_model_that_cannot_recompute_activations_is_planned_without(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(EmlocError, match=r"cannot recompute the activations of a LlamaForCausalLM\. Give --no-grad"):
+        MemoryModel(tiny_model / "config.json", workload()).tuning()
+    MemoryModel(tiny_model / "config.json", workload(gradient_checkpointing=False)).tuning()
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the resident set is read from /proc")
 def test_freed_memory_is_given_back() -> None:
     def resident() -> int:

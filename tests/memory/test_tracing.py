@@ -14,7 +14,7 @@ from support.jobs import train_job
 from support.marks import thorough
 from support.planned import PICTURED, label, workload, write_config
 from support.rows import write_jsonl
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, MiniMaxConfig
 
 import emloc_core.memory.depth
 import emloc_core.memory.planned_model
@@ -123,6 +123,19 @@ def test_a_trace_equals_what_generate_allocates(tiny_model: Path) -> None:
     inputs = {"input_ids": ids, "attention_mask": mask}
     real_peak = allocated(real, inputs, lambda: real.generate(**inputs, max_new_tokens=1, min_new_tokens=1))
     need = MemoryModel(tiny_model / "config.json", workload(batch=4, length=48)).inference()
+    assert tensors(need) == pytest.approx(real_peak, rel=0.01)
+
+
+def test_a_model_whose_cache_is_its_own_is_traced(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16}
+    config = MiniMaxConfig(vocab_size=256, num_key_value_heads=1, **sizes, **experts)
+    config.dtype, config.architectures = "float32", ["MiniMaxForCausalLM"]
+    config.save_pretrained(tmp_path)
+    real = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.ones(1, 48, dtype=torch.int64)
+    real_peak = allocated(real, {"input_ids": ids}, lambda: real.generate(ids, max_new_tokens=1, min_new_tokens=1))
+    need = MemoryModel(tmp_path / "config.json", workload(batch=1, length=48)).inference()
     assert tensors(need) == pytest.approx(real_peak, rel=0.01)
 
 
