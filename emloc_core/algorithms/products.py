@@ -2,7 +2,8 @@
 
 torch leaves them to MKL, which uses half the width of an AMD processor's registers. oneDNN uses all of it, but torch
 calls it only where the precision may be lower than single. A processor without instructions for that keeps full
-precision, which is tested before it is relied on.
+precision, which is tested before it is relied on. One with them rounds factors to bfloat16, adds in single precision,
+and is two to three times as fast: nothing is lost where the factors are in bfloat16 already.
 """
 
 from collections.abc import Iterator
@@ -19,10 +20,15 @@ _SINGLE = 2e-6
 
 
 @contextmanager
-def by_onednn() -> Iterator[None]:
-    """Let oneDNN compute products in single precision on the CPU, where it does so without losing any."""
+def by_onednn(*factors: torch.Tensor) -> Iterator[None]:
+    """Let oneDNN compute products in single precision on the CPU, where it does so without losing any.
+
+    Args:
+        factors: what the factors of all products are copies of, in single precision; nothing if that is not known.
+    """
     setting = _setting()
-    before = setting.fp32_precision if setting and _is_precise() else None
+    in_halves = bool(factors) and all(factor.dtype == torch.bfloat16 for factor in factors)
+    before = setting.fp32_precision if setting and (in_halves or _is_precise()) else None
     if before is not None:
         setting.fp32_precision = _LOWER
     try:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms.products import by_onednn
-from emloc_core.algorithms.statistics import ROWS, Gram, Side, blocks, cheaper_side, rounded
+from emloc_core.algorithms.statistics import ROWS, Gram, Side, blocks, cheaper_side, held, rounded
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forward_hooks, forwards
@@ -61,19 +61,20 @@ class PairedMoments:
             EmlocError: they hold NaN or Inf.
         """
         self.emulator.add(emulator)
-        x, xc = (rows.reshape(-1, rows.shape[-1]).to(self._cross, copy=True) for rows in (base, emulator))
+        x, xc = (held(rows.reshape(-1, rows.shape[-1]), self._cross.dtype) for rows in (base, emulator))
         self._pairs.append((x, xc))
         if sum(len(x) for x, _ in self._pairs) >= ROWS:
             self._flush()
 
-    @by_onednn()
     def _flush(self) -> None:
         if self._pairs:
             self._cross = self._cross.to(self.emulator.dtype)
-            x, xc = (torch.cat(rows).to(self._cross) for rows in zip(*self._pairs, strict=True))
+            x, xc = (torch.cat(rows) for rows in zip(*self._pairs, strict=True))
             if self._crosses_outputs:
-                x = torch.cat([x @ weight.to(x).T for weight in self._weights], dim=1)
-            self._cross.addmm_(x.T, xc)
+                with by_onednn(x, *self._weights):
+                    x = torch.cat([x.to(self._cross) @ weight.to(self._cross).T for weight in self._weights], dim=1)
+            with by_onednn(x, xc):
+                self._cross.addmm_(x.to(self._cross).T, xc.to(self._cross))
             self._pairs = []
 
     @by_onednn()
