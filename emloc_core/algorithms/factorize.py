@@ -96,7 +96,13 @@ def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.
 
 
 def _energy(rows: torch.Tensor, gram: torch.Tensor) -> float:
-    return float(((rows @ gram) * rows).sum(dtype=torch.float64))
+    """Return ``tr(R G R^T)``; since G is symmetric, from little more than half of it."""
+    total = 0.0
+    for block in blocks(len(gram)):
+        own, later = rows[:, block] @ gram[block, block], slice(block.stop, None)
+        own.addmm_(rows[:, later], gram[later, block], alpha=2)
+        total += float((own * rows[:, block]).sum(dtype=torch.float64))
+    return total
 
 
 def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:

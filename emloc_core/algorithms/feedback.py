@@ -31,8 +31,8 @@ DAMPING = 0.01
 _LEAST = 1e-12  # where all inputs are 0: what it takes to factorise the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
-COLUMNS = 64  # whose changes are passed on together
-_PASSED = 256  # columns that they are passed on to at a time
+_COLUMNS = 64  # that are rounded at a time
+CHANGES = 256  # columns whose changes are passed on together, and that they are passed on to at a time
 #: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
 #: other processes use too, 1536 rows took ten times as long with two threads as with one.
 _SHARED = 4096
@@ -140,12 +140,13 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
     """
     # Transposed, so that a column is one stretch of memory.
     work = matrix.T[gram.order]
-    for start in range(0, len(work), COLUMNS):
-        stop = min(start + COLUMNS, len(work))
-        positions, rows = gram.order[start:stop], gram.factor[start:stop]
-        changes = matrix.T[positions]
-        _round_block(work[start:stop], changes, rows[:, start:stop].contiguous(), positions, nearest)
-        _pass_on(work[stop:], rows[:, stop:].T, changes)
+
+    def visit(columns: slice, changes: torch.Tensor) -> None:
+        positions = gram.order[columns]
+        torch.index_select(matrix.T, 0, positions, out=changes)
+        _round_block(work[columns], changes, gram.factor[columns, columns].contiguous(), positions, nearest)
+
+    _passing_on(work, gram.factor, visit)
     rounded = torch.empty_like(work)
     rounded[gram.order] = work
     return rounded.T
@@ -192,12 +193,12 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
     """
     work, slopes = rounded.T.contiguous(), slopes.T.contiguous()  # a column is one stretch of memory
     with gram.matrix() as gram_matrix:
-        for start in range(0, len(work), COLUMNS):
-            stop = min(start + COLUMNS, len(work))
-            block, changes = work[start:stop], torch.empty_like(work[start:stop])
-            curvature = gram_matrix[start:stop, start:stop].contiguous()
-            _descend_block(block, slopes[start:stop], changes, curvature, start, nearest)
-            _pass_on(slopes[stop:], gram_matrix[start:stop, stop:].T, changes)
+
+        def visit(columns: slice, changes: torch.Tensor) -> None:
+            curvature = gram_matrix[columns, columns].contiguous()
+            _descend_block(work[columns], slopes[columns], changes, curvature, columns.start, nearest)
+
+        _passing_on(slopes, gram_matrix, visit)
     return work.T
 
 
@@ -228,9 +229,32 @@ def _descend_block(
                 slopes[index:].addr_(row[index:], change, alpha=-1)
 
 
-def _pass_on(numbers: torch.Tensor, weights: torch.Tensor, changes: torch.Tensor) -> None:
+def _passing_on(numbers: torch.Tensor, weights: torch.Tensor, visit: Callable[[slice, torch.Tensor], None]) -> None:
+    """Visit columns, some at a time, and subtract their changes from later columns, in proportion to ``weights``.
+
+    From the next few columns they are subtracted at once, from all others together: a product with few changes is bound
+    by the traffic of the numbers.
+
+    Args:
+        numbers: (n, m), transposed: a column is a row.
+        weights: (n, n), above the diagonal.
+        visit: takes a slice of columns and writes their changes, (columns, m).
+    """
+    n, m = numbers.shape
+    for together in blocks(n, CHANGES):
+        changes = numbers.new_empty(together.stop - together.start, m)
+        for start in range(together.start, together.stop, _COLUMNS):
+            columns = slice(start, min(start + _COLUMNS, together.stop))
+            own = changes[start - together.start : columns.stop - together.start]
+            visit(columns, own)
+            following = slice(columns.stop, together.stop)
+            numbers[following].addmm_(weights[columns, following].T, own, alpha=-1)
+        _subtract(numbers[together.stop :], weights[together, together.stop :].T, changes)
+
+
+def _subtract(numbers: torch.Tensor, weights: torch.Tensor, changes: torch.Tensor) -> None:
     """Subtract ``weights @ changes``, some rows at a time: oneDNN compiles a kernel for every shape, and keeps it."""
-    for part, rows in zip(numbers.split(_PASSED), weights.split(_PASSED), strict=True):
+    for part, rows in zip(numbers.split(CHANGES), weights.split(CHANGES), strict=True):
         part.addmm_(rows, changes, alpha=-1)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 from emloc_core.algorithms.factorize import KRYLOV
-from emloc_core.algorithms.feedback import COLUMNS
+from emloc_core.algorithms.feedback import CHANGES
 from emloc_core.algorithms.feedback import ROWS as AT_ONCE
 from emloc_core.algorithms.levels import GROUP, rows_at_once
 from emloc_core.algorithms.statistics import BLOCK, ROWS
@@ -75,9 +75,10 @@ def rounding_bytes(linears: Sequence[Planned], **options: Any) -> int:
 
 
 def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 3, scales: bool = False) -> int:
-    """Return the peak of rounding a matrix, (m, n), with feedback, ``4 (g n^2 + (c m + a r) n)``.
+    """Return the peak of rounding a matrix, (m, n), with feedback, ``4 (g n^2 + (c m + a r) n + 2 k r)``.
 
-    Before, a Gram in fp64 is rounded, ``12 n^2``.
+    That is with the changes of k columns, and what they are computed with. Before, a Gram in fp64 is rounded,
+    ``12 n^2``.
 
     Args:
         m: rows, of all weights of a group.
@@ -87,7 +88,8 @@ def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 
         at_once: a, the same for the r rows that are rounded at a time.
         scales: whether scales are fitted too, with products of the Gram and the levels of some rows.
     """
-    work = grams * n**2 + (copies * m + at_once * min(m, _MOST_ROWS)) * (n + COLUMNS)
+    rows = min(m, _MOST_ROWS)
+    work = grams * n**2 + (copies * m + at_once * rows) * n + 2 * CHANGES * rows
     products = min(m, rows_at_once(n)) * -(-n // GROUP) * n if scales else 0
     return 4 * max(work + products, 3 * n**2 + m * n)
 
@@ -128,7 +130,8 @@ def rounded_factoring_bytes(linears: Sequence[Planned], *, propagated: bool, sma
         n, shapes = group[0].in_features, [(linear.out_features, linear.rank or 0) for linear in group]
         numbers, factors = sum(m * n for m, _ in shapes), sum(k * (m + n) for m, k in shapes)
         rank, largest = sum(k for _, k in shapes), max(m for m, _ in shapes)
-        v_work = (4 * rank + 5 * min(rank, _MOST_ROWS)) * (n + COLUMNS)
+        v_rows = min(rank, _MOST_ROWS)
+        v_work = (4 * rank + 5 * v_rows) * n + 2 * CHANGES * v_rows
         u_work = max(12 * m * k + 3 * k**2 for m, k in shapes)
         measuring = largest * n + 4 * min(largest, BLOCK) * n
         work = max(2 * n**2 + max(v_work, measuring), n**2 + factors + u_work, 3 * n**2)

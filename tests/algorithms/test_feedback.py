@@ -92,6 +92,27 @@ def test_the_factor_of_a_gram_gives_it_again(n):
     assert float(apart.norm()) < 1e-3 * n**0.5
 
 
+def test_columns_are_rounded_as_one_by_one():
+    """Changes are passed on some columns at a time, at two distances."""
+    matrix, gram = 2 * draw(40, 600), Damped(inputs_gram(600, rows=1200))
+    work, weights = matrix[:, gram.order].double(), gram.factor.double()
+    for column in range(600):
+        change = work[:, column].round() - matrix[:, gram.order[column]]
+        work[:, column] = work[:, column].round()
+        work[:, column + 1 :] -= change[:, None] * weights[column, column + 1 :]
+    rounded = with_feedback(matrix, gram, to_integers)
+    one_by_one = torch.empty_like(matrix)
+    one_by_one[:, gram.order] = work.float()
+    assert loss(matrix, rounded, gram) == pytest.approx(loss(matrix, one_by_one, gram), rel=0.01)
+
+    with gram.matrix() as matrix_of_gram:
+        for column in range(600):
+            slope = (matrix - one_by_one).double() @ matrix_of_gram[:, column].double()
+            one_by_one[:, column] = (one_by_one[:, column] + slope / float(gram.diagonal[column])).round()
+    rounded = descended(rounded, descent(matrix, rounded, gram), gram, to_integers)
+    assert loss(matrix, rounded, gram) == pytest.approx(loss(matrix, one_by_one, gram), rel=0.01)
+
+
 def test_columns_with_the_largest_inputs_come_first():
     seen = []
 

@@ -264,7 +264,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     m, n = 1024, 8192
     summing = 8 * (n**2 + 2 * m * n) + 8 * 1024 * (5 * n + m)  # beside a weight; of 1024 tokens that wait
     products = 128 * 32 * n  # of the levels of some rows with the Gram, one for each group of 256
-    repairing = 4 * (3 * n**2 + (4 + 5) * m * (n + 64) + products)
+    repairing = 4 * (3 * n**2 + (4 + 5) * m * n + 2 * 256 * m + products)  # with the changes of 256 columns
     dense = 4 * m**2 + 2 * m * n  # as rows pass through, before down_proj
     inside = 3 * (m + n) * workload().length  # around the activation function
     expected = [
