@@ -23,8 +23,7 @@ from emloc_core.units import parse_bytes
 INFERENCE = "inference"
 #: Config fields that make transformers download and run code. Fields with a leading underscore are internal.
 _CODE = {"auto_map", "attn_implementation", "experts_implementation", "custom_generate"}
-_PUBLISHED = re.compile(r"(\d+(?:\.\d+)?)([MB]|GB)?")
-_UNITS = {None: 1, "M": 10**6, "B": 10**9, "GB": 10**9}
+_PUBLISHED = re.compile(r"\d+(\.\d+)?([MB]|GB)?")
 
 
 class Parameters(Settings):
@@ -43,33 +42,6 @@ class Parameters(Settings):
         if not _PUBLISHED.fullmatch(text):
             raise ValueError(f"{text!r} is not a number of parameters: write 7615616512, 7.62B, 494M, or 15.9GB")
         return text
-
-    @property
-    def digits(self) -> int:
-        """Number of significant digits published."""
-        return len(self._parts()[0].replace(".", "").lstrip("0"))
-
-    @property
-    def count(self) -> int:
-        """The published number of parameters, or of bytes if it is in GB."""
-        number, unit = self._parts()
-        return round(float(number) * _UNITS[unit]) if unit else int(number)
-
-    def agree(self, parameters: int, tied: int = 0) -> bool:
-        """Return whether this number of parameters, rounded to the published digits, is the published one.
-
-        Args:
-            parameters: number of parameters; tied ones count once.
-            tied: how many of them belong to a tied output projection.
-        """
-        stored = parameters + (tied if self.tied_twice else 0)
-        stored *= 2 if self._parts()[1] == "GB" else 1  # bytes of 16 bits
-        return f"{stored:.{self.digits - 1}e}" == f"{self.count:.{self.digits - 1}e}"
-
-    def _parts(self) -> tuple[str, str | None]:
-        match = _PUBLISHED.fullmatch(self.published)
-        assert match is not None  # as validated
-        return match[1], match[2]
 
 
 class Preset(Settings):
