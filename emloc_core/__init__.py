@@ -46,22 +46,8 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-#: Public names and their modules.
-_PUBLIC = {
-    "chat": "api",
-    "compress": "api",
-    "convert_layout": "api",
-    "correct": "api",
-    "evaluate": "api",
-    "export": "api",
-    "load_family": "api",
-    "merge": "api",
-    "plan": "api",
-    "polish": "api",
-    "push": "api",
-    "run": "api",
-    "train": "api",
-    "tune": "api",
+#: Modules of the public names that are not from ``api``.
+_ELSEWHERE = {
     "EmlocError": "errors",
     "ProgressEvent": "stages.progress",
     "Result": "stages.result",
@@ -91,9 +77,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'api')}"), name)
 
 
 def __dir__() -> list[str]:
