@@ -18,7 +18,7 @@ from torch import nn
 from emloc_core.algorithms.lora import Lora, of_experts
 from emloc_core.compat.peft import WRAPPER, parameter_wrappers
 from emloc_core.errors import EmlocError
-from emloc_core.standins.experts import StandInExperts, is_experts, routed, shape_of, stacks
+from emloc_core.standins.experts import StandInExperts, is_experts, routed, stacks
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -74,7 +74,7 @@ def compute_apart(model: nn.Module) -> None:
     """Compute the LoRAs that PEFT has put on experts of a model beside their stacks, instead of PEFT's way.
 
     Raises:
-        EmlocError: PEFT has put one on a single stack of stand-ins, or lays it out in another way.
+        EmlocError: PEFT has put one on a single stack of stand-ins.
     """
     for path, wrappers in parameter_wrappers(model):
         experts = wrappers[0].get_base_layer()
@@ -89,8 +89,6 @@ def compute_apart(model: nn.Module) -> None:
                 f"Put it on both stacks, in this order: {', '.join(stacks_of(experts))}.",
                 code="unsupported",
             )
-        for wrapper in wrappers:
-            _require_layout(wrapper, experts, path)
         outermost: Any = wrappers[0]
         outermost.forward = _Computed(experts, wrappers)
 
@@ -123,18 +121,3 @@ def of_wrapper(wrapper: Any) -> Lora:
 
 def _dense(experts: Any) -> Any:
     return experts.replaced if isinstance(experts, StandInExperts) else experts
-
-
-def _require_layout(wrapper: Any, experts: Any, path: str) -> None:
-    """Refuse a LoRA that PEFT lays out in another way, as versions before 0.19 do."""
-    m, n = shape_of(_dense(experts), wrapper.parameter_name)
-    for adapter, rank in wrapper.r.items():
-        shapes = (wrapper.lora_A[adapter].weight.shape, wrapper.lora_B[adapter].weight.shape)
-        count = rank * experts.num_experts
-        if shapes != ((count, n), (m, count)):
-            raise EmlocError(
-                f"PEFT lays out the LoRA on {wrapper.parameter_name} of {path} as {tuple(map(tuple, shapes))}, not as "
-                f"{((count, n), (m, count))}.",
-                "Install a newer PEFT.",
-                code="unavailable",
-            )
