@@ -9,12 +9,32 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from emloc_core.conformance.raw_errors import meaning
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
 from emloc_core.plugins.manager import plugin_manager
 
 _MOST = 4  # problems in a message
+#: Pattern of an error of torch or of a model's own code -> what is wrong with the declaration, and how to fix it.
+_MEANINGS = (
+    (
+        r"has no attribute [`'\"]\d+",
+        "blocks names a module that is not a list of blocks",
+        "Name the ModuleList whose children are the blocks: print(model) shows the paths.",
+    ),
+    (
+        r"expected device meta|meta tensor|meta device|data of a meta",
+        "the model computes with a weight that is not loaded at that moment: one that is read without calling its "
+        "module, or one of blocks that no tower declares",
+        "Declare every list of blocks as a tower. If a module reads another's weight, the model cannot be streamed: "
+        "declare the module around both as the block.",
+    ),
+    (
+        r"mat1 and mat2 shapes|must match the size of tensor|size mismatch",
+        "sizes do not fit each other: those of the tiny config, or a factor is taken for the weight of its Linear",
+        "Correct the sizes in tiny_configs. If only the emulator does not run, some code reads the weight of a Linear "
+        "without calling it: list that Linear in keep_dense.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +107,16 @@ class Check:
             return result(False, str(error.args[0]), error.fix or "")
         except Exception as error:  # a declaration may break anything, and a check must say so
             subject.raised[self.name] = error
-            translated = meaning(error)
-            message = str(translated.args[0]) if translated else f"Could not run: {typed_line(error)}"
-            hint = "The traceback shows where: emloc families check --json, or the test's report."
-            return result(False, message, (translated.fix if translated else None) or hint, traceback.format_exc())
+            return result(False, *_explained(error), traceback.format_exc())
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """Return what an error of torch says about a declaration, as far as it is a known one, and what to do."""
+    for pattern, problem, remedy in _MEANINGS:
+        if re.search(pattern, str(error)):
+            return f"Could not run: {problem} ({typed_line(error)})", remedy
+    hint = "The traceback shows where: emloc families check --json, or the test's report."
+    return f"Could not run: {typed_line(error)}", hint
 
 
 def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:
