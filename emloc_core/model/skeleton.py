@@ -25,8 +25,7 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import TensorInfo
 from emloc_core.files.quantised import MXFP4
-from emloc_core.files.shards import DTYPES
-from emloc_core.model import readahead
+from emloc_core.files.shards import DTYPES, chunks
 from emloc_core.model.absent import Absent
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.packed_checkpoints import PACKED
@@ -35,6 +34,7 @@ from emloc_core.standins.transposed import TransposedLinear, as_linears
 
 #: Bytes from which a tensor gets no memory while a model is built: a stack of experts may have 15 GB.
 _LARGE = 1 << 30
+_CHUNK = 4 << 20  # bytes read ahead at a time
 #: Modules of functions that draw initial weights: transformers' call torch's, and models either.
 _INITIAL = ("transformers.initialization", "torch.nn.init")
 
@@ -218,7 +218,7 @@ class Skeleton:
     def read_ahead(self, module: str) -> None:
         """Read the tensors of a submodule from disk in the background, so that :meth:`load` finds them cached."""
         keys = [key for name in self.names(module) for key in self.sources(name)]
-        self._reader.submit(readahead.read, [self.checkpoint.tensors[key] for key in keys])
+        self._reader.submit(_cache, [self.checkpoint.tensors[key] for key in keys])
 
     def free(self, module: str) -> None:
         """Put the parameters of the submodule at path ``module`` back on the meta device. Buffers stay."""
@@ -262,6 +262,19 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
         model.tie_weights()
     model.eval().requires_grad_(False)
     return model
+
+
+def _cache(tensors: Iterable[TensorInfo]) -> int:
+    """Read tensors into the system's page cache, whose pages are not counted as this process's; return their bytes.
+
+    ``posix_fadvise`` would not do: the kernel limits its read-ahead to about a megabyte.
+    """
+    total = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.shard, tensor.start)):
+        with contextlib.suppress(EmlocError):  # truncated meanwhile; loading the tensor will report it
+            for part in chunks(tensor, _CHUNK):
+                total += len(part)
+    return total
 
 
 class _OnMeta(TorchFunctionMode):
