@@ -82,7 +82,7 @@ def causal(subject: TinyModel) -> None:
 
 
 @check(blocks)
-def input_groups(subject: TinyModel) -> str | None:
+def input_groups(subject: TinyModel) -> None:
     """The Linears of each group read one input, and the groups are declared in the order in which they run."""
     inputs = subject.forward.inputs
     planned = subject.plan.linears
@@ -115,16 +115,6 @@ def input_groups(subject: TinyModel) -> str | None:
         ],
         "Declare input_groups in the order in which they run: error-propagating calibration follows it.",
     )
-    # Two groups with one input are no fault: one would serve both, and spare a Gram.
-    same = [
-        f"{first[group]} and {first[second]}"
-        for group in block_of
-        for second in block_of
-        if block_of[group] == block_of[second]
-        and positions[first[group]] < positions[first[second]]
-        and alike(inputs[first[group]], inputs[first[second]])
-    ]
-    return f"Note: {same[0]} read the same input; their groups could be one." if same else None
 
 
 @check(input_groups)

@@ -214,13 +214,6 @@ def test_what_torch_says_is_told_in_words_of_the_declaration(raised, explanation
     assert result.traceback
 
 
-def test_groups_that_could_be_one_are_noted(tmp_path):
-    family = with_groups(*GROUPS[:2], ["mlp.gate_proj"], ["mlp.up_proj"], GROUPS[3])
-    result = CHECKS["input-groups"].on(subject_of(family, tmp_path))
-    assert result.passed
-    assert "mlp.gate_proj and model.layers.0.mlp.up_proj read the same input" in result.message
-
-
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
