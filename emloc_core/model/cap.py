@@ -7,7 +7,6 @@ with a set memory, that is the GPU cap of its stages.
 import os
 import resource
 import sys
-from collections.abc import Mapping
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.meter import own_memory
@@ -26,13 +25,13 @@ def gpu_cap(memory: str | None) -> dict[str, str]:
     return {} if memory in (None, FREE) else {CAP: os.environ.get(CAP) or f"cuda={memory}"}
 
 
-def keep_to_cap(environment: Mapping[str, str] = os.environ) -> None:
+def keep_to_cap() -> None:
     """Have allocations beyond the cap fail from now on.
 
     Raises:
         EmlocError: the cap is not as it should be, or the process already uses more.
     """
-    for device, nbytes in _caps(environment).items():
+    for device, nbytes in _caps().items():
         if device == "cuda":
             cap_gpus(nbytes)
         else:
@@ -81,10 +80,10 @@ def _cap_process(nbytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (nbytes - resident + data, hard))
 
 
-def _caps(environment: Mapping[str, str]) -> dict[str, int]:
+def _caps() -> dict[str, int]:
     """Return the cap of every device that has one, in bytes."""
     caps = {}
-    for part in filter(None, environment.get(CAP, "").split(",")):
+    for part in filter(None, os.environ.get(CAP, "").split(",")):
         device, _, size = part.partition("=")
         if device not in ("cuda", "cpu"):
             raise EmlocError(f"{CAP} names {device!r}.", f"Give cuda, cpu or both, such as {CAP}=cuda=24GiB,cpu=8GiB.")

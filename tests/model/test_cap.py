@@ -48,17 +48,20 @@ def gpus(monkeypatch):
     return shares
 
 
-def test_torch_may_take_of_every_gpu_what_the_context_leaves(gpus):
+def test_torch_may_take_of_every_gpu_what_the_context_leaves(gpus, monkeypatch):
     assert free_of(0) == 31 * GIB  # as others hold the rest, but for what torch keeps
-    keep_to_cap({CAP: "cuda=24GiB"})
+    monkeypatch.setenv(CAP, "cuda=24GiB")
+    keep_to_cap()
     room = 24 * GIB - overhead("cuda", tuning=True)
     assert gpus == {gpu: pytest.approx(room / (80 * GIB)) for gpu in (0, 1)}
     assert free_of(0) == pytest.approx(room - GIB, abs=1)
     assert torch.cuda.current_device() == 0
-    keep_to_cap({CAP: "cuda=200GiB"})
+    monkeypatch.setenv(CAP, "cuda=200GiB")
+    keep_to_cap()
     assert gpus == {0: 1.0, 1: 1.0}
+    monkeypatch.setenv(CAP, "cuda=100MiB")
     with pytest.raises(EmlocError, match=r"A cap of 105 MB is less than the 629 MB that the process has") as caught:
-        keep_to_cap({CAP: "cuda=100MiB"})
+        keep_to_cap()
     assert caught.value.code == "memory"
 
 
@@ -69,7 +72,8 @@ def test_a_gpu_without_a_number_is_the_current_one(gpus):
 
 def test_of_launched_processes_each_caps_its_own_gpu(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    keep_to_cap({CAP: "cuda=24GiB"})
+    monkeypatch.setenv(CAP, "cuda=24GiB")
+    keep_to_cap()
     assert gpus[0] == 1.0 > gpus[1]
 
 
@@ -80,11 +84,13 @@ def test_a_cap_of_ones_own_comes_before_that_of_a_run(monkeypatch):
     assert gpu_cap("24GiB") == {CAP: "cpu=8GiB"}
 
 
-def test_a_cap_says_of_what_it_is():
+def test_a_cap_says_of_what_it_is(monkeypatch):
+    monkeypatch.setenv(CAP, "24GiB")
     with pytest.raises(EmlocError, match=r"EMLOC_MEMORY_CAP names '24GiB'\. Give cuda, cpu or both"):
-        keep_to_cap({CAP: "24GiB"})
+        keep_to_cap()
+    monkeypatch.setenv(CAP, "cpu=100MiB")
     with pytest.raises(EmlocError, match=r"A cap of 105 MB is less than the .* that the process has before its work"):
-        keep_to_cap({CAP: "cpu=100MiB"})
+        keep_to_cap()
 
 
 def allocate(path, gib):
