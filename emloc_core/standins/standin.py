@@ -39,10 +39,6 @@ class StandIn:
         """Return it in the dtype, and on the device, of a tensor."""
         return StandIn(*(matrix.to(like) for matrix in self._matrices))
 
-    def is_finite(self) -> bool:
-        """Return whether it holds neither NaN nor Inf."""
-        return all(bool(torch.isfinite(matrix).all()) for matrix in self._matrices)
-
 
 class Fitted(Protocol):
     """What was fitted to stand in for a weight, before it is packed: a dataclass with a field ``error``."""
