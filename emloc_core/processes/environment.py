@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 #: Threads of OpenMP that spin while they wait for work starve a second core: 20 s against 5 s under load. A short spin
 #: first: without it an eigendecomposition took twice as long on two idle cores (0.61 s, not 0.30 s).
@@ -88,11 +89,6 @@ def quiet() -> Iterator[None]:
 
 
 def _log_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: object = None,  # noqa: ARG001 - these two are part of the signature
-    line: str | None = None,  # noqa: ARG001
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
     logging.getLogger("emloc.warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
