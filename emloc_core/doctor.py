@@ -22,6 +22,7 @@ from typing import Any, Literal
 from emloc_core.compat.tested import TESTED
 from emloc_core.processes.group import within_group
 from emloc_core.processes.lifetime import run_to_end
+from emloc_core.units import human_bytes
 
 #: Modules whose names differ from their packages'.
 _MODULES = {"pillow": "PIL", "protobuf": "google.protobuf"}
@@ -123,7 +124,7 @@ def _gpu(gpus: Any) -> Iterator[Check]:
         yield Check("gpu", "torch", "error", f"cannot query the GPUs: {gpus}")
         return
     for device in gpus.get("devices", []):
-        size = f"{_size(device['free'])} of {_size(device['total'])} free"
+        size = f"{human_bytes(device['free'])} of {human_bytes(device['total'])} free"
         yield Check("gpu", device["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
     if gpus.get("devices"):
         if not gpus["compiles"]:
@@ -150,12 +151,12 @@ def _room() -> Iterator[Check]:
     memory = _memory()
     if memory:
         free, total = memory
-        yield Check("room", "memory", "ok", f"{_size(free)} of {_size(total)} free")
+        yield Check("room", "memory", "ok", f"{human_bytes(free)} of {human_bytes(total)} free")
     cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     for name, path in (("disk here", Path.cwd()), ("models' cache", cache.expanduser())):
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
-        text = f"{path}: {_size(free)} free"
+        text = f"{path}: {human_bytes(free)} free"
         if not os.access(existing, os.W_OK):
             yield Check("room", name, "error", f"{text}, and it cannot be written to")
         elif free < _LITTLE:
@@ -185,10 +186,6 @@ def _plugins(reports: Any) -> Iterator[Check]:
         state: State = "error" if report["error"] else "ok"
         details = report["error"] or ", ".join(report["families"]) or "no families"
         yield Check("plugins", report["name"], state, f"{report['distribution']}: {details}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def probe(names: Iterable[str]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ DEVICE = {"name": "A", "free": 70e9, "total": 80e9}
             {"cuda": "12.8", "devices": [DEVICE], "compiles": True},
             "570.1",
             "ok",
-            "70.0 GB of 80.0 GB",
+            "70 GB of 80 GB",
         ),
         ({"cuda": "12.8", "devices": [DEVICE], "compiles": False}, "570.1", "warning", "install gcc"),
         ("ImportError: torch", None, "error", "ImportError: torch"),

@@ -9,10 +9,10 @@ from typing import Any
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import CARD, HUB_ID
 from emloc_core.files.documents import read_object
+from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import MANIFEST, read_manifest
 from emloc_core.files.own import require_own_files
 
-_ADAPTER = "adapter_config.json"
 _WRITTEN = (".json", ".jsonl", ".safetensors")  # what readers of an output take for a part of it
 _PATIENCE = 600.0  # seconds without a byte, after which an upload is given up; the library waits forever
 
@@ -99,12 +99,12 @@ def _without_paths(directory: Path, manifest: dict[str, Any], base: str | None) 
         manifest = {**manifest, "result": {**result, "base": names.get(name, name)}}
     manifest = {**manifest, "inputs": {role: names.get(path, path) for role, path in inputs.items()}}
     yield MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    if (directory / _ADAPTER).is_file():
-        config = read_object(directory / _ADAPTER)
+    if (directory / CONFIG).is_file():
+        config = read_object(directory / CONFIG)
         base_name = str(config.get("base_model_name_or_path"))
         if Path(base_name).is_absolute():
             config["base_model_name_or_path"] = base or Path(base_name).name
-        yield _ADAPTER, json.dumps(config, indent=2, sort_keys=True) + "\n"
+        yield CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n"
     if base is not None and (directory / CARD).is_file():
         text = (directory / CARD).read_text(encoding="utf-8")
         for path, name in names.items():

@@ -12,6 +12,7 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, print_json, progress
 from emloc_core.cli.options import explicit, options
+from emloc_core.cli.zoo.entries import more_entries
 from emloc_core.cli.zoo.records import line, totals
 from emloc_core.errors import EmlocError, validated
 from emloc_core.settings import CompressSettings
@@ -32,7 +33,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 @click.option("--data", help="Rows to calibrate on, for jobs without their own: a file, or a hub dataset.")
 @click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
 @click.option("--preset", help="Preset of registry entries.  [default: default]")
-@click.option("--registry", multiple=True, type=click.Path(path_type=Path), help="More entries: a file or a directory.")
+@more_entries
 @click.option("--merge", is_flag=True, help="Merge the LoRA of every trained job into its base.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
               help="Where jobs run: in parallel on this machine, or on a Ray cluster.")  # fmt: skip
