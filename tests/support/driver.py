@@ -11,9 +11,6 @@ from support.processes import planning_here
 
 from emloc_core.cli import main
 from emloc_core.zoo.engines import worker
-from emloc_core.zoo.engines.engine import environment
-from emloc_core.zoo.jobs.outcome import OUTCOME
-from emloc_core.zoo.jobs.task import JOB
 
 
 class ForkingDriver:
@@ -51,24 +48,20 @@ def emloc(*argv: object) -> None:
 
 
 class _Fork:
-    """A worker, with the methods of ``Popen`` that an engine calls."""
+    """A worker, with those arguments and methods of ``Popen`` that an engine uses."""
 
-    def __init__(self, job, directory, log, _inherited, variables=None, _command=()) -> None:
-        (directory / OUTCOME).unlink(missing_ok=True)
-        log.parent.mkdir(exist_ok=True)
-        variables = {**environment(job), **(variables or {})}
+    def __init__(self, command, *, stdout, cwd, env, **_others) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
                 os.setsid()
-                os.chdir(directory)
-                os.environ.update(variables)
-                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                os.chdir(cwd)
+                os.environ.update(env)
                 for stream in (1, 2):
-                    os.dup2(output, stream)
-                code = worker.main(str(directory / JOB))
+                    os.dup2(stdout.fileno(), stream)
+                code = worker.main(command[-1])
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -92,7 +85,7 @@ def _drive(log: Path, function: Callable[..., object], *args: object) -> None:
     for path, stream in ((log, 1), (log.with_suffix(".err"), 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     with (
-        mock.patch("emloc_core.zoo.engines.engine.start_worker", _Fork),
+        mock.patch("emloc_core.zoo.engines.engine.Popen", _Fork),
         mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
         planning_here(),
     ):

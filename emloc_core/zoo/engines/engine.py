@@ -1,16 +1,16 @@
 """The engine's contract: it starts a job's worker somewhere and reports how it ended. The driver decides the rest.
 
-Every engine runs the same command, ``python -m emloc_core.zoo.engines.worker JOB.json``, by :func:`start_worker`. The
+Every engine runs the same command, ``python -m emloc_core.zoo.engines.worker JOB.json``, as a :class:`Worker`. The
 outputs appear beside ``JOB.json``, as does the :class:`Outcome`.
 """
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError
@@ -58,42 +58,14 @@ class Engine(Protocol):
         """End all workers, and release what the engine holds."""
 
 
-def start_worker(
-    job: ZooJob,
-    directory: Path,
-    log: Path,
-    inherited: Sequence[int],
-    variables: Mapping[str, str] | None,
-    command: Sequence[str],
-) -> subprocess.Popen[bytes]:
-    """Start a worker, the leader of its own group of processes.
+class Worker:
+    """A worker's process, the leader of its own group.
 
     Args:
         directory: absolute path of the directory with the job file.
         inherited: file descriptors that it keeps open as long as it lives.
         variables: environment variables besides those of :func:`environment`.
         command: the path of the job file is appended to it.
-    """
-    (directory / OUTCOME).unlink(missing_ok=True)
-    log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [*command, str(directory / JOB)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=directory,  # an id of the hub is no path here
-            env={**environment(job), **(variables or {})},
-            start_new_session=True,
-            pass_fds=inherited,
-        )
-
-
-class Worker:
-    """A worker's process, the leader of its own group.
-
-    Args:
-        directory, log, inherited, variables, command: see :func:`start_worker`.
     """
 
     def __init__(
@@ -106,7 +78,19 @@ class Worker:
         command: Sequence[str] = WORKER,
     ) -> None:
         self.directory, self._kills = directory, memory_kills()
-        self.process = start_worker(job, directory, log, inherited, variables, command)
+        (directory / OUTCOME).unlink(missing_ok=True)
+        log.parent.mkdir(exist_ok=True)
+        with log.open("wb") as output:
+            self.process = Popen(
+                [*command, str(directory / JOB)],
+                stdin=DEVNULL,
+                stdout=output,
+                stderr=STDOUT,
+                cwd=directory,  # an id of the hub is no path here
+                env={**environment(job), **(variables or {})},
+                start_new_session=True,
+                pass_fds=inherited,
+            )
 
     def outcome(self) -> Outcome | None:
         """Return how it ended, or None while it runs."""
