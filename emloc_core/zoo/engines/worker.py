@@ -19,7 +19,7 @@ from emloc_core.files.workspace import Workspace
 from emloc_core.processes.environment import hush_libraries
 from emloc_core.processes.lifetime import die_with, end_with_parent
 from emloc_core.recipe.stages import Stage
-from emloc_core.zoo.jobs.faults import classify, describe, ended, exit_code, memory_kills
+from emloc_core.zoo.jobs.faults import classify, describe, ended, memory_kills
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME, Outcome, collect, read_outcome
 
@@ -68,7 +68,7 @@ def _in_process(stage: Stage, file: Path, *, offline: bool) -> int:
         outcome = _failure(error, stage, offline=offline)
         with contextlib.suppress(OSError):
             write_json(file, asdict(outcome))
-        return exit_code(outcome.cause)
+        return 1
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
@@ -105,7 +105,7 @@ def main(job_file: str) -> int:
     outcome = run(ZooJob.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
     with contextlib.suppress(OSError):
         write_json(path.with_name(OUTCOME), asdict(outcome))
-    return exit_code(outcome.cause)
+    return int(outcome.cause is not None)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emloc_core.errors import DISK_FULL, EmlocError, class_names, is_out_of_memory
-from emloc_core.zoo.jobs.outcome import CAUSES, Cause, Outcome
+from emloc_core.zoo.jobs.outcome import Cause, Outcome
 
-#: Exit codes of workers and stages tell the cause, in case the disk has no room for an outcome.
-_FIRST_CODE = 10
 #: Errors that another try would not change.
 _WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 #: Errors of libraries for damaged files.
@@ -73,22 +71,12 @@ def ended(code: int, kills_before: int, process: str) -> Outcome:
         process: what ended, for the message.
     """
     if code >= 0:
-        index = code - _FIRST_CODE
-        if 0 <= index < len(CAUSES):
-            message = f"{process} reported this only by its exit code ({code}); its log may say more."
-            remedy = " The disk is full: free some space." if CAUSES[index] == "disk" else ""
-            return Outcome(CAUSES[index], message + remedy)
         return Outcome("crash", f"{process} ended with exit code {code}; its log says more.")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if code == -signal.SIGKILL and memory_kills() > kills_before:
         return Outcome("out of memory", f"{process} was killed by the kernel, which had run out of memory.")
     lost = -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     return Outcome("lost worker" if lost else "crash", f"{process} was killed by {name}.")
-
-
-def exit_code(cause: Cause | None) -> int:
-    """Return the exit code that :func:`ended` understands."""
-    return 0 if cause is None else _FIRST_CODE + CAUSES.index(cause)
 
 
 def memory_kills() -> int:

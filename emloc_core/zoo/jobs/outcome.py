@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, read_object
@@ -14,7 +14,6 @@ from emloc_core.zoo.jobs.job import ZooJob
 Cause = Literal[
     "out of memory", "input/output", "bad input", "time limit", "disk", "crash", "lost worker", "interrupted"
 ]
-CAUSES: tuple[Cause, ...] = get_args(Cause)
 OUTCOME = "result.json"
 #: The fields of each of an emulator's Linears that the result keeps.
 _LINEAR = ("path", "rank", "in_features", "out_features", "relative_error", "reason")

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 from unittest.mock import Mock
 
 import psutil
@@ -31,7 +32,7 @@ from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.node import Order, output_names, perform
 from emloc_core.zoo.engines.storage import Storage, input_name, share
 from emloc_core.zoo.jobs.job import ZooJob
-from emloc_core.zoo.jobs.outcome import CAUSES, Outcome
+from emloc_core.zoo.jobs.outcome import Cause, Outcome
 from emloc_core.zoo.jobs.task import Demand, Task, write_job
 from emloc_core.zoo.state.store import Store
 
@@ -245,7 +246,7 @@ def test_storage_that_fails_for_a_while_ends_no_worker(jobs, worker, tmp_path, m
     assert storage.has(output_names(jobs[0], {})["emulator"])
 
 
-@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("cause", get_args(Cause))
 def test_a_node_keeps_what_another_attempt_resumes_and_no_more(jobs, worker, tmp_path, monkeypatch, cause):
     monkeypatch.setattr(worker, "cause", cause)
     order = Order(jobs[0].model_dump_json(), "", "log", str(tmp_path / "remote"), {})
