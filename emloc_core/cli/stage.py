@@ -2,8 +2,7 @@
 
 import gc
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.processes.environment import without_collections
-from emloc_core.report.towers import short_names, split_path
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.stages.progress import Reporter
@@ -228,13 +226,15 @@ def _print_scores(request: EvaluateRequest, result: Result) -> None:
 
 def _errors(content: Mapping[str, Any], calibration: str | None) -> list[str]:
     """Return lines with the relative errors of a finished emulator, per kind of Linear."""
-    errors: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for linear in content["linears"]:
-        if linear["relative_error"] is not None:
-            tower, _, kind = split_path(linear["path"])
-            errors[tower, kind].append(linear["relative_error"])
-    names = short_names(list(dict.fromkeys(tower for tower, _ in errors)))
-    kinds = [(f"{names[tower]} {kind}".strip(), values) for (tower, kind), values in errors.items()]
+    from emloc_core.report.error_plot import finite, strips
+
+    errors = [
+        (strip, values)
+        for strip in strips({linear["path"]: linear["relative_error"] for linear in content["linears"]})
+        if (values := finite(strip.values))
+    ]
+    names = _short_names(list(dict.fromkeys(strip.tower for strip, _ in errors)))
+    kinds = [(f"{names[strip.tower]} {strip.label}".strip(), values) for strip, values in errors]
     measure = "error of the weights" if calibration == "none" else "output error on the calibration rows"
     lines = [f"relative {measure} (mean, worst):"]
     width = max((len(kind) for kind, _ in kinds), default=0)
@@ -243,3 +243,12 @@ def _errors(content: Mapping[str, Any], calibration: str | None) -> list[str]:
         f"base {human_bytes(content['bytes']['base'])} -> emulator {human_bytes(content['bytes']['emulator'])}"
     )
     return lines
+
+
+def _short_names(towers: Sequence[str]) -> dict[str, str]:
+    """Return the first part in which the towers' paths differ; empty strings if there is only one tower."""
+    parts = [tower.split(".") for tower in towers]
+    common = next((index for index, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), None)
+    if len(towers) < 2 or common is None:
+        return dict.fromkeys(towers, "")
+    return {tower: path[common] for tower, path in zip(towers, parts, strict=True)}

@@ -4,21 +4,10 @@ import json
 
 from emloc_core.cli.stage import summary
 from emloc_core.files.manifest import MANIFEST
-from emloc_core.report.towers import short_names, split_path
 from emloc_core.requests import make_request
 from emloc_core.stages.result import Result
 
 TOWERS = ["model.vision_tower.encoder.layer", "model.language_model.layers"]
-
-
-def test_a_path_says_tower_block_and_kind():
-    assert split_path("model.layers.3.mlp.experts.7.down_proj") == ("model.layers", 3, "down_proj")
-    assert split_path("model.projector.linear_1") == ("", None, "linear_1")
-
-
-def test_towers_are_called_by_what_tells_them_apart():
-    assert list(short_names(TOWERS).values()) == ["vision_tower", "language_model"]
-    assert list(short_names(["model.layers"]).values()) == [""]
 
 
 def test_the_summary_of_compress_averages_no_two_towers(tmp_path):
