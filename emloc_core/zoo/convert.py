@@ -21,7 +21,6 @@ from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.lock import driving
 from emloc_core.zoo.state.record import JobRecord
 from emloc_core.zoo.state.store import DATABASE, Store
-from emloc_core.zoo.state.timing import estimate
 
 #: What happens to an unfinished job that has changed.
 CHANGED = "its files or settings have changed, so its earlier output is removed"
@@ -65,14 +64,12 @@ class Preview:
     Attributes:
         state: ``to do``, ``done``, or ``the same as NAME``.
         needs: by the plan.
-        seconds: estimated from the finished jobs of this zoo; None if there are none to estimate from.
         note: anything else it would do.
     """
 
     job: ZooJob
     state: str
     needs: Demand
-    seconds: float | None
     note: str = ""
 
     @property
@@ -92,7 +89,6 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
         if (directory / DATABASE).is_file():
             with closing(Store(directory)) as existing:
                 existing.copy_to(store)
-        before = store.records()
         changed = _add(store, jobs, directory if directory.is_dir() else Path(temporary), advance)
         records = {record.job.name: record for record in store.records()}
     previews = []
@@ -102,8 +98,7 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
         needs = record.needs or Demand()
         state = "done" if record.state == "done" else "to do"
         state = f"the same as {record.duplicate_of}" if record.duplicate_of else state
-        seconds = estimate(record.job, needs, before) if state == "to do" else None
-        previews.append(Preview(record.job, state, needs, seconds, CHANGED if name in changed else ""))
+        previews.append(Preview(record.job, state, needs, CHANGED if name in changed else ""))
     return previews
 
 

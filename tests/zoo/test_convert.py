@@ -13,7 +13,6 @@ import signal
 import struct
 import time
 from pathlib import Path
-from statistics import median
 from typing import ClassVar
 
 import pytest
@@ -28,10 +27,8 @@ from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.worker import run
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.sources import Defaults, resolve
-from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.state.lock import is_driven
 from emloc_core.zoo.state.store import Store
-from emloc_core.zoo.state.timing import estimate
 
 SMALL = {"samples": 12, "selection": 6}
 OPTIONS = ["--samples", "12", "--selection", "6"]
@@ -187,17 +184,6 @@ def test_an_emulator_is_that_of_the_command_alone(root, tiny_model, alone):
 
 
 @pytest.mark.usefixtures("converted")
-def test_time_is_told_by_what_was_done_and_else_is_unknown(root):
-    records = Store(root / "zoo").records()
-    by_job = {record.job.name: record for record in records}
-    seconds = [record.result["stages"]["emulator"]["seconds"] for record in records if record.state == "done"]
-    needs = Demand(base=2 * by_job["copy"].result["bytes"]["base"])
-    assert estimate(by_job["first"].job, needs, records) == pytest.approx(2 * median(seconds))  # of equally large bases
-    assert estimate(by_job["whole-way"].job, needs, [by_job["copy"]]) is None
-    assert estimate(by_job["first"].job, Demand(), records) is None
-
-
-@pytest.mark.usefixtures("converted")
 def test_again_nothing_is_done_twice_and_what_was_fixed_or_is_gone_is_done(root, arguments):
     zoo = root / "zoo"
     before = {path: files(path) for path in zoo.glob("jobs/whole-way/*") if path.is_dir()}
@@ -231,7 +217,6 @@ def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(root, tmp
                       root / "rows.jsonl", "--kind", "low-rank", "--dry-run", "--disk", "1MB")  # fmt: skip
     assert "  1. first  to do   base 144 kB, emulator 95.9 kB, disk 33.7 MB, memory " in result.stdout
     assert "the same as first" in result.stdout
-    assert "time unknown" in result.stdout
     assert f"The jobs would write 33.7 MB, but {zoo} has room for only 1 MB." in str(result.exception)
     assert not zoo.exists()
 

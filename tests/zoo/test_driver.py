@@ -317,7 +317,7 @@ def test_a_dry_run_counts_what_is_done_and_what_is_left_over(tmp_path, monkeypat
 def test_a_dry_run_with_nothing_to_write_needs_no_room(tmp_path):
     assert require_room([], tmp_path, Limits(disk=1, elsewhere=True)) == (0, 1)
     assert require_room([], tmp_path, Limits(elsewhere=True)) == (0, None)
-    done = Preview(waiting("a"), "done", Demand(disk=1 << 60), None)
+    done = Preview(waiting("a"), "done", Demand(disk=1 << 60))
     assert require_room([done], tmp_path, Limits())[0] == 0
 
 

@@ -16,7 +16,7 @@ from emloc_core.cli.zoo.entries import more_entries
 from emloc_core.cli.zoo.records import line, totals
 from emloc_core.errors import EmlocError, validated
 from emloc_core.settings import CompressSettings
-from emloc_core.units import human_bytes, human_seconds, parse_bytes
+from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.zoo.engines.engine import Engine
@@ -168,15 +168,13 @@ def _describe(jobs: "list[ZooJob]", zoo: Path, limits: "Limits", memory: int | N
     # Duplicates and finished jobs are not tried.
     refused = {item.name: _refused(item.job, item.needs, memory) for item in previews if item.state == "to do"}
     refused = {name: reason for name, reason in refused.items() if reason}
-    times = [item.seconds for item in previews if item.state == "to do"]
-    total = sum(seconds for seconds in times if seconds is not None) if None not in times else None
     if as_json:
         content = [
-            {"name": item.name, "state": item.state, "needs": asdict(item.needs), "seconds": item.seconds,
+            {"name": item.name, "state": item.state, "needs": asdict(item.needs),
              "refused": refused.get(item.name, ""), "note": item.note}
             for item in previews
         ]  # fmt: skip
-        print_json({"jobs": content, "seconds": total})
+        print_json({"jobs": content})
     else:
         width = max(len(item.name) for item in previews)
         for number, item in enumerate(previews, 1):
@@ -186,11 +184,9 @@ def _describe(jobs: "list[ZooJob]", zoo: Path, limits: "Limits", memory: int | N
                 for label, size in (("base", needs.base), ("emulator", needs.emulator), ("disk", needs.disk),
                                    ("memory", needs.memory))
             ]  # fmt: skip
-            sizes.append(f"time {'unknown' if item.seconds is None else human_seconds(item.seconds)}")
             reasons = "; ".join(filter(None, (needs.reason, refused.get(item.name), item.note)))
             reason = f" ({reasons})" if reasons else ""
             click.echo(f"{number:>3}. {item.name:<{width}}  {item.state:<6}  {', '.join(sizes)}{reason}")
-        click.echo(f"time for all, one after another: {'unknown' if total is None else human_seconds(total)}")
     needed, room = require_room(previews, zoo, limits)
     if not as_json:
         click.echo(f"disk: {human_bytes(needed)}{'' if room is None else f' of {human_bytes(room)}'}")
