@@ -83,21 +83,12 @@ def test_what_is_not_there_is_said(own):
 
 
 def test_an_entry_is_shown_with_its_sources(own):
-    text = run("show", "one", "--registry", own)
-    assert "size         1.9M (this test)\n" in text
-    assert "hidden_size 128" in text
-    assert "preset       small: memory 3GB" in text
+    path, _, text = run("show", "one", "--registry", own).partition("\n")
+    assert (path, text.strip()) == (f"# {own / 'one.toml'}", (own / "one.toml").read_text().strip())
     content = json.loads(run("show", "zoo-test/one", "--registry", own, "--json"))
     entry = read_entry(own / "one.toml")
     assert content["config"] == entry.config
     assert content["fingerprint"] == entry.fingerprint
-
-
-def test_every_packaged_entry_can_be_shown():
-    for entry in load_entries():
-        text = run("show", entry.id)
-        assert entry.family in text
-        assert all(source in text for source in entry.sources.values())
 
 
 def test_one_is_shown_at_a_time(own):
