@@ -21,7 +21,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.limits import unpacking
 
 #: Loaders bundled with ``datasets``; any other ``dataset_path`` is a hub dataset, or a directory.
-LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
+_LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
 _OUTPUT_TYPES = ["loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"]
 #: Keys of a task file that lm-eval reads in addition to those of its TaskConfig.
 _STRUCTURE = {"include", "tag", "class"}
@@ -73,8 +73,8 @@ def load_task(spec: TaskSpec) -> list[Any]:
         if spec.path is None:
             loaded = TaskManager().load([spec.name])
         else:
-            content = with_absolute_data(load_yaml(spec.path), spec.path)
-            data = [Path(file) for file in data_files(content)]
+            content = _with_absolute_data(load_yaml(spec.path), spec.path)
+            data = [Path(file) for file in _data_files(content)]
             with unpacking(data):
                 loaded = TaskManager(include_defaults=False).load([content])
     except EmlocError:
@@ -115,13 +115,13 @@ def read_task_file(path: Path) -> tuple[list[Path], dict[str, Any]]:
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.",
                          code="missing")  # fmt: skip
-    files, content = read_task(path)
+    files, content = _read_task(path)
     if not isinstance(content.get("task"), str):
         raise EmlocError(
             f"{path} does not say `task: NAME`.", "Give the task a name (a group: name its files instead)."
         )
-    content = with_absolute_data(content, path)
-    missing = [file for file in data_files(content) if not Path(file).is_file()]
+    content = _with_absolute_data(content, path)
+    missing = [file for file in _data_files(content) if not Path(file).is_file()]
     if missing:
         raise EmlocError(
             f"{path} names the data file {missing[0]}, which does not exist.",
@@ -134,8 +134,8 @@ def read_task_file(path: Path) -> tuple[list[Path], dict[str, Any]]:
 def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     files, content = read_task_file(path)
     _check_keys(path, content)
-    data = [Path(file) for file in data_files(content)]
-    functions = sorted({file for value in named_functions(content) if (file := _function_file(value, path)).is_file()})
+    data = [Path(file) for file in _data_files(content)]
+    functions = sorted({file for value in _named_functions(content) if (file := _function_file(value, path)).is_file()})
     inputs.hash([*files, *functions])
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
     rows = [*data, *_files_of_a_directory(content)]
@@ -145,7 +145,7 @@ def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     return TaskSpec(content["task"], path.resolve(), digest, declared is not None)
 
 
-def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
+def _read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
     """Read a task file without importing anything; return all files read, and the merged content."""
     if path in seen:
         raise EmlocError(f"{path} includes itself.", "Remove the circular include.")
@@ -161,7 +161,7 @@ def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict
     files, merged = [path], {}
     includes = content.pop("include", [])
     for name in includes if isinstance(includes, list) else [includes]:
-        more, included = read_task(path.parent / str(name), (*seen, path))
+        more, included = _read_task(path.parent / str(name), (*seen, path))
         files += more
         merged.update(included)
     return files, {**merged, **content}
@@ -187,10 +187,10 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
         raise EmlocError(f"{path} has the output_type {kind!r}.{near}", f"Choose one of: {', '.join(_OUTPUT_TYPES)}.")
 
 
-def with_absolute_data(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def _with_absolute_data(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the content of a task file with its data files as absolute paths."""
     settings = content.get("dataset_kwargs")
-    if content.get("dataset_path") not in LOCAL_FORMATS or not isinstance(settings, dict):
+    if content.get("dataset_path") not in _LOCAL_FORMATS or not isinstance(settings, dict):
         return content
     files = settings.get("data_files")
     return {**content, "dataset_kwargs": {**settings, "data_files": _absolute(files, path.resolve().parent)}}
@@ -207,7 +207,7 @@ def _absolute(files: Any, directory: Path) -> Any:
     return sorted(glob.glob(joined, recursive=True)) or joined if glob.has_magic(files) else joined
 
 
-def data_files(content: dict[str, Any]) -> Iterator[str]:
+def _data_files(content: dict[str, Any]) -> Iterator[str]:
     """Yield the local files of rows that a task's content names."""
     settings = content.get("dataset_kwargs")
     stack = [settings.get("data_files")] if isinstance(settings, dict) else []
@@ -222,19 +222,19 @@ def data_files(content: dict[str, Any]) -> Iterator[str]:
 def _files_of_a_directory(content: dict[str, Any]) -> Iterator[Path]:
     """Yield the files of a data set that is a local directory, without the files of git or the hub."""
     path = content.get("dataset_path")
-    if isinstance(path, str) and path not in LOCAL_FORMATS and Path(path).is_dir():
+    if isinstance(path, str) and path not in _LOCAL_FORMATS and Path(path).is_dir():
         for file in filter(Path.is_file, Path(path).rglob("*")):
             if not any(part.startswith(".") for part in file.relative_to(path).parts):
                 yield file
 
 
-def named_functions(value: Any) -> Iterator[str]:
+def _named_functions(value: Any) -> Iterator[str]:
     """Yield the names of all functions that a task's content calls, as ``module.name``."""
     if isinstance(value, str) and value.startswith(_FUNCTION):
         yield value.removeprefix(_FUNCTION)
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from named_functions(part)
+            yield from _named_functions(part)
 
 
 def _function_file(name: str, path: Path) -> Path:

@@ -1,6 +1,6 @@
 """A registry entry: the facts about one published model, as a TOML file. Does not import torch.
 
-An entry is data: nothing in it is executed, and its paths may not leave the directory of its file.
+An entry is data: nothing in it is executed, and its checkpoint is in the directory of its file.
 """
 
 import hashlib
@@ -79,15 +79,6 @@ class Preset(Settings):
         return TrainSettings(lora_rank=self.lora_rank, target_modules=self.lora_targets, batch_size=self.batch_size)
 
 
-class Data(Settings):
-    """An entry's own rows: files within its directory, with paths relative to the entry's file."""
-
-    train: str = Field(description="Rows for calibration, selection and tuning.")
-    calibration: str | None = Field(None, description="Other rows for calibration and selection.")
-    test: list[str] = Field([], description="Rows that are never tuned on.")
-    tasks: list[str] = Field([], description="lm-eval task files to compare on.")
-
-
 class Entry(Settings):
     """One model."""
 
@@ -99,7 +90,6 @@ class Entry(Settings):
     sources: dict[str, str] = Field({}, description="Where licence and config were published.")
     parameters: Parameters | None = None
     checkpoint: str | None = Field(None, description="Directory of the model, relative to the entry's file.")
-    data: Data | None = None
     presets: dict[str, Preset] = Field(min_length=1, description="Presets by name; `default` is the default.")
     config: dict[str, Any] = Field(description="The architecture, as in the config.json of the native layout.")
     _file: Path = PrivateAttr(default=Path())
@@ -127,30 +117,12 @@ class Entry(Settings):
     @property
     def model(self) -> str:
         """The MODEL argument of commands: the directory of the checkpoint, or the hub id."""
-        return str(self.path(self.checkpoint)) if self.checkpoint else self.id
+        return str((self._file.parent / self.checkpoint).resolve()) if self.checkpoint else self.id
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the entry's values (not their formatting), in hex."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
-
-    def path(self, relative: str) -> Path:
-        """Return the absolute path of a file or directory that the entry names.
-
-        Raises:
-            EmlocError: it is outside the directory of the entry's file (links are followed).
-        """
-        directory = self._file.parent.resolve()
-        path = (directory / relative).resolve()
-        if Path(relative).is_absolute() or not path.is_relative_to(directory):
-            raise EmlocError(f"{self.file} names {relative!r}, outside its directory.", "Put it beside the entry.",
-                             code="refused")  # fmt: skip
-        return path
-
-    def paths(self) -> list[str]:
-        """Return all relative paths that the entry names."""
-        data = [self.data.train, self.data.calibration, *self.data.test, *self.data.tasks] if self.data else []
-        return [path for path in (self.checkpoint, *data) if path is not None]
 
     def preset(self, name: str = "default") -> Preset:
         """Return a preset by name.
@@ -182,12 +154,14 @@ def read_entry(file: Path) -> Entry:
     """Read one entry.
 
     Raises:
-        EmlocError: the file is not a valid entry; names everything that is wrong, with the line if it is not TOML.
+        EmlocError: the file is not a valid entry; names everything that is wrong, with the line if it is not TOML. Or
+            its checkpoint is outside the file's directory (links are followed).
     """
     entry = validated(Entry, read_toml(file, "entry"), "Correct the entry.", str(file))
     entry._file = file.absolute()
-    for path in entry.paths():
-        entry.path(path)
+    if entry.checkpoint and not Path(entry.model).is_relative_to(entry.file.parent.resolve()):
+        raise EmlocError(f"{entry.file} names {entry.checkpoint!r}, outside its directory.", "Put it beside the entry.",
+                         code="refused")  # fmt: skip
     return entry
 
 

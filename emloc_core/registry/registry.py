@@ -13,7 +13,7 @@ from typing import Any
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.registry.entry import INFERENCE, Entry, read_entry
-from emloc_core.settings import AUTO, FACTORS, CompressSettings, TrainSettings
+from emloc_core.settings import AUTO, FACTORS, CompressSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
@@ -64,10 +64,8 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
     return list(matches.values())
 
 
-def resolve(
-    entry: Entry, name: str = "default", overrides: Mapping[str, Any] | None = None
-) -> tuple[CompressSettings, TrainSettings]:
-    """Return a preset's settings of stages 1 and 2. For a memory target a GPU's memory is planned, with torch.
+def resolve(entry: Entry, name: str = "default", overrides: Mapping[str, Any] | None = None) -> CompressSettings:
+    """Return a preset's settings of stage 1. For a memory target a GPU's memory is planned, with torch.
 
     Args:
         overrides: settings of stage 1 that override the preset's. With a ratio nothing is planned; for a memory target
@@ -80,19 +78,19 @@ def resolve(
     usual = {"kind": AUTO} if preset.memory is not None and "ratio" not in overrides else {}
     settings = CompressSettings(**{"samples": preset.samples, **usual, **overrides})
     if settings.ratio is not None:
-        return settings, preset.train
+        return settings
     if preset.memory is None:
         ratio = {"ratio": preset.ratio} if settings.kind in (AUTO, FACTORS) else {}
-        return settings.model_copy(update=ratio), preset.train
+        return settings.model_copy(update=ratio)
     from emloc_core.memory.budget import Budget
-    from emloc_core.memory.decision import decide, shaped, sized
+    from emloc_core.memory.decision import decide, sized
     from emloc_core.memory.workload import make_workload
 
     target = None if preset.memory == INFERENCE else Budget.parse(preset.memory)
     with entry.config_file() as file:
         workload = make_workload(file, preset.train, "cuda", length=preset.length)
         way = decide(file, workload, target, settings).require_emulator()
-    return sized(settings, way), shaped(preset.train, way)
+    return sized(settings, way)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Turns what a user names (entries of the registry, directories of models, files of jobs) into jobs.
 
-Nothing that an entry brings is executed, and a path in an entry or in a file of jobs stays in the file's directory.
+A path in a file of jobs stays in the file's directory.
 """
 
 import re
@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError, explain
-from emloc_core.evaluation.entry_task import require_data_alone
 from emloc_core.files.documents import read_toml
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry.registry import Entry, find, load_entries
@@ -156,25 +155,14 @@ def _rows(data: str | None) -> str | None:
 
 
 def _from_entry(entry: Entry, defaults: Defaults) -> ZooJob:
-    name = defaults.preset or "default"
-    own = entry.data
-    tasks = [entry.path(task) for task in own.tasks] if own else []
-    for task in tasks:
-        require_data_alone(task, entry.file.parent)
-    compress, train = resolve_preset(entry, name, overrides=defaults.compress)
     model = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
     return ZooJob(
         name=slug(entry.id),
         model=model,
         layout=entry.layout,
-        data=str(entry.path(own.train)) if own else defaults.data,
-        split="train" if own else defaults.split,
-        calibration=str(entry.path(own.calibration)) if own and own.calibration else None,
-        test=[str(entry.path(test)) for test in own.test] if own else [],
-        compress=compress,
-        train=train if own else None,
-        merge=defaults.merge and own is not None,
-        eval=EvalSection(tasks=list(map(str, tasks))) if tasks else None,
+        data=defaults.data,
+        split=defaults.split,
+        compress=resolve_preset(entry, defaults.preset or "default", overrides=defaults.compress),
         threads=defaults.threads,
         offline=defaults.offline,
     )

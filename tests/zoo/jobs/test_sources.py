@@ -142,20 +142,16 @@ def test_a_directory_without_models(tmp_path):
         resolve([str(tmp_path)], Defaults())
 
 
-def test_an_entry_with_rows_of_its_own_is_trained_and_a_glob_is_many(tmp_path):
+def test_entries_take_the_rows_of_all_and_a_glob_is_many(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    for name in ("own", "none"):
-        entry = {"id": f"mine/{name}", "family": "llama", "presets": {"default": {"ratio": 0.4, "samples": 5}}}
-        lines = [f"id = {json.dumps(entry['id'])}", 'family = "llama"', 'checkpoint = "checkpoint"']
-        lines += ["[data]", 'train = "rows.jsonl"'] if name == "own" else []
-        lines += ["[presets.default]", "ratio = 0.4", "samples = 5", "[config]", 'model_type = "llama"']
+    for name in ("first", "second"):
+        lines = [f"id = 'mine/{name}'", "family = 'llama'", "checkpoint = 'checkpoint'"]
+        lines += ["[presets.default]", "ratio = 0.4", "samples = 5", "[config]", "model_type = 'llama'"]
         (tmp_path / f"{name}.toml").write_text("\n".join(lines))
-    none, own = resolve(["mine/*"], Defaults(data="org/rows", merge=True, registry=[tmp_path]))
-    assert (own.name, own.model, own.data) == ("own", str(tmp_path / "checkpoint"), str(tmp_path / "rows.jsonl"))
-    assert own.train is not None
-    assert own.merge
-    assert (own.compress.ratio, own.compress.samples) == (0.4, 5)
-    assert (none.data, none.train, none.merge) == ("org/rows", None, False)
+    first, second = resolve(["mine/*"], Defaults(data="org/rows", merge=True, registry=[tmp_path]))
+    assert (first.name, first.model, first.data) == ("first", str(tmp_path / "checkpoint"), "org/rows")
+    assert (first.compress.ratio, first.compress.samples) == (0.4, 5)
+    assert (second.name, second.train, second.merge) == ("second", None, False)
 
 
 @pytest.mark.thorough
@@ -202,60 +198,6 @@ def test_a_model_of_the_registry_in_another_layout_is_rewritten_first(tmp_path):
         first, second = job.stages(tmp_path)
         assert first.request == ImportRequest(source=job.model, output=tmp_path / "native")
         assert second.request.model == str(tmp_path / "native")
-
-
-@pytest.fixture
-def entry_with_a_task(tmp_path):
-    """Write an entry that asks a task about its own rows; ``more`` goes into the task. Return its directory."""
-
-    def write_task(more="", data="rows.jsonl"):
-        root = tmp_path / "entry"
-        root.mkdir(exist_ok=True)
-        (root / "rows.jsonl").write_text('{"text": "a"}\n')
-        (root / "entry.toml").write_text(
-            'id = "a/b"\nfamily = "llama"\n[data]\ntrain = "rows.jsonl"\ntasks = ["task.yaml"]\n'
-            "[presets.default]\nratio = 0.4\n[config]\nmodel_type = 'llama'\n"
-        )
-        (root / "task.yaml").write_text(
-            f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-            f"test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text\n{more}\n"
-        )
-        return root
-
-    return write_task
-
-
-def test_a_task_of_an_entry_that_is_data_is_asked(entry_with_a_task):
-    root = entry_with_a_task("metric_list: [{metric: bits_per_byte}]")
-    (job,) = resolve(["a/b"], Defaults(registry=[root]))
-    assert job.eval.tasks == [str(root / "task.yaml")]
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ("process_docs: !function evil.run", "calls the function evil.run"),
-        ("metric_list: [{metric: !function evil.run}]", "calls the function evil.run"),
-        ("metric_list: [{metric: ./evil}]", "the metric {'metric': './evil'}, which lm-eval would download and run"),
-        ("metric_list: [{metric: acc, hf_evaluate: true}]", "the metric {'metric': 'acc'"),
-        ("use_prompt: evil.yaml:*", "the key 'use_prompt', which is not known to be data"),
-        ("class: evil", "the key 'class'"),
-        ("dataset_path: someone/code", "data other than files of rows beside it"),
-        ("dataset_kwargs: {data_files: rows.jsonl, trust_remote_code: true}", "data other than files"),
-        ("dataset_kwargs: {data_files: 'https://evil/rows.jsonl'}", "data other than files"),
-        ("include: ../outside.yaml", r"names .*outside.yaml, outside its directory"),
-        ("dataset_kwargs: {data_files: ../outside.jsonl}", r"names .*outside.jsonl, outside its directory"),
-        ("dataset_kwargs: {data_files: '../*.jsonl'}", r"names .*outside.jsonl, outside its directory"),
-        ("dataset_kwargs: {data_files: link/outside.jsonl}", r"names .*outside.jsonl, outside its directory"),
-    ],
-)
-def test_a_task_of_an_entry_runs_no_code_and_stays_in_its_directory(entry_with_a_task, tmp_path, more, message):
-    root = entry_with_a_task(more)
-    (root / "link").symlink_to(tmp_path)
-    (tmp_path / "outside.yaml").write_text("tag: a")
-    (tmp_path / "outside.jsonl").write_text("{}")
-    with pytest.raises(EmlocError, match=f"of an entry .*{message}"):
-        resolve(["a/b"], Defaults(registry=[root]))
 
 
 @pytest.mark.parametrize("data", ["rows.jsonl", "no/rows.json", "./rows", "/no/rows", "~/rows", "a/b/c"])
