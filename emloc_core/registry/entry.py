@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from emloc_core.errors import EmlocError, did_you_mean, validated
 from emloc_core.files.documents import read_toml, write_json
@@ -45,23 +45,18 @@ class Parameters(Settings):
 
 
 class Preset(Settings):
-    """Settings for a model: the emulator's ratio or the memory for tuning, and the LoRA to tune."""
+    """Settings for a model: the memory for tuning, and the LoRA to tune."""
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="Ratio of a `low-rank` emulator.")
     memory: str | None = Field(
-        None, description="Memory for tuning, such as 24GB, or 'inference'; chooses the best kind of emulator for it."
+        None,
+        description="Memory for tuning, such as 24GB, or 'inference'; chooses the best kind of emulator for it. "
+        "By default the kind is that of `emloc compress` without a memory.",
     )
     samples: int | None = Field(None, ge=1, description="Calibration rows; by default as many as the kind takes.")
     lora_targets: list[str] | None = Field(None, description="Ends of module paths; by default the family's.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
     batch_size: int = Field(1, ge=1, description="Rows per forward pass of tuning.")
     length: int = Field(1024, ge=1, description="Tokens per row, for a memory target.")
-
-    @model_validator(mode="after")
-    def _one_size(self) -> "Preset":
-        if (self.ratio is None) == (self.memory is None):
-            raise ValueError("a preset has either a ratio or a memory target")
-        return self
 
     @field_validator("memory")
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.registry.entry import INFERENCE, Entry, read_entry
-from emloc_core.settings import AUTO, FACTORS, CompressSettings
+from emloc_core.settings import CompressSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
@@ -69,19 +69,15 @@ def resolve(entry: Entry, name: str = "default", overrides: Mapping[str, Any] | 
 
     Args:
         overrides: settings of stage 1 that override the preset's. With a ratio nothing is planned; for a memory target
-            the recommended kind is planned, or the one given here, which does not take a preset's ratio.
+            the recommended kind is planned, or the one given here.
 
     Raises:
         EmlocError: there is no such preset, or no emulator's tuning fits its memory target.
     """
-    preset, overrides = entry.preset(name), overrides or {}
-    usual = {"kind": AUTO} if preset.memory is not None and "ratio" not in overrides else {}
-    settings = CompressSettings(**{"samples": preset.samples, **usual, **overrides})
-    if settings.ratio is not None:
+    preset = entry.preset(name)
+    settings = CompressSettings(**{"samples": preset.samples, **(overrides or {})})
+    if preset.memory is None or settings.ratio is not None:
         return settings
-    if preset.memory is None:
-        ratio = {"ratio": preset.ratio} if settings.kind in (AUTO, FACTORS) else {}
-        return settings.model_copy(update=ratio)
     from emloc_core.memory.budget import Budget
     from emloc_core.memory.decision import decide, sized
     from emloc_core.memory.workload import make_workload

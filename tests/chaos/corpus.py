@@ -651,7 +651,7 @@ def settings() -> Cases:
     for old, new in {
         'checkpoint = "model"': 'checkpoint = "../secret"',
         'family = "llama"': 'family = "evil"',
-        "ratio = 0.6": "ratio = nan",
+        "samples = 8": "samples = nan",
         'model_type = "llama"': "model_type = [1]",
         'id = "tiny"': 'id = ""',
         "hidden_size": "_name_or_path",

@@ -67,7 +67,7 @@ def _make_good(directory: Path) -> None:
             f"{key} = {json.dumps(value)}\n" for key, value in config.items() if isinstance(value, int | float | str)
         )
         entry = (
-            f'id = "tiny"\nfamily = "llama"\ncheckpoint = "model"\n[presets.default]\nratio = 0.6\n[config]\n{fields}'
+            f'id = "tiny"\nfamily = "llama"\ncheckpoint = "model"\n[presets.default]\nsamples = 8\n[config]\n{fields}'
         )
         (directory / "entry.toml").write_text(entry)
         (directory / "recipe.toml").write_text('[model]\nbase = "model"\n[data]\ntrain = "rows.jsonl"\n')

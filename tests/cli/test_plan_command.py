@@ -367,7 +367,7 @@ def test_a_config_is_enough(shallow_model: Path, tmp_path: Path) -> None:
 
 def test_the_commands_import_a_model_of_another_layout_first(shallow_model: Path, tmp_path: Path) -> None:
     config = {name: value for name, value in read_json(shallow_model / "config.json").items() if value is not None}
-    entry = {"id": "org/own", "family": "llama", "layout": "theirs", "presets": {"default": {"ratio": 0.5}}}
+    entry = {"id": "org/own", "family": "llama", "layout": "theirs", "presets": {"default": {}}}
     (tmp_path / "own.toml").write_text(tomli_w.dumps({**entry, "config": config}))
     assert plan(tmp_path / "own.toml", "--memory", "4GiB")["layout"] == "theirs"
     for kind, following in (("auto", "train"), ("low-rank", "compress")):

@@ -174,7 +174,7 @@ def test_an_entry_of_a_source_is_planned_for_rows_before_it_is_imported(models, 
     source, _, native = models(case)
     Image.new("RGB", (16, 8)).save(tmp_path / "image.png")
     row = {"messages": [*MESSAGE, {"role": "assistant", "content": "yes"}], "images": [str(tmp_path / "image.png")]}
-    entry = {"id": "org/own", "family": "internvl", "layout": "internvl", "presets": {"default": {"ratio": 0.5}}}
+    entry = {"id": "org/own", "family": "internvl", "layout": "internvl", "presets": {"default": {}}}
     config = {name: value for name, value in read_json(native / "config.json").items() if name[0] != "_"}
     (tmp_path / "own.toml").write_text(tomli_w.dumps({**entry, "config": config}))
     with local_hub(tmp_path / "cache") as hub:

@@ -41,7 +41,6 @@ id = "me/tiny"
 family = "llama"
 
 [presets.default]
-ratio = 0.5
 samples = 8
 
 [config]
@@ -172,12 +171,10 @@ def test_a_memory_target_is_planned(name: str) -> None:
     factors = resolve(entry, "inference", overrides={"kind": "low-rank"}).ratio
     assert factors is not None
     assert 0 < factors < 1
-    assert resolve(entry).ratio == entry.presets["default"].ratio
+    assert resolve(entry).settled() == CompressSettings(kind="nf4")
 
 
-def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_preset(
-    write: Callable[..., Path],
-) -> None:
+def test_another_kind_is_planned_for_a_memory_target(write: Callable[..., Path]) -> None:
     shallow = ("num_hidden_layers = 2", "num_hidden_layers = 1")
     with read_entry(write("tiny.toml", shallow)).config_file() as file:
         model = MemoryModel(file, Workload(1, 16, train=TrainSettings(batch_size=1)), CompressSettings(kind="low-rank"))
@@ -221,14 +218,12 @@ def test_two_files_with_one_id(write: Callable[..., Path]) -> None:
 
 
 FAULTS = {
-    "line": (("samples = 8", "samples = "), "line 7"),
+    "line": (("samples = 8", "samples = "), "line 6"),
     "unknown field": (('family = "llama"', 'family = "llama"\nlicense = "mit"'), "Did you mean 'licence'?"),
     "unknown setting of a preset": (("samples = 8", "sample = 8"), "'presets.default.sample'. Did you mean 'samples'?"),
-    "neither ratio nor memory": (("ratio = 0.5\n", ""), "presets.default: a preset has either"),
-    "both": (("ratio = 0.5", 'ratio = 0.5\nmemory = "8GB"'), "presets.default: a preset has either"),
-    "no size": (("ratio = 0.5", 'memory = "plenty"'), "'plenty' is not a memory size"),
-    "ratio": (("ratio = 0.5", "ratio = 1.5"), "presets.default.ratio = 1.5"),
-    "no preset": (("[presets.default]\nratio = 0.5\nsamples = 8", "[presets]"), "presets"),
+    "no size": (("samples = 8", 'memory = "plenty"'), "'plenty' is not a memory size"),
+    "samples": (("samples = 8", "samples = 0"), "presets.default.samples = 0"),
+    "no preset": (("[presets.default]\nsamples = 8", "[presets]"), "presets"),
     "no id": (('id = "me/tiny"', ""), "id is missing"),
     "no model type": (('model_type = "llama"', ""), "config has no model_type"),
     "code": (('dtype = "float32"', 'auto_map = {AutoConfig = "x.Y"}'), "could make transformers run code"),
@@ -270,12 +265,12 @@ def test_where_the_model_is(write: Callable[..., Path], tmp_path: Path) -> None:
 def test_presets() -> None:
     entry = find("Qwen2.5-7B")[0]
     assert "Did you mean 'inference'?" in refused(entry.preset, "inferense")
-    train = Preset(ratio=0.3, lora_targets=["q_proj"], lora_rank=4, batch_size=2).train
+    train = Preset(lora_targets=["q_proj"], lora_rank=4, batch_size=2).train
     assert (train.target_modules, train.lora_rank, train.batch_size) == (["q_proj"], 4, 2)
 
 
 def test_a_target_that_nothing_fits(write: Callable[..., Path]) -> None:
-    entry = read_entry(write("tiny.toml", ("ratio = 0.5", 'memory = "1MB"\nlength = 64')))
+    entry = read_entry(write("tiny.toml", ("samples = 8", 'memory = "1MB"\nlength = 64')))
     assert "No emulator's tuning fits 1 MB" in refused(resolve, entry, overrides={"kind": "nf4"})
 
 
@@ -312,7 +307,7 @@ def test_entries_of_plugins(
     assert {entry.id for entry in load_entries()} == {entry.id for entry in ENTRIES} | {"me/tiny"}
     errors = {report.name: report.error for report in manager.reports}
     assert errors["registry_good"] is None
-    assert "line 7" in str(errors["registry_broken"])
+    assert "line 6" in str(errors["registry_broken"])
     assert str(ENTRIES[0].file) in str(errors["registry_taken"])
     assert "'registry_broken'" in capsys.readouterr().err
     monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")

@@ -29,7 +29,6 @@ published = "1.9M"
 source = "this test"
 
 [presets.default]
-ratio = 0.6
 length = 64
 
 [presets.small]

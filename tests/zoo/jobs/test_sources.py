@@ -14,6 +14,7 @@ from support.processes import drive, files, plan_here
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING
 from emloc_core.requests import ImportRequest
+from emloc_core.settings import CompressSettings
 from emloc_core.standins import RECOMMENDED
 from emloc_core.zoo.jobs.job import ZooJob, describe_change, slug, unique
 from emloc_core.zoo.jobs.planning import plan
@@ -146,11 +147,11 @@ def test_entries_take_the_rows_of_all_and_a_glob_is_many(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     for name in ("first", "second"):
         lines = [f"id = 'mine/{name}'", "family = 'llama'", "checkpoint = 'checkpoint'"]
-        lines += ["[presets.default]", "ratio = 0.4", "samples = 5", "[config]", "model_type = 'llama'"]
+        lines += ["[presets.default]", "samples = 5", "[config]", "model_type = 'llama'"]
         (tmp_path / f"{name}.toml").write_text("\n".join(lines))
     first, second = resolve(["mine/*"], Defaults(data="org/rows", merge=True, registry=[tmp_path]))
     assert (first.name, first.model, first.data) == ("first", str(tmp_path / "checkpoint"), "org/rows")
-    assert (first.compress.ratio, first.compress.samples) == (0.4, 5)
+    assert first.compress.settled() == CompressSettings(kind="nf4", samples=5)
     assert (second.name, second.train, second.merge) == ("second", None, False)
 
 
@@ -168,7 +169,7 @@ def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
     source = save_source(tmp_path / "source", randomise(InternVLChat(config)), config)
     native = import_job(source, tmp_path / "native").run()
     lines = ['id = "mine/chat"', 'family = "internvl"', 'layout = "internvl_chat"', 'checkpoint = "source"']
-    lines += ["[presets.default]", "ratio = 0.5", "[config]", 'model_type = "internvl"']
+    lines += ["[presets.default]", "[config]", 'model_type = "internvl"']
     (tmp_path / "entry.toml").write_text("\n".join(lines))
     settings = {"ratio": 0.5, "samples": 4, "selection": 0}
     defaults = Defaults(data=str(rows_file), compress=settings, registry=[tmp_path / "entry.toml"], offline=True)
