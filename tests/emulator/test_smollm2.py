@@ -26,7 +26,7 @@ def textbook(weight, inputs, rank):
 def test_error_is_at_most_that_of_the_textbook_method_on_every_linear(tmp_path):
     base = Checkpoint(write_base(tmp_path / "base"))
     train, _ = write_data(tmp_path / "data")
-    settings = CompressSettings(kind="low-rank", samples=32, selection=8)
+    settings = CompressSettings(kind="low-rank", calibration="base", samples=32, selection=8)
     job = compress_job(base, train, tmp_path / "emulator", settings)
     emulator = Checkpoint(job.run())
     ratios = {}
