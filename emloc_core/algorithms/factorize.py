@@ -89,14 +89,14 @@ def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.
     cut = total = 0.0
     for rows in blocks(len(weight)):
         exact = weight[rows].to(gram)
-        cut += _energy(exact - approximation[rows].to(gram), gram)
-        total += _energy(exact, gram)
+        cut += energy(exact - approximation[rows].to(gram), gram)
+        total += energy(exact, gram)
     cut, total = max(cut, 0.0), max(total, 0.0)
     return (cut / total) ** 0.5 if total else 0.0
 
 
-def _energy(rows: torch.Tensor, gram: torch.Tensor) -> float:
-    """Return ``tr(R G R^T)``; since G is symmetric, from little more than half of it."""
+def energy(rows: torch.Tensor, gram: torch.Tensor) -> float:
+    """Return ``||R X||^2 = tr(R G R^T)`` for R, (m, n), and the Gram of X, (n, n): by little more than half of it."""
     total = 0.0
     for block in blocks(len(gram)):
         own, later = rows[:, block] @ gram[block, block], slice(block.stop, None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+_ONEDNN: Any = torch.backends.mkldnn
 _LOWER = "bf16"
 _SIDE = 128  # of the matrices of the test
 #: Relative error of a product: some 4e-7 in single precision, and 2e-3 where numbers are rounded to bfloat16 first.
@@ -26,16 +27,13 @@ def by_onednn(*factors: torch.Tensor) -> Iterator[None]:
     Args:
         factors: what the factors of all products are copies of, in single precision; nothing if that is not known.
     """
-    setting = _setting()
-    in_halves = bool(factors) and all(factor.dtype == torch.bfloat16 for factor in factors)
-    before = setting.fp32_precision if setting and (in_halves or _is_precise()) else None
-    if before is not None:
-        setting.fp32_precision = _LOWER
+    before = _ONEDNN.matmul.fp32_precision
+    if {factor.dtype for factor in factors} == {torch.bfloat16} or _is_precise():
+        _ONEDNN.matmul.fp32_precision = _LOWER
     try:
         yield
     finally:
-        if before is not None:
-            setting.fp32_precision = before
+        _ONEDNN.matmul.fp32_precision = before
 
 
 @cache
@@ -43,15 +41,9 @@ def _is_precise() -> bool:
     """Return whether products stay in single precision where torch lets oneDNN lower it."""
     left, right = torch.randn(2, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0), device="cpu")
     exact = left.double() @ right.double()
-    setting = _setting()
-    before = setting.fp32_precision
-    setting.fp32_precision = _LOWER
+    before = _ONEDNN.matmul.fp32_precision
+    _ONEDNN.matmul.fp32_precision = _LOWER
     try:
         return float((left @ right - exact).norm() / exact.norm()) < _SINGLE
     finally:
-        setting.fp32_precision = before
-
-
-def _setting() -> Any:
-    """Return torch's setting, which it has since 2.9; None before."""
-    return getattr(torch.backends.mkldnn, "matmul", None)
+        _ONEDNN.matmul.fp32_precision = before

@@ -109,7 +109,7 @@ class Gram:
         Raises:
             EmlocError: they hold NaN or Inf; the caller adds the sample.
         """
-        rows = held(activations.reshape(-1, activations.shape[-1]), self._sum.dtype)
+        rows = held(activations, self._sum.dtype)
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=self._sum.dtype)
         # NaN and Inf survive a norm, which may also overflow without them.
         if not bool(torch.isfinite(norms.sum())) and not bool(torch.isfinite(rows).all()):
@@ -131,7 +131,7 @@ class Gram:
         self._rows, self._norms, self._pending = [], [], 0
         if self._sum.dtype != torch.float64:
             rows = self._keep_heavy(rows, norms)
-            if first and self._sum.dtype != torch.float64 and _dominated(rows, self._sum.dtype):
+            if first and self._sum.dtype != torch.float64 and _dominated(rows):
                 self._widen()
         _add_product(self._sum, rows)
 
@@ -223,19 +223,19 @@ def in_pieces(matrix: torch.Tensor, like: torch.Tensor) -> Iterator[tuple[slice,
 
 
 def held(activations: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a copy that a sum in ``dtype`` can wait with: as it is in bfloat16, which makes products faster."""
-    halves = activations.dtype == torch.bfloat16
-    return activations.detach().to(dtype=activations.dtype if halves else dtype, copy=True)
+    """Return a copy of activations, (..., size), as rows: in ``dtype``, or in bfloat16 as they are."""
+    rows = activations.detach().reshape(-1, activations.shape[-1])
+    return rows.to(rows.dtype if rows.dtype == torch.bfloat16 else dtype, copy=True)
 
 
-def _dominated(rows: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether few directions hold so much of the energy that a sum in ``dtype`` rounds away the others."""
+def _dominated(rows: torch.Tensor) -> bool:
+    """Return whether few directions hold so much of the energy that a sum in fp32 rounds away the others."""
     count = min(_SAMPLE, len(rows), rows.shape[1] // 2)
     if count < 2:
         return False
     sample = rows[:: len(rows) // count][:count].double()
     energies = torch.linalg.eigvalsh(sample @ sample.T)
-    resolution = torch.finfo(dtype).eps * rows.shape[1]
+    resolution = torch.finfo(torch.float32).eps * rows.shape[1]
     return float(energies[: count // 2].sum()) < resolution * float(energies[-1])
 
 

@@ -97,11 +97,11 @@ def read(subject: TinyEmulator) -> None:
     for weight, gram, _, fitted in subject.fitted():
         shape = (weight.shape[0], weight.shape[1])
         parts = list(subject.format.pack(fitted, weight.dtype).values())
-        what = subject.format.read(parts, shape, weight.dtype).weight()
-        if not what.isfinite().all():
+        approximation = subject.format.read(parts, shape, weight.dtype).weight()
+        if not approximation.isfinite().all():
             problems.append("NaN or Inf is read")
             continue
-        actual, reported = output_error(weight, what, gram.matrix), fitted.relative_error()
+        actual, reported = output_error(weight, approximation, gram.matrix), fitted.relative_error()
         if not abs(actual - reported) <= _APART:
             problems.append(f"the relative error of the outputs is {actual:.4f}, but reported as {reported:.4f}")
     require(problems, "Measure the error of what will be read: see emloc_core.algorithms.factorize.output_error.")

@@ -61,8 +61,7 @@ class PairedMoments:
             EmlocError: they hold NaN or Inf.
         """
         self.emulator.add(emulator)
-        x, xc = (held(rows.reshape(-1, rows.shape[-1]), self._cross.dtype) for rows in (base, emulator))
-        self._pairs.append((x, xc))
+        self._pairs.append((held(base, self._cross.dtype), held(emulator, self._cross.dtype)))
         if sum(len(x) for x, _ in self._pairs) >= ROWS:
             self._flush()
 

@@ -1,4 +1,4 @@
-"""Whether a model can recompute its activations in the backward pass (gradient checkpointing)."""
+"""Refuses models that cannot recompute their activations in the backward pass (gradient checkpointing)."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from emloc_core.errors import EmlocError
 
 
 def require_recomputation(model: nn.Module) -> None:
-    """Raise unless transformers can recompute the activations of a model.
+    """Check that transformers can recompute the activations of a model.
 
     Raises:
-        EmlocError: its class has no support for that.
+        EmlocError: its class does not support that.
     """
     if not getattr(model, "supports_gradient_checkpointing", True):
         raise EmlocError(

@@ -88,10 +88,15 @@ def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 
         at_once: a, the same for the r rows that are rounded at a time.
         scales: whether scales are fitted too, with products of the Gram and the levels of some rows.
     """
-    rows = min(m, _MOST_ROWS)
-    work = grams * n**2 + (copies * m + at_once * rows) * n + 2 * CHANGES * rows
+    work = grams * n**2 + _at_work(m, n, copies, at_once)
     products = min(m, rows_at_once(n)) * -(-n // GROUP) * n if scales else 0
     return 4 * max(work + products, 3 * n**2 + m * n)
+
+
+def _at_work(m: int, n: int, copies: int, at_once: int) -> int:
+    """Return the numbers beside Grams in :func:`rounding`."""
+    rows = min(m, _MOST_ROWS)
+    return (copies * m + at_once * rows) * n + 2 * CHANGES * rows
 
 
 def factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bool = False) -> int:
@@ -130,8 +135,7 @@ def rounded_factoring_bytes(linears: Sequence[Planned], *, propagated: bool, sma
         n, shapes = group[0].in_features, [(linear.out_features, linear.rank or 0) for linear in group]
         numbers, factors = sum(m * n for m, _ in shapes), sum(k * (m + n) for m, k in shapes)
         rank, largest = sum(k for _, k in shapes), max(m for m, _ in shapes)
-        v_rows = min(rank, _MOST_ROWS)
-        v_work = (4 * rank + 5 * v_rows) * n + 2 * CHANGES * v_rows
+        v_work = _at_work(rank, n, 4, 5)
         u_work = max(12 * m * k + 3 * k**2 for m, k in shapes)
         measuring = largest * n + 4 * min(largest, BLOCK) * n
         work = max(2 * n**2 + max(v_work, measuring), n**2 + factors + u_work, 3 * n**2)

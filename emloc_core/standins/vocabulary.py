@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms import feedback
+from emloc_core.algorithms.factorize import energy
 from emloc_core.algorithms.statistics import Gram, blocks
 from emloc_core.compat.torch import HollowTensor
 from emloc_core.compat.transformers import keep_as_it_is, retie
@@ -147,8 +148,8 @@ PACKINGS: Mapping[str, Packing] = {"4-bit": FourBits(), "8-bit": EightBits()}
 
 
 def _energy(rows: torch.Tensor, inputs: torch.Tensor | None) -> float:
-    """Return ``||R X||^2`` by the Gram of X, or of R itself."""
-    return float((rows * rows if inputs is None else rows @ inputs * rows).sum(dtype=torch.float64))
+    """Return ``||R X||^2`` by the Gram of X, or ``||R||^2``."""
+    return float(rows.square().sum(dtype=torch.float64)) if inputs is None else energy(rows, inputs)
 
 
 def _positive(scales: torch.Tensor) -> torch.Tensor:
