@@ -5,7 +5,7 @@ the shards. The last shard holds all tensors of the base that are not factorised
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,23 @@ class EmulatorFiles:
 
     def read(self, block: str) -> dict[str, StandIn]:
         """Return what stands in for the weights of a block's Linears, by module path, as written."""
-        tensors = load_file(self._shard(block), str(self.skeleton.device))
         keys = {linear.path: self.format.keys(self.keys[linear.path]) for linear in self.plan.in_block(block)}
-        return {path: self._stand_in(path, [tensors[key] for key in part_keys]) for path, part_keys in keys.items()}
+        return {path: self._stand_in(path, self._copies(block, part_keys)) for path, part_keys in keys.items()}
 
     def read_stacks(self, block: str) -> dict[str, dict[str, torch.Tensor]]:
         """Return the parts of what stands in for a block's stacks of experts, by path and by name, as written."""
-        tensors, names = load_file(self._shard(block), str(self.skeleton.device)), self.format.names()
         paths = [stack.path for stacks in self.plan.experts_in_block(block).values() for stack in stacks]
-        return {path: {name: tensors[part_name(path, name)] for name in names} for path in paths}
+        keys = {path: {name: part_name(path, name) for name in self.format.names()} for path in paths}
+        return {path: dict(zip(parts, self._copies(block, parts.values()), strict=True)) for path, parts in keys.items()}
+
+    def _copies(self, block: str, keys: Iterable[str]) -> list[torch.Tensor]:
+        """Return tensors of a block's shard in memory of their own.
+
+        In the file they may begin at any byte, by which products on the CPU differ in the last bit from those of the run
+        that fitted them.
+        """
+        tensors = load_file(self._shard(block))
+        return [tensors[key].to(self.skeleton.device, copy=True) for key in keys]
 
     def matrix(self, path: str) -> dict[str, torch.Tensor]:
         """Return a packed matrix of the vocabulary, as written: its parts by their names."""
