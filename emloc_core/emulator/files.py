@@ -73,15 +73,16 @@ class EmulatorFiles:
 
     def read_stacks(self, block: str) -> dict[str, dict[str, torch.Tensor]]:
         """Return the parts of what stands in for a block's stacks of experts, by path and by name, as written."""
+        names = self.format.names()
         paths = [stack.path for stacks in self.plan.experts_in_block(block).values() for stack in stacks]
-        keys = {path: {name: part_name(path, name) for name in self.format.names()} for path in paths}
-        return {path: dict(zip(parts, self._copies(block, parts.values()), strict=True)) for path, parts in keys.items()}
+        keys = {path: [part_name(path, name) for name in names] for path in paths}
+        return {path: dict(zip(names, self._copies(block, keys[path]), strict=True)) for path in paths}
 
     def _copies(self, block: str, keys: Iterable[str]) -> list[torch.Tensor]:
         """Return tensors of a block's shard in memory of their own.
 
-        In the file they may begin at any byte, by which products on the CPU differ in the last bit from those of the run
-        that fitted them.
+        In the file they may begin at any byte, and then products on the CPU differ in the last bit from those of the
+        run that fitted them.
         """
         tensors = load_file(self._shard(block))
         return [tensors[key].to(self.skeleton.device, copy=True) for key in keys]
