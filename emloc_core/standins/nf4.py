@@ -237,8 +237,7 @@ def _rounded_to(states: Sequence[Any], weights: Sequence[torch.Tensor], gram: Gr
 
 
 def _read(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    # bitsandbytes takes a single byte of codes for a transposed matrix.
-    return kernels().functional.dequantize_4bit(codes, state).reshape(state.shape).to(dtype)
+    return unpack(codes, _scales(state), state.shape, state.dtype).to(dtype)
 
 
 def _relative(weight: torch.Tensor, approximation: torch.Tensor) -> float:

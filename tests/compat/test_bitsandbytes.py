@@ -1,9 +1,10 @@
-"""What ``standins/nf4.py`` needs of bitsandbytes: nothing private, but a layout that no page promises."""
+"""What is needed of bitsandbytes: nothing private, but a layout and a registration that no page promises."""
 
 import json
 
+import pytest
 import torch
-from bitsandbytes import functional
+from bitsandbytes import functional, matmul_4bit
 from support.contracts import contract
 
 
@@ -34,3 +35,19 @@ def test_a_weight_is_read_from_its_parts():
     again = functional.QuantState.from_dict(state.as_dict(packed=True), device=codes.device)
     same = torch.equal(functional.dequantize_4bit(codes, again), functional.dequantize_4bit(codes, state))
     assert same, "QuantState.from_dict gives another state"
+
+
+@pytest.mark.parametrize("width", [16, 80, 96, 100, 4304])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@contract("bitsandbytes", "compat.bitsandbytes")
+def test_rows_may_begin_within_a_block_of_numbers_that_share_a_scale(width, dtype):
+    weight, x = torch.randn(24, width).to(dtype), torch.randn(3, width).to(dtype)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    scales = (functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).repeat_interleave(64)
+    levels = state.code[torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).long()].flatten()
+    expected = (levels * scales[: len(levels)]).view(24, width).to(dtype)
+    assert torch.allclose(functional.dequantize_4bit(codes, state), expected, rtol=0.01), (
+        f"rows of {width} numbers are unpacked with the scales of others"
+    )
+    product, right = matmul_4bit(x, codes, state).float(), (x @ expected.T).float()
+    assert float((product - right).norm()) < 0.02 * float(right.norm()), "products are not with what is unpacked"
