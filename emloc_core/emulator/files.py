@@ -5,6 +5,7 @@ the shards. The last shard holds all tensors of the base that are not factorised
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class EmulatorFiles:
                 prefix = self.keys[path].removesuffix("weight")
                 tensors.update((f"{prefix}{name}", part) for name, part in self._packed(path, stand_in).items())
         errors = {path: stand_in.relative_error() for path, stand_in in fitted.items()}
+        if path := next((path for path, error in errors.items() if not math.isfinite(error)), None):
+            raise self._refused(path, f"an error of {errors[path]}: numbers there are too large")
         write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
 
     def read(self, block: str) -> dict[str, StandIn]:

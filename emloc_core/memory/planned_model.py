@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Fields for which transformers would assume another model's size if they were missing.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+#: The loss is traced tile by tile of the vocabulary; beyond this, a plan would take minutes.
+_LARGEST_VOCABULARY = 10_000_000
 
 
 class PlannedModel:
@@ -189,6 +191,11 @@ def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, pref
     # If it is missing, some classes use the number of heads, and others assume a number.
     if "num_key_value_heads" not in raw and isinstance(getattr(type(config), "num_key_value_heads", None), int):
         raise EmlocError(f"{config_file} has no {prefix}num_key_value_heads.", "Add it, or download the file again.")
+    if isinstance(vocabulary := getattr(config, "vocab_size", None), int) and vocabulary > _LARGEST_VOCABULARY:
+        raise EmlocError(
+            f"{config_file}: {prefix}vocab_size is {vocabulary:,}, more than any model has.",
+            "Check the values in the file.",
+        )
     heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
         raise EmlocError(

@@ -231,6 +231,19 @@ def test_nan_in_a_weight_names_the_layer(tiny_model, rows_file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".emloc-hashes.json", "damaged"]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "low-rank-nf4"])
+def test_weights_too_large_for_their_error_are_refused(tiny_model, rows_file, tmp_path, kind):
+    def spoil(directory):
+        tensors = load_file(directory / "model.safetensors")
+        save_file(
+            {name: tensor * 1e38 for name, tensor in tensors.items()}, directory / "model.safetensors", {"format": "pt"}
+        )
+
+    model, chosen = damaged(tiny_model, tmp_path, spoil), CompressSettings(kind=kind, samples=12, selection=6)
+    with pytest.raises(EmlocError, match=rf"The kind '{kind}' gave model\.\S+ an error of nan: numbers there are"):
+        compress_job(model, rows_file, tmp_path / "out", chosen).run()
+
+
 def wrong_shape(weight, _gram, rank):
     return Factors(weight[:, : rank + 1], weight[: rank + 1], torch.ones(1))
 

@@ -481,6 +481,8 @@ def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -
         model_of(dtype=None)
     with pytest.raises(EmlocError, match="num_attention_heads is 4, not a multiple of num_key_value_heads, 3"):
         model_of(num_key_value_heads=3)
+    with pytest.raises(EmlocError, match="vocab_size is 1,099,511,627,776, more than any model has"):
+        model_of(vocab_size=2**40)
     with pytest.raises(EmlocError, match="has no num_key_value_heads"):  # its class would assume 32
         model_of(model_type="qwen3", num_key_value_heads=None)
     assert model_of(num_key_value_heads=None).config.num_key_value_heads == 4
