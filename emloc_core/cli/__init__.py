@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from keyword import iskeyword
 from types import FrameType
+from typing import Any
 
 import rich_click as click
 
@@ -78,32 +79,35 @@ def main() -> None:
     """Run the command line: errors that users can fix are one line on stderr and exit code 1."""
     settle()
     end_with_parent()
-    with _signals() as received:
-        try:
+    received: list[int] = []
+    try:
+        with _interrupting(received):
             cli.main(standalone_mode=False)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | click.Abort) or received:
-                click.echo("emloc: interrupted; the same command resumes where it stopped.", err=True)
-                sys.exit(128 + (received or [signal.SIGINT])[-1])
-            _fail(error)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | click.Abort) or received:
+            click.echo("emloc: interrupted; the same command resumes where it stopped.", err=True)
+            sys.exit(128 + (received or [signal.SIGINT])[-1])
+        _fail(error)
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Raise ``KeyboardInterrupt`` on SIGINT and SIGTERM; yields the list of signals received.
+def _interrupting(received: list[int]) -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` on SIGINT and SIGTERM, which are added to ``received``.
 
     An interrupted library may raise something else instead.
     """
-    received: list[int] = []
+    before: dict[int, Any] = {}
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a handler
         received.append(number)
         raise KeyboardInterrupt
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield received
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
+                before[number] = handler
+                signal.signal(number, interrupt)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -187,7 +187,8 @@ def shards() -> Cases:
     for folder, commands in readers.items():
         for name, change in _HEADERS.items():
             for command in commands if folder == "model" else commands[:1]:
-                yield Case("header", f"{folder}: {name}", edit_header(folder, change), command)
+                lax = name == "a blank before"  # which some versions of the library accept
+                yield Case("header", f"{folder}: {name}", edit_header(folder, change), command, harmless=lax)
         for name, spoil in _FILES.items():
             yield Case("file of weights", f"{folder}: {name}", edit_bytes(folder, spoil), commands[0])
         find = shard(folder)
@@ -407,7 +408,6 @@ def adapters() -> Cases:
         "peft_type",
         "use_dora",
         "bias",
-        "modules_to_save",
     ):
         for value in _ODD:
             empty = (

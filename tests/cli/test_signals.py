@@ -92,3 +92,17 @@ def test_whatever_a_library_makes_of_a_signal_it_is_an_interruption(emloc, monke
     assert (status, out) == (code, "")
     assert err.strip() == "emloc: interrupted; the same command resumes where it stopped."
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_comes_as_handlers_are_set_is_an_interruption(emloc, monkeypatch):
+    original, before = signal.signal, signal.getsignal(signal.SIGINT)
+
+    def set_and_receive(number, handler):
+        original(number, handler)
+        monkeypatch.setattr(signal, "signal", original)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(signal, "signal", set_and_receive)
+    status, _, err = emloc("families")
+    assert (status, err.strip()) == (130, "emloc: interrupted; the same command resumes where it stopped.")
+    assert signal.getsignal(signal.SIGINT) is before
