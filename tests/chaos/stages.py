@@ -183,6 +183,8 @@ def snapshot(directory: Path) -> dict[str, bytes]:
             contents[name] = b""
         elif path.name == "results.json":
             contents[name] = json.dumps(_without(json.loads(path.read_text())), sort_keys=True).encode()
+        elif path.name == "README.md" and (table := path.with_name("table.md")).is_file():  # the card quotes it
+            contents[name] = path.read_text().replace(table.read_text(), "").encode()
         else:
             contents[name] = path.read_bytes()
     return contents
