@@ -96,7 +96,7 @@ def _interrupting(received: list[int]) -> Iterator[None]:
 
     An interrupted library may raise something else instead.
     """
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a handler
         received.append(number)
@@ -109,8 +109,8 @@ def _interrupting(received: list[int]) -> Iterator[None]:
                 signal.signal(number, interrupt)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in before:
+            signal.signal(number, before[number])
 
 
 def _fail(error: BaseException) -> None:

@@ -65,8 +65,9 @@ class EmulatorFiles:
                 prefix = self.keys[path].removesuffix("weight")
                 tensors.update((f"{prefix}{name}", part) for name, part in self._packed(path, stand_in).items())
         errors = {path: stand_in.relative_error() for path, stand_in in fitted.items()}
-        if path := next((path for path, error in errors.items() if not math.isfinite(error)), None):
-            raise self._refused(path, f"an error of {errors[path]}: numbers there are too large")
+        for path, error in errors.items():
+            if not math.isfinite(error):
+                raise self._refused(path, f"an error of {error}: numbers there are too large")
         write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
 
     def read(self, block: str) -> dict[str, StandIn]:
