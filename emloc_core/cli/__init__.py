@@ -109,8 +109,8 @@ def _interrupting(received: list[int]) -> Iterator[None]:
                 signal.signal(number, interrupt)
         yield
     finally:
-        for number in before:
-            signal.signal(number, before[number])
+        for changed, handler in before.items():
+            signal.signal(changed, handler)
 
 
 def _fail(error: BaseException) -> None:
