@@ -1,6 +1,6 @@
 """The plan of compression: which Linears, to which ranks, and why."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -123,6 +123,14 @@ class RankPlan:
     def planned(self) -> tuple[LinearPlan, ...]:
         """The Linears, and the stacks of experts."""
         return (*self.linears, *self.experts)
+
+    @property
+    def width(self) -> int:
+        """The width of the hidden states, in the largest tower: the size that most of the weights have in common."""
+        weights: Counter[int] = Counter()
+        for linear in self.planned:
+            weights.update(dict.fromkeys(linear.shape, linear.numbers))
+        return weights.most_common(1)[0][0]
 
     @property
     def ranks(self) -> dict[str, int | None]:

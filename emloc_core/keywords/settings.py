@@ -24,7 +24,7 @@ class TrainKwargs(TypedDict, total=False):
     """Of :class:`TrainSettings`."""
 
     steps: int | None
-    learning_rate: float
+    learning_rate: float | None
     batch_size: int
     accumulation: int
     max_length: int | None

@@ -68,10 +68,14 @@ class Train(Job):
 
     def __init__(self, request: TrainRequest | PolishRequest, start: NewLora | GivenLora) -> None:
         self.request, self.path, self.start = request, request.output, start
-        self.model, self.settings = start.model, start.settings
+        self.model = start.model
         _ = self.model.checkpoint.tensors  # finds truncated shards before training
         without_weights = self._without_weights()
-        find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
+        linears = find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
+        self.settings = start.settings
+        if self.settings.learning_rate is None:
+            rate = start.default_rate(linears.width)
+            self.settings = self.settings.model_copy(update={"learning_rate": rate})
         self.model.objective.check(self.settings)
         if not (self.path / MANIFEST).is_file():  # a finished adapter needs none
             require_tracker(self.settings)

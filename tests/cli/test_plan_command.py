@@ -270,6 +270,7 @@ def test_preferences_are_planned_by_rows_of_two_answers(shallow_model: Path) -> 
     pairs = plan(shallow_model, *options, "4GiB", "--objective", "dpo")
     assert pairs["workload"]["batch_size"] == answers["workload"]["batch_size"] == 4
     assert {way["name"] for way in pairs["ways"]} == {"LoRA on the base", "emulator"}
+    assert (answers["workload"]["learning_rate"], pairs["workload"]["learning_rate"]) == (1e-2, 5e-6)
     doubled = plan(shallow_model, "--length", 32, "--batch-size", 8, "--kind", "nf4", "--memory", "4GiB")
     paired, two, one = (next(way for way in report["ways"] if not way["kind"]) for report in (pairs, doubled, answers))
     assert paired["bytes"] == two["bytes"] > one["bytes"]

@@ -16,6 +16,7 @@ from support.paths import DOCS
 from torch import nn
 
 from emloc_core.cli import cli
+from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
@@ -109,6 +110,8 @@ def test_an_entry_is_the_published_model(entry: Entry) -> None:
     assert digits >= 3
     assert plugin_manager().family_for(entry.config).name == entry.family
     model = built(entry)
+    if text := getattr(model.config, "get_text_config", None):  # by which learning rates are chosen
+        assert find_linears(model, plugin_manager().family_for(entry.config)).width == text().hidden_size
     names = model.state_dict().keys()
     tables = sum(buffer.numel() for name, buffer in model.named_buffers() if name in names)
     parameters = tables + sum(parameter.numel() for parameter in model.parameters())

@@ -20,7 +20,7 @@ from support.jobs import train_job
 from support.killed import kill, run_until_killed
 from support.marks import thorough
 from support.rows import example_rows, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl.trainer import utils
 
 from emloc_core.adapters.adapter import Adapter
@@ -29,7 +29,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import read_manifest
-from emloc_core.settings import TrainSettings
+from emloc_core.settings import StepSettings, TrainSettings
 from emloc_core.tuning import trainer
 from emloc_core.tuning.launcher import require_processes, require_room
 from emloc_core.tuning.train import Train
@@ -237,6 +237,25 @@ def test_a_dry_run_tells_of_long_rows_and_copies(tiny_model, tmp_path, emloc):
     assert "cut to the maximum length: 2 rows, 1 of them dropped" in out
     assert "duplicates: 2 rows" in out
     assert read_manifest(job.run())["result"]["dropped_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "rate"), [(32, 1e-2), (128, 8e-3), (576, 2e-3), (640, 2e-3), (4096, 2e-4), (8192, 1e-4)]
+)
+def test_the_default_learning_rate_is_one_over_the_width(width, rate):
+    assert TrainSettings().default_rate(width) == rate
+    assert TrainSettings(objective="dpo").default_rate(width) == 5e-6
+
+
+def test_model_and_emulator_are_trained_at_the_rate_of_their_width(
+    tiny_model, tiny_emulator, rows_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(StepSettings, "default_rate", lambda _, width: 1 / width)
+    usual = TrainSettings(steps=1, bf16=False)
+    jobs = [train_job(model, rows_file, tmp_path / model.name, usual) for model in (tiny_model, tiny_emulator)]
+    width = AutoConfig.from_pretrained(tiny_model).hidden_size
+    assert [job.describe()["learning_rate"] for job in jobs] == [1 / width, 1 / width]
+    assert read_manifest(jobs[0].run())["request"]["settings"]["learning_rate"] == 1 / width
 
 
 def test_several_files_are_trained_on_by_their_weights(tiny_model, tmp_path, emloc, monkeypatch):
