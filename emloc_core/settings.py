@@ -229,8 +229,8 @@ class StepSettings(Settings):
     def default_rate(self, width: int) -> float:
         """Return the peak learning rate where none is set, for a model whose hidden states have this width.
 
-        Of the answers' likelihood it is 1 / width, to one digit: the best of those measured at widths of 128, 576 and
-        640, and what QLoRA (Dettmers et al., 2023, arXiv 2305.14314) used at 4,096, 5,120 and 8,192.
+        To learn answers it is 1 / width, to one digit: the best of those measured at widths of 128 and 576, and what
+        QLoRA (Dettmers et al., 2023, arXiv 2305.14314) used at 4,096, 5,120 and 8,192.
         """
         return _PREFERENCE_RATE if self.learns_preferences else float(f"{min(_HIGHEST_RATE, 1 / width):.0e}")
 
