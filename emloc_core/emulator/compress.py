@@ -27,10 +27,10 @@ from emloc_core.data.sets import draw
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.decompose import Decomposition
-from emloc_core.emulator.files import EmulatorFiles, weight_keys
+from emloc_core.emulator.files import EmulatorFiles, replaced_keys, weight_keys
 from emloc_core.emulator.method import CompletedSettings, method_of
 from emloc_core.emulator.pack import pack_blocks, pack_vocabulary
-from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
+from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
@@ -137,16 +137,16 @@ class Compress(Job):
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, the rank of every Linear, rows."""
         base, dtype = self.base.checkpoint, self.base.skeleton.dtype
-        replaced = [linear for linear in self.plan.planned if linear.is_replaced]
-        saved = sum(self._stored(linear) - linear.nbytes(self.format, dtype) for linear in replaced)
-        saved += sum(matrix.saved(dtype) for matrix in self.plan.vocabulary)
+        replaced = sum(base.tensors[key].nbytes for key in replaced_keys(self.base.skeleton, self.plan))
+        added = sum(linear.nbytes(self.format, dtype) for linear in self.plan.planned if linear.is_replaced)
+        added += sum(matrix.nbytes(dtype) for matrix in self.plan.vocabulary)
         return {
             "output": str(self.request.output),
             "kind": self.format.name,
             "family": self.base.family.name,
             "base": str(base.directory),
             "base_bytes": base.nbytes,
-            "emulator_bytes": base.nbytes - saved,
+            "emulator_bytes": base.nbytes - replaced + added,
             "linears": [linear.describe() for linear in self.plan.planned],
             "vocabulary": [matrix.describe() for matrix in self.plan.vocabulary],
             "kept_dense": [vars(kept) for kept in self.plan.kept],
@@ -160,13 +160,6 @@ class Compress(Job):
             "coverage": self.coverage.describe(),
             "finished": self.output.is_finished(),
         }
-
-    def _stored(self, planned: LinearPlan) -> int:
-        """Return the bytes of a Linear or a stack in the base."""
-        keys = self.base.skeleton.sources(planned.path)
-        if self.base.skeleton.unpacks(keys):
-            return sum(self.base.checkpoint.tensors[key].nbytes for key in keys)
-        return planned.numbers * self.base.skeleton.dtype.itemsize
 
     @property
     def warnings(self) -> list[str]:

@@ -185,12 +185,7 @@ class EmulatorFiles:
 
     def _write_rest(self, plan: RankPlan) -> None:
         weight_keys(self.skeleton, plan)  # experts that no row reaches stay as they are
-        replaced = {self.keys[path] for path in plan.ranks if path in self.keys}
-        for name in (f"{path}.weight" for path in packings(plan.vocabulary)):
-            replaced.update(self.skeleton.sources(name) + self.skeleton.stored(name))
-        for stack in plan.experts:
-            if stack.is_replaced:
-                replaced.update(self.skeleton.sources(stack.path))
+        replaced = replaced_keys(self.skeleton, plan)
         kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
         with ShardWriter(self.staging / self._name(len(self.units)), layout) as writer:
@@ -208,6 +203,13 @@ class EmulatorFiles:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def replaced_keys(skeleton: Skeleton, plan: RankPlan) -> set[str]:
+    """Return the keys of the base's tensors that an emulator has something else for."""
+    stacks = {stack.path for stack in plan.experts}
+    names = [path if path in stacks else f"{path}.weight" for path in (*plan.ranks, *packings(plan.vocabulary))]
+    return {key for name in names for key in (*skeleton.sources(name), *skeleton.stored(name))}
 
 
 def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:

@@ -39,9 +39,9 @@ class VocabularyPlan:
         """How many numbers it is, dense."""
         return self.rows * self.features
 
-    def saved(self, dtype: torch.dtype) -> int:
-        """Return the bytes that packing saves of a matrix of this dtype."""
-        return self.numbers * dtype.itemsize - PACKINGS[self.packing].nbytes(self.rows, self.features, dtype)
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Return its bytes, packed, in an emulator of a base of this dtype."""
+        return PACKINGS[self.packing].nbytes(self.rows, self.features, dtype)
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""

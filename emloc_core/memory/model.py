@@ -170,11 +170,13 @@ class MemoryModel:
 
     def emulator_bytes(self, plan: RankPlan) -> int:
         """Return the bytes of the emulator's weights; tied ones count once."""
-        total = self.parameters() * self.dtype.itemsize
+        dense, packed = self.parameters(), 0
         for linear in plan.planned:
             if linear.is_replaced:
-                total += linear.nbytes(self.format, self.dtype) - linear.numbers * self.dtype.itemsize
-        return total - sum(linear.saved(self.dtype) for linear in plan.vocabulary)
+                dense, packed = dense - linear.numbers, packed + linear.nbytes(self.format, self.dtype)
+        for matrix in plan.vocabulary:
+            dense, packed = dense - matrix.numbers, packed + matrix.nbytes(self.dtype)
+        return dense * self.dtype.itemsize + packed
 
     def adapter_parameters(self) -> int:
         """Return the number of LoRA parameters: ``r (m + n)`` for each Linear, and expert's matrix, with a LoRA."""

@@ -57,6 +57,16 @@ def test_what_another_declaration_made_is_refused(tiny_model, rows_file, emulato
         compress_job(tiny_model, rows_file, emulator, SETTINGS).output.is_finished()
 
 
+@pytest.mark.parametrize("kind", ["2.7-bit", "low-rank"])
+def test_the_planned_bytes_are_right_where_the_base_is_stored_in_another_dtype(kind, tiny_model, rows_file, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    chosen = CompressSettings(kind=kind, samples=4, selection=2, calibration="base")
+    job = compress_job(base, rows_file, tmp_path / "emulator", chosen)
+    assert job.describe()["emulator_bytes"] == Checkpoint(job.run()).nbytes
+
+
 def test_reported_errors_are_the_true_ones(tiny_model, rows_file, emulator):
     job = compress_job(tiny_model, rows_file, emulator, SETTINGS)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
