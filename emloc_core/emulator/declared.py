@@ -68,6 +68,11 @@ def kept_by(path: str, family: Family) -> str | None:
     return next((pattern for pattern in family.keep_dense if any(fnmatchcase(name, pattern) for name in around)), None)
 
 
+def _reason(path: str, family: Family) -> str | None:
+    pattern = kept_by(path, family)
+    return None if pattern is None else family.keep_dense[pattern]
+
+
 def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[str]) -> list[LinearPlan]:
     modules = dict(model.get_submodule(block).named_modules())
     present = tuple(f"{block}.{path}" for path in group if path in modules)
@@ -82,8 +87,7 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
             )
         m, n = int(module.out_features), int(module.in_features)  # some models compute them as tensors
         tap = next((tap for pattern, tap in family.taps.items() if fnmatchcase(path, pattern)), cheaper_side(m, n))
-        reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(path, pattern)), None)
-        planned.append(LinearPlan(path, block, present, m, n, None, tap, reason))
+        planned.append(LinearPlan(path, block, present, m, n, None, tap, _reason(path, family)))
     return planned
 
 
@@ -91,8 +95,7 @@ def _plan_experts(model: nn.Module, family: Family, block: str, path: str) -> li
     owner = f"{block}.{path}"
     if path not in dict(model.get_submodule(block).named_modules()):
         return []
-    experts = model.get_submodule(owner)
-    reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(owner, pattern)), None)
+    experts, reason = model.get_submodule(owner), _reason(owner, family)
     planned = []
     for name in stacks(experts):
         count, m, n = matrices(experts, name).shape

@@ -67,6 +67,14 @@ def test_the_planned_bytes_are_right_where_the_base_is_stored_in_another_dtype(k
     assert job.describe()["emulator_bytes"] == Checkpoint(job.run()).nbytes
 
 
+def test_all_linears_in_a_module_that_is_kept_dense_stay_dense(tiny_model, rows_file, tmp_path, monkeypatch):
+    family = replace(LLAMA, keep_dense={**LLAMA.keep_dense, "model.layers.1.mlp": "for this test"})
+    monkeypatch.setattr(plugin_manager(), "family_for", lambda _: family)
+    job = compress_job(tiny_model, rows_file, tmp_path / "emulator", SETTINGS)
+    dense = {linear.path: linear.reason for linear in job.plan.linears if not linear.is_replaced}
+    assert dense == {f"model.layers.1.mlp.{name}_proj": "for this test" for name in ("gate", "up", "down")}
+
+
 def test_reported_errors_are_the_true_ones(tiny_model, rows_file, emulator):
     job = compress_job(tiny_model, rows_file, emulator, SETTINGS)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
