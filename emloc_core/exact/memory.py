@@ -7,7 +7,7 @@ import torch
 
 from emloc_core.exact.head import PIECES
 from emloc_core.family import Family
-from emloc_core.model.inside import Positions, inside, linears_in
+from emloc_core.model.inside import Positions, hidden_size, inside
 from emloc_core.model.lockstep import units
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.experts import StandInExperts
@@ -44,11 +44,10 @@ def step_need(
     inner, boundaries, ends, activations = inside(model, family), 0, 0, 0
     for tower in family.towers:
         positions = tokens if tower.blocks == lists[-1] else patches
-        blocks = list(model.get_submodule(tower.blocks).children())
-        hidden = positions.all * linears_in(blocks[0])[0].in_features
-        boundaries, ends = boundaries + len(blocks) * hidden, ends + 2 * hidden
-        widest = max(size.backward for path, size in inner.items() if path.startswith(f"{tower.blocks}."))
-        activations = max(activations, positions.at_once * widest)
+        sizes_inside = [size.backward for path, size in inner.items() if path.startswith(f"{tower.blocks}.")]
+        hidden = positions.all * hidden_size(model.get_submodule(tower.blocks))
+        boundaries, ends = boundaries + len(sizes_inside) * hidden, ends + 2 * hidden
+        activations = max([activations, *(positions.at_once * size for size in sizes_inside)])
     packed = [dtype.itemsize * prod(module.shape) for module in model.modules() if isinstance(module, PackedLinear)]
     packed += [module.unpacked_bytes for module in model.modules() if isinstance(module, StandInExperts)]
     vocabulary = plugin_manager().objective_of(family).vocabulary(model.config)

@@ -14,7 +14,7 @@ from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.memory.model import MemoryModel, Need
-from emloc_core.model.inside import linears_in
+from emloc_core.model.inside import hidden_size
 from emloc_core.objective import Longest, Purpose, RowSize
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ class TokenStep:
     def waiting(self, purpose: Purpose, rows: int) -> int:  # noqa: ARG002 - a row is one sample
         """Return the bytes of the rows' images, and of their hidden states where a tower has most."""
         memory = self._memory
-        blocks = [f"{path}.0" for path in memory.towers]
-        hidden = [self.positions(block) * linears_in(memory.model.get_submodule(block))[0].in_features
-                  for block in blocks]  # fmt: skip
+        hidden = [self.positions(f"{path}.0") * hidden_size(memory.model.get_submodule(path)) for path in memory.towers]
         pixels = memory.workload.images * prod(memory.image.pixels) if memory.image else 0
         return rows * (pixels + max(hidden)) * memory.dtype.itemsize
 

@@ -48,8 +48,13 @@ def inside(model: nn.Module, family: Family) -> dict[str, Inside]:
 
 
 def linears_in(block: nn.Module) -> list[nn.Linear]:
-    """Return a block's Linears; the first reads the hidden states."""
+    """Return a block's Linears."""
     return [module for module in block.modules() if isinstance(module, nn.Linear)]
+
+
+def hidden_size(blocks: nn.Module) -> int:
+    """Return the size of a tower's hidden states, which its first Linear reads; 0 without any."""
+    return next((linear.in_features for linear in linears_in(blocks)), 0)
 
 
 def _widths(block: nn.Module, tower: Tower, active: int) -> Iterator[int]:

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from emloc_core.data.row import Row
-from emloc_core.exact.memory import linears_in
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.memory.fake import fake, without_contents
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.planned_model import planned_model
+from emloc_core.model.inside import hidden_size
 from emloc_core.model.overhead import overhead
 from emloc_core.objective import Purpose, RowSize
 from emloc_diffusers.calls import Call, call_of
@@ -82,9 +82,7 @@ class FlowStep:
     def waiting(self, purpose: Purpose, rows: int) -> int:
         """Return the bytes of the rows' draws: patches and prompts, as wide as the blocks."""
         memory = self._memory
-        width = max(
-            linears_in(memory.model.get_submodule(path).get_submodule("0"))[0].in_features for path in memory.towers
-        )
+        width = max(hidden_size(memory.model.get_submodule(path)) for path in memory.towers)
         available = memory.workload.rows or _ROWS
         return min(rows, available) * DRAWS[purpose] * self.row.tokens * width * memory.dtype.itemsize
 

@@ -104,6 +104,16 @@ def test_a_model_of_images_is_planned_for_text_alone(tmp_path: Path) -> None:
     assert text.tuning(text.plan(0.5)).terms["weights"] == text.parameters(text.plan(0.5)) * 4
 
 
+def test_a_tower_may_have_no_blocks(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "internvl", INTERNVL)
+    config = read_json(file)
+    config["vision_config"]["num_hidden_layers"] = 0
+    file.write_text(json.dumps(config))
+    model = MemoryModel(file, workload(length=64, images=1), CompressSettings(kind="nf4"))
+    needs = [model.tuning(model.plan()), streamed.compress(model, model.plan()), streamed.exact(model)]
+    assert all(need.terms["activations"] for need in needs)
+
+
 def test_needs_grow_with_ratio_batch_and_length(shallow_model: Path) -> None:
     model = MemoryModel(shallow_model / "config.json", workload())
 
