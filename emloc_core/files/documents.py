@@ -112,7 +112,7 @@ def read_toml(path: Path, kind: str) -> dict[str, Any]:
     """
     try:
         require_regular(path)
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write the mark
     except FileNotFoundError:
         raise EmlocError(f"There is no {kind} at {path}.", "Check the path.", code="missing") from None
     except OSError as error:

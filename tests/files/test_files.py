@@ -412,6 +412,11 @@ def test_what_is_no_toml_is_named(tmp_path, content):
         read_toml(tmp_path / "recipe.toml", "recipe")
 
 
+def test_toml_may_begin_with_the_mark_that_some_editors_write(tmp_path):
+    (tmp_path / "recipe.toml").write_text("a = 1", encoding="utf-8-sig")
+    assert read_toml(tmp_path / "recipe.toml", "recipe") == {"a": 1}
+
+
 @pytest.mark.parametrize("model_type", [None, 3, [], {}])
 def test_a_model_type_is_a_name(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
