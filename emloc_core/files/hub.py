@@ -48,7 +48,8 @@ def push(
             f"{directory} is not a finished output of emloc.", "Give the directory of one.", code="missing"
         )
     require_own_files(directory, ["*"])
-    rows = [path.name for path in sorted(directory.glob("*.jsonl")) if path.stat().st_size]
+    own = dict(_own_files(directory))
+    rows = [name for name, path in own.items() if path.suffix == ".jsonl" and path.stat().st_size]
     if rows and not with_rows:
         raise EmlocError(
             f"{directory} holds rows of your data ({', '.join(rows)}), which would be published.",
@@ -58,11 +59,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 
     changed = {name: text.encode() for name, text in _without_paths(directory, manifest, base)}
-    files = {
-        name: changed.get(name, path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not (name := path.relative_to(directory).as_posix()).startswith(".")
-    }
+    files = {name: changed.get(name, path) for name, path in own.items()}
     api, session = HfApi(), get_session()
     before, session.timeout = session.timeout, _PATIENCE
     try:
@@ -83,6 +80,15 @@ def push(
     finally:
         session.timeout = before
     return str(commit.commit_url)
+
+
+def _own_files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the names and paths of an output's files, without those of other outputs that are in its directory."""
+    others = {path.parent for path in directory.rglob(MANIFEST)} - {directory}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and not name.startswith(".") and others.isdisjoint(path.parents):
+            yield name, path
 
 
 def _without_paths(directory: Path, manifest: dict[str, Any], base: str | None) -> Iterator[tuple[str, str]]:

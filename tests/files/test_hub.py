@@ -131,6 +131,19 @@ def test_an_evaluation_is_published_with_its_rows(hub, tmp_path):
     assert json.loads(hub.files["people/scores"]["emloc.json"]) == manifest
 
 
+def test_rows_below_the_directory_are_not_published_unasked(hub, tmp_path):
+    for directory, kind in ((tmp_path, "checkpoint"), (tmp_path / "scores", "evaluation")):
+        directory.mkdir(exist_ok=True)
+        (directory / "emloc.json").write_text(json.dumps({"kind": kind}))
+    (tmp_path / "scores" / "samples.jsonl").write_text("{}\n")  # of another output
+    emloc_core.push(tmp_path, "people/it")
+    assert hub.files["people/it"].keys() == {"emloc.json"}
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(EmlocError, match=r"holds rows of your data \(more/rows.jsonl\)"):
+        emloc_core.push(tmp_path, "people/it")
+
+
 @pytest.mark.usefixtures("calls_here")
 def test_a_stage_and_a_recipe_push_what_they_make(hub, shallow_model, rows_file, tmp_path, emloc):
     adapter = make_adapter(shallow_model, tmp_path / "adapter")
