@@ -149,3 +149,10 @@ def test_output_that_cannot_be_written_is_told_by_the_exit_code(code: int, exit_
     script = f"from emloc_core.processes.lifetime import run_to_end; run_to_end(lambda: print(1) or {code})"
     with Path("/dev/full").open("w") as full:
         assert subprocess.run([sys.executable, "-c", script], stdout=full, check=False).returncode == exit_code
+
+
+def test_output_that_is_closed_from_the_start_is_nothing_to_write() -> None:
+    script = "from emloc_core.processes.lifetime import run_to_end; run_to_end(lambda: print(1))"
+    command = 'exec "$0" -c "$1" >&-'
+    process = subprocess.run(["sh", "-c", command, sys.executable, script], stderr=subprocess.PIPE, check=False)
+    assert (process.returncode, process.stderr) == (0, b"")

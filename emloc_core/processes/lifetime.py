@@ -45,7 +45,7 @@ def run_to_end(main: Callable[[], int | None]) -> NoReturn:
 
     def end() -> None:
         lost = False
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed from the start
             try:
                 stream.flush()
             except OSError:
