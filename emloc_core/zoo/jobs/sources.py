@@ -207,6 +207,8 @@ def _from_section(section: JobSection, file: Path, defaults: Defaults) -> ZooJob
 
 def _inside(file: Path, text: str, names: re.Pattern[str] | None = None) -> str:
     """Return the absolute path of what a file names; or the text, if it may be a name and no such file exists."""
+    if "\0" in text:
+        raise EmlocError(f"{file} names {text!r}, which cannot be a file's name.", "Correct it.")
     root = file.absolute().parent.resolve()
     path = (root / text).resolve()
     if Path(text).is_absolute() or text.startswith("~") or not path.is_relative_to(root):

@@ -112,6 +112,7 @@ def test_a_file_of_jobs_cannot_leave_its_directory(tmp_path, key, path):
         ("[[job]]\nmodel = 'a/b'\nratio = 0.5\ncompress = { ratio = 0.4 }", "ratio or compress.ratio, not both"),
         ("[[job]]\nmodel = 'a/b'\ncompress = { ration = 0.4 }", "Did you mean 'ratio'"),
         ("[[job]]\nmodel = 'a/b'\ndata = 'a/b'\ncompress = { selection = 0 }", "holds out none"),
+        ('[[job]]\nmodel = "a\\u0000"', "cannot be a file's name"),
         ("job = 3", "job"),
         ("", "job is missing"),
         ("[[job", "not valid TOML"),
