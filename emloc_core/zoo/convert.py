@@ -41,9 +41,9 @@ def convert(
 
     Raises:
         EmlocError: another driver is at work there, a finished job already has the name of a new one, or the directory
-            cannot be made.
+            cannot be made or is one of the models.
     """
-    require_directory(directory)
+    _require_place(jobs, directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,9 +82,10 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
     """Return what converting the jobs would do, in order, and then those that wait in the zoo; nothing is made.
 
     Raises:
-        EmlocError: a finished job already has the name of a new one, or the directory cannot be made.
+        EmlocError: a finished job already has the name of a new one, or the directory cannot be made or is one of the
+            models.
     """
-    require_directory(directory)
+    _require_place(jobs, directory)
     with tempfile.TemporaryDirectory() as temporary, closing(Store(Path(temporary), create=True)) as store:
         if (directory / DATABASE).is_file():
             with closing(Store(directory)) as existing:
@@ -100,6 +101,12 @@ def preview(jobs: Sequence[ZooJob], directory: Path, advance: Progress = lambda 
         state = f"the same as {record.duplicate_of}" if record.duplicate_of else state
         previews.append(Preview(record.job, state, needs, CHANGED if name in changed else ""))
     return previews
+
+
+def _require_place(jobs: Sequence[ZooJob], directory: Path) -> None:
+    require_directory(directory)
+    if any(Path(job.model).is_absolute() and Path(job.model).resolve() == directory.resolve() for job in jobs):
+        raise EmlocError(f"{directory} is the directory of a model.", "Choose another place with -o.", code="exists")
 
 
 def require_room(previews: Sequence[Preview], directory: Path, limits: Limits) -> tuple[int, int | None]:

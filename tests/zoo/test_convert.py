@@ -330,3 +330,13 @@ def test_a_zoo_is_no_file(tmp_path, tiny_model, rows_file, options):
     for zoo in (tmp_path / "file", tmp_path / "file" / "zoo"):
         result = run_here("convert", tiny_model, "-o", zoo, "--data", rows_file, *options)
         assert f"{tmp_path / 'file'} is not a directory. Choose another output directory." in str(result.exception)
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_zoo_is_no_model(tmp_path, tiny_model, rows_file, options):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    before = sorted(model.iterdir())
+    result = run_here("convert", model, "-o", model, "--data", rows_file, *options)
+    assert f"{model} is the directory of a model. Choose another place with -o." in str(result.exception)
+    assert sorted(model.iterdir()) == before
