@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
@@ -99,7 +100,8 @@ def run_recipe(
         last = "polished" if recipe.polish else "corrected" if recipe.makes_emulator else "adapter"
         adapter = kept(recipe).directory(last)
         log = Path(os.devnull) if progress else None
-        results["answers"] = answers_of(recipe.model.base, adapter, **recipe.answers.model_dump(), log=log)
+        how = recipe.answers.model_dump()
+        results["answers"] = answers_of(recipe.model.base, adapter, read=_reading(recipe), log=log, **how)
     if recipe.push:
         results["pushed"] = push(Path(recipe.output) / results["final"], recipe.push)
     write_json(Path(recipe.output) / "results.json", results)  # again, with the upload and the answers
@@ -147,10 +149,17 @@ def require_named(recipe: Recipe) -> None:
         else:
             bundled.append(task)
     check_names(recipe.correct)
-    for rows in (recipe.data.train, recipe.data.eval, recipe.answers and recipe.answers.rows):
+    for rows in (recipe.data.train, recipe.data.eval):
         check_rows(rows)
+    if recipe.answers:
+        load_rows(recipe.answers.rows, **_reading(recipe))
     if bundled and not kept(recipe).has("evaluation"):
         list(call(BUNDLED, {"tasks": bundled}))
+
+
+def _reading(recipe: Recipe) -> dict[str, Any]:
+    """Return how the rows of a recipe are read."""
+    return {"split": recipe.data.split, "columns": dict(recipe.data.columns)}
 
 
 def require_tuning(recipe: Recipe) -> None:

@@ -1,9 +1,12 @@
 """Recipes: which texts are paths, and what is refused before a stage runs."""
 
+import json
 import re
 from types import SimpleNamespace
 
 import pytest
+import tomli_w
+from support.rows import example_rows, write_jsonl
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST
@@ -153,18 +156,40 @@ def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, m
         ("eval.tasks=['mime.yaml']", "mime.yaml does not hold keys and values"),
         ("output='mime.yaml/run'", "mime.yaml is not a directory. Choose another output directory."),
         ("data={train='org/rows',eval='mime.yaml'}", "mime.yaml holds no rows"),
-        ("answers.rows='none.jsonl'", "There is no file"),
+        ("answers.rows='none.jsonl'", "none.jsonl. Check the path"),
+        ("answers.rows='named.jsonl'", "named.jsonl, row 1: has the columns ['question']"),
         ("data={train='none.jsonl',calibration='mime.yaml'}", "There is no file"),
         ("correct.correction='nope'", "There is no 'nope' among the corrections"),
     ],
 )
 def test_what_is_missing_is_named_before_the_first_stage(write, override, message, dry_run, emloc, monkeypatch):
     monkeypatch.setattr("emloc_core.recipe.run.call", None)  # no stage is begun or described
-    path = write()
+    path = write(train="org/rows")
     (path.parent / "mime.yaml").touch()
+    for name in ("named.jsonl", "train.jsonl"):
+        (path.parent / name).write_text('{"question": "a"}')
     code, _, err = emloc("run", path, *dry_run, "--set", override)
     assert code == 1, err
     assert message in err
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_rows_to_answer_are_read_as_those_to_tune_on(emloc, shallow_model, tmp_path):
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in example_rows()[:6]]
+    write_jsonl(tmp_path / "train.jsonl", rows[1:])
+    write_jsonl(tmp_path / "test.jsonl", rows[:1])
+    settings = {
+        "way": "lora", "merge": False, "model": {"base": str(shallow_model)}, "train": {"steps": 1, "bf16": False},
+        "data": {
+            "train": "train.jsonl", "test": ["test.jsonl"], "columns": {"prompt": "question", "completion": "answer"}
+        },
+        "answers": {"rows": "test.jsonl", "max_new_tokens": 1},
+    }  # fmt: skip
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(settings))
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--json")
+    assert code == 0, err
+    (answer,) = json.loads(out)["answers"]
+    assert (answer["prompt"], answer["expected"]) == (rows[0]["question"], rows[0]["answer"])
 
 
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
