@@ -32,7 +32,7 @@ from emloc_core.data.rows import (
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError, validated
 from emloc_core.files.card import CARD
-from emloc_core.files.documents import read_json, write_json, write_text
+from emloc_core.files.documents import read_object, write_json, write_text
 from emloc_core.recipe.decided import decided
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
@@ -112,7 +112,7 @@ class Tune(Settings):
         require_own(self.output)
         if not (self.output / RECIPE).is_file():  # nothing is there, or it was killed before it began
             return None
-        before, now = read_json(self.output / TUNE_REQUEST), self._request()
+        before, now = read_object(self.output / TUNE_REQUEST), self._request()
         differing = [f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in now
                      if before.get(name) != now[name]]  # fmt: skip
         if differing:

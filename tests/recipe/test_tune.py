@@ -102,6 +102,14 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert code == 0, err
 
 
+def test_a_request_that_is_no_object_is_damaged(emloc, shallow_model, rows_file, tmp_path):
+    (tmp_path / "recipe.toml").touch()
+    (tmp_path / "tune.json").write_text("[]")
+    code, _, err = emloc("tune", shallow_model, "--data", rows_file, "-o", tmp_path)
+    assert code == 1
+    assert "tune.json holds a list, not an object" in err
+
+
 @pytest.mark.thorough
 def test_rows_to_evaluate(emloc, shallow_model, rows_file, tmp_path):
     out = tmp_path / "tuned"
