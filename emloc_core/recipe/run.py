@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.rows import load_rows
+from emloc_core.data.sets import held_out_share
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
@@ -32,6 +33,7 @@ from emloc_core.recipe.stages import (
     stages_of,
     tried,
 )
+from emloc_core.requests import EvalRows
 from emloc_core.settings import PolishSettings
 from emloc_core.stages.precheck import check_names, check_rows
 from emloc_core.stages.progress import ProgressEvent
@@ -151,6 +153,7 @@ def require_named(recipe: Recipe) -> None:
     check_names(recipe.correct)
     for rows in (recipe.data.train, recipe.data.eval):
         check_rows(rows)
+    held_out_share(EvalRows(data=recipe.data.eval, split=recipe.data.eval_split), recipe.data.train)
     if recipe.answers:
         load_rows(recipe.answers.rows, **_reading(recipe))
     if bundled and not kept(recipe).has("evaluation"):

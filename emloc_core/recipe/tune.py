@@ -29,7 +29,7 @@ from emloc_core.data.rows import (
     write_rows,
     write_skipped,
 )
-from emloc_core.data.sets import draw
+from emloc_core.data.sets import draw, held_out_share
 from emloc_core.errors import EmlocError, validated
 from emloc_core.files.card import CARD
 from emloc_core.files.documents import read_object, write_json, write_text
@@ -127,6 +127,7 @@ class Tune(Settings):
             EmlocError: see :meth:`run`; or there is only one row, or no desirable answer.
         """
         skipped: list[Skipped] = []
+        held_out_share(self.evaluation, self.data)
         rows = self._rows(skipped)  # bad rows are reported at once, too
         if len({row.key for row in rows}) == 1:
             raise EmlocError(

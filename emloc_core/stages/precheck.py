@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.mixture import weights
+from emloc_core.data.sets import held_out_share
 from emloc_core.data.sources import reader_of
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
@@ -42,6 +43,8 @@ def precheck(request: Request) -> None:
         check_exists(source)
     for rows in (getattr(fields, "data", None), getattr(fields, "selection_data", None)):
         check_rows(rows)
+    if evaluation := getattr(fields, "evaluation", None):
+        held_out_share(evaluation, fields.data)
     for name in filter(
         None, (*(getattr(fields, field, None) for field in ("model", "base")), *(owner.model for owner in systems))
     ):

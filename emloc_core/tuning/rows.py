@@ -1,22 +1,16 @@
 """The rows of stage 2: those to train on, and those to evaluate while it trains."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from emloc_core.data.row import Row
 from emloc_core.data.rows import CALIBRATION, SELECTION, Skipped, load_rows, requested_rows, without
-from emloc_core.data.sets import share_of
+from emloc_core.data.sets import held_out_share, share_of
 from emloc_core.errors import EmlocError
 from emloc_core.model.opened import OpenModel
 from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings
-
-_OTHER_ROWS = (
-    "Give --eval-data alone for all its rows, or --eval-split alone, such as 0.05, to hold out some of --data."
-)
-_NUMBER = re.compile(r"\d*\.\d+")
 
 
 class TuningRows(NamedTuple):
@@ -100,18 +94,16 @@ def divide(
         reserved: files with rows that the emulator was made or will be corrected with: they are not evaluated.
 
     Raises:
-        EmlocError: there is no row to evaluate.
+        EmlocError: there is no row to evaluate, or the request names a split or a share that cannot be.
     """
     evaluation = request.evaluation
     if evaluation.data is None and evaluation.split is None:
         return rows, []
-    share = _share(evaluation)
+    share = held_out_share(evaluation, request.data)
     if share is not None:
         evaluated = share_of(rows, share)
     else:
         source = request.data if evaluation.data is None else evaluation.data
-        if evaluation.split is not None and isinstance(source, str) and Path(source).is_file():
-            raise EmlocError(f"{source} is a file, which has no split {evaluation.split!r}.", _OTHER_ROWS)
         evaluated = without(
             load_rows(source, evaluation.split or request.split, settings.loss, request.columns), reserved
         )
@@ -119,16 +111,3 @@ def divide(
         raise EmlocError("No row is left to evaluate.", "Give others with --eval-data, or a larger share.")
     keys = {row.key for row in evaluated}
     return [row for row in rows if row.key not in keys], evaluated
-
-
-def _share(evaluation: EvalRows) -> float | None:
-    """Return the share of the rows that are trained on to hold out; None if a split is named."""
-    if evaluation.split is None or not _NUMBER.fullmatch(evaluation.split):
-        return None
-    if not 0 < float(evaluation.split) < 1:
-        raise EmlocError(f"{evaluation.split} is not a share of the rows to hold out.", "Give one between 0 and 1.")
-    if evaluation.data is not None:
-        raise EmlocError(
-            f"{evaluation.split} is a share of the training rows, but other rows to evaluate are named.", _OTHER_ROWS
-        )
-    return float(evaluation.split)

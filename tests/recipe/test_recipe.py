@@ -158,6 +158,7 @@ def test_what_tuning_cannot_do_is_said_before_the_first_stage(write, override, m
         ("data={train='org/rows',eval='mime.yaml'}", "mime.yaml holds no rows"),
         ("answers.rows='none.jsonl'", "none.jsonl. Check the path"),
         ("answers.rows='named.jsonl'", "named.jsonl, row 1: has the columns ['question']"),
+        ("data={train='train.jsonl',eval_split='dev'}", "train.jsonl is a file, which has no split 'dev'"),
         ("data={train='none.jsonl',calibration='mime.yaml'}", "There is no file"),
         ("correct.correction='nope'", "There is no 'nope' among the corrections"),
     ],

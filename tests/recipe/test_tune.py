@@ -102,6 +102,14 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert code == 0, err
 
 
+def test_a_split_that_cannot_be_is_refused_before_anything_is_written(emloc, shallow_model, rows_file, tmp_path):
+    command = ("tune", shallow_model, "--data", rows_file, "-o", tmp_path / "tuned", "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*command, "--eval-split", "5%")
+    assert code == 1
+    assert f"{rows_file} is a file, which has no split '5%'" in err
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_a_request_that_is_no_object_is_damaged(emloc, shallow_model, rows_file, tmp_path):
     (tmp_path / "recipe.toml").touch()
     (tmp_path / "tune.json").write_text("[]")

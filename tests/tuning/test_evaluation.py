@@ -220,12 +220,13 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
         ({"split": "0.0"}, "0.0 is not a share"),
         ({"data": "ROWS", "split": "0.1"}, "0.1 is a share of the training rows"),
         ({"split": "dev"}, "ROWS is a file, which has no split 'dev'"),
+        ({"data": {"ROWS": 1.0}, "split": "dev"}, "ROWS is a file, which has no split 'dev'"),
         ({"data": "ROWS"}, "all 5 that are left are held out"),
     ],
 )
 def test_rows_to_evaluate_that_cannot_be_meant(fields, complaint, tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[:5])
-    options = {name: str(rows) if value == "ROWS" else value for name, value in fields.items()}
+    options = json.loads(json.dumps(fields).replace("ROWS", str(rows)))
     with pytest.raises(EmlocError, match=re.escape(complaint.replace("ROWS", str(rows)))):
         train(tiny_model, rows, tmp_path / "a", EvalRows(**options))
 
