@@ -18,6 +18,7 @@ from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.torch import DispatchMode, storage_id, storage_of, tree_leaves
 from emloc_core.memory.depth import Composition, Copies, Depth, Moment, Phases, State, extended
 from emloc_core.memory.fake import without_contents
+from emloc_core.standins.layer import take_what_autocast_takes
 
 if TYPE_CHECKING:
     from emloc_core.objective import Step
@@ -125,6 +126,7 @@ def trace_training(
     model.train()
     if bf16:
         leave_casts_to_autocast(model)
+        take_what_autocast_takes(model)
     step.prepare(model, checkpointing=checkpointing)
     with step.tracing(base):
         parameters = without_contents(model)

@@ -159,6 +159,23 @@ class _Product(torch.autograd.Function):
         return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)
 
 
+def take_what_autocast_takes(model: nn.Module) -> None:
+    """Let a model's packed Linears take fp16 in autocast's dtype, as its other Linears do.
+
+    bitsandbytes' return the dtype that they are given, and autocast to bfloat16 refuses to concatenate fp16.
+    """
+
+    def cast(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = args
+        device = x.device.type
+        is_cast = x.dtype == torch.float16 and torch.is_autocast_enabled(device)
+        return (x.to(torch.get_autocast_dtype(device)) if is_cast else x, *others)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            module.register_forward_pre_hook(cast)
+
+
 def _most(shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Return how many matrices of experts are unpacked at a time."""
     return max(1, _UNPACKED // (shape[0] * shape[1] * dtype.itemsize))
@@ -226,7 +243,9 @@ class _GroupedProduct(torch.autograd.Function):
         ctx.save_for_backward(*parts)
         ctx.groups, ctx.unpack, ctx.most = groups, unpack, most
         chunks = groups.chunks(most, parts, len(x))
-        return torch.cat([grouped_product(x[rows], unpack(*tensors), ends) for rows, ends, tensors in chunks])
+        products = [grouped_product(x[rows], unpack(*tensors), ends) for rows, ends, tensors in chunks]
+        with torch.autocast(x.device.type, enabled=False):  # to bfloat16, which refuses to concatenate fp16
+            return torch.cat(products)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

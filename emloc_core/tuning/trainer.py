@@ -25,6 +25,7 @@ from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone, mean_log_probs, note, tiles_of
 from emloc_core.errors import EmlocError
 from emloc_core.files.job import Progress
+from emloc_core.standins.layer import take_what_autocast_takes
 from emloc_core.standins.vocabulary import rows_at_once
 from emloc_core.tuning.evaluation import BASE_LOSS, MARGIN, BaseLoss
 from emloc_core.tuning.preferences import odds_ratio_loss, with_mismatched
@@ -49,6 +50,7 @@ class LoraSteps(Trainer):
         self.add_callback(self.loss_since_log)
         if self.args.bf16:
             leave_casts_to_autocast(self.lora)
+            take_what_autocast_takes(self.lora)
         self.add_callback(_BestAtStart())  # after the one that stops early, which would count it as a failure
         for name, parameter in self.lora.named_parameters():
             # TRL rounds the LoRA to bf16 where the model is in four bits. Embeddings and output layers that are trained

@@ -174,3 +174,15 @@ def test_a_module_without_marks_is_none():
     bare = nn.Module()
     bare.gate_up_proj, bare.down_proj = (nn.Parameter(torch.zeros(EXPERTS, HIDDEN, HIDDEN)) for _ in "ab")
     assert not computes_as_experts(bare, tokens(), torch.zeros(30, HIDDEN))
+
+
+def test_experts_in_fp16_compute_under_autocast_to_bfloat16(monkeypatch):
+    monkeypatch.setattr(layer, "_UNPACKED", 1)  # one expert at a time
+    stand_in, (hidden, *where) = packed(experts_of("usual").half(), SixLevels()), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = stand_in(hidden.half(), *where)
+    expected, slope = outputs(stand_in, hidden.half().detach().requires_grad_(), *where)
+    assert float((output - expected).norm()) < 0.05 * float(expected.norm())
+    towards = torch.linspace(-1, 1, output.numel()).view_as(output)
+    (gradient,) = torch.autograd.grad((output * towards).sum(), hidden)
+    assert float((gradient - slope).norm()) < 0.05 * float(slope.norm())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.jobs import compress_job, correct_job, merge_job, train_job
 from support.marks import most_thorough
 from support.models import save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import Adapter
@@ -363,6 +363,18 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
     replaced = {path for path, module in model.named_modules() if isinstance(module, Linear4bit)}
     assert replaced == {row["path"] for row in read_manifest(emulator)["result"]["linears"]}
     assert model.is_loaded_in_4bit
+
+
+@pytest.mark.parametrize("keep", ["head", None], ids=["by bitsandbytes", "by us"])
+def test_a_base_in_fp16_is_planned_and_tuned_under_autocast_to_bfloat16(keep, tiny_model, rows_file, tmp_path):
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    planned = MemoryModel(base / "config.json", Workload(1, 16), CompressSettings(kind="nf4", keep=keep))
+    assert planned.tuning(planned.plan()).terms["activations"]
+    emulator = compression("nf4", base, rows_file, tmp_path / "emulator", {"keep": keep}).run()
+    adapter = train_job(emulator, rows_file, tmp_path / "adapter", TrainSettings(steps=1, bf16=True)).run()
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(adapter / WEIGHTS).values())
 
 
 @pytest.mark.parametrize(
