@@ -244,6 +244,9 @@ class Train(Job):
                     f"{SETTINGS}: {first_line(error)}", "Install it, or choose another.", code="unavailable"
                 ) from error
             except Exception as error:
+                of_extra = self.settings.extra and isinstance(error, TypeError | ValueError)
+                if of_extra and not trainer.state.global_step:  # TRL checks neither their types nor their ranges
+                    raise EmlocError(f"{SETTINGS} ({first_line(error)}).", "Correct the extra fields.") from error
                 if isinstance(error, EmlocError) or not is_out_of_memory(error):
                     raise
                 raise EmlocError(

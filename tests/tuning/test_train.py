@@ -440,6 +440,8 @@ def test_bad_options_are_one_error(options, complaint, tiny_model, rows_file, tm
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' matches model.embed_tokens"),
         ({"learning_rate": 1e30}, r"The loss at step \d+ is nan.*Lower the learning rate"),
         ({"learning_rate": 1e38, "steps": 1, "extra": {"weight_decay": 1e10}}, "After the last step .* is not finite"),
+        ({"extra": {"max_grad_norm": "abc"}}, r"do not work \('>' not supported .*\)\. Correct the extra fields"),
+        ({"extra": {"adam_beta1": 7}}, r"do not work \(Invalid beta parameter at index 0: 7\)"),
         ({"extra": {"optim": "galore_adamw"}}, r"do not work: You need to install `galore_torch`.*choose another"),
         ({"max_length": 3}, "Every row's prompt alone fills the 3 tokens"),
     ],
