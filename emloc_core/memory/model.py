@@ -281,9 +281,7 @@ class MemoryModel:
             # Every layer is planned like the few that are traced, which the choice of layers might leave out.
             train = self.workload.train.model_copy(update={"layers_to_transform": None})
             lora: Any = get_peft_model(
-                model,
-                lora_config(train, self.targets, self.objective.task, model=model),
-                low_cpu_mem_usage=True,
+                model, lora_config(train, self.targets, self.objective.task, model=model), low_cpu_mem_usage=True
             )
             return trace_training(
                 lora,

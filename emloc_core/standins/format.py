@@ -130,7 +130,7 @@ class Format(ABC):
         """Return the format in a checkpoint of ours, in which more may be packed than Linears of blocks."""
         return self
 
-    def holds(self, model: nn.Module) -> bool:  # noqa: ARG002
+    def holds(self, model: nn.Module) -> bool:
         """Return whether it can hold an emulator of a model, or its outline; if not, :meth:`own` does."""
         return True
 
@@ -177,7 +177,7 @@ class Format(ABC):
         """Return the keys of a stand-in's tensors in the checkpoint, from the key of the weight."""
         return [f"{weight.removesuffix('weight')}{name}" for name in self.names()]
 
-    def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return a stand-in's tensors by their names, on the CPU.
 
         Args:
@@ -194,7 +194,7 @@ class Format(ABC):
         """
         return StandIn(self.layer.unpack(*tensors, shape=shape, dtype=dtype))
 
-    def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
+    def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Return the emulator's ``quantization_config``.
 
         Args:
@@ -223,11 +223,11 @@ class Format(ABC):
         """Return the bytes of what stands in for a weight of this shape."""
         return sum(prod(size) * part_dtype.itemsize for size, part_dtype in self.parts(shape, rank, dtype).values())
 
-    def numbers(self, shape: tuple[int, int], rank: int | None) -> int:  # noqa: ARG002
+    def numbers(self, shape: tuple[int, int], rank: int | None) -> int:
         """Return how many numbers an input is multiplied by."""
         return shape[0] * shape[1]
 
-    def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:  # noqa: ARG002
+    def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:
         """Return how many of these multiplications so many inputs save, since they share some."""
         return 0
 
@@ -257,7 +257,7 @@ class Format(ABC):
         """Return the bytes of what was fitted until it is written, by default packed."""
         return sum(self.nbytes((linear.out_features, linear.in_features), linear.rank, dtype) for linear in linears)
 
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """Return the peak of fitting the Linears of a group, or a matrix of a stack; by default, of rounding.
 
         Args:
@@ -265,7 +265,7 @@ class Format(ABC):
         """
         return costs.rounding_bytes(linears)
 
-    def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:  # noqa: ARG002
+    def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
         """Return the peak of refining the Linears of a block, instead of fitting them."""
         return 0
 

@@ -35,7 +35,7 @@ class FewLevelsLinear(PackedLinear):
     weight_scales: nn.Parameter
 
     @classmethod
-    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """Return codes and scales."""
         return parts("weight", shape, cls.LEVELS, dtype)
 
@@ -89,12 +89,7 @@ class SixLevels(Format):
     experts = True
     narrow = True
 
-    def fit(
-        self,
-        weights: Sequence[torch.Tensor],
-        gram: Gram,
-        ranks: Sequence[int | None],  # noqa: ARG002
-    ) -> list[Packed]:
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
         """Round weights with feedback."""
         damped = feedback.damped(gram, levels.DAMPING)
         rounded = levels.rounded(feedback.stacked(weights), damped, self.layer.LEVELS)
@@ -109,11 +104,11 @@ class SixLevels(Format):
         codes, count = fitted.parts["weight"], self.layer.LEVELS
         return MovableScales(fitted, partial(unpack, codes, shape=fitted.shape, count=count))
 
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of rounding, with scales that are fitted."""
         return costs.rounding_bytes(linears, scales=True)
 
-    def describe(self, rank: str) -> str:  # noqa: ARG002
+    def describe(self, rank: str) -> str:
         """The number of levels."""
         return f"{self.layer.LEVELS} levels"
 

@@ -38,19 +38,14 @@ class LowRankLinear(StandInLinear):
         return {"weight": ((m, k), dtype), "V": ((k, n), dtype)}
 
     @staticmethod
-    def unpack(*parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:  # noqa: ARG004
+    def unpack(*parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return ``U V``."""
         u, v = parts
         return u @ v
 
     @classmethod
     def grouped(
-        cls,
-        x: torch.Tensor,
-        groups: Groups,
-        *parts: torch.Tensor,
-        shape: tuple[int, int],  # noqa: ARG003
-        dtype: torch.dtype,  # noqa: ARG003
+        cls, x: torch.Tensor, groups: Groups, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Multiply by one factor after the other."""
         u, v = parts
@@ -112,15 +107,15 @@ class LowRank(Factored):
         """Return both factors."""
         return {"weight": fitted.u.to("cpu", dtype), "V": fitted.v.to("cpu", dtype)}
 
-    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:  # noqa: ARG002
+    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
         """Return both factors."""
         return StandIn(*tensors)
 
-    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:  # noqa: ARG002
+    def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:
         """Factors in fp32."""
         return 4 * self._factors(linears)
 
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of factorising."""
         return costs.factoring_bytes(linears, propagated=propagated)
 
@@ -182,7 +177,7 @@ class RoundedLowRank(Factored):
             factors.append(self.factorize(weight, gram if on_inputs else gram.through(weight), rank or 0))
         return list(map(in_single, factors))
 
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of factorising on the smaller Gram, and of rounding."""
         smaller = not wants_inputs(self.factorize)
         return costs.rounded_factoring_bytes(linears, propagated=propagated, smaller=smaller)

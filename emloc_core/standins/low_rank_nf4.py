@@ -30,7 +30,7 @@ class FourBitLowRankLinear(RoundedLowRankLinear):
     factors = staticmethod(unpack_factors)
 
     @classmethod
-    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """Return codes and scales of both factors."""
         (m, n), k = shape, rank or 0
         return nf4.parts("weight", (m, k)) | nf4.parts("V", (k, n))

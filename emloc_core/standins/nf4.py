@@ -44,7 +44,7 @@ class FourBitLinear(PackedLinear):
     weight_ranges: nn.Parameter
 
     @classmethod
-    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """Return the packed weight."""
         scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
         codes, scales = sizes(*shape)
@@ -113,12 +113,7 @@ class PackedNF4(Format):
     experts = True
     narrow = True
 
-    def fit(
-        self,
-        weights: Sequence[torch.Tensor],
-        gram: Gram,
-        ranks: Sequence[int | None],  # noqa: ARG002
-    ) -> list[FourBitWeight]:
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[FourBitWeight]:
         """Round weights with feedback."""
         states = [_quantized(weight.float())[1] for weight in weights]
         matrix, fitted = feedback.single(gram), []
@@ -132,11 +127,11 @@ class PackedNF4(Format):
         packed, state = _quantized(weight)
         return FourBitWeight(packed, state, _relative(weight, _read(packed, state, torch.float32)))
 
-    def describe(self, rank: str) -> str:  # noqa: ARG002
+    def describe(self, rank: str) -> str:
         """Four bits."""
         return "four bits"
 
-    def pack(self, fitted: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def pack(self, fitted: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return the weight in four bits, its scales in eight (double quantisation), and the ranges of these."""
         state = fitted.state
         ranges = torch.cat([state.state2.absmax, state.offset.reshape(1).to(state.state2.absmax)])
@@ -159,7 +154,7 @@ class NF4(PackedNF4):
         plain = (nn.Linear.__name__, TransposedLinear.__name__)  # an outline's classes have the names of the model's
         return not others and all(kind.__name__ in plain and not _MISLEADING.search(path) for path, kind in linears)
 
-    def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG002
+    def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """The weight's codes, its scales, the largest of every 256 of these, and the tables of both codes."""
         codes, scales = sizes(*shape)
         return {
@@ -181,7 +176,7 @@ class NF4(PackedNF4):
         parts = {f"weight.{part}": tensor.cpu() for part, tensor in state.as_dict(packed=True).items()}
         return {"weight": fitted.codes.cpu(), **parts}
 
-    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:  # noqa: ARG002
+    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
         """Return the weight, by bitsandbytes."""
         packed, *parts = tensors
         values = {name.removeprefix("weight."): part for name, part in zip(self.names()[1:], parts, strict=True)}

@@ -132,7 +132,7 @@ class RepairedThreeLevels(Format):
         """The repair's numbers per input, less those of computing ``U V``: many inputs are multiplied by the sum."""
         return (rank or 0) * max(0, inputs * sum(shape) - shape[0] * shape[1])
 
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of rounding beside factors, which :func:`leading` finds beside the Gram and without another.
 
         There are the Gram, and its damped factors for the weight and for the repair.

@@ -102,15 +102,12 @@ class EightBits(Packing):
         """Return shape and dtype of codes and scales, for a weight of this dtype."""
         return {"codes": ((rows, features), torch.int8), "scales": ((rows, 1), dtype)}
 
-    def unpack(self, codes: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:  # noqa: ARG002
+    def unpack(self, codes: torch.Tensor, scales: torch.Tensor, features: int) -> torch.Tensor:
         """Return rows."""
         return codes.to(scales.dtype) * scales
 
     def _pack(
-        self,
-        rows: torch.Tensor,
-        gram: feedback.Damped | None,  # noqa: ARG002
-        dtype: torch.dtype,
+        self, rows: torch.Tensor, gram: feedback.Damped | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scales = (rows.abs().amax(1, keepdim=True) / 127).to(dtype)
         return (rows / _positive(scales)).round().clamp(-127, 127).to(torch.int8), scales
@@ -224,7 +221,7 @@ class PackedHead(PackedLayer, StandInLinear):  # type: ignore[override]  # its w
     """An output layer whose rows are packed. Logits are computed of some thousand words at a time."""
 
     @classmethod
-    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """Return codes and scales."""
         return cls.packing.parts(*shape, dtype)
 
