@@ -164,14 +164,15 @@ class Compress(Job):
     @property
     def warnings(self) -> list[str]:
         """What the user has to know before the emulator is made: what stays dense, and how much of the model it is."""
+        warnings = [*self.coverage.warnings, *skipped_warnings(self.skipped)]
         if self.settings.selection == self.request.settings.selection:
-            return [*self.coverage.warnings, *skipped_warnings(self.skipped)]
+            return warnings
         calibration, selection, tuning = map(len, (self.rows.calibration, self.rows.selection, self.rows.tuning))
         few = (
             f"there are few rows: {calibration} are set aside for calibration and {selection} for choosing the "
             f"correction, which leaves {tuning} to train on; --samples and --selection change this"
         )
-        return [*self.coverage.warnings, *skipped_warnings(self.skipped), few]
+        return [*warnings, few]
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
         """Make the emulator; for a finished one, note what it is planned for now."""
@@ -183,8 +184,7 @@ class Compress(Job):
         """Make the emulator; ``progress`` is called with a block's path."""
         plan = self.plan
         if self.method.by_spectra:
-            first, progress = _in_two_passes(progress)
-            plan = self._allocated(staging, first)
+            plan, progress = self._allocated(staging, _one_of_two(progress, 0)), _one_of_two(progress, 1)
         files = EmulatorFiles(self.base.skeleton, plan, staging, self.format)
         calibrated = self.settings.calibration != "none"
         pack_vocabulary(files, [matrix for matrix in plan.vocabulary if not (calibrated and matrix.is_fitted)])
@@ -253,16 +253,9 @@ def described(settings: CompletedSettings, result: Mapping[str, Any]) -> str:
     return f"{text}."
 
 
-def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:
-    """Return what reports the first and the second pass over the blocks as one."""
-
-    def first(block: str, done: int, total: int, _loss: float | None = None, /) -> None:
-        progress(block, done, 2 * total)
-
-    def second(block: str, done: int, total: int, _loss: float | None = None, /) -> None:
-        progress(block, total + done, 2 * total)
-
-    return first, second
+def _one_of_two(progress: Progress, index: int) -> Progress:
+    """Return what reports the first or the second (1) pass over the blocks as half of one."""
+    return lambda block, done, total, *_: progress(block, index * total + done, 2 * total)
 
 
 def _digest(samples: Iterable[Sample]) -> str:

@@ -278,9 +278,6 @@ class Decomposition:
             )
         return stand_ins
 
-    def _alone(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Any:
-        return self._fit([linear], [weight], gram)[0]
-
     def _reached(self, gathered: dict[str, tuple[Gram, list[LinearPlan]]]) -> dict[str, Fitted]:
         """Fit the Linears that tokens reached, together where they share a Gram, which is freed then."""
         reached: dict[str, Fitted] = {}
@@ -292,10 +289,12 @@ class Decomposition:
         return reached
 
     def _experts(self, block: str) -> dict[str, ExpertFitting]:
-        model, planned = self.skeleton.model, self.plan.experts_in_block(block)
+        def fit(linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Fitted:
+            return self._fit([linear], [weight], gram)[0]
+
         return {
-            path: ExpertFitting(model.get_submodule(path), stacks, self.format, self._alone, self._directory)
-            for path, stacks in planned.items()
+            path: ExpertFitting(self.skeleton.model.get_submodule(path), stacks, self.format, fit, self._directory)
+            for path, stacks in self.plan.experts_in_block(block).items()
         }
 
     def _keeping(self, path: str, experts: ExpertFitting) -> Callable[..., None]:

@@ -115,7 +115,7 @@ class EmulatorFiles:
         actual = {name: tuple(part.shape) for name, part in packed.items()}
         if packed.keys() != set(self.format.names()) or not expected.items() <= actual.items():
             raise self._refused(path, f"{actual} instead of {expected}")
-        if not all(map(_is_finite, packed.values())):
+        if not all(bool(part.isfinite().all()) for part in packed.values() if part.is_floating_point()):
             raise self._refused(path, "NaN or Inf")
         return packed
 
@@ -199,10 +199,6 @@ class EmulatorFiles:
                 weight_map[key] = self._name(index)
                 total += tensor.nbytes
         write_json(self.staging / self.base.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def replaced_keys(skeleton: Skeleton, plan: RankPlan) -> set[str]:

@@ -229,7 +229,10 @@ def allocated(
     Raises:
         EmlocError: the ratio is out of range, or the ranks save nothing.
     """
-    ratio = require_ratio(ratio)
+    if ratio is None or not 0 < ratio < 1:
+        raise EmlocError(
+            f"The ratio is {ratio}; it is the fraction of parameters to keep, above 0 and below 1.", "Try --ratio 0.6."
+        )
     linears = plan.candidates
     if not linears:
         return plan
@@ -242,19 +245,6 @@ def allocated(
     if not ranked.ranks:
         raise EmlocError("At this ratio nothing becomes smaller.", "Give a smaller --ratio, or another --kind.")
     return ranked
-
-
-def require_ratio(ratio: float | None) -> float:
-    """Return a ratio in (0, 1).
-
-    Raises:
-        EmlocError: it is outside.
-    """
-    if ratio is None or not 0 < ratio < 1:
-        raise EmlocError(
-            f"The ratio is {ratio}; it is the fraction of parameters to keep, above 0 and below 1.", "Try --ratio 0.6."
-        )
-    return ratio
 
 
 def _expert_rank(planned: ExpertsPlan, ratio: float) -> int:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from emloc_core.algorithms.products import by_onednn
-from emloc_core.emulator.sensitivity import Arguments, hidden_states
+from emloc_core.emulator.sensitivity import Arguments, hidden_states, relative_change
 from emloc_core.files.scratch import ScratchTensors
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
@@ -46,7 +46,7 @@ class Ends:
 
     Attributes:
         targets: outputs of the base's block, by row; in a file, if there is a directory for one.
-        change: how far the outputs of the emulator's block are from these, summed over rows; see :func:`_change`.
+        change: how far the outputs of the emulator's block are from these, the mean over tokens, summed over rows.
     """
 
     def __init__(self, stream: Stream, block: str, rows: int, directory: Path | None) -> None:
@@ -66,7 +66,7 @@ class Ends:
             if sample < self.rows:
                 self.targets[sample] = hidden
                 return None
-            self.change += float(_change(hidden, self.targets[sample - self.rows]))
+            self.change += float(relative_change(hidden, self.targets[sample - self.rows]).mean())
             self._stream.pause(f"the end of {self._block}", args, kwargs)
             return block.forward(*args, **kwargs)
 
@@ -169,10 +169,4 @@ class Refinement:
         """Return how far a row is from its target after the block, with these weights in place of its Linears' own."""
         parameters = {self._keys[path]: weight for path, weight in weights.items()}
         output = hidden_states(functional_call(self._block, parameters, *arguments, tie_weights=False))
-        return _change(output, self._ends.targets[row])
-
-
-def _change(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean over tokens of how far they are from the target, squared, relative to its own length."""
-    change = (output.float() - target.float()).square().sum(-1)
-    return (change / target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
+        return relative_change(output, self._ends.targets[row]).mean()

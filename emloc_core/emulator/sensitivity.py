@@ -51,10 +51,7 @@ def sensitivities(
         changes = []
         with answering(path, StandIn(linear_factors.u[:, :rank], linear_factors.v[:rank])):
             for (args, kwargs), reference in zip(calls, references, strict=True):
-                change = (hidden_states(block(*args, **kwargs)).float() - reference).square().sum(-1)
-                changes.append(
-                    (change / reference.square().sum(-1).clamp(min=torch.finfo(change.dtype).tiny)).flatten()
-                )
+                changes.append(relative_change(hidden_states(block(*args, **kwargs)), reference).flatten())
         error = linear_factors.relative_error(rank)
         by_path[path] = float(torch.cat(changes).mean()) / error**2 if error >= _LEAST else 0.0
     return by_path
@@ -66,6 +63,12 @@ def _telling_rank(factors: Factors) -> int:
     while rank > 1 and factors.relative_error(rank) < _LEAST:  # there were fewer tokens than ranks, say
         rank //= 2
     return rank
+
+
+def relative_change(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return how far every token is from its target, squared, relative to the target's own length, in fp32."""
+    change = (output.float() - target.float()).square().sum(-1)
+    return change / target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def hidden_states(output: Any) -> torch.Tensor:

@@ -67,12 +67,6 @@ def matrices(experts: Any, name: str) -> torch.Tensor:
     return stack.mT if experts.is_transposed else stack
 
 
-def shape_of(experts: Any, name: str) -> tuple[int, int]:
-    """Return the shape of every matrix of a stack, (m, n), whichever way it is kept."""
-    _, m, n = matrices(experts, name).shape
-    return m, n
-
-
 def experts_per_token(config: Any) -> int:
     """Return how many experts a router sends every token to; 1 for a model without experts."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -209,7 +203,8 @@ class StandInExperts(nn.Module):
         return max(unpacked_bytes(shape, self.num_experts, dtype) for shape, dtype in stacks_of)
 
     def _shape(self, name: str) -> tuple[int, int]:
-        return shape_of(self.replaced, name)
+        _, m, n = matrices(self.replaced, name).shape
+        return m, n
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.replaced.get_parameter(name).dtype
