@@ -9,7 +9,7 @@ switches all such entry points off.
 from functools import partial
 from importlib import import_module
 
-from emloc_core.compat.bitsandbytes import unpacking_as_one_row
+from emloc_core.compat.bitsandbytes import keeping_weights, unpacking_as_one_row
 from emloc_core.compat.imports import is_being_imported, when_imported, while_imported
 from emloc_core.compat.lighter import lighten
 
@@ -18,6 +18,7 @@ def watch() -> None:
     """Register emulators with transformers as soon as its quantizers are imported; fix and lighten other imports."""
     register_with("transformers", "transformers.modeling_utils", "emloc_core.standins.quantizer")
     while_imported("bitsandbytes._ops", unpacking_as_one_row)
+    while_imported("bitsandbytes.nn.modules", keeping_weights)
     lighten()
 
 

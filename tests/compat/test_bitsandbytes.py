@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from bitsandbytes import functional, matmul_4bit
+from bitsandbytes import functional, matmul_4bit, nn
 from support.contracts import contract
 
 
@@ -51,3 +51,17 @@ def test_rows_may_begin_within_a_block_of_numbers_that_share_a_scale(width, dtyp
     )
     product, right = matmul_4bit(x, codes, state).float(), (x @ expected.T).float()
     assert float((product - right).norm()) < 0.02 * float(right.norm()), "products are not with what is unpacked"
+
+
+@pytest.mark.parametrize("width", [64, 96])
+@contract("bitsandbytes", "compat.bitsandbytes")
+def test_a_layer_is_trained_after_an_evaluation_as_before(width):
+    layer = nn.Linear4bit(width, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.weight = nn.Params4bit(torch.randn(64, width), requires_grad=False, quant_type="nf4")
+    layer, x = layer.to("cpu"), torch.randn(3, width, dtype=torch.bfloat16, requires_grad=True)
+    before = torch.autograd.grad(layer.train()(x).sum(), x)[0]
+    with torch.no_grad():
+        layer.eval()(x.detach())
+    after = torch.autograd.grad(layer.train()(x).sum(), x, allow_unused=True)[0]
+    assert after is not None, "no gradient passes through a layer that was evaluated"
+    assert torch.equal(before, after), "an evaluation changes the gradient through a layer"
