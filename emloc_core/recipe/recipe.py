@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike, fspath
 from os.path import expanduser
 from pathlib import Path
@@ -147,53 +147,61 @@ class Recipe(Settings):
         "the last adapter.",
     )
 
-    @model_validator(mode="after")
-    def _one_size(self) -> "Recipe":
-        sized = {
-            FIRST: self.compress,
-            **{f"alternatives.{name}": settings for name, settings in self.alternatives.items()},
-        }
-        for section, settings in sized.items():
-            if self.model.memory is not None and "ratio" in settings.model_fields_set:
-                raise ValueError(f"model.memory and {section}.ratio both set the emulator's size; give one of them")
-        return self
-
     @property
     def makes_emulator(self) -> bool:
         """Whether a LoRA is tuned on an emulator; if not, on the model itself."""
         return self.way in (None, "emulator")
 
     @model_validator(mode="after")
-    def _way_has_its_settings(self) -> "Recipe":
+    def _is_possible(self) -> "Recipe":
+        if (problem := next(self._problems(), None)) is not None:
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        sized = {FIRST: self.compress} | {f"alternatives.{name}": each for name, each in self.alternatives.items()}
+        for section, settings in sized.items():
+            if self.model.memory is not None and "ratio" in settings.model_fields_set:
+                yield f"model.memory and {section}.ratio both set the emulator's size; give one of them"
         if not self.makes_emulator and self.polish is not None:
-            raise ValueError(f"polish follows an emulator's LoRA, but way is {self.way!r}; leave it out")
+            yield f"polish follows an emulator's LoRA, but way is {self.way!r}; leave it out"
         if (self.way == "exact" or self.polish is not None) and not self.train.can_be_exact:
-            raise ValueError(
+            yield (
                 "exact steps (polish) support only the likelihood of answers, and only LoRAs: leave them out, or "
                 "train.objective and the modules that are trained themselves"
             )
-        return self
+        if self.rounds > 1:
+            yield from self._problems_of_rounds()
+        yield from self._problems_of_evaluation()
+        if self.alternatives:
+            yield from self._problems_of_alternatives()
+        if self.push is not None:
+            try:
+                check_repository(self.push)
+            except EmlocError as error:
+                yield str(error)
+        if self.correct.clamp == "auto" and not self.compress.selection:
+            or_else = "" if self.alternatives else ", or set correct.clamp to a number or 'none'"
+            yield (
+                "correct.clamp = 'auto' compares on held-out rows, but compress.selection = 0 holds out none; hold "
+                f"some out{or_else}"
+            )
 
-    @model_validator(mode="after")
-    def _rounds_are_possible(self) -> "Recipe":
-        if self.rounds == 1:
-            return self
+    def _problems_of_rounds(self) -> Iterator[str]:
         if not self.makes_emulator:
-            raise ValueError(f"rounds are tuned on emulators, but way is {self.way!r}; leave one of them out")
+            yield f"rounds are tuned on emulators, but way is {self.way!r}; leave one of them out"
         if not self.train.can_be_exact or self.train.lora_experts:
-            raise ValueError(
+            yield (
                 "a second round supports only the likelihood of answers, and only LoRAs on Linears: set rounds = 1, or "
                 "leave out train.objective, the modules that are trained themselves and lora_experts"
             )
         if self.train.steps is not None and self.train.steps < self.rounds:
-            raise ValueError(f"train.steps = {self.train.steps} are fewer than rounds = {self.rounds}; lower rounds")
-        return self
+            yield f"train.steps = {self.train.steps} are fewer than rounds = {self.rounds}; lower rounds"
 
-    @model_validator(mode="after")
-    def _rows_can_be_evaluated(self) -> "Recipe":
+    def _problems_of_evaluation(self) -> Iterator[str]:
         evaluates = self.data.eval is not None or self.data.eval_split is not None
         if evaluates and self.train.learns_preferences:
-            raise ValueError("data.eval: preferences are not evaluated while tuning; leave out the rows to evaluate")
+            yield "data.eval: preferences are not evaluated while tuning; leave out the rows to evaluate"
         needs = {
             "train.patience needs": self.train.patience,
             "polish.patience needs": self.polish and self.polish.patience,
@@ -201,51 +209,27 @@ class Recipe(Settings):
         }
         for option, value in needs.items():
             if value and not evaluates:
-                raise ValueError(f"{option} rows to evaluate, but there are none; give data.eval")
-        return self
+                yield f"{option} rows to evaluate, but there are none; give data.eval"
 
-    @model_validator(mode="after")
-    def _alternatives_compare(self) -> "Recipe":
-        if not self.alternatives:
-            return self
+    def _problems_of_alternatives(self) -> Iterator[str]:
         if self.correct.clamp != "auto":
-            raise ValueError("alternatives are compared by correct.clamp = 'auto'; leave out the other clamp")
+            yield "alternatives are compared by correct.clamp = 'auto'; leave out the other clamp"
         if self.train.learns_preferences:
-            raise ValueError(
+            yield (
                 "alternatives are compared by the likelihood of answers, which says little about preferences; write "
                 "a recipe for each"
             )
         for name, settings in self.alternatives.items():
             if not NAME.fullmatch(name) or name == FIRST or ROUND.search(f"_{name}"):
-                raise ValueError(
+                yield (
                     f"alternatives.{name}: choose a name of letters, digits, '.', '-' and '_', other than {FIRST}, and "
                     "no round1 or the like at its end"
                 )
             for key in SHARED:
                 if key in settings.model_fields_set:
-                    raise ValueError(f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}")
+                    yield f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}"
             if settings.model_dump(exclude=set(SHARED)) == self.compress.model_dump(exclude=set(SHARED)):
-                raise ValueError(f"alternatives.{name} is the same emulator as {FIRST}; change it or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _repository(self) -> "Recipe":
-        if self.push is not None:
-            try:
-                check_repository(self.push)
-            except EmlocError as error:
-                raise ValueError(str(error)) from None
-        return self
-
-    @model_validator(mode="after")
-    def _rows_to_compare_on(self) -> "Recipe":
-        if self.correct.clamp == "auto" and not self.compress.selection:
-            or_else = "" if self.alternatives else ", or set correct.clamp to a number or 'none'"
-            raise ValueError(
-                "correct.clamp = 'auto' compares on held-out rows, but compress.selection = 0 holds out none; hold "
-                f"some out{or_else}"
-            )
-        return self
+                yield f"alternatives.{name} is the same emulator as {FIRST}; change it or leave it out"
 
 
 def load_recipe(path: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
