@@ -16,18 +16,12 @@ if TYPE_CHECKING:
 _NAMED = {
     "steps": "max_steps",
     "epochs": "num_train_epochs",
-    "learning_rate": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "accumulation": "gradient_accumulation_steps",
-    "max_length": "max_length",
     "gradient_checkpointing": "activation_checkpointing",
-    "bf16": "bf16",
-    "seed": "seed",
-    "report_to": "report_to",
-    "save_steps": "save_steps",
-    "logging_steps": "logging_steps",
-    "eval_steps": "eval_steps",
-}
+    **{name: name for name in ("learning_rate", "max_length", "bf16", "seed", "report_to", "save_steps",
+                               "logging_steps", "eval_steps")},
+}  # fmt: skip
 #: Fields of SFTConfig that this stage sets itself, and why.
 _FIXED = {
     **dict.fromkeys(("output_dir", "save_total_limit"), "-o names the output"),
@@ -191,14 +185,7 @@ def _on_experts(settings: TrainSettings, model: Any) -> dict[str, Any]:
     }
 
 
-#: Settings by their fields in PEFT's config; and fields that PEFT or the stage sets.
-_OF_LORA = {
-    "r": "lora_rank",
-    "lora_alpha": "lora_alpha",
-    "use_rslora": "use_rslora",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "target_modules",
-}
+#: Fields of PEFT's config that PEFT or the stage sets.
 _NOT_OF_LORA = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version"}
 
 
@@ -215,10 +202,9 @@ def lora_settings(config: "LoraConfig") -> dict[str, Any]:
     usual, settings = LoraConfig(), {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _OF_LORA:
-            settings[_OF_LORA[field.name]] = sorted(value) if isinstance(value, set) else value
-        elif field.name in TrainSettings.model_fields:
-            settings[field.name] = value
+        name = "lora_rank" if field.name == "r" else field.name
+        if name in TrainSettings.model_fields:
+            settings[name] = sorted(value) if isinstance(value, set) else value
         elif field.name not in _NOT_OF_LORA and value != getattr(usual, field.name):
             raise EmlocError(
                 f"peft_config has {field.name} = {value!r}, which is not a setting of `train`.", "Leave it out."
