@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from os.path import expanduser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -39,15 +39,7 @@ _HELP = "/image PATH adds an image to the next message, /reset starts over, /exi
     help="Sampling temperature; 0 always picks the most likely token.  [default: the model's own generation config]",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of each answer.  [default: a new one each time]")
-def command(
-    model: str,
-    adapter: Path | None,
-    system: str | None,
-    images: tuple[Path, ...],
-    max_new_tokens: int,
-    temperature: float | None,
-    seed: int | None,
-) -> None:  # fmt: skip
+def command(model: str, adapter: Path | None, images: tuple[Path, ...], **settings: Any) -> None:
     """Talk to MODEL, with ADAPTER if one is given; answers appear as they are generated.
 
     MODEL is a model, an emulator, or an adapter, which names its model. Ctrl-C stops an answer. Without a terminal,
@@ -62,9 +54,7 @@ def command(
 
     logging.set_verbosity_error()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer: the command was not interrupted
-    conversation = open_conversation(
-        model, adapter, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+    conversation = open_conversation(model, adapter, **settings)
     if sys.stdin.isatty():
         click.echo(_HELP, err=True)
         if not conversation.has_template:

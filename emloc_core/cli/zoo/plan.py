@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -34,16 +34,7 @@ if TYPE_CHECKING:
 @more_entries
 @as_json
 def command(
-    pattern: str,
-    memory: str | None,
-    headroom: str | None,
-    preset: str,
-    batch_size: int | None,
-    length: int | None,
-    kind: str,
-    device: str,
-    registry: tuple[Path, ...],
-    as_json: bool,
+    pattern: str, memory: str | None, headroom: str | None, registry: tuple[Path, ...], as_json: bool, **how: Any
 ) -> None:
     """Show the memory that registry models need, and the best emulator whose tuning fits.
 
@@ -53,7 +44,7 @@ def command(
     from emloc_core.errors import EmlocError
     from emloc_core.memory.budget import Budget
 
-    budget = Budget.named(memory, headroom, device)
+    budget = Budget.named(memory, headroom, how["device"])
     from emloc_core.registry.fit import EntryFit, fit
     from emloc_core.registry.registry import find, load_entries
 
@@ -63,16 +54,15 @@ def command(
         for number, entry in enumerate(entries):
             advance(entry.id, number, len(entries))
             try:
-                planned_entry = fit(
-                    entry, budget, preset=preset, batch_size=batch_size, length=length, kind=kind, device=device
-                )
+                planned.append(fit(entry, budget, **how))
             except EmlocError as error:  # the others are still planned
-                planned_entry = EntryFit(entry.id, entry.family, error=str(error))
-            planned.append(planned_entry)
+                planned.append(EntryFit(entry.id, entry.family, error=str(error)))
         advance("", len(entries), len(entries))
     if as_json:
         sizes = {"memory": budget and budget.memory, "headroom": budget and budget.headroom}
-        print_json({**sizes, "preset": preset, "device": device, "models": [asdict(entry) for entry in planned]})
+        print_json(
+            {**sizes, "preset": how["preset"], "device": how["device"], "models": [asdict(entry) for entry in planned]}
+        )
     else:
         _show(planned, budget)
     if failed := [entry for entry in planned if entry.error]:
