@@ -9,6 +9,7 @@ from emloc_core.data.mixture import weights
 from emloc_core.files.documents import read_config, read_object
 from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import learned_preferences, read_manifest
+from emloc_core.files.quantised import is_in_four_bits
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,
@@ -96,12 +97,7 @@ def _original(adapter: Path) -> list[str]:
     if not (adapter / CONFIG).is_file():
         return []
     config = Path(str(read_object(adapter / CONFIG).get("base_model_name_or_path")), "config.json")
-    content = read_config(config) if config.is_file() else {}
-    if not content.get("quantization_config"):
-        return []
-    from emloc_core.files.quantised import is_in_four_bits
-
-    return ["--base", "ORIGINAL"] if is_in_four_bits(content) else []
+    return ["--base", "ORIGINAL"] if config.is_file() and is_in_four_bits(read_config(config)) else []
 
 
 def _is_emulator(model: str) -> bool:
