@@ -83,6 +83,11 @@ class Defaults:
     offline: bool = False
     registry: Sequence[Path] = ()
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """What jobs without rows of their own have in common."""
+        return {name: getattr(self, name) for name in ("data", "split", "threads", "offline")}
+
 
 def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
     """Return the jobs of all sources, in order, with unique names.
@@ -131,15 +136,8 @@ def _is_model(directory: Path) -> bool:
 
 
 def _plain(model: Path, defaults: Defaults) -> ZooJob:
-    return ZooJob(
-        name=slug(str(model.absolute())),
-        model=str(model.absolute()),
-        data=defaults.data,
-        split=defaults.split,
-        compress=CompressSettings(**defaults.compress),
-        threads=defaults.threads,
-        offline=defaults.offline,
-    )
+    path, settings = str(model.absolute()), CompressSettings(**defaults.compress)
+    return ZooJob(name=slug(path), model=path, compress=settings, **defaults.common)
 
 
 def _rows(data: str | None) -> str | None:
@@ -156,16 +154,8 @@ def _rows(data: str | None) -> str | None:
 
 def _from_entry(entry: Entry, defaults: Defaults) -> ZooJob:
     model = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
-    return ZooJob(
-        name=slug(entry.id),
-        model=model,
-        layout=entry.layout,
-        data=defaults.data,
-        split=defaults.split,
-        compress=resolve_preset(entry, defaults.preset or "default", overrides=defaults.compress),
-        threads=defaults.threads,
-        offline=defaults.offline,
-    )
+    settings = resolve_preset(entry, defaults.preset or "default", overrides=defaults.compress)
+    return ZooJob(name=slug(entry.id), model=model, layout=entry.layout, compress=settings, **defaults.common)
 
 
 def _read_jobs(path: Path, defaults: Defaults) -> Iterator[ZooJob]:
