@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.belonging import require_base
-from emloc_core.adapters.dense import Replacement, replaced_weights, require_dense
+from emloc_core.adapters.belonging import require_base, require_shapes
+from emloc_core.adapters.dense import Replacement, replaced_weights
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
@@ -47,7 +47,7 @@ class Merge(Job):
         self.model = open_original(request.base or self.adapter.base_name, option="--base")
         self.base = self.model.checkpoint
         skeleton = self.model.skeleton
-        require_dense(self.adapter.replaced, skeleton.model)
+        require_shapes(self.adapter, skeleton.model)
         replaced = replaced_weights(self.adapter.replaced, skeleton)
         changed = {lora.parameter(path) for path, lora in self.adapter.loras.items()}
         #: Tied output layers that change otherwise than the embeddings, and become tensors of their own.
@@ -93,17 +93,10 @@ class Merge(Job):
             if lora.is_stacked:
                 loras |= _by_expert(lora, path, keys, skeleton)
                 continue
-            expected = lora.shape
-            if not keys:
-                raise EmlocError(
-                    f"The base has no Linear at {path}.",
-                    "The adapter belongs to another architecture: give the base that it was trained for.",
-                    code="mismatch",
-                )
-            if len(keys) != 1 or skeleton.shape_of(keys[0]) != expected:
+            if len(keys) != 1 or skeleton.shape_of(keys[0]) != lora.shape:
                 shapes = [skeleton.shape_of(key) for key in keys]
                 raise EmlocError(
-                    f"The LoRA on {path} is for a weight of shape {expected}; the base has {shapes} in {keys}.",
+                    f"The LoRA on {path} is for a weight of shape {lora.shape}; the base has {shapes} in {keys}.",
                     "Give the base that the adapter was trained for; if this is it, save it with save_pretrained.",
                     code="mismatch",
                 )
