@@ -206,12 +206,17 @@ def encode(
     samples = list(tokenized(rows, processing, max_length, limits, dtype))
     for row, sample in zip(rows, samples, strict=True):
         if not any(sample.completion_mask):
-            prompt = "prompt with its images" if row.images else "prompt"
-            raise EmlocError(
-                f"{row.name}: its {prompt} alone fills the {max_length} tokens of the maximum length.",
-                "Raise the maximum length, shorten the prompt, or leave the row out.",
-            )
+            raise fills(f"{row.name}: its", row, max_length, ", shorten the prompt, or leave the row out")
     return samples
+
+
+def fills(whose: str, row: Row, max_length: int | None, otherwise: str = "") -> EmlocError:
+    """Return the error for a prompt that leaves no room for an answer."""
+    prompt = "prompt with its images" if row.images else "prompt"
+    return EmlocError(
+        f"{whose} {prompt} alone fills the {max_length} tokens of the maximum length.",
+        f"Raise the maximum length{otherwise}.",
+    )
 
 
 #: Rows that are tokenized together.

@@ -13,8 +13,7 @@ from transformers.utils.logging import tqdm
 
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
-from emloc_core.data.tokenize import Processing, Sample, tokenized, trl_example
-from emloc_core.errors import EmlocError
+from emloc_core.data.tokenize import Processing, Sample, fills, tokenized, trl_example
 from emloc_core.model.image_shape import count_patches
 from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings
@@ -57,11 +56,7 @@ def make_dataset(
             ids.extend(sample.input_ids)
             mask += bytes(sample.completion_mask)
     if not kept:
-        prompt = "prompt with its images" if rows[0].images else "prompt"
-        raise EmlocError(
-            f"Every row's {prompt} alone fills the {max_length} tokens of the maximum length.",
-            "Raise the maximum length.",
-        )
+        raise fills("Every row's", rows[0], max_length)
     if isinstance(processing, ProcessorMixin):
         return _with_images(kept), sizes
     ends = numpy.cumsum([0, *(size.tokens for size in sizes)], dtype=numpy.int32)

@@ -15,8 +15,7 @@ from transformers.utils.logging import tqdm
 
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
-from emloc_core.data.tokenize import Processing, Sample, tokenized
-from emloc_core.errors import EmlocError
+from emloc_core.data.tokenize import Processing, Sample, fills, tokenized
 from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings
 
@@ -48,10 +47,7 @@ def preference_dataset(
     of_rows = [[(answer.label, next(watched)) for answer in of_row] for of_row in answers]
     kept = [of_row for of_row in of_rows if all(any(sample.completion_mask) for _, sample in of_row)]
     if not kept:
-        raise EmlocError(
-            f"Every row's prompt alone fills the {max_length} tokens of the maximum length.",
-            "Raise the maximum length.",
-        )
+        raise fills("Every row's", rows[0], max_length)
     sizes = [RowSize(max(len(sample.input_ids) for _, sample in of_row)) for of_row in kept]
     if settings.learns_labels:
         labelled = [pair for of_row in kept for pair in of_row]
