@@ -13,7 +13,7 @@ from emloc_core.cli.console import print_json, print_table
 from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.errors import printable
 from emloc_core.files.meter import peak_memory
-from emloc_core.processes.call import called_here
+from emloc_core.processes.call import call, called_here
 from emloc_core.processes.environment import without_collections
 from emloc_core.units import human_bytes
 
@@ -77,7 +77,7 @@ def planning() -> Iterator[None]:
 
 def show_plan(recipe: "Recipe", as_json: bool) -> None:
     """Print the stages of a recipe, their states, and sizes."""
-    from emloc_core.recipe.run import describe, describe_train
+    from emloc_core.recipe.run import DESCRIBE, describe
     from emloc_core.recipe.stages import stages, tried
 
     planned = stages(recipe)
@@ -90,7 +90,7 @@ def show_plan(recipe: "Recipe", as_json: bool) -> None:
         content |= {name: descriptions[0][name] for name in ("base_bytes", "emulator_bytes")}
         content["rows"] = _rows(descriptions[0])
     else:
-        tuned = describe_train(planned[0])
+        (tuned,) = call(DESCRIBE, {"request": planned[0].request.to_json()})
         content |= {"base_bytes": tuned["model_bytes"], "rows": {"tuning": tuned["rows"]}}
     content["merged_bytes"] = content["base_bytes"] if recipe.merge else 0
     if others := descriptions[1:]:

@@ -100,9 +100,11 @@ class Picture:
             EmlocError: it is not an image, or is truncated; or Pillow is not installed.
         """
         pil, content = pillow(), self._bytes()
+        from PIL import ImageOps
+
         try:
             with self._opened(content) as image:
-                return _upright(image).convert("RGB")
+                return ImageOps.exif_transpose(image).convert("RGB")
         except pil.UnidentifiedImageError:  # its message names a buffer
             raise EmlocError(f"{self.name} is not an image ({', '.join(FORMATS)}).", _FIX) from None
         except (OSError, SyntaxError, ValueError, EOFError, pil.DecompressionBombError) as error:
@@ -165,12 +167,6 @@ def _from_base64(text: str) -> bytes | None:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _upright(image: "Image") -> "Image":
-    from PIL import ImageOps
-
-    return ImageOps.exif_transpose(image)
 
 
 def pillow() -> Any:

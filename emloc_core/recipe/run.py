@@ -195,16 +195,6 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
     return content
 
 
-def describe_train(stage: Stage) -> dict[str, Any]:
-    """Return the output of ``emloc train --dry-run --json`` for the stage that tunes the model itself.
-
-    Raises:
-        EmlocError: the model cannot be tuned.
-    """
-    (content,) = call(DESCRIBE, {"request": stage.request.to_json()})
-    return content
-
-
 def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
     """Write ``results.json`` and ``table.md`` beside the stages' directories; return the results."""
     from emloc_core.report import table as report

@@ -145,7 +145,7 @@ def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progres
     Return the names of those that have changed.
     """
     records = store.records()
-    demands = _demands(records)
+    demands = {record.fingerprint: record.needs for record in records if record.needs and not record.needs.reason}
     planned = plan(jobs, directory, demands, advance)
     fingerprints = [fingerprint for fingerprint, _ in planned]
     requested = {*fingerprints, *(job.name for job in jobs)}
@@ -168,9 +168,3 @@ def _is_gone(record: JobRecord, zoo: Path) -> bool:
         return False
     complete = all((stage.output / MANIFEST).is_file() for stage in record.job.stages(path))
     return not complete and ((path / OUTCOME).is_file() or not path.is_dir())
-
-
-def _demands(records: Sequence[JobRecord]) -> dict[str, Demand]:
-    return {
-        record.fingerprint: record.needs for record in records if record.needs is not None and not record.needs.reason
-    }

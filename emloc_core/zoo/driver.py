@@ -78,27 +78,24 @@ class Driver:
         Raises:
             KeyboardInterrupt: it was told to stop, and the signal is raised again; what ran waits for the next driver.
         """
-        with _stop_signals() as stop:
-            self._run(stop)
-
-    def _run(self, stop: list[int]) -> None:
         pause = _SHORTEST
-        try:
-            while self._waiting or self._running:
-                if stop:
-                    raise KeyboardInterrupt
-                changed = self._collect()
-                changed = self._start() or changed
-                pause = _SHORTEST if changed else min(pause * 1.5, _LONGEST)
-                if self._running or self._waiting:
-                    time.sleep(pause)
-        except BaseException:
+        with _stop_signals() as stop:
+            try:
+                while self._waiting or self._running:
+                    if stop:
+                        raise KeyboardInterrupt
+                    changed = self._collect()
+                    changed = self._start() or changed
+                    pause = _SHORTEST if changed else min(pause * 1.5, _LONGEST)
+                    if self._running or self._waiting:
+                        time.sleep(pause)
+            except BaseException:
+                self.engine.close()
+                for name, (progress, _, started) in self._running.items():
+                    outcome = Outcome("interrupted", "The driver was stopped while it ran.")
+                    self.store.finish(name, progress.attempts, time.monotonic() - started, outcome, again=True)
+                raise
             self.engine.close()
-            for name, (progress, _, started) in self._running.items():
-                outcome = Outcome("interrupted", "The driver was stopped while it ran.")
-                self.store.finish(name, progress.attempts, time.monotonic() - started, outcome, again=True)
-            raise
-        self.engine.close()
 
     def _start(self) -> bool:
         """Start whatever can be started now, in order; say whether anything was started."""
