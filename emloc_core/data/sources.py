@@ -11,6 +11,7 @@ from typing import Any
 from emloc_core.data.files import READERS, Numbered, names_rows, read_file
 from emloc_core.data.row import FORMS
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.checkpoint import may_be_hub_id
 
 #: Files that ``save_to_disk`` of ``datasets`` leaves: of a dataset, and of one with several splits.
 _SAVED = ("state.json", "dataset_dict.json")
@@ -49,9 +50,7 @@ def reader_of(source: str) -> tuple[Callable[[str], Iterator[Numbered]], Path]:
             f"Give a file ({', '.join(READERS)}), or what `save_to_disk` of datasets wrote, or a folder "
             "of pictures with a metadata.jsonl or a .txt beside each.",
         )
-    if names_rows(path) or path.is_absolute():
-        raise EmlocError(f"There is no file {source}.", "Check the path.", code="missing")
-    if source.count("/") != 1:
+    if names_rows(path) or not may_be_hub_id(source):
         raise EmlocError(
             f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
         )

@@ -18,6 +18,7 @@ from support.rows import example_rows, write_jsonl
 from emloc_core.data.row import Row
 from emloc_core.data.rows import digest, load_rows, without, write_rows
 from emloc_core.data.sets import draw
+from emloc_core.data.sources import reader_of
 from emloc_core.errors import EmlocError
 
 USER = {"role": "user", "content": "Which way?"}
@@ -180,6 +181,9 @@ def test_a_missing_file_and_a_directory_are_errors(tmp_path: Path):
         load_rows(str(tmp_path / "rows.jsonl"))
     with pytest.raises(EmlocError, match="is a directory"):
         load_rows(str(tmp_path))
+    for path in ("./rows", "../rows", "~/rows"):  # no names of the hub, which is not asked
+        with pytest.raises(EmlocError, match=f"There is no file {path}. Check the path"):
+            reader_of(path)
 
 
 def test_a_name_that_is_no_file_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch):
