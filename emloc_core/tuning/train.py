@@ -294,6 +294,8 @@ class Train(Job):
         return trainer
 
     def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]], kept: Path | None) -> None:
+        if not trainer.state.global_step:
+            raise EmlocError("No step was taken: the rows make no full batch.", "Lower batch_size.")
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise EmlocError(f"After the last step {name} is not finite.", DIVERGED, code="not-finite")

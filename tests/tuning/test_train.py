@@ -443,6 +443,10 @@ def test_bad_options_are_one_error(options, complaint, tiny_model, rows_file, tm
         ({"extra": {"max_grad_norm": "abc"}}, r"do not work \('>' not supported .*\)\. Correct the extra fields"),
         ({"extra": {"adam_beta1": 7}}, r"do not work \(Invalid beta parameter at index 0: 7\)"),
         ({"extra": {"optim": "galore_adamw"}}, r"do not work: You need to install `galore_torch`.*choose another"),
+        (
+            {"extra": {"dataloader_drop_last": True}, "batch_size": 200},
+            "No step was taken: the rows make no full batch",
+        ),
         ({"max_length": 3}, "Every row's prompt alone fills the 3 tokens"),
     ],
 )
