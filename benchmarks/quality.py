@@ -44,8 +44,8 @@ from quality_cells import (
     FULL,
     GEMMA,
     PICTURES,
+    ROUNDS,
     SCRATCH,
-    TWICE,
     VARIANTS,
     WITHOUT_EXACT,
     Cell,
@@ -73,7 +73,7 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     cell_directory.mkdir(exist_ok=True)
     started = time.perf_counter()
     rows, base = write_rows(cell_directory, cell, root), base_of(cell.model, cell.task, root)
-    work = {FULL: control, SCRATCH: control, **dict.fromkeys(TWICE, twice)}
+    work = {FULL: control, SCRATCH: control, **dict.fromkeys(ROUNDS, in_rounds)}
     work |= dict.fromkeys((kind for kind, _ in BASELINES), baseline)
     measurement = work.get(cell.kind, wider if cell.is_wider else emulated)(base, cell_directory, cell, rows)
     shutil.rmtree(cell_directory)
@@ -228,17 +228,17 @@ def wider(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dic
     }
 
 
-def twice(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
-    """Tune in two rounds, the second on an emulator that is fitted with the first one's LoRA; then as in one."""
+def in_rounds(base: Path, directory: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
+    """Tune in rounds, each on an emulator that is fitted with the LoRA of the last one; then as in one."""
     from emloc_core.files.manifest import read_manifest
 
     stages: dict[str, dict[str, float]] = {}
-    auto = None
-    for number in range(2):
+    auto, (rounds, _) = None, ROUNDS[cell.kind]
+    for number in range(rounds):
         metered, own = Metered(), directory / f"round{number}"
         own.mkdir(exist_ok=True)
-        # By another seed other rows come first in the second round, and its emulator has a name of its own.
-        part = replace(cell, steps=cell.steps // 2, seed=cell.seed + 1000 * number)
+        # By another seed other rows come first in later rounds, and their emulators have names of their own.
+        part = replace(cell, steps=cell.steps // rounds, seed=cell.seed + 1000 * number)
         share, _, adapter = tuned(base, own, part, rows, metered, auto)
         auto = metered("auto", partial(corrected, adapter, base, rows, "auto", own / "auto"), own / "auto")
         stages |= {f"{stage}, round {number + 1}": figures for stage, figures in metered.stages.items()}

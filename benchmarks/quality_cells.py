@@ -63,9 +63,14 @@ VARIED = {
 }
 #: Variants measured without exact steps: with factors, or compared only at the same memory.
 WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name in ("nf4-vocabulary", "2.7-bit-once")]
-#: Two rounds, by memory: half of the steps on an emulator, half on another that is fitted with the LoRA so far.
-TWICE = {"low-rank-nf4-twice": 0.11, "1.6-bit+repair-twice": 0.17, "low-rank-2-bit-twice": 0.07}
-VARIANTS |= {name: {"kind": name.removesuffix("-twice")} for name in TWICE}
+#: Rounds of ways that share their steps among several emulators, each fitted with the LoRA so far; and their memory.
+ROUNDS = {
+    "low-rank-nf4-twice": (2, 0.11),
+    "1.6-bit+repair-twice": (2, 0.17),
+    "low-rank-2-bit-twice": (2, 0.07),
+    "low-rank-nf4-thrice": (3, 0.11),
+}
+VARIANTS |= {name: {"kind": name.rpartition("-")[0]} for name in ROUNDS}
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
 BYTES = dict.fromkeys(("low-rank", GONE, "pruned", "depth"), 2.0)
 BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
@@ -198,10 +203,11 @@ def cells(seeds: int, measured: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     recommendations = (RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS)
     recommended = list(dict.fromkeys(recommendations))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
+    rounds = [(name, memory) for name, (_, memory) in ROUNDS.items()]
     variants = [
         (name, memory)
         for name, variant in VARIANTS.items()
-        if name not in TWICE
+        if name not in ROUNDS
         for memory in VARIED.get(variant["kind"], ())
     ]
     longer = STEPS + EXACT[-1]
@@ -224,7 +230,7 @@ def cells(seeds: int, measured: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from first(plain)
     yield from (
         Cell(task, *way, 0, STEPS, best_rate(measured, task, VARIANTS[way[0]]["kind"], way[1]))
-        for way, task in [*product(variants, TASKS), *product(TWICE.items(), TEXTS)]
+        for way, task in [*product(variants, TASKS), *product(rounds, TEXTS)]
     )
     for rate in (1, 2):
         yield from first([*recommended, *RIVALS, *plain, *BASELINES], rate=rate)

@@ -148,10 +148,9 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                 "  That was in 60 steps at a learning rate of 0.002, train's default for its width"
                 f"{in_longer_tuning(measured)}."
             )
-            if measured.two_rounds:
-                click.echo(
-                    f"  In two rounds (`rounds = 2` in a recipe) it got {measured.two_rounds:.2f}, without exact steps."
-                )
+            if measured.rounds:
+                count, recovery = measured.rounds
+                click.echo(f"  With `rounds = {count}` in a recipe it got {recovery:.2f}, without exact steps.")
         if best.alternative:
             click.echo(
                 f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both, "
