@@ -226,8 +226,12 @@ class StepSettings(Settings):
         """Whether exact steps could train the same: they support only the likelihood of answers, and only LoRAs."""
         return not (self.learns_preferences or self.trains_modules)
 
-    def default_rate(self, width: int) -> float:
-        """Return the peak learning rate where none is set, for a model whose hidden states have this width.
+    def with_rate(self, width: int) -> Self:
+        """Return settings with a learning rate, for a model whose hidden states have this width."""
+        return self if self.learning_rate else self.model_copy(update={"learning_rate": self._default_rate(width)})
+
+    def _default_rate(self, width: int) -> float:
+        """Return the peak learning rate where none is set.
 
         To learn answers it is 1 / width, to one digit: the best of those measured at widths of 128 and 576, and what
         QLoRA (Dettmers et al., 2023, arXiv 2305.14314) used at 4,096, 5,120 and 8,192.
@@ -349,6 +353,10 @@ class PolishSettings(StepSettings):
     logging_steps: int = Field(5, ge=1, description="Steps between entries in log.json.")
     eval_steps: int = Field(5, ge=1, description="With rows to evaluate: steps between evaluations, each with a "
                             "checkpoint; the best checkpoint is kept.")  # fmt: skip
+
+    def _default_rate(self, width: int) -> float:
+        """Return an eighth of tuning's, which does least harm to an adapter without moments (docs/polish.md)."""
+        return super()._default_rate(width) / 8
 
 
 class ExactSettings(Settings):

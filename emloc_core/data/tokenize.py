@@ -206,16 +206,16 @@ def encode(
     samples = list(tokenized(rows, processing, max_length, limits, dtype))
     for row, sample in zip(rows, samples, strict=True):
         if not any(sample.completion_mask):
-            raise fills(f"{row.name}: its", row, max_length, ", shorten the prompt, or leave the row out")
+            raise no_room_for_an_answer(f"{row.name}: its", row, max_length)
     return samples
 
 
-def fills(whose: str, row: Row, max_length: int | None, otherwise: str = "") -> EmlocError:
-    """Return the error for a prompt that leaves no room for an answer."""
+def no_room_for_an_answer(whose: str, row: Row, max_length: int | None) -> EmlocError:
+    """Return the error for a prompt like that of ``row``: ``whose`` begins the sentence."""
     prompt = "prompt with its images" if row.images else "prompt"
     return EmlocError(
         f"{whose} {prompt} alone fills the {max_length} tokens of the maximum length.",
-        f"Raise the maximum length{otherwise}.",
+        "Raise the maximum length, or shorten the prompts.",
     )
 
 

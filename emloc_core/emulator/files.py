@@ -7,6 +7,7 @@ the shards. The last shard holds all tensors of the base that are not factorised
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +74,24 @@ class EmulatorFiles:
     def read(self, block: str) -> dict[str, StandIn]:
         """Return what stands in for the weights of a block's Linears, by module path, as written."""
         keys = {linear.path: self.format.keys(self.keys[linear.path]) for linear in self.plan.in_block(block)}
-        return {path: self._stand_in(path, self._copies(block, part_keys)) for path, part_keys in keys.items()}
+        tensors = self._copies(block, chain.from_iterable(keys.values()))
+        return {path: self._stand_in(path, [tensors[key] for key in part_keys]) for path, part_keys in keys.items()}
 
     def read_stacks(self, block: str) -> dict[str, dict[str, torch.Tensor]]:
         """Return the parts of what stands in for a block's stacks of experts, by path and by name, as written."""
         names = self.format.names()
         paths = [stack.path for stacks in self.plan.experts_in_block(block).values() for stack in stacks]
-        keys = {path: [part_name(path, name) for name in names] for path in paths}
-        return {path: dict(zip(names, self._copies(block, keys[path]), strict=True)) for path in paths}
+        tensors = self._copies(block, (part_name(path, name) for path in paths for name in names))
+        return {path: {name: tensors[part_name(path, name)] for name in names} for path in paths}
 
-    def _copies(self, block: str, keys: Iterable[str]) -> list[torch.Tensor]:
-        """Return tensors of a block's shard in memory of their own.
+    def _copies(self, block: str, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return tensors of a block's shard, by their keys, in memory of their own on the CPU.
 
         In the file they may begin at any byte, and then products on the CPU differ in the last bit from those of the
         run that fitted them.
         """
         tensors = load_file(self._shard(block))
-        return [tensors[key].to(self.skeleton.device, copy=True) for key in keys]
+        return {key: tensors[key].clone() for key in keys}
 
     def matrix(self, path: str) -> dict[str, torch.Tensor]:
         """Return a packed matrix of the vocabulary, as written: its parts by their names."""

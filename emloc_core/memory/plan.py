@@ -46,12 +46,6 @@ class MemoryPlan:
         return self.decision.budget
 
     @property
-    def learning_rate(self) -> float:
-        """The peak learning rate of tuning."""
-        train = self.model.workload.train
-        return train.learning_rate or train.default_rate(self.model.linears.width)
-
-    @property
     def warnings(self) -> list[str]:
         """Drawbacks of the way, and of what the family of the model declares."""
         coverage = self.model.coverage.warnings if self.way.kind else []
@@ -88,7 +82,7 @@ class MemoryPlan:
                 "image": model.image.describe() if model.image else None,
                 "gradient_checkpointing": workload.train.gradient_checkpointing,
                 "bf16": workload.train.bf16,
-                "learning_rate": self.learning_rate,
+                "learning_rate": workload.train.with_rate(model.linears.width).learning_rate,
                 "lora_rank": workload.train.lora_rank,
                 "target_modules": model.targets,
                 "device": workload.device,

@@ -31,11 +31,11 @@ def answers_of(
         EmlocError: the model, the adapter or the rows cannot be used.
     """
     file = adapter.parent / FILE
-    question = {"adapter": read_json(adapter / MANIFEST)["request"], "rows": rows, **how}
+    asked = {"rows": rows, "read": dict(read), **how}
+    question = {"adapter": read_json(adapter / MANIFEST)["request"], **asked}
     content = read_object(file) if file.is_file() else {}
     if content.get("asked") != question:
-        arguments = {"base": base, "adapter": str(adapter), "rows": rows, "read": dict(read), **how}
-        (texts,) = call(f"{__name__}:answers", arguments, log=log)
+        (texts,) = call(f"{__name__}:answers", {"base": base, "adapter": str(adapter), **asked}, log=log)
         content = {"asked": question, "answers": texts}
         write_json(file, content)
     return content["answers"]

@@ -160,10 +160,12 @@ class _Product(torch.autograd.Function):
 
 
 def take_what_autocast_takes(model: nn.Module) -> None:
-    """Let a model's packed Linears take fp16 in autocast's dtype, as its other Linears do.
+    """Let the packed Linears of a model in fp16 take it in autocast's dtype, as its other Linears do.
 
     bitsandbytes' return the dtype that they are given, and autocast to bfloat16 refuses to concatenate fp16.
     """
+    if all(parameter.dtype != torch.float16 for parameter in model.parameters()):
+        return
 
     def cast(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = args

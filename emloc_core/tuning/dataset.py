@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
-from emloc_core.data.tokenize import Processing, Sample, fills, tokenized, trl_example
+from emloc_core.data.tokenize import Processing, Sample, no_room_for_an_answer, tokenized, trl_example
 from emloc_core.model.image_shape import count_patches
 from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings
@@ -56,7 +56,7 @@ def make_dataset(
             ids.extend(sample.input_ids)
             mask += bytes(sample.completion_mask)
     if not kept:
-        raise fills("Every row's", rows[0], max_length)
+        raise no_room_for_an_answer("Every row's", rows[0], max_length)
     if isinstance(processing, ProcessorMixin):
         return _with_images(kept), sizes
     ends = numpy.cumsum([0, *(size.tokens for size in sizes)], dtype=numpy.int32)

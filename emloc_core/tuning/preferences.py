@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
-from emloc_core.data.tokenize import Processing, Sample, fills, tokenized
+from emloc_core.data.tokenize import Processing, Sample, no_room_for_an_answer, tokenized
 from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings
 
@@ -47,7 +47,7 @@ def preference_dataset(
     of_rows = [[(answer.label, next(watched)) for answer in of_row] for of_row in answers]
     kept = [of_row for of_row in of_rows if all(any(sample.completion_mask) for _, sample in of_row)]
     if not kept:
-        raise fills("Every row's", rows[0], max_length)
+        raise no_room_for_an_answer("Every row's", rows[0], max_length)
     sizes = [RowSize(max(len(sample.input_ids) for _, sample in of_row)) for of_row in kept]
     if settings.learns_labels:
         labelled = [pair for of_row in kept for pair in of_row]

@@ -51,10 +51,6 @@ class NewLora:
         self.settings = _as_planned(request.settings, self.model.checkpoint)
         self._recomputes = self.settings.gradient_checkpointing and not request.exact  # exact steps do so by themselves
 
-    def default_rate(self, width: int) -> float:
-        """Return the learning rate where none is set; see :meth:`StepSettings.default_rate`."""
-        return self.settings.default_rate(width)
-
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user has to know beforehand: that an emulator lacks what a correction reads."""
@@ -176,10 +172,8 @@ class GivenLora:
         self.adapter: Path = self._opened.directory
         self.tuned_at = tuned_at(self.adapter)
         self.settings: StepSettings = request.settings
-
-    def default_rate(self, width: int) -> float:
-        """Return the learning rate where none is set; much less than that of tuning if there are no moments."""
-        return self.tuned_at / 2 if self.tuned_at else self.settings.default_rate(width) / 8
+        if self.settings.learning_rate is None and self.tuned_at:
+            self.settings = self.settings.model_copy(update={"learning_rate": self.tuned_at / 2})
 
     @property
     def warnings(self) -> tuple[str, ...]:

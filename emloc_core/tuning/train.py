@@ -72,10 +72,7 @@ class Train(Job):
         _ = self.model.checkpoint.tensors  # finds truncated shards before training
         without_weights = self._without_weights()
         linears = find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
-        self.settings = start.settings
-        if self.settings.learning_rate is None:
-            rate = start.default_rate(linears.width)
-            self.settings = self.settings.model_copy(update={"learning_rate": rate})
+        self.settings = start.settings.with_rate(linears.width)
         self.model.objective.check(self.settings)
         if not (self.path / MANIFEST).is_file():  # a finished adapter needs none
             require_tracker(self.settings)

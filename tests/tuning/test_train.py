@@ -243,14 +243,15 @@ def test_a_dry_run_tells_of_long_rows_and_copies(tiny_model, tmp_path, emloc):
     ("width", "rate"), [(32, 1e-2), (128, 8e-3), (576, 2e-3), (640, 2e-3), (4096, 2e-4), (8192, 1e-4)]
 )
 def test_the_default_learning_rate_is_one_over_the_width(width, rate):
-    assert TrainSettings().default_rate(width) == rate
-    assert TrainSettings(objective="dpo").default_rate(width) == 5e-6
+    assert TrainSettings().with_rate(width).learning_rate == rate
+    assert TrainSettings(objective="dpo").with_rate(width).learning_rate == 5e-6
+    assert TrainSettings(learning_rate=0.5).with_rate(width).learning_rate == 0.5
 
 
 def test_model_and_emulator_are_trained_at_the_rate_of_their_width(
     tiny_model, tiny_emulator, rows_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(StepSettings, "default_rate", lambda _, width: 1 / width)
+    monkeypatch.setattr(StepSettings, "_default_rate", lambda _, width: 1 / width)
     usual = TrainSettings(steps=1, bf16=False)
     jobs = [train_job(model, rows_file, tmp_path / model.name, usual) for model in (tiny_model, tiny_emulator)]
     width = AutoConfig.from_pretrained(tiny_model).hidden_size

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 @more_entries
 @as_json
 def command(
-    pattern: str, memory: str | None, headroom: str | None, registry: tuple[Path, ...], as_json: bool, **how: Any
-) -> None:
+    pattern: str, memory: str | None, headroom: str | None, preset: str, device: str, registry: tuple[Path, ...],
+    as_json: bool, **workload: Any,
+) -> None:  # fmt: skip
     """Show the memory that registry models need, and the best emulator whose tuning fits.
 
     For each model: inference on the base, a LoRA on the base, and a LoRA on its emulator (EMLoC). Takes seconds per
@@ -44,7 +45,7 @@ def command(
     from emloc_core.errors import EmlocError
     from emloc_core.memory.budget import Budget
 
-    budget = Budget.named(memory, headroom, how["device"])
+    budget = Budget.named(memory, headroom, device)
     from emloc_core.registry.fit import EntryFit, fit
     from emloc_core.registry.registry import find, load_entries
 
@@ -54,15 +55,13 @@ def command(
         for number, entry in enumerate(entries):
             advance(entry.id, number, len(entries))
             try:
-                planned.append(fit(entry, budget, **how))
+                planned.append(fit(entry, budget, preset=preset, device=device, **workload))
             except EmlocError as error:  # the others are still planned
                 planned.append(EntryFit(entry.id, entry.family, error=str(error)))
         advance("", len(entries), len(entries))
     if as_json:
         sizes = {"memory": budget and budget.memory, "headroom": budget and budget.headroom}
-        print_json(
-            {**sizes, "preset": how["preset"], "device": how["device"], "models": [asdict(entry) for entry in planned]}
-        )
+        print_json({**sizes, "preset": preset, "device": device, "models": [asdict(entry) for entry in planned]})
     else:
         _show(planned, budget)
     if failed := [entry for entry in planned if entry.error]:
