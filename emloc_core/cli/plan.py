@@ -149,8 +149,8 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                 f"{in_longer_tuning(measured)}."
             )
             if measured.rounds:
-                count, recovery = measured.rounds
-                click.echo(f"  With `rounds = {count}` in a recipe it got {recovery:.2f}, without exact steps.")
+                got = f"{measured.in_rounds:.2f}, without exact steps"
+                click.echo(f"  With `rounds = {measured.rounds}` in a recipe it got {got}.")
         if best.alternative:
             click.echo(
                 f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both, "

@@ -58,8 +58,9 @@ def test_plans_say_what_rounds_gave(kind, ratio):
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == (f"{way}+auto", memory)}
         if way.startswith(f"{kind}-") and means.keys() == set(TASKS):
             measured[rounds] = mean(means[task] for task in TASKS)
-    best = max(measured.items(), key=lambda item: item[1], default=None)
-    assert RECOVERY[kind][ratio].rounds == (pytest.approx(best, abs=0.005) if best else None)
+    best, recovery = max(measured, key=measured.__getitem__, default=None), RECOVERY[kind][ratio]
+    assert recovery.rounds == best
+    assert recovery.in_rounds == (pytest.approx(measured[best], abs=0.005) if best else None)
 
 
 def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
