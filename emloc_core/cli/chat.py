@@ -50,9 +50,11 @@ def command(model: str, adapter: Path | None, images: tuple[Path, ...], **settin
     check_exists(model)
     from transformers.utils import logging
 
+    from emloc_core.cli.verbosity import set_up_libraries
     from emloc_core.evaluation.conversation import open_conversation
 
     logging.set_verbosity_error()
+    set_up_libraries(on_terminal=sys.stderr.isatty())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer: the command was not interrupted
     conversation = open_conversation(model, adapter, **settings)
     if sys.stdin.isatty():
