@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_cells import ATTENTION, EXACT, RSLORA, Cell
+from quality_cells import ATTENTION, BATCH, EXACT, RSLORA, Cell
 
 from emloc_core.files.meter import Meter
 
@@ -88,14 +88,24 @@ def polish_once(cell: Cell, adapter: Path, base: Path, rows: dict[str, Path], me
 
 
 def polished(
-    adapter: Path, base: Path, rows: dict[str, Path], steps: int, rate: float, seed: int, output: Path
+    adapter: Path,
+    base: Path,
+    rows: dict[str, Path],
+    steps: int,
+    rate: float,
+    seed: int,
+    output: Path,
+    *,
+    batch: int = BATCH,
 ) -> Path:
-    """Take exact steps from an adapter; return the directory of the LoRA."""
+    """Take exact steps from an adapter, of ``batch`` rows each; return the directory of the LoRA."""
     from emloc_core.requests import PolishRequest
     from emloc_core.settings import PolishSettings
     from emloc_core.tuning.exact import prepare
 
-    settings = PolishSettings(steps=steps, learning_rate=rate, seed=seed + 1000)  # other rows first than in tuning
+    options: dict[str, Any] = {"batch_size": BATCH, "accumulation": batch // BATCH}
+    options["seed"] = seed + 1000  # other rows come first than in tuning
+    settings = PolishSettings(steps=steps, learning_rate=rate, **options)
     paths = {"adapter": adapter, "base": str(base), "output": output}
     return prepare(PolishRequest(**paths, data=str(rows["tuning"]), settings=settings)).run()
 

@@ -1,0 +1,103 @@
+"""Rows of an exact step: 8 as in tuning, or 32, which take as many reads of the model.
+
+Starts are cells of ``quality.py`` at the least memory whose tuning falls short: LoRAs tuned for 60 steps of 8 rows on an
+emulator and carried over to the base; and controls, LoRAs tuned on the base itself. From there 20 exact steps are taken
+at half of tuning's rate. The loss is as in ``quality.py``, on the same test rows.
+
+Recovery is the share of the control's gain, ``(base - x) / (base - control)``: of a control with as many ordinary steps
+in all, of 8 rows (measured by ``quality.py``); and of one that took as many exact steps, of 32 rows.
+
+About two hours. Every start is added to ``results/batches.json`` as soon as it is measured, and not repeated.
+``python benchmarks/batches.py arithmetic`` measures one task.
+"""
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from harness import RESULTS, goal, in_process, markdown, write_results
+from quality import Metered, Scores, base_of, corrected, digest, known_rows, trained, tuned, write_rows
+from quality_cells import BATCH, EXACT, FULL, STEPS, Cell
+from quality_rows import TEXTS
+from quality_stages import polished
+from quality_table import Table
+
+ROOT = Path("build/quality")
+WAYS = (("low-rank-nf4", 0.11), (FULL, 1.0))
+LARGER = 32
+RATE = 2e-3
+
+
+def measure(values: dict[str, Any]) -> dict[str, Any]:
+    """Measure a start; called in a process of its own. One that was interrupted resumes after its last stage."""
+    cell = Cell(**values)
+    directory = ROOT / f"batches-{cell.name}"
+    directory.mkdir(exist_ok=True)
+    rows, base, metered = write_rows(directory, cell, ROOT), base_of(cell.model, cell.task, ROOT), Metered()
+    if cell.kind == FULL:
+        start, batches = trained(base, directory / "adapter", cell, rows, metered), (LARGER,)
+    else:
+        _, _, adapter = tuned(base, directory, cell, rows, metered)
+        start, batches = directory / "start", (BATCH, LARGER)
+        metered("auto", partial(corrected, adapter, base, rows, "auto", start), start)
+    scores = Scores(base, rows["test"])
+    losses = {"base": scores.measure(None)["nll"], "start": scores.measure(start)["nll"]}
+    for batch in batches:
+        steps, output = (EXACT[-1], RATE / 2, cell.seed), directory / f"polished{batch}"
+        metered(f"polish, {batch}", partial(polished, start, base, rows, *steps, output, batch=batch), output)
+        losses[str(batch)] = scores.measure(output)["nll"]
+    shutil.rmtree(directory)
+    return {**values, "base": digest(base), "losses": losses}
+
+
+def recovered(losses: dict[str, float], loss: float, control: float) -> float:
+    """Return the share of a control's gain."""
+    return (losses["base"] - loss) / (losses["base"] - control)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Write what was measured so far."""
+    own = {row["task"]: row["losses"] for row in rows if row["kind"] != FULL}
+    beside = {row["task"]: row["losses"][str(LARGER)] for row in rows if row["kind"] == FULL}
+    ordinary = {row["task"]: row["systems"][FULL]["nll"] for row in reversed(Table(known_rows()).best)
+                if (row["kind"], row["steps"], row["seed"], row["model"]) == (FULL, STEPS + EXACT[-1], 0, "demo")}  # fmt: skip
+    tasks = [task for task in TEXTS if task in own and task in beside]
+    columns = ("start", str(BATCH), str(LARGER))
+    lines, shares = [], []
+    for task in tasks:
+        losses, control = own[task], ordinary[task]
+        shares.append([*(recovered(losses, losses[name], control) for name in columns),
+                       recovered(losses, losses[str(LARGER)], beside[task])])  # fmt: skip
+        described = (f"{losses[name]:.3f} ({share:.3f})" for name, share in zip(columns, shares[-1], strict=False))
+        lines.append([task, f"{losses['base']:.3f}", f"{control:.3f}", *described, f"{beside[task]:.3f}",
+                      f"{shares[-1][-1]:.3f}"])  # fmt: skip
+    header = ["task", "base", "80 ordinary steps", "before exact steps", f"20 of {BATCH} rows", f"20 of {LARGER} rows",
+              f"60 ordinary steps and 20 of {LARGER} rows", "recovery beside it"]  # fmt: skip
+    means = [round(mean(column), 3) for column in zip(*shares, strict=True)]
+    goals = [goal(f"recovery with exact steps of {LARGER} rows", 0.99, means[2], means[2] >= 0.99)] if means else []
+    text = "Losses of the base, and recovery in brackets, beside 80 ordinary steps:\n\n" + markdown(header, lines)
+    write_results("batches", "make bench-batches", rows, goals, text)
+
+
+def main() -> None:
+    ROOT.mkdir(parents=True, exist_ok=True)
+    results = RESULTS / "batches.json"
+
+    def known() -> list[dict[str, Any]]:
+        return json.loads(results.read_text())["rows"] if results.exists() else []
+
+    for task in sys.argv[1:] or TEXTS:
+        for kind, memory in WAYS:
+            values = {"task": task, "kind": kind, "memory": memory, "seed": 0, "steps": STEPS, "learning_rate": RATE}
+            if not any(values.items() <= row.items() for row in known()):
+                new = in_process(measure, values)
+                report([*known(), new])  # read again: another process may measure another task
+    report(known())
+
+
+if __name__ == "__main__":
+    main()
