@@ -144,11 +144,14 @@ def _map(entries: dict[str, str]) -> str:
     return "".join(f"{name:{width}}{sentence.replace('`', '')}\n" for name, sentence in entries.items())
 
 
-def measured(page: str, benchmark: str) -> str:
-    """Return a page with the first table of a benchmark's results."""
-    results = (ROOT / "benchmarks" / "results" / f"{benchmark}.md").read_text(encoding="utf-8")
-    table = next(part for part in results.split("\n\n") if part.startswith("|"))
-    return _between_marks(HERE / page, f"{table.strip()}\n", benchmark)
+def measured(page: str, *benchmarks: str) -> str:
+    """Return a page with the first table of the results of benchmarks."""
+    text = (HERE / page).read_text(encoding="utf-8")
+    for benchmark in benchmarks:
+        results = (ROOT / "benchmarks" / "results" / f"{benchmark}.md").read_text(encoding="utf-8")
+        table = next(part for part in results.split("\n\n") if part.startswith("|"))
+        text = _between_marks(HERE / page, f"{table.strip()}\n", benchmark, text)
+    return text
 
 
 #: Settings that Python's functions take as keywords, and the names of the types of those keywords.
@@ -238,7 +241,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "recipes.md": recipes_page,
     HERE / "architecture.md": architecture_page,
     HERE / "decisions" / "index.md": decisions_page,
-    HERE / "polish.md": partial(measured, "polish.md", "rates"),
+    HERE / "polish.md": partial(measured, "polish.md", "batches", "rates"),
     ROOT / "emloc_core" / "keywords" / "settings.py": keywords,
     ROOT / "examples" / "first_model.ipynb": notebook,
 }
