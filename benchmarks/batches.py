@@ -38,10 +38,10 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
     directory.mkdir(exist_ok=True)
     rows, base, metered = write_rows(directory, cell, ROOT), base_of(cell.model, cell.task, ROOT), Metered()
     if cell.kind == FULL:
-        start, batches = trained(base, directory / "adapter", cell, rows, metered), (LARGER,)
+        start, batches = trained(base, directory / "adapter", cell, rows, metered), [LARGER]
     else:
         _, _, adapter = tuned(base, directory, cell, rows, metered)
-        start, batches = directory / "start", (BATCH, LARGER)
+        start, batches = directory / "start", [BATCH, LARGER]
         metered("auto", partial(corrected, adapter, base, rows, "auto", start), start)
     scores = Scores(base, rows["test"])
     losses = {"base": scores.measure(None)["nll"], "start": scores.measure(start)["nll"]}
