@@ -103,9 +103,13 @@ def polished(
     from emloc_core.settings import PolishSettings
     from emloc_core.tuning.exact import prepare
 
-    options: dict[str, Any] = {"batch_size": BATCH, "accumulation": batch // BATCH}
-    options["seed"] = seed + 1000  # other rows come first than in tuning
-    settings = PolishSettings(steps=steps, learning_rate=rate, **options)
+    settings = PolishSettings(
+        steps=steps,
+        learning_rate=rate,
+        seed=seed + 1000,  # other rows first than in tuning
+        batch_size=BATCH,
+        accumulation=batch // BATCH,
+    )
     paths = {"adapter": adapter, "base": str(base), "output": output}
     return prepare(PolishRequest(**paths, data=str(rows["tuning"]), settings=settings)).run()
 
