@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
 #: The candidates that ``auto`` compares; the first leaves the adapter unchanged.
 CANDIDATES = (
     *(Candidate(clamp) for clamp in (0, 0.3, 1, 3)),
-    *(Candidate(0, scale) for scale in (0.85, 1.15, 1.3, 1.5, 2, 3)),
+    *(Candidate(0, scale) for scale in (0.85, 1.15, 1.3, 1.5)),
 )
 
 
