@@ -126,15 +126,14 @@ def _gpu(gpus: Any) -> Iterator[Check]:
     for device in gpus.get("devices", []):
         size = f"{human_bytes(device['free'])} of {human_bytes(device['total'])} free"
         yield Check("gpu", device["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
-    if gpus.get("devices"):
-        if not gpus["compiles"]:
-            missing = "kernels cannot be compiled, so emulators take longer to make: install gcc and python3-dev"
-            yield Check("gpu", "compiler", "warning", missing)
-    elif driver:
+    if driver and not gpus.get("devices"):
         built = f"was built for CUDA {gpus['cuda']}" if gpus.get("cuda") else "was built for CPUs"
         yield Check("gpu", "cuda", "warning", f"the driver {driver} shows a GPU that torch cannot use: torch {built}")
-    else:
+    elif not gpus.get("devices"):
         yield Check("gpu", "cuda", "note", "no GPU; everything runs on the CPU")
+    if not gpus.get("compiles", True):
+        missing = "kernels cannot be compiled, so emulators take longer to make: install gcc and python3-dev"
+        yield Check("gpu", "compiler", "warning", missing)
 
 
 def _driver() -> str | None:
@@ -236,12 +235,14 @@ def _gpus() -> dict[str, Any]:
     import torch
 
     from emloc_core.algorithms.feedback import compiles_kernels
+    from emloc_core.algorithms.native import library
 
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         devices.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
-    return {"cuda": torch.version.cuda, "devices": devices, "compiles": compiles_kernels()}
+    compiles = compiles_kernels() if devices else library() is not None
+    return {"cuda": torch.version.cuda, "devices": devices, "compiles": compiles}
 
 
 def lines(checks: Iterable[Check]) -> Iterator[str]:

@@ -76,6 +76,7 @@ DEVICE = {"name": "A", "free": 70e9, "total": 80e9}
             "70 GB of 80 GB",
         ),
         ({"cuda": "12.8", "devices": [DEVICE], "compiles": False}, "570.1", "warning", "install gcc"),
+        ({"cuda": None, "devices": [], "compiles": False}, None, "warning", "install gcc"),
         ("ImportError: torch", None, "error", "ImportError: torch"),
     ],
 )

@@ -16,13 +16,15 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from typing import TypeGuard
+from types import ModuleType
 
 import torch
 
+from emloc_core.algorithms import native
 from emloc_core.algorithms.grid import Grid
 from emloc_core.algorithms.statistics import Gram, blocks
 
@@ -156,10 +158,8 @@ def _round_block(
     block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, positions: torch.Tensor, nearest: Nearest
 ) -> None:
     """Round columns in place; see :func:`emloc_core.algorithms.kernels.round_block`, which does this on a GPU."""
-    if by_kernels(nearest, block):
-        from emloc_core.algorithms.kernels import round_block
-
-        round_block(block, changes, factor, positions, nearest)
+    if isinstance(nearest, Grid) and (compiled := kernels_for(block)):
+        compiled.round_block(block, changes, factor, positions, nearest)
         return
     steps = zip(block.unbind(), changes.unbind(), factor.unbind(), positions.tolist(), strict=True)
     columns = len(block)  # once: a tensor's length is a function in Python
@@ -211,10 +211,8 @@ def _descend_block(
     nearest: Nearest,
 ) -> None:
     """Round columns once more; see :func:`emloc_core.algorithms.kernels.descend_block`, which does this on a GPU."""
-    if by_kernels(nearest, block):
-        from emloc_core.algorithms.kernels import descend_block
-
-        descend_block(block, slopes, changes, curvature, start, nearest)
+    if isinstance(nearest, Grid) and (compiled := kernels_for(block)):
+        compiled.descend_block(block, slopes, changes, curvature, start, nearest)
         return
     diagonal = curvature.diagonal().tolist()
     columns = len(block)
@@ -258,9 +256,11 @@ def _subtract(numbers: torch.Tensor, weights: torch.Tensor, changes: torch.Tenso
         part.addmm_(rows, changes, alpha=-1)
 
 
-def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:
-    """Return whether kernels round such numbers: those of a GPU to a grid."""
-    return numbers.is_cuda and isinstance(nearest, Grid) and compiles_kernels()
+def kernels_for(numbers: torch.Tensor) -> ModuleType | None:
+    """Return the module that rounds numbers to a grid by compiled functions; None where they cannot be compiled."""
+    if numbers.is_cuda:
+        return import_module("emloc_core.algorithms.kernels") if compiles_kernels() else None
+    return native if native.library() else None
 
 
 @cache

@@ -118,8 +118,6 @@ class _Grid(Grid):
         self._spread = by_group.repeat_interleave(GROUP, dim=0)[:n]
         #: Of three levels, 0 is between two that are this far away: to round is then quicker than to search.
         self._step = float(self.levels[-1]) if levels == 3 else None
-        sizes = by_group * self._step if self._step else by_group
-        self._of_column = list(zip(sizes.unbind(), sizes.reciprocal().unbind(), strict=True))
 
     def units(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the level that is nearest to every number, (n, m), without its scale."""
@@ -134,13 +132,6 @@ class _Grid(Grid):
     def numbers(self, units: torch.Tensor) -> torch.Tensor:
         """Multiply levels, (n, m), by their scales, in their place."""
         return units.mul_(self._spread)
-
-    def __call__(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
-        """Return numbers of a column, (m,), rounded."""
-        size, inverse = self._of_column[column // GROUP]
-        if self._step:
-            return (numbers * inverse).round_().clamp_(-1, 1).mul_(size)
-        return self.levels.index_select(0, self.nearest(numbers * inverse)).mul_(size)
 
 
 def lookup(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
