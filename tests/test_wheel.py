@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ def test_pypi_takes_both_distributions_of_the_version_that_the_changelog_has(whe
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_what_is_compiled_is_in_the_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "emloc_core/algorithms/rounding.c" in archive.namelist()
 
 
 @pytest.mark.thorough
