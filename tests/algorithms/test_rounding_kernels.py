@@ -24,7 +24,7 @@ def grid(count, width, m, n, stay):
 
 @pytest.fixture
 def native_library():
-    """Compiled anew: another test may have had no compiler."""
+    """Compile again: another test may have had no compiler."""
     native.library.cache_clear()
     yield native.library()
     native.library.cache_clear()
