@@ -30,22 +30,28 @@ def find_gguf() -> Path:
     raise EmlocError(f"The installed package {PACKAGE} has no GGUF file.", remedy)
 
 
-def write_base(directory: str | Path) -> Path:
-    """Write the model and its tokenizer to ``directory`` as an HF checkpoint in fp32, and return the directory.
+def write_base(directory: str | Path, dtype: str = "float32") -> Path:
+    """Write the model and its tokenizer to ``directory`` as an HF checkpoint, and return the directory.
 
     The package has the weights in Q4_1, four bits each, so the checkpoint is dequantised, and not bit for bit the
     published SmolLM2.
 
+    Args:
+        dtype: torch's name of the weights' dtype; fp32 keeps the package's values.
+
     Raises:
         EmlocError: the package or ``gguf`` is missing, or something is at ``directory`` already.
     """
-    return write_checkpoint(find_gguf(), directory)
+    return write_checkpoint(find_gguf(), directory, dtype)
 
 
-def write_checkpoint(source: Path, directory: str | Path) -> Path:
-    """Write the model and the tokenizer of a GGUF file to ``directory`` in fp32, and return the directory.
+def write_checkpoint(source: Path, directory: str | Path, dtype: str = "float32") -> Path:
+    """Write the model and the tokenizer of a GGUF file to ``directory``, and return the directory.
 
     It is written under a temporary name and renamed when complete.
+
+    Args:
+        dtype: torch's name of the weights' dtype.
 
     Raises:
         EmlocError: ``gguf`` is missing, or something is at ``directory`` already.
@@ -62,10 +68,11 @@ def write_checkpoint(source: Path, directory: str | Path) -> Path:
     import torch
 
     from emloc_core.files.pretrained import load_gguf
+    from emloc_core.processes.environment import quiet
 
     # transformers reads the file for the config, for the weights and for the tokenizer, which takes seconds each time.
-    with mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
-        model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32)
+    with quiet(), mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+        model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32).to(getattr(torch, dtype))
         tokenizer = load_gguf("AutoTokenizer", source)
     # These are ordinary dense weights now; traces of the file they came from would mislead a loader.
     if hasattr(model.config, "quantization_config"):
@@ -75,7 +82,8 @@ def write_checkpoint(source: Path, directory: str | Path) -> Path:
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    with quiet():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     os.rename(partial, directory)
     return directory

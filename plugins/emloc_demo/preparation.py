@@ -40,7 +40,7 @@ def prepare(directory: Path, package: str = "emloc_demo", *, short: bool = True)
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "base").exists():
         click.echo("writing the base model, SmolLM2-135M-Instruct (dequantised from Q4_1)", err=True)
-        write_base(directory / "base")
+        write_base(directory / "base", "bfloat16")  # as models are published
     if not all((directory / "data" / name).exists() for name in ("train.jsonl", "test.jsonl")):
         click.echo("writing the messages", err=True)
         write_data(directory / "data", short=short)

@@ -112,7 +112,7 @@ def test_scores(text, exact, accuracy):
 
 @pytest.mark.parametrize(("package", "rows"), [("emloc_demo", [200]), ("emloc_demo.full", [100, 24])])
 def test_what_is_prepared_can_be_run(package, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: path.mkdir())
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path, _dtype: path.mkdir())
     recipe = load_recipe(prepare(tmp_path / "demo", package, short=package == "emloc_demo"))
     assert Path(recipe.model.base) == tmp_path / "demo" / "base"
     assert recipe.eval is not None
@@ -121,7 +121,7 @@ def test_what_is_prepared_can_be_run(package, rows, tmp_path, monkeypatch):
 
 
 def test_the_kind_is_left_to_the_plan(tmp_path, monkeypatch):
-    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: path.mkdir())
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path, _dtype: path.mkdir())
     compress = stages(load_recipe(prepare(tmp_path)))[0].request
     assert isinstance(compress, CompressRequest)
     assert compress.memory is not None
@@ -146,7 +146,7 @@ def test_the_decision_is_that_of_the_plan():
 @pytest.fixture
 def short_demo(tmp_path, tiny_model, monkeypatch):
     """The demo on a tiny model, with few rows and steps, in this process; returns its directory."""
-    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: shutil.copytree(tiny_model, path))
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path, _dtype: shutil.copytree(tiny_model, path))
     monkeypatch.setattr(emloc_demo.processes, "planned", lambda **_: {"ways": WAYS, "best": WAYS[2]["name"]})
     monkeypatch.setattr("emloc_demo.command.call", call_here)
     monkeypatch.setattr("emloc_core.recipe.view.planned_bytes", lambda *_: {})
@@ -185,15 +185,15 @@ def test_the_whole_way_in_a_few_steps(short_demo, emloc):
 
 def test_a_quiet_screen_shows_nothing(capsys):
     for quiet, shown in ((False, 1), (True, 0)):
-        with Screen("1.3GB", quiet=quiet).step("plan", "computing", lambda: "the outcome", lambda: 10**9) as say:
+        with Screen("1.05GB", quiet=quiet).step("plan", "computing", lambda: "the outcome", lambda: 10**9) as say:
             say("computing on")
         err = capsys.readouterr().err
-        assert [err.count(text) for text in ("1.3GB", "computing", "the outcome", "1 GB")] == [shown] * 4
+        assert [err.count(text) for text in ("1.05GB", "computing", "the outcome", "1 GB")] == [shown] * 4
 
 
 def test_what_is_there_is_kept_and_said_to_be_if_it_differs(tmp_path, monkeypatch, capsys):
     written = []
-    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: (written.append(path), path.mkdir()))
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path, _dtype: (written.append(path), path.mkdir()))
     recipe = prepare(tmp_path)
     prepare(tmp_path)
     assert "kept" not in capsys.readouterr().err
