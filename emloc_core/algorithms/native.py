@@ -17,7 +17,7 @@ import torch
 from emloc_core.algorithms.grid import Grid
 
 _SOURCE = Path(__file__).with_name("rounding.c")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 
 
 class _Grid(ctypes.Structure):
