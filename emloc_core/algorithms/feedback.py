@@ -33,7 +33,7 @@ DAMPING = 0.01
 _LEAST = 1e-12  # where all inputs are 0: what it takes to factorise the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
-_COLUMNS = 64  # that are rounded at a time
+_COLUMNS = native.COLUMNS  # that are rounded at a time
 CHANGES = 256  # columns whose changes are passed on together, and that they are passed on to at a time
 #: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
 #: other processes use too, 1536 rows took ten times as long with two threads as with one.
@@ -260,7 +260,8 @@ def kernels_for(numbers: torch.Tensor) -> ModuleType | None:
     """Return the module that rounds numbers to a grid by compiled functions; None where they cannot be compiled."""
     if numbers.is_cuda:
         return import_module("emloc_core.algorithms.kernels") if compiles_kernels() else None
-    return native if native.library() else None
+    in_c = numbers.device.type == "cpu" and numbers.dtype == torch.float32
+    return native if in_c and native.library() else None
 
 
 @cache

@@ -17,7 +17,9 @@ import torch
 from emloc_core.algorithms.grid import Grid
 
 _SOURCE = Path(__file__).with_name("rounding.c")
-_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+#: That a block has at most.
+COLUMNS = 64
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", f"-DCOLUMNS={COLUMNS}")
 
 
 class _Grid(ctypes.Structure):
@@ -57,6 +59,7 @@ def descend_block(
 
 
 def _call(name: str, tensors: tuple[torch.Tensor, ...], grid: Grid, *numbers: int) -> None:
+    assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
     function: Any = getattr(library(), name)
     kept, originals = (tensor.data_ptr() for tensor in grid.kept) if grid.kept else (None, None)
     sizes = *numbers, *tensors[0].shape

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { COLUMNS = 64, ROWS = 64 };
+enum { ROWS = 64 }; /* COLUMNS is given to the compiler */
 
 /* What numbers may be rounded to; see emloc_core/algorithms/grid.py. */
 typedef struct {

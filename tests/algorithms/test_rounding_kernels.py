@@ -62,7 +62,13 @@ def test_what_is_no_number_is_rounded_to_the_least_level(native_library):
     assert block.tolist() == [[-1, -1, -1]]
 
 
-@pytest.mark.parametrize("content", [None, "#!/bin/sh\nexit 1\n", "#!/bin/sh\necho > $6\n"])
+def test_c_rounds_numbers_in_fp32_on_a_cpu_alone(native_library):
+    assert native_library
+    others = draw(1), draw(1).double(), torch.empty(1, device="meta")
+    assert [feedback.kernels_for(numbers) for numbers in others] == [native, None, None]
+
+
+@pytest.mark.parametrize("content", [None, "#!/bin/sh\nexit 1\n", "#!/bin/sh\necho > $7\n"])
 def test_without_a_compiler_torch_rounds(content, tmp_path, monkeypatch, native_library):
     assert native_library
     native.library.cache_clear()
