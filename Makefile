@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## some five minutes: the main job on SmolLM2-135M, from the plan to answers before and after
 	$(BIN)/emloc demo -o build/demo
 
-demo-full: $(STAMP)  ## half an hour: all ways to tune it compared, exact steps and ordinary LoRAs among them
+demo-full: $(STAMP)  ## forty minutes: all ways to tune it compared, exact steps and ordinary LoRAs among them
 	$(BIN)/emloc demo-full -o build/demo-full
 
 demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here, that reads digits

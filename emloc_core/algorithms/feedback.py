@@ -11,7 +11,6 @@ Rows are rounded independently, so matrices that share their inputs can be stack
 some rows at a time, which takes less memory.
 """
 
-import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from types import ModuleType
 
 import torch
@@ -33,7 +31,6 @@ DAMPING = 0.01
 _LEAST = 1e-12  # where all inputs are 0: what it takes to factorise the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
-_COLUMNS = native.COLUMNS  # that are rounded at a time
 CHANGES = 256  # columns whose changes are passed on together, and that they are passed on to at a time
 #: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
 #: other processes use too, 1536 rows took ten times as long with two threads as with one.
@@ -241,8 +238,8 @@ def _passing_on(numbers: torch.Tensor, weights: torch.Tensor, visit: Callable[[s
     n, m = numbers.shape
     for together in blocks(n, CHANGES):
         changes = numbers.new_empty(together.stop - together.start, m)
-        for start in range(together.start, together.stop, _COLUMNS):
-            columns = slice(start, min(start + _COLUMNS, together.stop))
+        for start in range(together.start, together.stop, native.COLUMNS):
+            columns = slice(start, min(start + native.COLUMNS, together.stop))
             own = changes[start - together.start : columns.stop - together.start]
             visit(columns, own)
             following = slice(columns.stop, together.stop)
@@ -267,9 +264,8 @@ def kernels_for(numbers: torch.Tensor) -> ModuleType | None:
 @cache
 def compiles_kernels() -> bool:
     """Return whether kernels for GPUs can be compiled: by torch's Triton, a compiler, and Python's headers."""
-    has_compiler = "CC" in os.environ or any(map(which, ("gcc", "clang")))
     has_headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-    return has_compiler and has_headers and find_spec("triton") is not None
+    return native.compiler() is not None and has_headers and find_spec("triton") is not None
 
 
 def to_levels(

@@ -29,16 +29,21 @@ class _Grid(ctypes.Structure):
     )
 
 
+def compiler() -> str | None:
+    """Return the command of the C compiler, if there is one."""
+    return os.environ.get("CC") or which("gcc") or which("clang")
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled functions; None where they cannot be compiled."""
-    compiler = os.environ.get("CC") or which("cc") or which("gcc") or which("clang")
-    if compiler is None:
+    command = compiler()
+    if command is None:
         return None
     try:
         with TemporaryDirectory() as directory:
             file = Path(directory, "rounding.so")
-            subprocess.run([*compiler.split(), *_FLAGS, "-o", file, _SOURCE], check=True, capture_output=True)
+            subprocess.run([*command.split(), *_FLAGS, "-o", file, _SOURCE], check=True, capture_output=True)
             return ctypes.CDLL(str(file))
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -58,14 +63,13 @@ def descend_block(
     _call("descend_block", (block, slopes, changes, curvature), grid, start)
 
 
-def _call(name: str, tensors: tuple[torch.Tensor, ...], grid: Grid, *numbers: int) -> None:
+def _call(name: str, tensors: tuple[torch.Tensor, ...], grid: Grid, *start: int) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
     function: Any = getattr(library(), name)
     kept, originals = (tensor.data_ptr() for tensor in grid.kept) if grid.kept else (None, None)
-    sizes = *numbers, *tensors[0].shape
     function(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-        *map(ctypes.c_int64, sizes),
+        *map(ctypes.c_int64, (*start, *tensors[0].shape)),
         _Grid(grid.levels.data_ptr(), grid.middles.data_ptr(), grid.scales.data_ptr(), kept, originals,
               len(grid.levels), grid.width),
     )  # fmt: skip

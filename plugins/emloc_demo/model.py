@@ -72,9 +72,8 @@ def write_checkpoint(source: Path, directory: str | Path, dtype: str = "float32"
 
     # transformers reads the file for the config, for the weights and for the tokenizer, and maps the tensors' names for
     # every module, which takes seconds each time.
-    reader, names = (mock.patch.object(gguf, name, cache(getattr(gguf, name)))
-                     for name in ("GGUFReader", "get_tensor_name_map"))  # fmt: skip
-    with quiet(), reader, names:
+    once = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with quiet(), mock.patch.multiple(gguf, **once):
         model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32).to(getattr(torch, dtype))
         tokenizer = load_gguf("AutoTokenizer", source)
     # These are ordinary dense weights now; traces of the file they came from would mislead a loader.

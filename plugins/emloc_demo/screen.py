@@ -159,6 +159,6 @@ def _next(output: Path) -> Table:
     chat = shlex.join(["emloc", "chat", str(output / "corrected")])
     table.add_row(Text("see", "cyan"), str(output / "report.html"))
     table.add_row(Text("next", "cyan"), f"{chat}  talk to the result")
-    table.add_row("", "make demo-full  compare all ways to tune it, in half an hour")
+    table.add_row("", "make demo-full  compare all ways to tune it, in forty minutes")
     table.add_row("", "emloc tune MODEL --data train.jsonl -o tuned  your own model")
     return table

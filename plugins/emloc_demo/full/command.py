@@ -17,7 +17,7 @@ def command(output: Path, prepare_only: bool) -> None:
     """Compare all ways of the demo, on longer messages and with five fields, in nine stages.
 
     Ordinary LoRAs on the model itself are trained too, as the upper bound. Needs 2 GB of disk, no network and no GPU,
-    and takes about half an hour on two cores. Finished parts are kept, so an interrupted demo resumes
+    and takes about forty minutes on two cores. Finished parts are kept, so an interrupted demo resumes
     where it stopped.
     """
     compare(prepare(output, "emloc_demo.full", short=False), explain, prepare_only=prepare_only)
