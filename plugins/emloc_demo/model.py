@@ -68,12 +68,11 @@ def write_checkpoint(source: Path, directory: str | Path, dtype: str = "float32"
     import torch
 
     from emloc_core.files.pretrained import load_gguf
-    from emloc_core.processes.environment import quiet
 
     # transformers reads the file for the config, for the weights and for the tokenizer, and maps the tensors' names for
     # every module, which takes seconds each time.
     once = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with quiet(), mock.patch.multiple(gguf, **once):
+    with mock.patch.multiple(gguf, **once):
         model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32).to(getattr(torch, dtype))
         tokenizer = load_gguf("AutoTokenizer", source)
     # These are ordinary dense weights now; traces of the file they came from would mislead a loader.
@@ -84,8 +83,7 @@ def write_checkpoint(source: Path, directory: str | Path, dtype: str = "float32"
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with quiet():
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     os.rename(partial, directory)
     return directory
