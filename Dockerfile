@@ -5,6 +5,8 @@
 # For CPUs alone, which makes the image much smaller: --build-arg TORCH=https://download.pytorch.org/whl/cpu
 FROM python:3.12-slim
 ARG TORCH=https://pypi.org/simple
+# The C compiler builds kernels for GPUs, and the rounding of stage 1 on a CPU.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 emloc && mkdir /work && chown emloc /work
 COPY . /source
 RUN pip install --no-cache-dir --index-url "$TORCH" --extra-index-url https://pypi.org/simple torch torchvision \
