@@ -24,7 +24,7 @@ _EVERY = 10.0
 _ANSWER = 160
 _TITLE = "[bold]Fine-tune a model in the memory that inference needs[/]"
 _FACTS = {
-    "model": "SmolLM2-135M-Instruct, 135 million parameters in 32 bits: 538 MB",
+    "model": "SmolLM2-135M-Instruct, 135 million parameters in 16 bits: 269 MB",
     "task": "a customer's message in, JSON out: order number, item, request",
     "memory": "{memory} for training, Python and its libraries included",
 }
