@@ -90,8 +90,12 @@ def class_names(error: BaseException) -> set[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if empty; a module is reduced to its class."""
-    return (_REPR.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an exception's message, or its type if empty; a module is reduced to its class.
+
+    If it introduces others, the first of those is returned too.
+    """
+    first, *more = _REPR.sub("", str(error)).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 def typed_line(error: BaseException) -> str:

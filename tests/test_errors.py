@@ -16,6 +16,8 @@ from emloc_core.zoo.jobs.faults import classify
     [
         (ValueError("wrong"), "wrong", "ValueError: wrong"),
         (ValueError("\n wrong\nand more"), "wrong", "ValueError: wrong"),
+        (ValueError("Wrong:\n\ta\n\tb"), "Wrong: a", "ValueError: Wrong: a"),
+        (ValueError("Wrong:"), "Wrong:", "ValueError: Wrong:"),
         (ValueError(), "ValueError", "ValueError"),
         (OSError(" \n"), "OSError", "OSError"),
         (TypeError("Encoder(\n  (0): ReLU()\n) takes none"), "Encoder takes none", "TypeError: Encoder takes none"),
