@@ -110,10 +110,9 @@ class Train(Job):
         """Return what would be trained in one process: rows and their lengths, steps, target modules.
 
         Raises:
-            EmlocError: the settings conflict with each other or with the machine.
+            EmlocError: the settings conflict with each other or with the machine, or something else is at the output.
         """
-        settings = self.settings
-        self._config()
+        settings, config = self.settings, self._config()
         measured = self.model.objective.measure(self.model, self.rows, self.eval_rows, settings)
         batches = math.ceil(measured["examples"] / settings.batch_size)
         epochs = getattr(settings, "epochs", None) or DEFAULT_EPOCHS
@@ -131,6 +130,7 @@ class Train(Job):
             "target_modules": self.targets,
             "model_bytes": self.model.checkpoint.nbytes,
             **self.start.describe(Inputs(self.path.resolve().parent)),
+            "finished": self.path.exists() and self._output(config, PartialState().num_processes).is_finished(),
         }
 
     def _config(self, *, exact: bool = False, **fixed: Any) -> TrainingArguments:
@@ -157,12 +157,9 @@ class Train(Job):
         if state.num_processes > 1:  # threads of the group that outlive the interpreter may abort it
             atexit.register(state.destroy_process_group)
         self.is_main_process = state.is_main_process
-        files = Inputs(self.path.resolve().parent)
         with ExitStack() as building:
             with Processes().together():
-                request = self._request(files, state.num_processes) if state.is_main_process else {}
-                device, inputs = config.device.type, self._inputs()
-                output = Output(self.path, "adapter", request, device, inputs, files, self.model.family)
+                output = self._output(config, state.num_processes if state.is_main_process else 0)
                 finished = state.is_main_process and output.is_finished()
                 if state.is_main_process and not finished:
                     building.enter_context(output.build())
@@ -172,11 +169,17 @@ class Train(Job):
             output.result = self._train(config, output, state)
             if state.is_main_process:
                 output.result[CONTENT] = content_hash(output.staging)
-                steps = steps_text(self.settings, request, output.result)
+                steps = steps_text(self.settings, output.request, output.result)
                 output.provenance = self.start.card_text(self.targets, steps)
             with Processes().together():
                 building.close()  # every process finds it published
         return self.path
+
+    def _output(self, config: TrainingArguments, processes: int) -> Output:
+        """Return the adapter's directory; without processes, that of one which does not write it."""
+        files = Inputs(self.path.resolve().parent)
+        request = self._request(files, processes) if processes else {}
+        return Output(self.path, "adapter", request, config.device.type, self._inputs(), files, self.model.family)
 
     def _name(self) -> str:
         """Return what the adapter calls its model: a hub id, or the path of an emulator, which `correct` reads."""

@@ -107,9 +107,11 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(trained, tiny_
     monkeypatch.setattr(Train, "_train", lambda *_: pytest.fail("trained again"))
     again = settings(save_steps=7, report_to="nowhere")  # neither changes the adapter
     assert finetune(tiny_model, str(rows_file), trained, again, exclude=[test]) == trained
-    with pytest.raises(EmlocError, match=r"settings\.lora_rank was 8 and is now 4"):
-        finetune(tiny_model, str(rows_file), trained, settings(lora_rank=4), exclude=[test])
-    with pytest.raises(EmlocError, match="--data differs"):
+    assert train_job(tiny_model, rows_file, trained, again, exclude=[test]).describe()["finished"]
+    for run in (finetune, lambda *args, **options: train_job(*args, **options).describe()):
+        with pytest.raises(EmlocError, match=r"settings\.lora_rank was 8 and is now 4"):
+            run(tiny_model, str(rows_file), trained, settings(lora_rank=4), exclude=[test])
+    with pytest.raises(EmlocError, match="--data changed"):
         finetune(tiny_model, str(rows_file), trained, settings())
 
 
