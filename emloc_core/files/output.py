@@ -138,7 +138,7 @@ class Output:
             raise EmlocError(
                 f"{self.path} exists and holds {manifest.get('kind')!r}, not {self.kind!r}.", _ELSEWHERE, code="exists"
             )
-        differing = _differences(manifest.get("request", {}), self.request)
+        differing = differences(manifest.get("request", {}), self.request)
         if differing:
             raise EmlocError(
                 f"{self.path} exists and was made from something else: {differing}.", _ELSEWHERE, code="exists"
@@ -213,7 +213,7 @@ class Output:
             if workspace.is_started and workspace.request.exists():
                 saved = read_object(workspace.request)
                 files = saved.pop("inputs", None)
-                if differing := _differences(saved, request):
+                if differing := differences(saved, request):
                     raise EmlocError(
                         f"{workspace.directory} holds an interrupted run of something else: {differing}.",
                         "Run that command again to finish it, or remove the directory.",
@@ -311,7 +311,7 @@ def _fsync(path: Path) -> None:
 #: Names of inputs that a request holds only hashes of.
 _ROLES = {
     "rows": "--data",
-    "calibration": "--data",
+    "calibration": "the calibration rows",
     "selection": "the selection rows",
     "tokenized_rows": "what the tokenizer makes of the rows",
     "base": "the base",
@@ -324,17 +324,17 @@ _ROLES = {
 }
 
 
-def _differences(old: Any, new: Any, path: str = "") -> str:
-    """Name the settings in which two requests differ, with both values."""
+def differences(old: Any, new: Any, path: str = "") -> str:
+    """Name the settings in which two requests, JSON values, differ, with both values; "" if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         texts = (
-            _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key) for key in sorted({*old, *new})
+            differences(old.get(key), new.get(key), f"{path}.{key}" if path else key) for key in sorted({*old, *new})
         )
         return "; ".join(text for text in texts if text)
     if old == new:
         return ""
     if isinstance(new, list) or _is_hash(old) or _is_hash(new):  # their values help nobody
-        return f"{_ROLES.get(path.removeprefix('request.'), path)} differs"
+        return f"{_ROLES.get(path.removeprefix('request.'), path)} changed"
     return f"{path} was {_short(old)} and is now {_short(new)}"
 
 

@@ -33,6 +33,7 @@ from emloc_core.data.sets import draw, held_out_share
 from emloc_core.errors import EmlocError, validated
 from emloc_core.files.card import CARD
 from emloc_core.files.documents import read_object, write_json, write_text
+from emloc_core.files.output import differences
 from emloc_core.recipe.decided import decided
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
@@ -112,12 +113,13 @@ class Tune(Settings):
         require_own(self.output)
         if not (self.output / RECIPE).is_file():  # nothing is there, or it was killed before it began
             return None
-        before, now = read_object(self.output / TUNE_REQUEST), self._request()
-        differing = [f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in now
-                     if before.get(name) != now[name]]  # fmt: skip
+        differing = differences(read_object(self.output / TUNE_REQUEST), self._request())
         if differing:
-            fix = f"{_ELSEWHERE} To change a setting, edit {self.output / RECIPE} and run `emloc run` on it."
-            raise EmlocError(f"{self.output} was made for something else: {'; '.join(differing)}.", fix, code="exists")
+            fix = (
+                f"{_ELSEWHERE} To change a setting, edit {self.output / RECIPE}, delete what was made with the old "
+                "one, and run `emloc run` on it."
+            )
+            raise EmlocError(f"{self.output} was made for something else: {differing}.", fix, code="exists")
         return load_recipe(self.output / RECIPE)
 
     def plan(self) -> tuple[Recipe, list[str]]:

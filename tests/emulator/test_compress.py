@@ -53,7 +53,7 @@ def test_loads_with_plain_transformers_at_the_planned_ranks(emulator):
 def test_what_another_declaration_made_is_refused(tiny_model, rows_file, emulator, monkeypatch):
     family = replace(LLAMA, keep_dense={**LLAMA.keep_dense, "*.o_proj": "for this test"})
     monkeypatch.setattr(plugin_manager(), "family_for", lambda _: family)
-    with pytest.raises(EmlocError, match="was made from something else: what the family's plugin declares differs"):
+    with pytest.raises(EmlocError, match="was made from something else: what the family's plugin declares changed"):
         compress_job(tiny_model, rows_file, emulator, SETTINGS).output.is_finished()
 
 
@@ -184,7 +184,7 @@ def test_another_tokenization_of_the_same_rows_is_another_request(tiny_model, tm
     (model / "README.md").write_text("Not the model's business.")
     assert job().output.is_finished()
     (model / "chat_template.jinja").write_text(f"the {CHAT_TEMPLATE}")
-    with pytest.raises(EmlocError, match="what the tokenizer makes of the rows differs"):
+    with pytest.raises(EmlocError, match="what the tokenizer makes of the rows changed"):
         job().run()
 
 

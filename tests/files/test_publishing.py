@@ -219,7 +219,7 @@ def merge_until_synced(*job):
 def test_a_merge_that_is_killed_while_it_is_synced(tiny_model, tmp_path):
     first, second = (make_adapter(tiny_model, tmp_path / str(size), size=size) for size in (0.05, 0.1))
     run_until_killed(merge_until_synced, tiny_model, first, tmp_path / "out")
-    with pytest.raises(EmlocError, match="something else: the adapter differs"):
+    with pytest.raises(EmlocError, match="something else: the adapter changed"):
         merge(tiny_model, second, tmp_path / "out")
     merge(tiny_model, first, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(merge(tiny_model, first, tmp_path / "whole"))

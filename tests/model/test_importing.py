@@ -262,13 +262,13 @@ def test_an_output_of_something_else_is_not_overwritten(source, tmp_path, monkey
     other = replace(INTERNVL_CHAT, config=lambda *args: {**INTERNVL_CHAT.config(*args), "use_cache": False})
     with monkeypatch.context() as changed:
         changed.setattr(plugin_manager(), "layout_for", lambda _: other)
-        with pytest.raises(EmlocError, match="made from something else: what the layout's plugin makes of it differs"):
+        with pytest.raises(EmlocError, match="made from something else: what the layout's plugin makes of it changed"):
             import_job(source, out).run()
     edit(source, "tokenizer_config.json", model_max_length=5)
     with pytest.raises(EmlocError, match="made from something else: files"):
         import_job(source, out).run()
     edit(source, "config.json", max_dynamic_patch=6)
-    with pytest.raises(EmlocError, match=r"made from something else: .*the source differs"):
+    with pytest.raises(EmlocError, match=r"made from something else: .*the source changed"):
         import_job(source, out).run()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

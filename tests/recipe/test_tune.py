@@ -97,7 +97,7 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")} == before
     code, _, err = emloc(*command)
     assert code != 0
-    assert "merge was True and is now False" in err
+    assert "merge was true and is now false" in err
     code, _, err = emloc("run", out / "recipe.toml", "--dry-run")
     assert code == 0, err
 
