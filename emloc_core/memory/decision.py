@@ -79,21 +79,20 @@ class Decision:
         Raises:
             EmlocError: none fits; the message says what would.
         """
+        candidates = [way for way in self.ways if key in (None, way.key)]
+        if fitting := next((way for way in candidates if way.fits), None):
+            return fitting
         if key is None:
-            return self.require()
-        candidates = [way for way in self.ways if way.key == key]
-        fitting = next((way for way in candidates if way.fits), None)
-        if fitting is None and key == "emulator":
+            raise no_way(self.budget, self.advice())
+        if key == "emulator":
             return self.require_emulator()
         if not candidates:
             raise EmlocError(f"The model cannot be tuned by the way {key!r}.", "Leave `way` out.", code="unsupported")
-        if fitting is None:
-            raise EmlocError(
-                f"{candidates[0]}, needs {human_bytes(candidates[0].bytes)}, which does not fit {self.budget}.",
-                "Leave `way` out, or give more memory.",
-                code="memory",
-            )
-        return fitting
+        raise EmlocError(
+            f"{candidates[0]}, needs {human_bytes(candidates[0].bytes)}, which does not fit {self.budget}.",
+            "Leave `way` out, or give more memory.",
+            code="memory",
+        )
 
     def explain(self, chosen: Way) -> list[str]:
         """Return in three lines what will be done, and why."""
@@ -110,16 +109,6 @@ class Decision:
         """The way; where none fits, the emulator that was named, or else the way that needs least."""
         first = self.ways[0]
         return self.way or (first if first.kind else min(self.ways, key=lambda way: way.bytes))
-
-    def require(self) -> Way:
-        """Return the way.
-
-        Raises:
-            EmlocError: none fits; the message says what would.
-        """
-        if self.way is None:
-            raise no_way(self.budget, self.advice())
-        return self.way
 
     def require_emulator(self) -> Way:
         """Return the way with an emulator.
