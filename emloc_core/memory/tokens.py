@@ -3,7 +3,7 @@
 What is kept of earlier runs is planned without transformers, which takes seconds to import.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
@@ -19,8 +19,6 @@ from emloc_core.objective import Longest, Purpose, RowSize
 
 if TYPE_CHECKING:
     import torch
-
-    from emloc_core.data.tokenize import Sample
 
 
 class TokenStep:
@@ -147,22 +145,17 @@ def longest(
     """
     from emloc_core.data.tokenize import load_processing, tokenized
 
-    samples = tokenized(rows, load_processing(config_file.parent, family, rows), length, limits)
-    return _measure(samples, config)
-
-
-def _measure(samples: "Iterable[Sample]", config: Any) -> Longest:
-    length, most = 0, None
-    for sample in samples:
-        length = max(length, len(sample.input_ids))
+    tokens, most = 0, None
+    for sample in tokenized(rows, load_processing(config_file.parent, family, rows), length, limits):
+        tokens = max(tokens, len(sample.input_ids))
         pixels = sample.others.get("pixel_values")
         if pixels is not None and any(sample.completion_mask):  # a row that stage 2 does not drop
             most = max((sample.others, most or sample.others), key=lambda others: others["pixel_values"].numel())
     if most is None:
-        return Longest(length)
+        return Longest(tokens)
     if "image_grid_thw" not in most:
-        return Longest(length, len(most["pixel_values"]))
+        return Longest(tokens, len(most["pixel_values"]))
     patches = most["image_grid_thw"].prod(dim=1)
     _, height, width = most["image_grid_thw"][patches.argmax()].tolist()
     side = config.vision_config.patch_size
-    return Longest(length, -(-int(patches.sum()) // int(patches.max())), (height * side, width * side))
+    return Longest(tokens, -(-int(patches.sum()) // int(patches.max())), (height * side, width * side))
