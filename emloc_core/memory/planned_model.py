@@ -131,6 +131,9 @@ class PlannedModel:
             ) from error
 
 
+_cached = lru_cache(maxsize=8)(PlannedModel)
+
+
 def planned_model(config_file: Path) -> PlannedModel:
     """Return the model of a ``config.json`` as plans see it.
 
@@ -160,11 +163,6 @@ def _require_base(raw: Mapping[str, Any], config_file: Path) -> None:
             "Give the original model.",
             code="unsupported",
         )
-
-
-@lru_cache(maxsize=8)
-def _cached(digest: str) -> PlannedModel:
-    return PlannedModel(digest)
 
 
 def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:
