@@ -14,7 +14,7 @@ from emloc_core.memory.speed import Speed
 from emloc_core.memory.ways import EMULATOR, EXACT, ORDINARY, POLISHED, Way, ways
 from emloc_core.memory.workload import Workload, make_workload
 from emloc_core.requests import CompressRequest
-from emloc_core.settings import AUTO, CompressSettings, TrainSettings
+from emloc_core.settings import AUTO, CompressSettings
 from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
@@ -180,17 +180,6 @@ def no_way(budget: Budget, advised: Sequence[str]) -> EmlocError:
     return EmlocError(f"No way to tune fits {budget}: {'; '.join(advised)}.", code="memory")
 
 
-def shaped(train: TrainSettings, way: Way) -> TrainSettings:
-    """Return settings of stage 2 with the micro-batch and the accumulation of a way."""
-    return train.model_copy(update={"batch_size": way.micro_batch, "accumulation": way.accumulation})
-
-
-def sized(settings: CompressSettings, way: Way) -> CompressSettings:
-    """Return settings of stage 1 with the kind and the ratio of a way."""
-    ratio = {} if way.ratio is None else {"ratio": way.ratio}
-    return settings.model_copy(update={"kind": way.kind, **ratio})
-
-
 def decision_for(request: CompressRequest) -> Decision:
     """Decide how to tune the model of a request in its memory, by the longest row of its data.
 
@@ -230,7 +219,7 @@ def fitted(request: CompressRequest) -> CompressRequest:
         )
     if request.device != "cpu" and (warning := too_large_to_make(way, decision.budget)):
         click.echo(f"warning: {warning}", err=True)
-    settings, tuning = sized(request.settings, way), shaped(request.tuning, way)
+    settings, tuning = request.settings.model_copy(update=way.emulator), request.tuning.model_copy(update=way.rows)
     return request.model_copy(update={"memory": None, "headroom": None, "settings": settings, "tuning": tuning})
 
 

@@ -74,6 +74,16 @@ class Way:
         return self.model.workload.train.accumulation
 
     @property
+    def rows(self) -> dict[str, int]:
+        """The rows of a step, as settings of stage 2."""
+        return {"batch_size": self.micro_batch, "accumulation": self.accumulation}
+
+    @property
+    def emulator(self) -> dict[str, Any]:
+        """The kind and the ratio of its emulator, where it has them, as settings of stage 1."""
+        return {name: value for name in ("kind", "ratio") if (value := getattr(self, name)) is not None}
+
+    @property
     def recovery(self) -> Recovery | None:
         """What was measured of the emulator's kind at its size or a smaller one, or None."""
         return measured(self.kind, self.ratio) if self.kind else None

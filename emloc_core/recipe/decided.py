@@ -3,7 +3,7 @@
 Where evidence is divided between two kinds of emulator, both are tried.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -116,17 +116,13 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
     return {
         "way": chosen.key,
         "in_four_bits": bool(decision.base.packed),
-        "rows": {"batch_size": chosen.micro_batch, "accumulation": chosen.accumulation},
-        "emulator": _emulator(chosen.kind, chosen.ratio),
-        "others": [_emulator(way.kind, way.ratio) for way in ways if way],
-        "alternative": alternative and _emulator(alternative.kind, alternative.ratio),
+        "rows": chosen.rows,
+        "emulator": chosen.emulator,
+        "others": [way.emulator for way in ways if way],
+        "alternative": alternative and alternative.emulator,
         "polished": chosen.is_polished,
         "lines": decision.explain(chosen),
     }
-
-
-def _emulator(kind: str | None, ratio: float | None) -> Mapping[str, Any]:
-    return {name: value for name, value in (("kind", kind), ("ratio", ratio)) if value is not None}
 
 
 def _is_open(recipe: Recipe) -> bool:

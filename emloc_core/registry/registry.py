@@ -79,14 +79,14 @@ def resolve(entry: Entry, name: str = "default", overrides: Mapping[str, Any] | 
     if preset.memory is None or settings.ratio is not None:
         return settings
     from emloc_core.memory.budget import Budget
-    from emloc_core.memory.decision import decide, sized
+    from emloc_core.memory.decision import decide
     from emloc_core.memory.workload import make_workload
 
     target = None if preset.memory == INFERENCE else Budget.parse(preset.memory)
     with entry.config_file() as file:
         workload = make_workload(file, preset.train, "cuda", length=preset.length)
         way = decide(file, workload, target, settings).require_emulator()
-    return sized(settings, way)
+    return settings.model_copy(update=way.emulator)
 
 
 @contextmanager
