@@ -80,7 +80,7 @@ def _decode(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers of thousands of digits, or too deep
-        raise EmlocError(f"{where}: not valid JSON ({error}).", "Correct it.") from None
+        raise EmlocError(f"{where}: not valid JSON ({error}).", _correction(error)) from None
 
 
 def _text(path: Path) -> Iterator[Numbered]:
@@ -92,7 +92,7 @@ def _text(path: Path) -> Iterator[Numbered]:
                 if text := line.decode("utf-8-sig").strip():
                     yield number, {"text": text}
     except UnicodeDecodeError as error:
-        raise EmlocError(f"{path}, row {number}: not UTF-8 ({error}).", "Correct it.") from None
+        raise EmlocError(f"{path}, row {number}: not UTF-8 ({error}).", _correction(error)) from None
 
 
 def _csv(path: Path) -> Iterator[Numbered]:
@@ -110,7 +110,11 @@ def _csv(path: Path) -> Iterator[Numbered]:
                 else:
                     yield number, {name: cell or None for name, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise EmlocError(f"{path}, row {number + 1}: not valid CSV ({error}).", "Correct it.") from None
+        raise EmlocError(f"{path}, row {number + 1}: not valid CSV ({error}).", _correction(error)) from None
+
+
+def _correction(error: Exception) -> str:
+    return "Save the file as UTF-8." if isinstance(error, UnicodeDecodeError) else "Correct it."
 
 
 def _delimiter(header: str, suffix: str) -> str:

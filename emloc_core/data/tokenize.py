@@ -253,7 +253,7 @@ def _within(limits: Limits, row: Row, sample: Sample) -> Sample:
     if limits.tokens is not None and len(sample.input_ids) > limits.tokens:
         raise EmlocError(
             f"{row.name} has {len(sample.input_ids)} tokens, but the model takes {limits.tokens}.",
-            f"Set a maximum length of {limits.tokens} or less to truncate it, or leave the row out.",
+            f"Truncate it with --max-length {limits.tokens}, or leave the row out.",
         )
     largest = max(sample.input_ids, default=0)
     if limits.vocabulary is not None and largest >= limits.vocabulary:

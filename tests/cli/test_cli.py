@@ -70,7 +70,7 @@ def without_a_tensor(model, tmp_path):
         (lambda _, tmp: tmp, "has no config.json"),
         (lambda model, tmp: change(model, tmp, config__json=b"{"), "is not valid JSON"),
         (lambda model, tmp: change(model, tmp, config__json=b"{}"), "has no model_type"),
-        (lambda model, tmp: change(model, tmp, model__safetensors=None), "has neither model.safetensors nor"),
+        (lambda model, tmp: change(model, tmp, model__safetensors=None), "Add the model's weights"),
         (truncated, "it is truncated"),
         (
             wrong_type,

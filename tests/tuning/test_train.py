@@ -476,7 +476,7 @@ def test_a_model_without_a_loss_is_told_from_steps_that_diverge(tiny_model, rows
 
 def test_a_row_beyond_the_models_limit_is_named(tiny_model, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "cat"}, {"text": "cat " * 300}])
-    with pytest.raises(EmlocError, match=r"Row 2 .* the model takes 256"):
+    with pytest.raises(EmlocError, match=r"Row 2 .* the model takes 256\. Truncate it with --max-length 256"):
         finetune(tiny_model, str(path), tmp_path / "a", settings())
 
 
