@@ -178,10 +178,6 @@ class ExactTrain(Train):
         return {**super().describe(), "step_read_bytes": self.model.checkpoint.nbytes + twice}
 
 
-def _identity(rows: list[Any]) -> Any:
-    return rows
-
-
 class StreamedConfig(SFTConfig):
     """TRL's config, for a model that stays where it is: its weights are read when they are needed."""
 
@@ -195,7 +191,7 @@ class Streamed(LoraSteps):
         """Take gradients by these steps, ``micro_batch`` rows at a time."""
         self._steps, self._micro_batch = steps, micro_batch
         collate: Any = self.data_collator
-        self._collate, self.data_collator = collate, _identity
+        self._collate, self.data_collator = collate, list  # type: ignore[assignment]
         self.accelerator.device_placement = False  # of the model, and of whole batches
         self.accelerator.dataloader_config.dispatch_batches = False  # every process reads all rows itself
         # The steps themselves divide the batch and sum the gradients, so that the model is not wrapped for it.
