@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emloc_core.data.columns import NO_RENAMING
-from emloc_core.data.images import Picture
 from emloc_core.data.mixture import is_splits, weighted, weights
 from emloc_core.data.row import Row, Skipped, parse_rows
 from emloc_core.data.sources import no_rows, reader_of
@@ -162,11 +161,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     Raises:
         EmlocError: an image cannot be read.
     """
-
-    def write_image(picture: Picture) -> str:
-        return picture.write(path.parent)
-
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row.to_dict(), ensure_ascii=False, default=write_image) + "\n" for row in rows)
+        for row in rows:
+            content = json.dumps(row.to_dict(), ensure_ascii=False, default=lambda picture: picture.write(path.parent))
+            file.write(f"{content}\n")
     partial.replace(path)
