@@ -40,7 +40,7 @@ def reader_of(source: str) -> tuple[Callable[[str], Iterator[Numbered]], Path]:
         if not path.stat().st_size:
             raise no_rows(source)
         return lambda _: read_file(path), path.parent
-    if _is_saved(path):
+    if any((path / name).is_file() for name in _SAVED):
         return partial(_read_saved, path), Path()
     if _is_folder(path):
         return lambda _: _read_folder(path), path
@@ -93,11 +93,6 @@ def _pictured(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of ``metadata.jsonl`` with the usual columns: scripts of diffusers call the prompt ``text``."""
     aliases = {"file_name": "image", "text": "prompt", "caption": "prompt"}
     return {**{usual: row[name] for name, usual in aliases.items() if name in row}, **row}
-
-
-def _is_saved(path: Path) -> bool:
-    """Return whether a path is a directory that ``save_to_disk`` of ``datasets`` wrote."""
-    return any((path / name).is_file() for name in _SAVED)
 
 
 def _read_saved(path: Path, split: str) -> Iterator[Numbered]:
