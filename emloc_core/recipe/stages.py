@@ -115,13 +115,8 @@ def kept(recipe: Recipe) -> Attempt:
     first, *others = candidates = attempts(recipe)
     if not others:
         return first
-    losses = {attempt.name: attempt.selection_loss for attempt in candidates}
-    known_losses = {name: loss for name, loss in losses.items() if loss is not None}
-    return (
-        first
-        if len(known_losses) < len(candidates)
-        else min(candidates, key=lambda attempt: known_losses[attempt.name])
-    )
+    losses = [loss for attempt in candidates if (loss := attempt.selection_loss) is not None]
+    return first if len(losses) < len(candidates) else candidates[losses.index(min(losses))]
 
 
 def selection_rows(recipe: Recipe) -> Path:
