@@ -67,16 +67,16 @@ class NewLora:
         Raises:
             EmlocError: it cannot be trained like this.
         """
-        self._require_recomputation(model)
-        return choose_targets(self.model, self.settings)
-
-    def _require_recomputation(self, model: PreTrainedModel) -> None:
         if self._recomputes:
             require_recomputation(model)
+        return self._targets()
+
+    def _targets(self) -> list[str]:
+        return choose_targets(self.model, self.settings)
 
     def lora(self, targets: list[str], model: PreTrainedModel) -> LoraConfig | Path:
         """Return what a LoRA on a model is made from; see :func:`emloc_core.exact.lora.lora_on`."""
-        return lora_config(self.settings, targets, self.model.objective.task, model)
+        return self.adapter or lora_config(self.settings, targets, self.model.objective.task, model)
 
     def card_text(self, targets: list[str], steps: str) -> str:
         """Return the card's sentence on the LoRA and the steps that were taken."""
@@ -134,18 +134,8 @@ class EnclosedLora(NewLora):
         self.settings = self.settings.model_copy(update=lora)
         click.echo(f"training the LoRA further that {emulator} was fitted with", err=True)
 
-    def targets(self, model: PreTrainedModel) -> list[str]:
-        """Return the modules that have a LoRA, as the adapter names them.
-
-        Raises:
-            EmlocError: see :class:`NewLora`.
-        """
-        self._require_recomputation(model)
+    def _targets(self) -> list[str]:
         return targets_of(self._opened)
-
-    def lora(self, _targets: list[str], _model: PreTrainedModel) -> LoraConfig | Path:
-        """Return the adapter's directory."""
-        return self.adapter
 
     def fingerprints(self, files: Inputs) -> dict[str, Any]:
         """Return the fingerprints of further inputs, besides the model and the rows."""
