@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from emloc_core.adapters.adapter import content_hash
@@ -70,7 +70,9 @@ class Train(Job):
         self.request, self.path, self.start = request, request.output, start
         self.model = start.model
         _ = self.model.checkpoint.tensors  # finds truncated shards before training
-        without_weights = self._without_weights()
+        quantised = self.model.checkpoint.config.get("quantization_config")
+        # A skeleton refuses weights that are missing, or hold no floats.
+        without_weights = self.model.build() if quantised else self.model.skeleton.model
         linears = find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
         self.settings = start.settings.with_rate(linears.width)
         self.model.objective.check(self.settings)
@@ -79,11 +81,6 @@ class Train(Job):
         self.targets = start.targets(without_weights)
         self.rows, self.eval_rows, self.excluded, self.skipped = tuning_rows(request, self.model, self.settings)
         self.base = self._base()
-
-    def _without_weights(self) -> PreTrainedModel:
-        if self.model.checkpoint.config.get("quantization_config"):
-            return self.model.build()
-        return self.model.skeleton.model  # refuses weights that are missing, or hold no floats
 
     def _base(self) -> OpenModel | None:
         """Return the base that is evaluated with the LoRA, if there is one."""
