@@ -189,7 +189,10 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
             raise EmlocError(f"{where}: `messages` has nothing before the assistant turn.", FORMS)
         row = Row(number, prompt=turns[:-1], completion=turns[-1:])
     elif has >= {"prompt", "image"}:
-        return _picture(content, where, number, directory, confined=confined)
+        weight = _weight(content.get("weight"), where)
+        prompt = parse_string(content["prompt"], f"{where}: `prompt`")
+        images = _pictures(content, where, directory, confined=confined)
+        return Row(number, prompt=prompt, images=images, weight=weight)
     elif "text" in has:
         row = Row(number, text=parse_string(content["text"], f"{where}: `text`"))
     else:
@@ -197,13 +200,6 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         raise EmlocError(f"{where}: has the columns {sorted(has)}.", f"{FORMS} {rename}")
     row = _with_images(row, _pictures(content, where, directory, confined=confined), where)
     return replace(row, tools=_tools(content["tools"], row, where)) if "tools" in has else row
-
-
-def _picture(content: dict[str, Any], where: str, number: int, directory: Path, *, confined: bool) -> Row:
-    weight = _weight(content.get("weight"), where)
-    prompt = parse_string(content["prompt"], f"{where}: `prompt`")
-    images = _pictures(content, where, directory, confined=confined)
-    return Row(number, prompt=prompt, images=images, weight=weight)
 
 
 def _weight(value: Any, where: str) -> float:
