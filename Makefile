@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch by pip, whose settings may name its wheels for this machine; the rest by uv, in a third of pip's time. Where uv
 	# does not reach a registry that pip is set up for, pip installs it.
-	$(BIN)/python -m pip install --quiet --no-compile uv torch torchvision
+	$(BIN)/python -m pip install --quiet --no-compile uv $$(grep -o '"torch[a-z]*>[^"]*"' pyproject.toml | tr -d '"')
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[demo,dev,docs]' \
 		|| $(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,dev,docs]'
 	# The demo's model. Its dependency on llama.cpp, which compiles for many minutes, is not needed.
