@@ -219,7 +219,8 @@ def fitted(request: CompressRequest) -> CompressRequest:
         )
     if request.device != "cpu" and (warning := too_large_to_make(way, decision.budget)):
         click.echo(f"warning: {warning}", err=True)
-    settings, tuning = request.settings.model_copy(update=way.emulator), request.tuning.model_copy(update=way.rows)
+    settings = request.settings.model_copy(update=way.emulator_settings)
+    tuning = request.tuning.model_copy(update=way.step_settings)
     return request.model_copy(update={"memory": None, "headroom": None, "settings": settings, "tuning": tuning})
 
 

@@ -74,12 +74,12 @@ class Way:
         return self.model.workload.train.accumulation
 
     @property
-    def rows(self) -> dict[str, int]:
+    def step_settings(self) -> dict[str, int]:
         """The rows of a step, as settings of stage 2."""
         return {"batch_size": self.micro_batch, "accumulation": self.accumulation}
 
     @property
-    def emulator(self) -> dict[str, Any]:
+    def emulator_settings(self) -> dict[str, Any]:
         """The kind and the ratio of its emulator, where it has them, as settings of stage 1."""
         return {name: value for name in ("kind", "ratio") if (value := getattr(self, name)) is not None}
 

@@ -116,10 +116,10 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
     return {
         "way": chosen.key,
         "in_four_bits": bool(decision.base.packed),
-        "rows": chosen.rows,
-        "emulator": chosen.emulator,
-        "others": [way.emulator for way in ways if way],
-        "alternative": alternative and alternative.emulator,
+        "rows": chosen.step_settings,
+        "emulator": chosen.emulator_settings,
+        "others": [way.emulator_settings for way in ways if way],
+        "alternative": alternative and alternative.emulator_settings,
         "polished": chosen.is_polished,
         "lines": decision.explain(chosen),
     }

@@ -86,7 +86,7 @@ def resolve(entry: Entry, name: str = "default", overrides: Mapping[str, Any] | 
     with entry.config_file() as file:
         workload = make_workload(file, preset.train, "cuda", length=preset.length)
         way = decide(file, workload, target, settings).require_emulator()
-    return settings.model_copy(update=way.emulator)
+    return settings.model_copy(update=way.emulator_settings)
 
 
 @contextmanager
