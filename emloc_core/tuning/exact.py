@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -190,8 +190,8 @@ class Streamed(LoraSteps):
     def attach(self, steps: "ExactSteps", micro_batch: int) -> None:
         """Take gradients by these steps, ``micro_batch`` rows at a time."""
         self._steps, self._micro_batch = steps, micro_batch
-        collate: Any = self.data_collator
-        self._collate, self.data_collator = collate, list  # type: ignore[assignment]
+        self._collate: Any = self.data_collator
+        self.data_collator = cast("Any", list)  # a batch is its rows
         self.accelerator.device_placement = False  # of the model, and of whole batches
         self.accelerator.dataloader_config.dispatch_batches = False  # every process reads all rows itself
         # The steps themselves divide the batch and sum the gradients, so that the model is not wrapped for it.

@@ -76,7 +76,7 @@ class NewLora:
 
     def lora(self, targets: list[str], model: PreTrainedModel) -> LoraConfig | Path:
         """Return what a LoRA on a model is made from; see :func:`emloc_core.exact.lora.lora_on`."""
-        return self.adapter or lora_config(self.settings, targets, self.model.objective.task, model)
+        return lora_config(self.settings, targets, self.model.objective.task, model)
 
     def card_text(self, targets: list[str], steps: str) -> str:
         """Return the card's sentence on the LoRA and the steps that were taken."""
@@ -136,6 +136,10 @@ class EnclosedLora(NewLora):
 
     def _targets(self) -> list[str]:
         return targets_of(self._opened)
+
+    def lora(self, _targets: list[str], _model: PreTrainedModel) -> LoraConfig | Path:
+        """Return the adapter's directory."""
+        return self.adapter
 
     def fingerprints(self, files: Inputs) -> dict[str, Any]:
         """Return the fingerprints of further inputs, besides the model and the rows."""
