@@ -109,7 +109,7 @@ class Train(Job):
         Raises:
             EmlocError: the settings conflict with each other or with the machine, or something else is at the output.
         """
-        settings, config = self.settings, self._config()
+        settings, config, files = self.settings, self._config(), Inputs(self.path.resolve().parent)
         measured = self.model.objective.measure(self.model, self.rows, self.eval_rows, settings)
         batches = math.ceil(measured["examples"] / settings.batch_size)
         epochs = getattr(settings, "epochs", None) or DEFAULT_EPOCHS
@@ -126,8 +126,8 @@ class Train(Job):
             "learning_rate": settings.learning_rate,
             "target_modules": self.targets,
             "model_bytes": self.model.checkpoint.nbytes,
-            **self.start.describe(Inputs(self.path.resolve().parent)),
-            "finished": self.path.exists() and self._output(config, PartialState().num_processes).is_finished(),
+            **self.start.describe(files),
+            "finished": self.path.exists() and self._output(config, files, PartialState().num_processes).is_finished(),
         }
 
     def _config(self, *, exact: bool = False, **fixed: Any) -> TrainingArguments:
@@ -154,9 +154,10 @@ class Train(Job):
         if state.num_processes > 1:  # threads of the group that outlive the interpreter may abort it
             atexit.register(state.destroy_process_group)
         self.is_main_process = state.is_main_process
+        files = Inputs(self.path.resolve().parent)
         with ExitStack() as building:
             with Processes().together():
-                output = self._output(config, state.num_processes if state.is_main_process else 0)
+                output = self._output(config, files, state.num_processes if state.is_main_process else None)
                 finished = state.is_main_process and output.is_finished()
                 if state.is_main_process and not finished:
                     building.enter_context(output.build())
@@ -172,10 +173,13 @@ class Train(Job):
                 building.close()  # every process finds it published
         return self.path
 
-    def _output(self, config: TrainingArguments, processes: int) -> Output:
-        """Return the adapter's directory; without processes, that of one which does not write it."""
-        files = Inputs(self.path.resolve().parent)
-        request = self._request(files, processes) if processes else {}
+    def _output(self, config: TrainingArguments, files: Inputs, processes: int | None) -> Output:
+        """Return the adapter's directory.
+
+        Args:
+            processes: that train; None in one that does not write the directory, where the model is not hashed.
+        """
+        request = {} if processes is None else self._request(files, processes)
         return Output(self.path, "adapter", request, config.device.type, self._inputs(), files, self.model.family)
 
     def _name(self) -> str:
