@@ -196,8 +196,8 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
     elif "text" in has:
         row = Row(number, text=parse_string(content["text"], f"{where}: `text`"))
     else:
-        rename = "Columns of other names are renamed by --columns prompt=NAME,completion=NAME."
-        raise EmlocError(f"{where}: has the columns {sorted(has)}.", f"{FORMS} {rename}")
+        fix = f"{FORMS} Rename columns with --columns prompt=NAME,completion=NAME."
+        raise EmlocError(f"{where}: has the columns {sorted(has)}.", fix)
     row = _with_images(row, _pictures(content, where, directory, confined=confined), where)
     return replace(row, tools=_tools(content["tools"], row, where)) if "tools" in has else row
 

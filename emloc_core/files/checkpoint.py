@@ -100,13 +100,13 @@ class Checkpoint:
         if index is None:
             if (self.directory / self.single).is_file():
                 return {}
-            pickled = any(self.directory.glob("*.bin"))
+            is_pickled = any(self.directory.glob("*model*.bin"))
+            fix = "Convert the pickled weights with save_pretrained." if is_pickled else "Add them."
             raise EmlocError(
-                f"{self.directory} has neither {self.single} nor {self.index}.",
-                "Load the pickled weights with transformers, and convert them with save_pretrained." if pickled
-                else "Add the model's weights, in safetensors.",
+                f"{self.directory} has neither {self.single} nor {self.index}: no weights in safetensors.",
+                fix,
                 code="missing",
-            )  # fmt: skip
+            )
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise EmlocError(f"{index} has no weight_map.", "Download or copy the file again.", code="damaged")

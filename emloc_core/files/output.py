@@ -310,7 +310,7 @@ def _fsync(path: Path) -> None:
 
 #: Names of inputs that a request holds only hashes of.
 _ROLES = {
-    "rows": "--data",
+    "rows": "the rows",
     "calibration": "the calibration rows",
     "selection": "the selection rows",
     "tokenized_rows": "what the tokenizer makes of the rows",

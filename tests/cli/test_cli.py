@@ -70,7 +70,10 @@ def without_a_tensor(model, tmp_path):
         (lambda _, tmp: tmp, "has no config.json"),
         (lambda model, tmp: change(model, tmp, config__json=b"{"), "is not valid JSON"),
         (lambda model, tmp: change(model, tmp, config__json=b"{}"), "has no model_type"),
-        (lambda model, tmp: change(model, tmp, model__safetensors=None), "Add the model's weights"),
+        (
+            lambda model, tmp: change(model, tmp, model__safetensors=None),
+            "has neither model.safetensors nor model.safetensors.index.json: no weights in safetensors. Add them.",
+        ),
         (truncated, "it is truncated"),
         (
             wrong_type,

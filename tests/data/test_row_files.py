@@ -23,7 +23,9 @@ def test_cells_of_csv_are_text_as_it_is_written(tmp_path: Path):
         (1, 'a, "b"\nc', "007"), (2, "NA", "null"), (3, long, "1.50"),
     ]  # fmt: skip
     path.write_text("prompt,completion\na,\n")
-    with pytest.raises(EmlocError, match=r"rows\.csv, row 1: has the columns \['prompt'\].*renamed by --columns"):
+    with pytest.raises(
+        EmlocError, match=r"rows\.csv, row 1: has the columns \['prompt'\].*Rename columns with --columns"
+    ):
         load_rows(path)
     (tmp_path / "rows.tsv").write_text("prompt\tcompletion\na, b\tc\n")
     assert load_rows(tmp_path / "rows.tsv")[0].prompt == "a, b"
@@ -77,9 +79,16 @@ def test_lines_of_text_are_rows(tmp_path: Path):
     path.write_bytes("\ufeffone\r\n\n  two\u2028three \n".encode())
     assert [(row.number, row.text) for row in load_rows(path)] == [(1, "one"), (3, "two\u2028three")]
     path.write_bytes(b"one\n\xff\n")
-    with pytest.raises(EmlocError, match=r"rows\.txt, row 2: not UTF-8") as error:
+    with pytest.raises(EmlocError, match=r"rows\.txt, row 2: not UTF-8"):
         load_rows(path)
-    assert error.value.fix == "Save the file as UTF-8."
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "é"), ("a.csv", "text\né"), ("a.jsonl", '{"text": "é"}')])
+def test_another_encoding_is_named(tmp_path: Path, name: str, content: str):
+    path = tmp_path / name
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(EmlocError, match=r"row 1: .*'utf-8' codec.*Save the file as UTF-8"):
+        load_rows(path)
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [(".gz", "gzip"), (".zst", "zstd")])

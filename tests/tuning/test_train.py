@@ -111,7 +111,7 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(trained, tiny_
     for run in (finetune, lambda *args, **options: train_job(*args, **options).describe()):
         with pytest.raises(EmlocError, match=r"settings\.lora_rank was 8 and is now 4"):
             run(tiny_model, str(rows_file), trained, settings(lora_rank=4), exclude=[test])
-    with pytest.raises(EmlocError, match="--data changed"):
+    with pytest.raises(EmlocError, match="the rows changed"):
         finetune(tiny_model, str(rows_file), trained, settings())
 
 
