@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -147,7 +148,7 @@ def test_rows_in_memory(shallow_model, tmp_path):
 def test_a_run_that_was_killed_before_it_had_begun_begins_again(shallow_model, rows_file, tmp_path, monkeypatch):
     options = {"memory": "4GiB", **QUICK}
     with monkeypatch.context() as killed:
-        killed.setattr("emloc_core.recipe.tune.write_text", lambda *_: exec("raise KeyboardInterrupt"))
+        killed.setattr("emloc_core.recipe.tune.write_text", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **options)
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"tune.json", "held_out.jsonl"}
