@@ -19,6 +19,11 @@ from emloc_core.plugins.builtin import COMMANDS
 from emloc_core.processes.environment import hush_libraries, settle
 from emloc_core.processes.lifetime import end_with_parent
 
+#: Commands, also of groups, that keep no work in progress; the others resume.
+_KEEPING_NOTHING = {
+    "chat", "check", "doctor", "list", "new", "plan", "push", "report", "scaffold", "show", "status"
+}  # fmt: skip
+
 
 class PluggableGroup(click.RichGroup):
     """The built-in commands, one module each, and those that plugins add."""
@@ -79,27 +84,30 @@ def main() -> None:
     """Run the command line: errors that users can fix are one line on stderr and exit code 1."""
     settle()
     end_with_parent()
-    received: list[int] = []
+    received: list[tuple[int, bool]] = []
     try:
         with _interrupting(received):
             cli.main(standalone_mode=False)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | click.Abort) or received:
-            click.echo("emloc: interrupted; the same command resumes where it stopped.", err=True)
-            sys.exit(128 + (received or [signal.SIGINT])[-1])
+            number, resumes = received[0] if received else (signal.SIGINT, False)
+            click.echo(f"emloc: interrupted{'; the same command resumes where it stopped' * resumes}.", err=True)
+            sys.exit(128 + number)
         _fail(error)
 
 
 @contextmanager
-def _interrupting(received: list[int]) -> Iterator[None]:
-    """Raise ``KeyboardInterrupt`` on SIGINT and SIGTERM, which are added to ``received``.
+def _interrupting(received: list[tuple[int, bool]]) -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` on SIGINT and SIGTERM; add to ``received`` which, and whether the command resumes.
 
     An interrupted library may raise something else instead.
     """
     before: dict[signal.Signals, Any] = {}
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a handler
-        received.append(number)
+        context = click.get_current_context(silent=True)
+        command = context.command if context else cli
+        received.append((number, command.name not in _KEEPING_NOTHING and not isinstance(command, click.Group)))
         raise KeyboardInterrupt
 
     try:

@@ -94,6 +94,17 @@ def test_whatever_a_library_makes_of_a_signal_it_is_an_interruption(emloc, monke
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("command", [["plan", "model"], ["chat", "model"], ["zoo", "status", "zoo"], ["families"]])
+def test_a_command_that_keeps_nothing_does_not_claim_to_resume(emloc, monkeypatch, command):
+    def interrupted(self, _):
+        if self.name in command:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(click.Command, "invoke", interrupted)
+    status, out, err = emloc(*command)
+    assert (status, out, err.strip()) == (130, "", "emloc: interrupted.")
+
+
 def test_a_signal_that_comes_as_handlers_are_set_is_an_interruption(emloc, monkeypatch):
     original, before = signal.signal, signal.getsignal(signal.SIGINT)
 
@@ -104,5 +115,5 @@ def test_a_signal_that_comes_as_handlers_are_set_is_an_interruption(emloc, monke
 
     monkeypatch.setattr(signal, "signal", set_and_receive)
     status, _, err = emloc("families")
-    assert (status, err.strip()) == (130, "emloc: interrupted; the same command resumes where it stopped.")
+    assert (status, err.strip()) == (130, "emloc: interrupted.")
     assert signal.getsignal(signal.SIGINT) is before
