@@ -153,6 +153,6 @@ def require_match(
         raise EmlocError(
             f"The emulator {emulator.directory} was made from a base other than {base.directory}: the fingerprints "
             "differ.",
-            "Give the base that the emulator was made from, unchanged.",
+            "Give the base that the emulator was made from, unchanged, with --base.",
             code="mismatch",
         )

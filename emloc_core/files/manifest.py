@@ -44,7 +44,9 @@ def input_name(directory: Path, role: str) -> str:
     """
     inputs = (read_manifest(directory) or {}).get("inputs", {})
     if not isinstance(inputs, dict) or not isinstance(inputs.get(role), str):
-        raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.", code="missing")
+        raise EmlocError(
+            f"{directory} does not say what its {role} is.", f"Give the {role} with --{role}.", code="missing"
+        )
     return inputs[role]
 
 

@@ -200,7 +200,7 @@ def test_a_share_of_the_rows_is_held_out_by_content():
 def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_file, held_out, tmp_path):
     with pytest.raises(EmlocError, match="There are no rows to evaluate the base on"):
         train(tiny_emulator, rows_file, tmp_path / "a", EvalRows(on_base=True))
-    with pytest.raises(EmlocError, match="does not say what its base is"):
+    with pytest.raises(EmlocError, match=r"does not say what its base is\. Give the base with --base"):
         train(tiny_model, rows_file, tmp_path / "a", EvalRows(data=str(held_out), on_base=True))
     other = shutil.copytree(tiny_model, tmp_path / "other")
     (other / "generation_config.json").write_text("{}")
