@@ -20,6 +20,11 @@ from emloc_core.registry.registry import resolve as resolve_preset
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
 from emloc_core.zoo.jobs.job import NAME, ZooJob, slug, unique
 
+_SOURCES = (
+    "Give a model directory, a directory of those, ids of the registry (`emloc zoo list`), or a file of jobs, which "
+    "may name other models of the hub."
+)
+
 
 class JobSection(Settings):
     """One ``[[job]]`` of a file of jobs. Paths are relative to the file."""
@@ -109,12 +114,15 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
             jobs += _read_jobs(path, defaults)
         elif path.exists() or source.startswith((".", "/", "~")) or source.endswith("/"):
             problem = "is neither a directory of models nor a TOML file of jobs" if path.exists() else "does not exist"
-            raise EmlocError(
-                f"{source} {problem}.",
-                "Give a model directory, a directory of those, a file of jobs, or ids of the registry.",
-            )
+            raise EmlocError(f"{source} {problem}.", _SOURCES)
         else:
-            jobs += [_from_entry(entry, defaults) for entry in find(source, load_entries(defaults.registry))]
+            known = load_entries(defaults.registry)
+            try:
+                named = find(source, known)
+            except EmlocError as error:
+                message = f"There is no directory {source}. {error.args[0]}"
+                raise EmlocError(message, _SOURCES, code=error.code) from None
+            jobs += [_from_entry(entry, defaults) for entry in named]
     return unique(jobs)
 
 

@@ -131,6 +131,7 @@ def test_a_wrong_file_of_jobs_is_one_error(tmp_path, text, message):
         ("nowhere.toml", "There is no file of jobs at"),
         ("Qwen/Qwen2.5-7BB", "Did you mean 'Qwen/Qwen2.5-7B'"),
         ("no-such-*", "No entry of the registry matches"),
+        ("nowhere", "no directory nowhere.*Give a model directory, .* file of jobs, which may name .* the hub"),
     ],
 )
 def test_what_is_no_source(source, message, monkeypatch, tmp_path):
