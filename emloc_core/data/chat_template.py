@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from emloc_core.data.messages import Message, in_parts
+from emloc_core.data.messages import ROLES, Message, in_parts
 from emloc_core.data.row import Row
 from emloc_core.data.starts import common_prefix, tokenized_with_starts
 from emloc_core.errors import EmlocError
@@ -100,7 +100,7 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded
     except (TemplateError, ValueError, TypeError) as error:
         raise EmlocError(
             f"{row.name}: the model's chat template rejects it ({error}).",
-            "Correct the roles and their order, or leave the row out.",
+            f"{ROLES} Correct them and their order, or leave the row out.",
         ) from error
 
 

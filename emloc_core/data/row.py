@@ -17,7 +17,7 @@ import click
 
 from emloc_core.data.columns import as_trl, known_columns, renamed, require_known
 from emloc_core.data.images import Picture
-from emloc_core.data.messages import Content, parse_content, parse_string, parse_tools, place_images
+from emloc_core.data.messages import ROLES, Content, parse_content, parse_string, parse_tools, place_images
 from emloc_core.errors import EmlocError
 from emloc_core.settings import Loss
 
@@ -184,7 +184,8 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         if isinstance(turns, str):
             raise EmlocError(f"{where}: `messages` is a string, not a list of messages.", FORMS)
         if turns[-1]["role"] != "assistant":
-            raise EmlocError(f"{where}: `messages` does not end with an assistant turn, so there is no answer.", FORMS)
+            other = f"does not end with an assistant turn but with one of the {turns[-1]['role']}"
+            raise EmlocError(f"{where}: `messages` {other}, so there is no answer.", f"{ROLES} {FORMS}")
         if len(turns) == 1:
             raise EmlocError(f"{where}: `messages` has nothing before the assistant turn.", FORMS)
         row = Row(number, prompt=turns[:-1], completion=turns[-1:])

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from emloc_core.data.chat_template import Encoded, encode_conversations, from_start, require_template
 from emloc_core.data.images import pillow
 from emloc_core.data.limits import Limits
-from emloc_core.data.messages import in_parts
+from emloc_core.data.messages import ROLES, in_parts
 from emloc_core.data.row import Row
 from emloc_core.data.starts import common_prefix, token_ids
 from emloc_core.errors import EmlocError, first_line
@@ -296,7 +296,7 @@ def _with_images(row: Row, processor: "ProcessorMixin", max_length: int | None, 
     except (TemplateError, ValueError, IndexError, StopIteration) as error:
         raise EmlocError(
             f"{row.name}: the model's processor rejects it ({error}).",
-            "Correct the roles and their order, remove special tokens from the text, or leave the row out.",
+            f"{ROLES} Correct them and their order, remove special tokens from the text, or leave the row out.",
         ) from error
     ids, labels, _ = (batch.pop(name)[0] for name in ("input_ids", "labels", "attention_mask"))
     others = {name: value.to(dtype) if value.is_floating_point() else value

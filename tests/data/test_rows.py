@@ -121,6 +121,12 @@ def test_jsonl_keeps_line_numbers_and_unicode_line_separators(tmp_path: Path):
         ('{"messages": "hello"}', "not a list of messages"),
         ('{"messages": ["hello"]}', "not an object"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "does not end with an assistant turn"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "AI", "content": "b"}]}',
+            "one of the AI, .*The roles",
+        ),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "the human, which is called user here. The roles are"),
+        ('{"prompt": [{"role": "gpt", "content": "a"}], "completion": []}', "the gpt, which is called assistant here"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing before"),
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "content is not a string"),
         (
