@@ -1,4 +1,4 @@
-"""Human-readable bytes and seconds."""
+"""Human-readable bytes, seconds and counts."""
 
 import re
 
@@ -48,3 +48,8 @@ def human_seconds(seconds: float) -> str:
     if rounded < 3600:
         return f"{rounded // 60} min {rounded % 60:02d} s"
     return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, given in the singular: ``1 row``, ``300 rows``."""
+    return f"{number} {noun}{'s' * (number != 1)}"

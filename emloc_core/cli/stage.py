@@ -20,7 +20,7 @@ from emloc_core.report.verdict import verdict
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.stages.progress import Reporter
 from emloc_core.stages.result import Result
-from emloc_core.units import human_bytes, human_seconds
+from emloc_core.units import counted, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from emloc_core.files.job import Job
@@ -132,10 +132,10 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
         yield f"{content['model']}: family {content['family']}, {human_bytes(content['model_bytes'])}"
         yield f"rows: {content['rows']} to train on, {content['excluded_rows']} left out"
         if evaluated := content["eval_rows"]:
-            yield f"{evaluated} rows to evaluate"
+            yield f"{counted(evaluated, 'row')} to evaluate"
         yield from _lengths(content)
-        targets = ", ".join(content["target_modules"])
-        yield f"{content['steps']} steps at a learning rate of {content['learning_rate']:g}; LoRA on {targets}"
+        steps, targets = counted(content["steps"], "step"), ", ".join(content["target_modules"])
+        yield f"{steps} at a learning rate of {content['learning_rate']:g}; LoRA on {targets}"
         if content.get("second_moments") is False:
             yield "the adapter has no second moments of its tuning: the better it is, the lower the rate should be"
         if step_bytes := content.get("step_read_bytes"):
@@ -153,7 +153,8 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
 def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
     yield f"longest row: {content['longest_tokens']:,} tokens ({content['longest_row']})"
     if cut := content["cut_rows"]:
-        yield f"cut to the maximum length: {cut} rows, {content['dropped_rows']} of them dropped, with no answer left"
+        dropped = f"{content['dropped_rows']} of them dropped, with no answer left"
+        yield f"cut to the maximum length: {counted(cut, 'row')}, {dropped}"
     if copies := content["duplicate_rows"]:
         yield f"duplicates: {copies} {'row repeats' if copies == 1 else 'rows repeat'} the content of an earlier one"
 
@@ -167,24 +168,23 @@ def summary(request: Request, result: Result) -> list[str]:
         loss = content["train_loss"]  # unknown if training stopped early, before a loss was logged
         mean = "" if loss is None else f"mean loss {loss:.4f}, "
         lines = [
-            f"{content['steps']} steps on {content['rows']} rows ({content['excluded_rows']} left out): "
-            f"{mean}{content['trainable_parameters']:,} trainable parameters"
+            f"{counted(content['steps'], 'step')} on {counted(content['rows'], 'row')} "
+            f"({content['excluded_rows']} left out): {mean}{content['trainable_parameters']:,} trainable parameters"
         ]
         if (best := content.get("best_step")) is not None:
             kept = f"the best checkpoint, of step {best}" if best else "the adapter as it was: no step improved it"
             on_base = f", {content['eval_base_loss']:.4f} on the base" if "eval_base_loss" in content else ""
-            lines.append(
-                f"kept {kept}; loss {content['eval_loss']:.4f} on {content['eval_rows']} held-out rows{on_base}"
-            )
+            rows = counted(content["eval_rows"], "held-out row")
+            lines.append(f"kept {kept}; loss {content['eval_loss']:.4f} on {rows}{on_base}")
         if content["dropped_rows"]:
-            lines.append(f"{content['dropped_rows']} rows dropped: the maximum length leaves no completion")
+            lines.append(f"{counted(content['dropped_rows'], 'row')} dropped: the maximum length leaves no completion")
         if read_bytes := result.timing.get("read_bytes"):
             waited = human_seconds(result.timing["waited_seconds"])
             lines.append(f"{human_bytes(read_bytes)} of weights read; the steps waited {waited} for them")
         return lines
     if request.stage == "correct":
         return [
-            f"LoRA on {content['linears']} Linears: {verdict(content)}",
+            f"LoRA on {counted(content['linears'], 'Linear')}: {verdict(content)}",
             *map(_candidate, content.get("candidates", [])),
         ]
     return _written(request.stage, content)
@@ -192,7 +192,8 @@ def summary(request: Request, result: Result) -> list[str]:
 
 def _candidate(row: Mapping[str, Any]) -> str:
     """Return the line for a candidate of the correction."""
-    line = f"  clamp {row['clamp']!s:<5} scale {row['scale']:<5g} nll {row['nll']:.4f} on {row['rows']} held-out rows"
+    rows = counted(row["rows"], "held-out row")
+    line = f"  clamp {row['clamp']!s:<5} scale {row['scale']:<5g} nll {row['nll']:.4f} on {rows}"
     if (row["clamp"], row["scale"]) == (0, 1):
         return f"{line} (uncorrected)"
     error = row.get("gain_stderr")  # unknown for a single row
@@ -202,10 +203,12 @@ def _candidate(row: Mapping[str, Any]) -> str:
 def _written(stage: str, content: Mapping[str, Any]) -> list[str]:
     """Return the lines for a stage that rewrites a model or an adapter."""
     if stage == "merge":
-        return [f"{content['merged_linears']} Linears merged into {human_bytes(content['bytes'])}"]
+        return [f"{counted(content['merged_linears'], 'Linear')} merged into {human_bytes(content['bytes'])}"]
     if stage == "export":
-        subject = f"{content['linears']} LoRAs of rank {content['rank']}" if "linears" in content else "the model"
-        count = f" in {content['tensors']} tensors of GGUF" if "tensors" in content else ""
+        subject = (
+            f"{counted(content['linears'], 'LoRA')} of rank {content['rank']}" if "linears" in content else "the model"
+        )
+        count = f" in {counted(content['tensors'], 'tensor')} of GGUF" if "tensors" in content else ""
         return [f"{subject}{count}", *(f"warning: {text}" for text in content.get("warnings", []))]
     if stage == "import":
         return [

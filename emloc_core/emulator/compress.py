@@ -44,6 +44,7 @@ from emloc_core.model.opened import open_original
 from emloc_core.objective import Sample
 from emloc_core.requests import CompressRequest
 from emloc_core.standins.registry import format_named
+from emloc_core.units import counted
 
 
 class Compress(Job):
@@ -247,7 +248,7 @@ def described(settings: CompletedSettings, result: Mapping[str, Any]) -> str:
         text += f", ratio {settings.ratio}, ranks by `{settings.allocator}`"
     text += f"; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
     if errors:
-        rows = f"relative output error on {settings.samples} calibration rows"
+        rows = f"relative output error on {counted(settings.samples, 'calibration row')}"
         label = "relative error of the weights" if settings.calibration == "none" else rows
         text += f"; {label} {sum(errors) / len(errors):.3f} (mean), {max(errors):.3f} (worst)"
     return f"{text}."

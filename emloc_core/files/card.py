@@ -11,6 +11,7 @@ from typing import Any
 
 from emloc_core.errors import printable
 from emloc_core.objective import Objective
+from emloc_core.units import counted
 
 CARD = "README.md"
 #: The card of the model that a checkpoint was made from, in that checkpoint.
@@ -123,7 +124,7 @@ def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:
     if compared := next(candidates, None):
         yield (
             "## Scores\n\nLoss per token, in nats, of the base with the corrected LoRA on "
-            f"{compared[0]['rows']} held-out rows; clamp 0 at scale 1 is the LoRA as it was tuned.\n\n"
+            f"{counted(compared[0]['rows'], 'held-out row')}; clamp 0 at scale 1 is the LoRA as it was tuned.\n\n"
             "| clamp | scale | loss |\n| --- | ---: | ---: |\n"
             + "".join(f"| {row['clamp']} | {row['scale']:g} | {row['nll']:.4f} |\n" for row in compared)
         )

@@ -15,7 +15,7 @@ from emloc_core.memory.ways import EMULATOR, EXACT, ORDINARY, POLISHED, Way, way
 from emloc_core.memory.workload import Workload, make_workload
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import AUTO, CompressSettings
-from emloc_core.units import human_bytes
+from emloc_core.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.emulator.compress import Compress
@@ -98,8 +98,9 @@ class Decision:
         """Return in three lines what will be done, and why."""
         workload, before = self.base.workload, self.ways[: self.ways.index(chosen)]
         reasons = [f"{way.name}{f' ({way.kind})' if way.kind else ''} needs {human_bytes(way.bytes)}" for way in before]
+        rows = counted(workload.rows_per_step, "row")
         return [
-            f"memory: {self.budget}; {workload.rows_per_step} rows of up to {workload.length} tokens per step",
+            f"memory: {self.budget}; {rows} of up to {workload.length} tokens per step",
             f"way: {chosen}: {human_bytes(chosen.bytes)}{'; ' if reasons else ''}{', '.join(reasons)}",
             f"so: {_STEPS[chosen.name]}",
         ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from emloc_core.units import human_bytes, human_seconds
+from emloc_core.units import counted, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +77,7 @@ def table(systems: Systems, metrics: Metrics | None = None) -> "Table":
 
 def note(results: Mapping[str, Any]) -> str:
     """Return one line on what was measured: tasks, rows, the meaning of arrows and nll."""
-    tasks = ", ".join(f"{name} ({task['rows']} rows)" for name, task in sorted(results["tasks"].items()))
+    tasks = ", ".join(f"{name} ({counted(task['rows'], 'row')})" for name, task in sorted(results["tasks"].items()))
     loss = " nll: mean loss per token, in nats." if any(_is_nll(name) for name in results["metrics"]) else ""
     return f"Tasks: {tasks}.{loss} ↓ lower is better, ↑ higher is better."
 

@@ -37,7 +37,7 @@ from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
 from emloc_core.tuning.start import GivenLora, NewLora, loras_alone, start_of
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import SETTINGS, LoraSteps, LoraTrainer, balance_no_experts, refusing
-from emloc_core.units import human_bytes, parse_bytes
+from emloc_core.units import counted, human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.exact.steps import ExactSteps
@@ -159,7 +159,7 @@ class ExactTrain(Train):
         if away > free:
             other = "or a maximum length" if on_disk else "or a maximum length, or keep them on a disk (--park disk)"
             raise EmlocError(
-                f"A step of {self._rows} rows keeps {human_bytes(away)} at block boundaries, but only "
+                f"A step of {counted(self._rows, 'row')} keeps {human_bytes(away)} at block boundaries, but only "
                 f"{human_bytes(free)} of {'the disk' if on_disk else 'memory'} is free.",
                 f"Lower the batch size, the accumulation {other}.",
                 resumable=True,

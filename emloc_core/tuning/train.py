@@ -43,6 +43,7 @@ from emloc_core.tuning.rows import tuning_rows
 from emloc_core.tuning.start import GivenLora, NewLora
 from emloc_core.tuning.trainer import DIVERGED, SETTINGS, LoraSteps, refusing
 from emloc_core.tuning.trl import require_tracker
+from emloc_core.units import counted
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
@@ -338,11 +339,12 @@ def steps_text(settings: StepSettings, request: Mapping[str, Any], result: Mappi
     Args:
         request, result: as in the manifest.
     """
-    kind = "exact steps on the base" if request.get("exact") else "steps"
+    steps = counted(result["steps"], "exact step" if request.get("exact") else "step")
+    place = " on the base" if request.get("exact") else ""
     rows = settings.batch_size * settings.accumulation * request["processes"]
-    text = f"{result['steps']} {kind} of {rows} rows at a learning rate of {settings.learning_rate}"
+    text = f"{steps}{place} of {counted(rows, 'row')} at a learning rate of {settings.learning_rate}"
     if settings.learns_preferences and isinstance(settings, TrainSettings):
         text += f", by {settings.objective.upper()} with beta {settings.beta}"
     loss = result["train_loss"]
     kept = ", which did not improve it: it was kept as it was" if result.get("best_step") == 0 else ""
-    return f"{text}, on {result['rows']} rows" + ("" if loss is None else f", mean loss {loss:.4f}") + kept
+    return f"{text}, on {counted(result['rows'], 'row')}" + ("" if loss is None else f", mean loss {loss:.4f}") + kept

@@ -42,7 +42,7 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
     command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
     code, output, err = emloc(*command, "--dry-run")
     assert code == 0, err
-    assert output.splitlines()[0].startswith("memory: 4.29 GB, of which 215 MB stay free; 1 rows of up to 16 tokens")
+    assert output.splitlines()[0].startswith("memory: 4.29 GB, of which 215 MB stay free; 1 row of up to 16 tokens")
     assert "so: train an ordinary LoRA on the model" in output
     assert "merged" not in output
     assert not out.exists()

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from emloc_core.units import human_bytes, human_seconds
+from emloc_core.units import counted, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from emloc_core.zoo.state.record import JobRecord
@@ -29,4 +29,4 @@ def totals(records: "list[JobRecord]") -> str:
     if not records:
         return "no jobs yet"  # they are planned first
     counts = Counter(record.state for record in records)
-    return f"{len(records)} jobs: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+    return f"{counted(len(records), 'job')}: " + ", ".join(f"{count} {state}" for state, count in counts.items())

@@ -5,6 +5,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
+from emloc_core.units import counted
 
 
 @click.command("report")
@@ -27,6 +28,6 @@ def command(zoo: Path, output: Path | None, as_json: bool) -> None:
         print_json(content)
         return
     states = ", ".join(f"{count} {state}" for state, count in content["summary"]["states"].items())
-    click.echo(f"{content['summary']['jobs']} jobs: {states or 'none yet'}")
+    click.echo(f"{counted(content['summary']['jobs'], 'job')}: {states or 'none yet'}")
     for name in (PAGE, DATA):
         click.echo(directory / name)
