@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,13 +75,18 @@ def planning() -> Iterator[None]:
         yield
 
 
-def show_plan(recipe: "Recipe", as_json: bool) -> None:
-    """Print the stages of a recipe, their states, and sizes."""
+def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None:
+    """Print the stages of a recipe, their states, and sizes.
+
+    Args:
+        test: more files of rows that are never tuned on.
+    """
     from emloc_core.recipe.run import DESCRIBE, describe
     from emloc_core.recipe.stages import stages, tried
 
     planned = stages(recipe)
-    descriptions = [describe(recipe, attempt) for attempt in tried(recipe)]
+    counted = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": [*recipe.data.test, *test]})})
+    descriptions = [describe(counted, attempt) for attempt in tried(recipe)]
     content: dict[str, Any] = {
         "way": recipe.way or "emulator",
         "stages": [{"name": s.name, "state": s.state, "request": json.loads(s.request.to_json())} for s in planned],
@@ -90,7 +95,7 @@ def show_plan(recipe: "Recipe", as_json: bool) -> None:
         content |= {name: descriptions[0][name] for name in ("base_bytes", "emulator_bytes")}
         content["rows"] = _rows(descriptions[0])
     else:
-        (tuned,) = call(DESCRIBE, {"request": planned[0].request.to_json()})
+        (tuned,) = call(DESCRIBE, {"request": stages(counted)[0].request.to_json()})
         content |= {"base_bytes": tuned["model_bytes"], "rows": {"tuning": tuned["rows"]}}
     content["merged_bytes"] = content["base_bytes"] if recipe.merge else 0
     if others := descriptions[1:]:

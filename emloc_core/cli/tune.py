@@ -1,6 +1,7 @@
 """``emloc tune``."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import rich_click as click
@@ -57,11 +58,11 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     if recipe:
         click.echo(f"{output / 'recipe.toml'} exists: resuming that run.", err=True)
     if dry_run:
-        with planning():
-            recipe, lines = (recipe, []) if recipe else tune.plan()
+        with planning(), TemporaryDirectory() as directory:
+            recipe, lines, test = (recipe, [], []) if recipe else (*tune.plan(), [tune.hold_out(Path(directory))])
             for line in lines:
                 click.echo(line, err=as_json)
-            show_plan(recipe, as_json)
+            show_plan(recipe, as_json, test)
         return
     loud = verbosity() is not Verbosity.QUIET
     results = tune.run(tell=lambda line: click.echo(line, err=True) if loud else None, **reporting())

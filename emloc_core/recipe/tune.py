@@ -161,6 +161,13 @@ class Tune(Settings):
         require_tuning(recipe)
         return decided(recipe, lines.append, adds_polish=True), lines
 
+    def hold_out(self, directory: Path) -> str:
+        """Write the rows that are answered before and after, and never tuned on; return their file."""
+        rows = _desirable(self._rows([]))
+        few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
+        write_rows(directory / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
+        return str(directory / HELD_OUT)
+
     def _rows(self, skipped: list[Skipped]) -> list[Row]:
         """Return the rows; rows that are skipped, if any may be, are added to the list."""
         return load_rows(self.data, self.split, columns=self.columns, skipped=skipped if self.skip_bad_rows else None)
@@ -169,9 +176,7 @@ class Tune(Settings):
         """Write the request, the held-out rows, and finally the recipe, with paths relative to it."""
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(self.output / TUNE_REQUEST, self._request())
-        rows = _desirable(self._rows([]))
-        few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
-        write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
+        self.hold_out(self.output)
         content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         rows_of = recipe.data.model_dump(mode="json", exclude_defaults=True)
         content |= {"output": ".", "data": {**rows_of, "test": [HELD_OUT]}}

@@ -45,6 +45,7 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
     assert output.splitlines()[0].startswith("memory: 4.29 GB, of which 215 MB stay free; 1 row of up to 16 tokens")
     assert "so: train an ordinary LoRA on the model" in output
     assert "merged" not in output
+    assert "rows: 115 tuning\n" in output  # five of 120 are held out
     assert not out.exists()
     code, output, err = emloc(*command)
     assert code == 0, err
@@ -81,8 +82,12 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     monkeypatch.setattr("emloc_core.stages.perform.keep_to_cap", lambda: caps.append(os.environ["EMLOC_MEMORY_CAP"]))
     out = tmp_path / "tuned"
     command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", tight, "--headroom", 0, *FLAGS)
+    code, output, err = emloc(*command, "--merge", "--json", "--dry-run")
+    assert code == 0, err
+    rows = json.loads(output)["rows"]
     code, output, err = emloc(*command, "--merge", "--json")
     assert code == 0, err
+    assert read_json(out / "adapter" / MANIFEST)["result"]["rows"] == rows["tuning"]
     assert caps == [f"cuda={tight}"] * 4
     assert set(json.loads(output)["stages"]) == {"emulator", "adapter", "corrected", "merged"}
     recipe = load_recipe(out / "recipe.toml")
