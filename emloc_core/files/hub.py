@@ -41,6 +41,39 @@ def push(
     an earlier output there that this one lacks are removed.
     """
     directory = Path(directory)
+    files, kind = to_publish(directory, repository, with_rows=with_rows, base=base)
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
+
+    api, session = HfApi(), get_session()
+    before, session.timeout = session.timeout, _PATIENCE
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        published = api.list_repo_files(repository)
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+        old = [name for name in published if MANIFEST in published and name not in files and name.endswith(_WRITTEN)]
+        operations += map(CommitOperationDelete, old)
+        commit = api.create_commit(repository, operations, commit_message=f"Upload {kind} made by EMLoC")
+    except Exception as error:  # of the hub, or whatever the HTTP library of this version of huggingface_hub raises
+        raise EmlocError(
+            f"{directory} cannot be pushed to {repository} ({first_line(error)}).",
+            "Check the connection, log in with `hf auth login` and a token that may write there, and run `emloc push` "
+            "again.",
+            code="unavailable",
+            resumable=True,
+        ) from error
+    finally:
+        session.timeout = before
+    return str(commit.commit_url)
+
+
+def to_publish(
+    directory: Path, repository: str, *, with_rows: bool = False, base: str | None = None
+) -> tuple[dict[str, Path | bytes], str]:
+    """Return what an upload would publish, by name: a file, or its content without paths; and the kind of output.
+
+    Raises:
+        EmlocError: see :func:`emloc_core.push`. The hub is not asked.
+    """
     check_repository(repository)
     manifest = read_manifest(directory)
     if manifest is None:
@@ -56,30 +89,8 @@ def push(
             "Give --with-rows (in Python with_rows=True) if they may be; an adapter and a merged model hold none.",
             code="refused",
         )
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
-
     changed = {name: text.encode() for name, text in _without_paths(directory, manifest, base)}
-    files = {name: changed.get(name, path) for name, path in own.items()}
-    api, session = HfApi(), get_session()
-    before, session.timeout = session.timeout, _PATIENCE
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        published = api.list_repo_files(repository)
-        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        old = [name for name in published if MANIFEST in published and name not in files and name.endswith(_WRITTEN)]
-        operations += map(CommitOperationDelete, old)
-        commit = api.create_commit(repository, operations, commit_message=f"Upload {manifest['kind']} made by EMLoC")
-    except Exception as error:  # of the hub, or whatever the HTTP library of this version of huggingface_hub raises
-        raise EmlocError(
-            f"{directory} cannot be pushed to {repository} ({first_line(error)}).",
-            "Check the connection, log in with `hf auth login` and a token that may write there, and run `emloc push` "
-            "again.",
-            code="unavailable",
-            resumable=True,
-        ) from error
-    finally:
-        session.timeout = before
-    return str(commit.commit_url)
+    return {name: changed.get(name, path) for name, path in own.items()}, manifest["kind"]
 
 
 def _own_files(directory: Path) -> Iterator[tuple[str, Path]]:

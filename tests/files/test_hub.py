@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.errors import EmlocError
+from emloc_core.units import human_bytes
 
 BASE, ADAPTER, EMULATOR = "people/base", "people/adapter", "people/emulator"
 
@@ -36,10 +37,16 @@ def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, shallow_model, tmp
     hub.add(BASE, shallow_model)
     adapter = corrected(BASE, tmp_path)
     assert Adapter(adapter.path).model_name == BASE
+    code, out, err = emloc("push", adapter, ADAPTER, "--dry-run")
+    assert code == 0, err
+    planned = json.loads(emloc("push", adapter, ADAPTER, "--dry-run", "--json")[1])
+    assert f"{human_bytes(planned['bytes'])}, to {ADAPTER}, private if new" in out
+    assert ADAPTER not in hub.files
     code, out, err = emloc("push", adapter, ADAPTER)
     assert (code, ADAPTER in out) == (0, True), err
     assert hub.private[ADAPTER]
     published = hub.files[ADAPTER]
+    assert planned["files"] == {name: len(content) for name, content in published.items()}
     assert published.keys() == {path.name for path in adapter.path.iterdir()}
     assert not any(str(tmp_path).encode() in content for content in published.values())
     assert f"base_model: {BASE}\n".encode() in published["README.md"]
