@@ -33,8 +33,10 @@ from emloc_core.data.sets import draw, held_out_share
 from emloc_core.errors import EmlocError, validated
 from emloc_core.files.card import CARD
 from emloc_core.files.documents import read_object, write_json, write_text
+from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.output import differences
 from emloc_core.recipe.decided import decided
+from emloc_core.recipe.live import FILE as PROGRESS
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
 from emloc_core.recipe.run import require_tuning, run_recipe
@@ -107,6 +109,8 @@ class Tune(Settings):
     def started(self) -> Recipe | None:
         """Return the existing recipe, which may have been edited; None if there is none.
 
+        One for another request does not count before anything was made by it: its settings may be a mistake.
+
         Raises:
             EmlocError: the directory holds something else.
         """
@@ -114,6 +118,8 @@ class Tune(Settings):
         if not (self.output / RECIPE).is_file():  # nothing is there, or it was killed before it began
             return None
         differing = differences(read_object(self.output / TUNE_REQUEST), self._request())
+        if differing and not self._holds_work():
+            return None
         if differing:
             fix = (
                 f"{_ELSEWHERE} To change a setting, edit {self.output / RECIPE}, delete what was made with the old "
@@ -121,6 +127,10 @@ class Tune(Settings):
             )
             raise EmlocError(f"{self.output} was made for something else: {differing}.", fix, code="exists")
         return load_recipe(self.output / RECIPE)
+
+    def _holds_work(self) -> bool:
+        """Return whether a stage has finished, has begun, or is running."""
+        return any(any(self.output.glob(pattern)) for pattern in (f"*/{MANIFEST}", ".*.partial", PROGRESS))
 
     def plan(self) -> tuple[Recipe, list[str]]:
         """Return the recipe with what is decided for the memory, and lines that explain it; nothing is written.
@@ -175,6 +185,7 @@ class Tune(Settings):
     def _write(self, recipe: Recipe, lines: Iterable[str]) -> None:
         """Write the request, the held-out rows, and finally the recipe, with paths relative to it."""
         self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / RECIPE).unlink(missing_ok=True)  # one for another request, which is replaced next
         write_json(self.output / TUNE_REQUEST, self._request())
         self.hold_out(self.output)
         content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)

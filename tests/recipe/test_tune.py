@@ -160,6 +160,22 @@ def test_a_run_that_was_killed_before_it_had_begun_begins_again(shallow_model, r
     assert emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **options).final.path.name == "adapter"
 
 
+def test_a_mistake_that_the_first_stage_finds_may_be_corrected(emloc, shallow_model, rows_file, tmp_path):
+    out = tmp_path / "tuned"
+    command = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*command, "--lr", 1e30)
+    assert code == 1
+    assert "The stage 'adapter' failed" in err
+    assert load_recipe(out / "recipe.toml").train.learning_rate == 1e30
+    code, _, err = emloc(*command)
+    assert code == 0, err
+    assert "resuming" not in err
+    assert load_recipe(out / "recipe.toml").train.learning_rate == 1e-2
+    code, _, err = emloc(*command, "--lr", 1e-3)  # now there is work that other settings made
+    assert code == 1
+    assert "was made for something else: settings.learning_rate was 0.01 and is now 0.001" in err
+
+
 def test_the_next_call_may_come_from_another_directory(shallow_model, rows_file, tmp_path, monkeypatch):
     def tune(model, rows):
         return Tune(model=model, data=rows, evaluation={"data": rows}, output=tmp_path / "out", memory="4GiB")
