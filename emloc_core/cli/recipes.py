@@ -87,6 +87,8 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
     planned = stages(recipe)
     counted = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": [*recipe.data.test, *test]})})
     descriptions = [describe(counted, attempt) for attempt in tried(recipe)]
+    for stage in planned:
+        stage.require_same_settings()
     content: dict[str, Any] = {
         "way": recipe.way or "emulator",
         "stages": [{"name": s.name, "state": s.state, "request": json.loads(s.request.to_json())} for s in planned],

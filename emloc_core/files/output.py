@@ -138,11 +138,7 @@ class Output:
             raise EmlocError(
                 f"{self.path} exists and holds {manifest.get('kind')!r}, not {self.kind!r}.", _ELSEWHERE, code="exists"
             )
-        differing = differences(manifest.get("request", {}), self.request)
-        if differing:
-            raise EmlocError(
-                f"{self.path} exists and was made from something else: {differing}.", _ELSEWHERE, code="exists"
-            )
+        require_same(self.path, manifest.get("request", {}), self.request)
         return True
 
     def note(self, name: str, value: Any) -> None:
@@ -322,6 +318,12 @@ _ROLES = {
     "emulator": "the emulator",
     "source": "the source",
 }
+
+
+def require_same(path: Path, old: Any, new: Any) -> None:
+    """Refuse an output that another request made, or other settings."""
+    if differing := differences(old, new):
+        raise EmlocError(f"{path} exists and was made from something else: {differing}.", _ELSEWHERE, code="exists")
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:

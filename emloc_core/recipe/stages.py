@@ -12,6 +12,7 @@ from typing import Any
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST, manifest_value, read_manifest
+from emloc_core.files.output import require_same
 from emloc_core.files.workspace import Workspace
 from emloc_core.recipe.recipe import FIRST, SHARED, Recipe
 from emloc_core.requests import (
@@ -51,6 +52,23 @@ class Stage:
         if (self.output / MANIFEST).is_file():
             return "there"
         return "interrupted" if Workspace(self.output).is_started else "to do"
+
+    def require_same_settings(self) -> None:
+        """Refuse an output that is there and was made with other settings than the recipe names; nothing is hashed.
+
+        Stages decide what it leaves open. An emulator's settings, which may be adjusted, are not compared.
+        """
+        settings, manifest = getattr(self.request, "settings", None), read_manifest(self.output)
+        if manifest is None or settings is None or isinstance(self.request, CompressRequest):
+            return
+        request = manifest.get("request", {})
+        recorded = request.get("settings", request)
+        wanted = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        if isinstance(recorded, dict):
+            shared = wanted.keys() & recorded.keys()
+            require_same(
+                self.output, {name: recorded[name] for name in shared}, {name: wanted[name] for name in shared}
+            )
 
 
 @dataclass(frozen=True)

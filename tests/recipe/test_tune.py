@@ -106,6 +106,13 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert "merge was true and is now false" in err
     code, _, err = emloc("run", out / "recipe.toml", "--dry-run")
     assert code == 0, err
+    for override, message in {
+        "train.lora_rank=4": f"{out / 'adapter'} exists and was made from something else: lora_rank was 8 and is now 4",
+        "correct.clamp=3": f"{out / 'corrected'} exists and was made from something else: clamp was",
+    }.items():
+        code, _, err = emloc("run", out / "recipe.toml", "--dry-run", "--set", override)
+        assert code == 1
+        assert message in err
 
 
 def test_a_split_that_cannot_be_is_refused_before_anything_is_written(emloc, shallow_model, rows_file, tmp_path):
