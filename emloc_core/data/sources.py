@@ -12,6 +12,7 @@ from emloc_core.data.files import READERS, Numbered, names_rows, read_file
 from emloc_core.data.row import FORMS
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.checkpoint import may_be_hub_id
+from emloc_core.files.hub_cache import require_cache
 
 #: Files that ``save_to_disk`` of ``datasets`` leaves: of a dataset, and of one with several splits.
 _SAVED = ("state.json", "dataset_dict.json")
@@ -121,12 +122,14 @@ def _read_hub(source: str, split: str) -> Iterator[Numbered]:
             _require_answer(source)
         dataset = load_dataset(source, split=split)
     except ConnectionError as error:
+        require_cache(error)
         raise EmlocError(
             f"There is no file {source}, and the hub could not be reached to look for a dataset of that name.",
             "Check the path, or the connection; with HF_HUB_OFFLINE=1, what was downloaded before is used.",
             code="unavailable",
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
+        require_cache(error)
         raise EmlocError(
             f"There is no file {source}, and no dataset of that name could be loaded from the hub: {error}",
             "Check the path, or the dataset's id and --split.",

@@ -17,6 +17,7 @@ import yaml
 from emloc_core.compat.lm_eval import load_yaml, sandbox_templates
 from emloc_core.errors import EmlocError, did_you_mean, typed_line
 from emloc_core.evaluation.images import find_pictures, hash_pictures, picture_directory, shows_pictures
+from emloc_core.files.hub_cache import require_cache
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.limits import unpacking
 
@@ -86,6 +87,7 @@ def load_task(spec: TaskSpec) -> list[Any]:
             code="unavailable",
         ) from error
     except Exception as error:  # templates, functions and lm-eval itself may raise anything
+        require_cache(error)
         reason = typed_line(error)
         raise EmlocError(f"lm-eval cannot build {where} ({reason}).", "Correct the task file or its data.") from error
     tasks = list(loaded["tasks"].values())

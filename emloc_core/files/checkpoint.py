@@ -13,6 +13,7 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import BASE_CARD, CARD
 from emloc_core.files.documents import read_config, read_object
 from emloc_core.files.header import TensorInfo, read_header
+from emloc_core.files.hub_cache import require_cache
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import read_manifest, require_unchanged
 from emloc_core.files.own import require_own_files
@@ -290,6 +291,7 @@ def _from_hub(model: str) -> Iterator[tuple[str, str | None]]:
         except Exception as error:  # from its HTTP library or downloader: the connection was lost
             raise ConnectionError(first_line(error)) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
+        require_cache(error)
         reason = first_line(error)
         raise EmlocError(
             f"There is no directory {model}, and the hub has no such model or cannot be reached ({reason})",
