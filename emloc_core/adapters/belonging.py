@@ -114,6 +114,24 @@ def _is_another(model: Path, fingerprint: str, files: Inputs) -> bool:
         return False
 
 
+def is_for_another(adapter: Path, model: Checkpoint) -> bool:
+    """Return whether an adapter is plainly for another model: its base is there and has other weights.
+
+    Only the first rows of matrices are compared, and none of a quantised model or an emulator.
+    """
+    try:
+        base = open_checkpoint(Adapter(adapter).base_name, cached=True)
+        ours, theirs = base.tensors, model.tensors
+    except EmlocError:  # it has moved, or cannot be read
+        return False
+    if model.config.get("quantization_config"):
+        return False
+    forms = {key: (tensor.shape, tensor.dtype) for key, tensor in theirs.items() if len(tensor.shape) in (1, 2)}
+    shared = [key for key, tensor in ours.items() if forms.get(key) == (tensor.shape, tensor.dtype)]
+    with base.slices(shared) as first, model.slices(shared) as second:
+        return any(not torch.equal(first[key][:1], second[key][:1]) for key in shared)
+
+
 def is_on_rounded(adapter: Adapter, base: Checkpoint) -> bool:
     """Return whether an adapter was trained on a quantised form of its base, as in QLoRA: it is for the base as well.
 

@@ -5,10 +5,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from jinja2 import TemplateError
 from transformers import ProcessorMixin, TextStreamer, set_seed
 
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.belonging import is_for_another
 from emloc_core.data.chat_template import answer_render, as_written, lead, question
 from emloc_core.data.images import Picture
 from emloc_core.data.limits import Limits
@@ -178,7 +181,8 @@ def open_conversation(model: str, adapter: Path | None = None, **settings: Any) 
         EmlocError: the model, its tokenizer or the adapter cannot be loaded, or they do not fit each other.
     """
     if adapter is None and (Path(model) / "adapter_config.json").is_file():
-        from emloc_core.adapters.adapter import Adapter
-
         adapter, model = Path(model), Adapter(model).model_name
-    return Conversation(*load_system(open_checkpoint(model).directory, adapter, images=None), **settings)
+    checkpoint = open_checkpoint(model)
+    if adapter is not None and is_for_another(adapter, checkpoint):
+        click.echo(f"warning: {adapter} was made for {Adapter(adapter).base_name}, which is not {model}.", err=True)
+    return Conversation(*load_system(checkpoint.directory, adapter, images=None), **settings)

@@ -1,6 +1,7 @@
 """Talking to a model: by command, from Python, with an adapter, with images, and without a chat template."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -103,6 +104,21 @@ def test_an_adapter_names_its_model(shallow_model, tmp_path):
     alone = emloc_core.chat(adapter, **GREEDY).say("animal: cat")
     assert alone == emloc_core.chat(shallow_model, adapter, **GREEDY).say("animal: cat")
     assert alone != emloc_core.chat(shallow_model, **GREEDY).say("animal: cat")
+
+
+def test_an_adapter_of_another_model_is_said(shallow_model, tmp_path, capsys):
+    adapter = make_adapter(shallow_model, tmp_path / "adapter")
+    other = AutoModelForCausalLM.from_pretrained(shutil.copytree(shallow_model, tmp_path / "other"))
+    emloc_core.chat(tmp_path / "other", adapter)  # a copy
+    assert "warning" not in capsys.readouterr().err
+    other.model.layers[0].mlp.up_proj.weight.data[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    emloc_core.chat(tmp_path / "other", adapter)
+    assert f"{adapter} was made for {shallow_model}, which is not {tmp_path / 'other'}" in capsys.readouterr().err
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/moved"}))
+    emloc_core.chat(tmp_path / "other", adapter)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_rows_are_answered_with_their_tools_and_expect_calls(shallow_model, tmp_path):
