@@ -95,14 +95,14 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
     }
     if descriptions:
         content |= {name: descriptions[0][name] for name in ("base_bytes", "emulator_bytes")}
-        content["rows"] = _rows(descriptions[0])
+        content["rows"] = _rows(descriptions[0], counted)
     else:
         (tuned,) = call(DESCRIBE, {"request": stages(counted)[0].request.to_json()})
         content |= {"base_bytes": tuned["model_bytes"], "rows": {"tuning": tuned["rows"]}}
     content["merged_bytes"] = content["base_bytes"] if recipe.merge else 0
     if others := descriptions[1:]:
         content["alternatives"] = {
-            name: {"emulator_bytes": description["emulator_bytes"], "rows": _rows(description)}
+            name: {"emulator_bytes": description["emulator_bytes"], "rows": _rows(description, counted)}
             for name, description in zip(recipe.alternatives, others, strict=True)
         }
     if as_json:
@@ -121,5 +121,14 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
     click.echo(f"{', '.join(sizes)}; rows: {rows}")
 
 
-def _rows(described: dict[str, Any]) -> dict[str, int]:
-    return {purpose: described[f"{purpose}_rows"] for purpose in ("calibration", "selection", "tuning")}
+def _rows(described: dict[str, Any], recipe: "Recipe") -> dict[str, int]:
+    """Return how many rows there are for each purpose; those to tune on may have a file of their own."""
+    from emloc_core.data.rows import requested_rows
+    from emloc_core.recipe.stages import stages
+    from emloc_core.requests import TrainRequest
+
+    rows = {purpose: described[f"{purpose}_rows"] for purpose in ("calibration", "selection", "tuning")}
+    if recipe.data.calibration:
+        train = next(stage.request for stage in stages(recipe) if isinstance(stage.request, TrainRequest))
+        rows["tuning"] = len(requested_rows(train, recipe.train.loss).rows)
+    return rows

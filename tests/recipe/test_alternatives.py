@@ -129,6 +129,19 @@ def test_what_contradicts_itself_is_refused_before_any_stage(write, more, overri
 
 
 @pytest.mark.usefixtures("calls_here")
+def test_rows_to_tune_on_are_counted_in_their_own_file(emloc, write, tmp_path, rows_file):
+    lines = rows_file.read_text().splitlines(keepends=True)
+    for name, some in (("few", lines[:30]), ("most", lines[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    write()
+    own = ("data.calibration=few.jsonl", "data.train=most.jsonl", "alternatives={}")
+    options = [part for value in own for part in ("--set", value)]
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--dry-run", "--json", *options)
+    assert code == 0, err
+    assert json.loads(out)["rows"] == {"calibration": 8, "selection": 6, "tuning": 90}
+
+
+@pytest.mark.usefixtures("calls_here")
 def test_what_is_wrong_with_an_alternative_is_said_before_anything_is_made(emloc, write, tmp_path):
     write()
     for command in (["run"], ["run", "--dry-run"]):
