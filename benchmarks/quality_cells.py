@@ -237,7 +237,7 @@ def cells(seeds: int, measured: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     for seed, task in product(range(1, seeds), TASKS):
         for steps in (STEPS, longer):
             yield from (Cell(task, FULL, 1, seed, steps, rate) for rate in likely(task, FULL, 1, steps))
-        for way in (*recommended, *RIVALS, *plain, *variants):
+        for way in (*recommended, *RIVALS, *plain, *variants, *(rounds if task in TEXTS else [])):
             yield from (Cell(task, *way, seed, STEPS, rate) for rate in likely(task, *way))
         yield from (Cell(task, SCRATCH, 1, seed, EXACT[-1], rate) for rate in likely(task, SCRATCH, 1, EXACT[-1]))
 
