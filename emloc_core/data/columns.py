@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from emloc_core.data.messages import IMAGE
+from emloc_core.data.messages import IMAGE, SHAREGPT
 from emloc_core.errors import EmlocError, did_you_mean
 
 #: Columns that rows may have.
@@ -16,10 +16,9 @@ COLUMNS = (
 _OPTIONAL = {"image", "images", "weight", "tools", "input", "system", "history"}
 #: Every column has the name that TRL gives it.
 NO_RENAMING: Mapping[str, str] = {}
-#: ShareGPT's names of roles. ``function_call`` and ``observation`` are LLaMA-Factory's.
-_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
+#: Roles by their names in ShareGPT's rows. ``function_call`` and ``observation`` are LLaMA-Factory's.
+_ROLES = SHAREGPT | {
+    "user": "user", "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool",
     "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
 #: Where ShareGPT's texts have an image, as in LLaVA's data.

@@ -21,8 +21,11 @@ IMAGE = {"type": "image"}
 _MARK = "<image>"
 #: Keys that a tool's message may have besides its content.
 _OF_TOOLS = ("name", "tool_call_id")
-#: Other tools' names of roles, which chat templates reject or take for a role of their own.
-_OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+#: ShareGPT's names of roles, which chat templates reject or take for a role of their own.
+SHAREGPT = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "bot": "assistant",
+}  # fmt: skip
 ROLES = "The roles are system, user, assistant and tool."
 _PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves go in `images`.'
 _CALL = 'A call is {"type": "function", "function": {"name": ..., "arguments": {...}}}.'
@@ -106,8 +109,8 @@ def _message(value: Any, where: str) -> Message:
         raise EmlocError(f"{where} has a message that is not an object.", "A message is a role and a content.")
     fields = {name: part for name, part in value.items() if part is not None}
     role = parse_string(fields.pop("role", None), f"{where}: a message's role")
-    if role in _OTHER_NAMES:
-        raise EmlocError(f"{where} has a message of the {role}, which is called {_OTHER_NAMES[role]} here.", ROLES)
+    if role in SHAREGPT:
+        raise EmlocError(f"{where} has a message of the {role}, which is called {SHAREGPT[role]} here.", ROLES)
     content, label = fields.pop("content", None), f"{where}: a message's content"
     more: Message = {}
     if role == "assistant" and fields.get("tool_calls"):
