@@ -114,13 +114,13 @@ def _is_another(model: Path, fingerprint: str, files: Inputs) -> bool:
         return False
 
 
-def is_for_another(adapter: Path, model: Checkpoint) -> bool:
+def is_for_another(adapter: Adapter, model: Checkpoint) -> bool:
     """Return whether an adapter is plainly for another model: its base is there and has other weights.
 
     Only the first rows of matrices are compared, and none of a quantised model or an emulator.
     """
     try:
-        base = open_checkpoint(Adapter(adapter).base_name, cached=True)
+        base = open_checkpoint(adapter.base_name, cached=True)
         ours, theirs = base.tensors, model.tensors
     except EmlocError:  # it has moved, or cannot be read
         return False

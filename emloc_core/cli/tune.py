@@ -59,9 +59,12 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
         click.echo(f"{output / 'recipe.toml'} exists: resuming that run.", err=True)
     if dry_run:
         with planning(), TemporaryDirectory() as directory:
-            recipe, lines, test = (recipe, [], []) if recipe else (*tune.plan(), [tune.hold_out(Path(directory))])
-            for line in lines:
-                click.echo(line, err=as_json)
+            test = []
+            if recipe is None:
+                recipe, lines = tune.plan()
+                for line in lines:
+                    click.echo(line, err=as_json)
+                test = [tune.hold_out(Path(directory))]
             show_plan(recipe, as_json, test)
         return
     loud = verbosity() is not Verbosity.QUIET

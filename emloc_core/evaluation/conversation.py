@@ -183,6 +183,6 @@ def open_conversation(model: str, adapter: Path | None = None, **settings: Any) 
     if adapter is None and (Path(model) / "adapter_config.json").is_file():
         adapter, model = Path(model), Adapter(model).model_name
     checkpoint = open_checkpoint(model)
-    if adapter is not None and is_for_another(adapter, checkpoint):
-        click.echo(f"warning: {adapter} was made for {Adapter(adapter).base_name}, which is not {model}.", err=True)
+    if adapter is not None and is_for_another(lora := Adapter(adapter), checkpoint):
+        click.echo(f"warning: {adapter} was made for {lora.base_name}, which is not {model}.", err=True)
     return Conversation(*load_system(checkpoint.directory, adapter, images=None), **settings)

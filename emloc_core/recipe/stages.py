@@ -58,17 +58,14 @@ class Stage:
 
         Stages decide what it leaves open. An emulator's settings, which may be adjusted, are not compared.
         """
-        settings, manifest = getattr(self.request, "settings", None), read_manifest(self.output)
-        if manifest is None or settings is None or isinstance(self.request, CompressRequest):
+        manifest = read_manifest(self.output)
+        if manifest is None or not isinstance(self.request, CorrectRequest | PolishRequest | TrainRequest):
             return
-        request = manifest.get("request", {})
-        recorded = request.get("settings", request)
-        wanted = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-        if isinstance(recorded, dict):
-            shared = wanted.keys() & recorded.keys()
-            require_same(
-                self.output, {name: recorded[name] for name in shared}, {name: wanted[name] for name in shared}
-            )
+        request = manifest_value(manifest, self.output, "request", dict)
+        recorded = request.get("settings", request)  # a correction's are not by themselves
+        wanted = self.request.settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        shared = wanted.keys() & recorded.keys()
+        require_same(self.output, {key: recorded[key] for key in shared}, {key: wanted[key] for key in shared})
 
 
 @dataclass(frozen=True)

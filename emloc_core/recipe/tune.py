@@ -118,9 +118,9 @@ class Tune(Settings):
         if not (self.output / RECIPE).is_file():  # nothing is there, or it was killed before it began
             return None
         differing = differences(read_object(self.output / TUNE_REQUEST), self._request())
-        if differing and not self._holds_work():
-            return None
         if differing:
+            if not self._holds_work():
+                return None
             fix = (
                 f"{_ELSEWHERE} To change a setting, edit {self.output / RECIPE}, delete what was made with the old "
                 "one, and run `emloc run` on it."
