@@ -19,11 +19,6 @@ from emloc_core.plugins.builtin import COMMANDS
 from emloc_core.processes.environment import hush_libraries, settle
 from emloc_core.processes.lifetime import end_with_parent
 
-#: Commands, also of groups, that keep no work in progress; the others resume.
-_KEEPING_NOTHING = {
-    "chat", "check", "doctor", "list", "new", "plan", "push", "report", "scaffold", "show", "status"
-}  # fmt: skip
-
 
 class PluggableGroup(click.RichGroup):
     """The built-in commands, one module each, and those that plugins add."""
@@ -106,8 +101,7 @@ def _interrupting(received: list[tuple[int, bool]]) -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a handler
         context = click.get_current_context(silent=True)
-        command = context.command if context else cli
-        received.append((number, command.name not in _KEEPING_NOTHING and not isinstance(command, click.Group)))
+        received.append((number, getattr(context and context.command.callback, "resumes", False)))
         raise KeyboardInterrupt
 
     try:

@@ -28,9 +28,15 @@ dry_run = click.option(
 )
 
 
+def resumes(function: Any) -> Any:
+    """Mark a command that keeps work in progress: interrupted, it says that it resumes."""
+    function.resumes = True
+    return function
+
+
 def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what every stage takes: ``--quiet``, ``--verbose``, ``--dry-run`` and ``--json``."""
-    return verbosity_options(dry_run(as_json(function)))
+    """Add what every stage takes: ``--quiet``, ``--verbose``, ``--dry-run`` and ``--json``. A stage resumes."""
+    return verbosity_options(dry_run(as_json(resumes(function))))
 
 
 push = click.option("--push", metavar="REPO", help="Upload the finished output to this private repository on the hub.")

@@ -10,10 +10,12 @@ from typing import Any
 
 import rich_click as click
 
+from emloc_core.cli.console import resumes
+
 
 def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the option ``-o`` of a demo, with its default directory."""
-    return click.option(
+    """Return the option ``-o`` of a demo, which resumes there, with its default directory."""
+    option = click.option(
         "-o",
         "--output",
         type=click.Path(path_type=Path),
@@ -21,6 +23,7 @@ def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., 
         show_default=True,
         help="Directory of everything that the demo makes.",
     )
+    return lambda command: option(resumes(command))
 
 
 def prepare(directory: Path, package: str = "emloc_demo", *, short: bool = True) -> Path:

@@ -11,6 +11,7 @@ import pytest
 import rich_click as click
 
 from emloc_core.cli import cli
+from emloc_core.cli.console import resumes
 
 #: Stands in for Python: what ``emloc run`` starts waits, and says which process it is.
 STAGE = """#!{python}
@@ -77,6 +78,7 @@ def test_a_stage_ends_with_its_run(tmp_path, number, code):
 @pytest.mark.parametrize("instead", [None, ValueError("not a number"), SystemExit(3)], ids=repr)
 def test_whatever_a_library_makes_of_a_signal_it_is_an_interruption(emloc, monkeypatch, number, code, instead):
     @click.command("wait")
+    @resumes
     def wait():
         try:
             os.kill(os.getpid(), number)

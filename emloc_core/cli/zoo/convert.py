@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run, print_json, progress
+from emloc_core.cli.console import as_json, dry_run, print_json, progress, resumes
 from emloc_core.cli.options import explicit, options
 from emloc_core.cli.zoo.entries import more_entries
 from emloc_core.cli.zoo.records import line, totals
@@ -53,6 +53,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 @options(CompressSettings)
 @dry_run
 @as_json
+@resumes
 def command(
     sources: tuple[str, ...],
     zoo: Path,
