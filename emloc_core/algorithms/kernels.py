@@ -46,6 +46,7 @@ def descend_block(
 def _launch(
     kernel: Any, numbers: tuple[torch.Tensor, ...], weights: torch.Tensor, positions: torch.Tensor | int, grid: Grid
 ) -> None:
+    assert all(tensor.is_contiguous() for tensor in (*numbers, weights)), "kernels know no strides"
     k, m = numbers[0].shape
     kept, originals = grid.kept or (grid.scales, grid.scales)  # not read without KEPT
     with torch.cuda.device_of(weights):  # Triton launches on the current one
