@@ -112,6 +112,9 @@ class PluginManager(pluggy.PluginManager):
         for caller in self.get_hookcallers(plugin) or []:
             if caller.name not in hooks:
                 raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, hooks)}")
+        for name in hooks:  # pluggy passes over functions that are not marked
+            if callable(getattr(plugin, name, None)) and self.parse_hookimpl_opts(plugin, name) is None:
+                raise TypeError(f"{name} is not marked @hookimpl (from emloc_core.hookspecs import hookimpl)")
 
     def _declared(
         self, plugin: Any, hook: str, kind: type[Declared], own: Sequence[Family] = (), **arguments: Any
@@ -130,7 +133,10 @@ class PluginManager(pluggy.PluginManager):
 
     def _returned(self, plugin: Any, hook: str, kind: type[Declared], **arguments: Any) -> list[Declared]:
         """Return what a plugin's hook returns, which must be of this kind."""
-        returned = [item for items in self._call(plugin, hook, **arguments) for item in items]
+        results = self._call(plugin, hook, **arguments)
+        if any(isinstance(result, kind) for result in results):
+            raise TypeError(f"{hook} returned a {kind.__name__}, not a list of them")
+        returned = [item for items in results for item in items]
         for item in returned:
             if not isinstance(item, kind):
                 raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")

@@ -117,10 +117,18 @@ def test_a_name_of_a_plugin_that_is_taken_is_told_in_a_line(entry):
     assert [family.name for family in manager.families()] == ["good"]
 
 
-def test_a_misspelt_hook_is_told_its_name(entry):
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("unknown hook", "there is no hook 'emloc_familys'. Did you mean 'emloc_families'?"),
+        ("unmarked hook", "emloc_families is not marked @hookimpl (from emloc_core.hookspecs import hookimpl)"),
+        ("a family without a list", "emloc_families returned a Family, not a list of them"),
+    ],
+)
+def test_what_is_wrong_with_a_hook_is_told_by_its_name(entry, kind, error):
     manager = PluginManager()
-    manager.load([entry(BROKEN["unknown hook"])])
-    assert "Did you mean 'emloc_families'?" in manager.reports[0].error
+    manager.load([entry(BROKEN[kind])])
+    assert manager.reports[0].error == f"TypeError: {error}"
 
 
 def test_the_family_of_a_model_type_or_what_to_do():

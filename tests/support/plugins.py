@@ -74,6 +74,11 @@ BROKEN = {
         def emloc_familys():
             return []
     """,
+    "unmarked hook": """
+        def emloc_families():
+            return []
+    """,
+    "a family without a list": GOOD.replace("return [Family", "return Family").replace(")]", ")"),
     "raising hook": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
