@@ -86,8 +86,8 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
 
     planned = stages(recipe)
     data = recipe.data.model_copy(update={"test": [*recipe.data.test, *test]})
-    without_test = recipe.model_copy(update={"data": data})
-    descriptions = [describe(without_test, attempt) for attempt in tried(recipe)]
+    holding_out = recipe.model_copy(update={"data": data})
+    descriptions = [describe(holding_out, attempt) for attempt in tried(recipe)]
     for stage in planned:
         stage.require_same_settings()
     content: dict[str, Any] = {
@@ -96,14 +96,14 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
     }
     if descriptions:
         content |= {name: descriptions[0][name] for name in ("base_bytes", "emulator_bytes")}
-        content["rows"] = _rows(descriptions[0], without_test)
+        content["rows"] = _rows(descriptions[0], holding_out)
     else:
-        (tuned,) = call(DESCRIBE, {"request": stages(without_test)[0].request.to_json()})
+        (tuned,) = call(DESCRIBE, {"request": stages(holding_out)[0].request.to_json()})
         content |= {"base_bytes": tuned["model_bytes"], "rows": {"tuning": tuned["rows"]}}
     content["merged_bytes"] = content["base_bytes"] if recipe.merge else 0
     if others := descriptions[1:]:
         content["alternatives"] = {
-            name: {"emulator_bytes": description["emulator_bytes"], "rows": _rows(description, without_test)}
+            name: {"emulator_bytes": description["emulator_bytes"], "rows": _rows(description, holding_out)}
             for name, description in zip(recipe.alternatives, others, strict=True)
         }
     if as_json:

@@ -88,7 +88,7 @@ class PluginManager(pluggy.PluginManager):
             raise ValueError(f"a plugin {self.get_name(plugin) or name!r} is already loaded")
         self.register(plugin, name=name)
         try:
-            self._check_hook_names(plugin)
+            self._check_hooks(plugin)
             families = self._declared(plugin, "emloc_families", Family, config=None)
             layouts = self._declared(plugin, "emloc_layouts", Layout, families)
             commands = self._commands_of(plugin)
@@ -107,7 +107,15 @@ class PluginManager(pluggy.PluginManager):
         others = [other for other in self.get_plugins() if other is not plugin]
         return self.subset_hook_caller(hook, others)(**arguments)
 
-    def _check_hook_names(self, plugin: Any) -> None:
+    def _listed(self, plugin: Any, hook: str, **arguments: Any) -> list[Any]:
+        """Return what is in the list that a plugin's hook returns; nothing if it does not implement the hook."""
+        results = self._call(plugin, hook, **arguments)
+        for result in results:
+            if not isinstance(result, list | tuple):  # a string would be taken for a list of letters
+                raise TypeError(f"{hook} returned {type(result).__name__}, not a list")
+        return [item for items in results for item in items]
+
+    def _check_hooks(self, plugin: Any) -> None:
         hooks = [name for name in vars(hookspecs) if name.startswith("emloc_")]
         for caller in self.get_hookcallers(plugin) or []:
             if caller.name not in hooks:
@@ -133,10 +141,7 @@ class PluginManager(pluggy.PluginManager):
 
     def _returned(self, plugin: Any, hook: str, kind: type[Declared], **arguments: Any) -> list[Declared]:
         """Return what a plugin's hook returns, which must be of this kind."""
-        results = self._call(plugin, hook, **arguments)
-        if any(isinstance(result, kind) for result in results):
-            raise TypeError(f"{hook} returned a {kind.__name__}, not a list of them")
-        returned = [item for items in results for item in items]
+        returned = self._listed(plugin, hook, **arguments)
         for item in returned:
             if not isinstance(item, kind):
                 raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
@@ -145,7 +150,7 @@ class PluginManager(pluggy.PluginManager):
 
     def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
         commands: dict[str, click.Command] = {}
-        for command in (command for group in self._call(plugin, "emloc_commands") for command in group):
+        for command in self._listed(plugin, "emloc_commands"):
             if not isinstance(command, click.Command) or not command.name:
                 raise TypeError(f"emloc_commands returned {command!r}, not a command with a name")
             if command.name in {*COMMANDS, *self._commands, *commands}:
@@ -253,7 +258,7 @@ class PluginManager(pluggy.PluginManager):
         """Return how models of a type are written as GGUF; None if no plugin says."""
         for owner, plugin in self.list_name_plugin():
             with self.isolated(owner):
-                layouts = [item for declared in self._call(plugin, "emloc_gguf") for item in declared]
+                layouts = self._listed(plugin, "emloc_gguf")
                 if layout := next((item for item in layouts if model_type in item.architectures), None):
                     return layout
         return None
@@ -335,7 +340,7 @@ class PluginManager(pluggy.PluginManager):
         for owner, plugin in self.list_name_plugin():
             paths: list[Path] = []
             with self.isolated(owner):
-                paths = [Path(path) for group in self._call(plugin, "emloc_registry") for path in group]
+                paths = [Path(path) for path in self._listed(plugin, "emloc_registry")]
             if paths:
                 yield owner, paths
 

@@ -122,7 +122,8 @@ def test_a_name_of_a_plugin_that_is_taken_is_told_in_a_line(entry):
     [
         ("unknown hook", "there is no hook 'emloc_familys'. Did you mean 'emloc_families'?"),
         ("unmarked hook", "emloc_families is not marked @hookimpl (from emloc_core.hookspecs import hookimpl)"),
-        ("a family without a list", "emloc_families returned a Family, not a list of them"),
+        ("a single family", "emloc_families returned Family, not a list"),
+        ("a single command", "emloc_commands returned Command, not a list"),
     ],
 )
 def test_what_is_wrong_with_a_hook_is_told_by_its_name(entry, kind, error):
@@ -333,6 +334,20 @@ def test_a_plugin_with_a_broken_entry_is_listed_as_broken(entry, emloc, monkeypa
     assert code == 0
     assert f"plugin {manager.reports[0].name} (unknown): BROKEN: " in out
     assert "broken.toml" in out
+
+
+def test_a_path_is_not_taken_for_a_list_of_letters(entry):
+    manager = PluginManager()
+    source = """
+        from emloc_core.hookspecs import hookimpl
+
+        @hookimpl
+        def emloc_registry():
+            return "entries/model.toml"
+    """
+    manager.load([entry(source)])
+    assert list(manager.registries()) == []
+    assert manager.reports[0].error == "TypeError: emloc_registry returned str, not a list"
 
 
 DOCUMENTED, FORMATS = ((DOCS / page).read_text() for page in ("plugins.md", "formats.md"))

@@ -78,7 +78,8 @@ BROKEN = {
         def emloc_families():
             return []
     """,
-    "a family without a list": GOOD.replace("return [Family", "return Family").replace(")]", ")"),
+    "a single family": GOOD.replace("return [Family", "return Family").replace(")]", ")"),
+    "a single command": COMMAND.replace("[command]", "command"),
     "raising hook": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
