@@ -1,6 +1,6 @@
-"""lm-eval: the reading of task files, a sandbox for their templates, a model's processor, and how answers are cut."""
+"""lm-eval: the reading of task files, a sandbox for their templates, a model's processor, how answers are scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,22 @@ def answer_tokens(lm: Any, prompt: str, answer: str) -> list[int]:
     with private("lm-eval"):
         encode = lm._encode_pair
     return encode(prompt, answer)[1]
+
+
+class ScoresTokens:
+    """For subclasses of ``HFLM``: likelihoods are computed by ``score``, from token ids of prompts and answers.
+
+    lm-eval's own computes the logits of whole rows.
+    """
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        return self.score([(prompt, answer) for _, prompt, answer in requests])
+
+    def score(self, answers: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Return each answer's log-likelihood in nats, and whether greedy decoding would give it."""
+        raise NotImplementedError
 
 
 class GivenProcessor:

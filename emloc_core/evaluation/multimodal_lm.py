@@ -16,10 +16,8 @@ from torch.nn import functional
 from emloc_core.compat.lm_eval import GivenProcessor
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER
+from emloc_core.evaluation.likelihood import last_logits, likelihoods
 from emloc_core.evaluation.text_lm import TextLM
-
-#: Token ids that follow a prompt, and the answers that the logits score: index of the request, token ids.
-_Scored = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
 
 class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
@@ -96,24 +94,20 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
             requests: lm-eval's instances with the arguments prompt, answer, and ``{"visual": images}``.
         """
         self.follow(requests)
-        # Answers that differ only in their last token, such as one-token choices, share a forward pass.
-        passes: dict[Any, _Scored] = {}
-        for index, request in enumerate(requests):
-            ids = self.answer_ids(request.args[1])
-            key = (request.task_name, request.doc_id, request.args[0], tuple(ids[:-1]))
-            passes.setdefault(key, (tuple(ids[:-1]), []))[1].append((index, ids))
-        answers: dict[int, tuple[float, bool]] = {}
-        waiting = list(passes.values())
-        for start in range(0, len(waiting), self.batch_size):
-            batch = waiting[start : start + self.batch_size]
-            answers.update(self._score([requests[scored[0][0]].args for _, scored in batch], batch))
-        return [answers[index] for index in range(len(requests))]
+        ids = [self.answer_ids(request.args[1]) for request in requests]
+        prompts = [(request.task_name, request.doc_id, request.args[0]) for request in requests]
 
-    def _score(self, prompts: Sequence[Any], batch: Sequence[_Scored]) -> dict[int, tuple[float, bool]]:
-        longest = max(len(fed) for fed, _ in batch)
+        def predict(indices: list[int]) -> list[torch.Tensor]:
+            return self._follow_pictures([(requests[index].args, ids[index]) for index in indices])
+
+        return likelihoods(list(zip(prompts, ids, strict=True)), self.batch_size, predict)
+
+    def _follow_pictures(self, batch: Sequence[tuple[Any, list[int]]]) -> list[torch.Tensor]:
+        """Return the logits of answers' token ids: (tokens, vocabulary) of each."""
+        longest = max(len(ids) for _, ids in batch) - 1  # the last token need not be read
         inputs = self.tok_batch_multimodal_encode(
-            [args[0] for args in prompts],
-            [args[2]["visual"] for args in prompts],
+            [args[0] for args, _ in batch],
+            [args[2]["visual"] for args, _ in batch],
             padding_side="right",  # positions are counted from the left
             left_truncate_len=self.max_length - longest,
         )
@@ -123,19 +117,10 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
             if value.shape == shape:
                 filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
                 inputs[name] = functional.pad(value, (0, longest), value=filler)
-        for row, (end, (fed, _)) in enumerate(zip(ends, batch, strict=True)):
-            inputs["input_ids"][row, end : end + len(fed)] = torch.tensor(fed, dtype=torch.int64)
-            inputs["attention_mask"][row, end : end + len(fed)] = 1
-        needed = shape[1] + longest - min(ends) + 1  # the last positions; all logits would take gigabytes
-        with torch.inference_mode():
-            logits = self.model(**inputs, use_cache=False, logits_to_keep=needed).logits
-        left_out = shape[1] + longest - logits.shape[1]
-        answers = {}
-        for row, (end, (fed, scored)) in enumerate(zip(ends, batch, strict=True)):
-            first = end - 1 - left_out
-            window = functional.log_softmax(logits[row, first : first + len(fed) + 1], -1, dtype=self.softmax_dtype)
-            for index, ids in scored:
-                target = torch.tensor(ids, device=window.device)
-                likelihood = window.gather(-1, target[:, None]).sum().item()
-                answers[index] = (likelihood, bool((window.argmax(-1) == target).all()))
-        return answers
+        for row, (end, (_, ids)) in enumerate(zip(ends, batch, strict=True)):
+            inputs["input_ids"][row, end : end + len(ids) - 1] = torch.tensor(ids[:-1], dtype=torch.int64)
+            inputs["attention_mask"][row, end : end + len(ids) - 1] = 1
+        size = shape[1] + longest
+        logits = last_logits(self.model, inputs, size - min(ends) + 1)
+        starts = [end - 1 - (size - logits.shape[1]) for end in ends]
+        return [row[start : start + len(ids)] for row, start, (_, ids) in zip(logits, starts, batch, strict=True)]

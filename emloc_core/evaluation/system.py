@@ -105,7 +105,7 @@ def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
 
     kind = ImageTextLM if images else TextLM
     tokenizer = processing if images else getattr(processing, "tokenizer", processing)
-    return kind(model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
+    return kind(model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, int]:

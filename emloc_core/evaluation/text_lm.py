@@ -1,4 +1,4 @@
-"""lm-eval's model for text, whose answers begin where they do in tuning.
+"""lm-eval's model for text, whose answers begin where they do in tuning, and are scored in little memory.
 
 Some chat templates write more before an answer than their prompt for one has, such as an empty block of thoughts. Tuned
 models write it themselves. So answers are scored after it, and it is removed from generated text. The prompt of others
@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
+from torch.nn.utils.rnn import pad_sequence
 
+from emloc_core.compat.lm_eval import ScoresTokens
 from emloc_core.data.chat_template import AnswerRender, as_written, lead, question
+from emloc_core.errors import EmlocError
+from emloc_core.evaluation.likelihood import last_logits, likelihoods
 
 
-class TextLM(HFLM):
+class TextLM(ScoresTokens, HFLM):
     """A model with its tokenizer, for tasks of text.
 
     Args:
@@ -50,6 +55,36 @@ class TextLM(HFLM):
         """Return each answer's log-likelihood in nats, and whether greedy decoding would give it."""
         self.follow(requests)
         return super().loglikelihood(requests, disable_tqdm)
+
+    def score(self, answers: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Return what :meth:`loglikelihood` does, of token ids. Prompts that are too long lose their beginning.
+
+        Args:
+            answers: token ids of the prompt and of the answer, for each.
+
+        Raises:
+            EmlocError: an answer is longer than what the model reads.
+        """
+        longest_first = sorted(range(len(answers)), key=lambda i: -len(answers[i][0]) - len(answers[i][1]))
+        ordered = [(tuple(answers[i][0]), answers[i][1]) for i in longest_first]
+        scored = likelihoods(ordered, self.batch_size, lambda indices: self._predict([ordered[i] for i in indices]))
+        return [score for _, score in sorted(zip(longest_first, scored, strict=True))]
+
+    def _predict(self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
+        """Return the logits of answers' token ids that follow those of prompts: (tokens, vocabulary) of each."""
+        if (longest := max(len(ids) for _, ids in answers)) > self.max_length:
+            raise EmlocError(
+                f"An answer has {longest} tokens, but the model reads only {self.max_length}.",
+                "Shorten it, or leave the row out.",
+            )
+        rows = [torch.tensor([*prompt, *ids][-self.max_length - 1 : -1]) for prompt, ids in answers]
+        inputs = pad_sequence(rows, batch_first=True).to(self.device)  # nothing that counts comes after the padding
+        behind = [inputs.shape[1] - len(row) for row in rows]
+        needed = max(padding + len(ids) for padding, (_, ids) in zip(behind, answers, strict=True))
+        logits = last_logits(self.model, {"input_ids": inputs}, needed)
+        ends = [logits.shape[1] - padding for padding in behind]
+        windows = zip(logits, ends, answers, strict=True)
+        return [row[end - len(ids) : end] for row, end, (_, ids) in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes, without the text that the chat template writes before any answer.

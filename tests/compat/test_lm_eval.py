@@ -74,6 +74,27 @@ def test_whitespace_at_a_prompts_end_is_scored_with_the_answer(tiny_model):
     assert seen == [lm_eval.answer_tokens(lm, *arguments)], "_encode_pair gives other tokens than are scored"
 
 
+@contract("lm-eval", "compat.lm_eval.ScoresTokens")
+def test_likelihoods_and_rolling_ones_are_of_token_ids(tiny_model):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    class Model(lm_eval.ScoresTokens, HFLM):
+        def score(self, answers):
+            seen.extend(answers)
+            return [(0.0, True) for _ in answers]
+
+    seen = []
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    lm = Model(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer=tokenizer)
+    requests = [type("Instance", (), {"args": arguments}) for arguments in (("What?", " that one"), ("What?",))]
+    lm.loglikelihood(requests[:1])
+    lm.loglikelihood_rolling(requests[1:])
+    prompt, both = tokenizer.encode("What?"), tokenizer.encode("What? that one")
+    expected = [(prompt, both[len(prompt) :]), ([lm.prefix_token_id], prompt)]
+    assert [tuple(map(list, pair)) for pair in seen] == expected, "_loglikelihood_tokens is not given prompt and answer"
+
+
 @contract("lm-eval", "compat.lm_eval.GivenProcessor")
 def test_a_models_processor_is_made_by_a_method(tiny_model):
     """It is given the processor, and may keep it."""

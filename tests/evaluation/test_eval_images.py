@@ -70,7 +70,7 @@ def lm(base):
     model, processor = load_system(base, None, images=True)
     start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     processor.tokenizer.backend_tokenizer.post_processor = start  # as Llama's: templates have it already
-    return ImageTextLM(model, tokenizer=processor, softmax_dtype="float32", batch_size=5)
+    return ImageTextLM(model, tokenizer=processor, batch_size=5)
 
 
 def direct_nlls(model_directory, rows, processing):
