@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib >/dev/null || true
 	touch $@
 
-demo: $(STAMP)  ## five or six minutes: the main job on SmolLM2-135M, from the plan to answers before and after
+demo: $(STAMP)  ## five minutes: the main job on SmolLM2-135M, from the plan to answers before and after
 	$(BIN)/emloc demo -o build/demo
 
 demo-full: $(STAMP)  ## forty minutes: all ways to tune it compared, exact steps and ordinary LoRAs among them

@@ -32,7 +32,7 @@ def command(output: Path, prepare_only: bool, as_json: bool) -> None:
     """Tune SmolLM2-135M to turn customers' messages into JSON, in less memory than an ordinary LoRA needs.
 
     Plans, makes the emulator, trains a LoRA on it, carries the LoRA over to the model, and shows answers before and
-    after. Needs 1 GB of disk, no network and no GPU, and takes about five or six minutes on two cores. Finished parts
+    after. Needs 1 GB of disk, no network and no GPU, and takes about five minutes on two cores. Finished parts
     are kept, so an interrupted demo resumes where it stopped.
     """
     if prepare_only:
