@@ -1,5 +1,6 @@
 """lm-eval: the reading of task files, a sandbox for their templates, a model's processor, how answers are scored."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -44,7 +45,7 @@ def answer_tokens(lm: Any, prompt: str, answer: str) -> list[int]:
     return encode(prompt, answer)[1]
 
 
-class ScoresTokens:
+class ScoresTokens(ABC):
     """For subclasses of ``HFLM``: likelihoods are computed by ``score``, from token ids of prompts and answers.
 
     lm-eval's own computes the logits of whole rows.
@@ -55,9 +56,9 @@ class ScoresTokens:
     ) -> list[tuple[float, bool]]:
         return self.score([(prompt, answer) for _, prompt, answer in requests])
 
+    @abstractmethod
     def score(self, answers: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Return each answer's log-likelihood in nats, and whether greedy decoding would give it."""
-        raise NotImplementedError
 
 
 class GivenProcessor:

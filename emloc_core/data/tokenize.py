@@ -74,14 +74,27 @@ class Sample:
 
         Where the model can leave out logits, only those that predict these tokens are computed.
         """
-        chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
         inputs = self.inputs(device)
-        before = torch.tensor(self.completion_mask[1:], device=device).nonzero()[:, 0]  # predict the next
-        options = {"logits_to_keep": before} if chooses else {}
-        logits = model(**inputs, **options, use_cache=False).logits[0]
-        targets = inputs["input_ids"][0, before + 1]
-        loss = nn.functional.cross_entropy((logits if chooses else logits[before]).float(), targets, reduction="sum")
+        before = torch.tensor(self.completion_mask[1:]).nonzero()[:, 0]  # predict the next
+        logits = logits_at(model, inputs, before)[0]
+        loss = nn.functional.cross_entropy(logits.float(), inputs["input_ids"][0, before + 1], reduction="sum")
         return torch.tensor([float(loss), len(before)], dtype=torch.float64)
+
+
+def logits_at(model: Any, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """Return the logits at some positions of a batch, (B, P, vocabulary); others are left out where the model can.
+
+    Args:
+        model: a transformers or PEFT model.
+        inputs: its inputs.
+        positions: (P,), int64; on the CPU, if the model's layers may be on several devices. (A number of last positions
+            would do for transformers, too, but it slices: the product with a frozen weight then copies the weight for
+            each row on a CPU.)
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        return model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    return model(**inputs, use_cache=False).logits[:, positions]
 
 
 def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Processing:

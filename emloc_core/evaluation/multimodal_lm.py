@@ -16,7 +16,7 @@ from torch.nn import functional
 from emloc_core.compat.lm_eval import GivenProcessor
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER
-from emloc_core.evaluation.likelihood import last_logits, likelihoods
+from emloc_core.evaluation.likelihood import Answer, likelihoods, logits_before
 from emloc_core.evaluation.text_lm import TextLM
 
 
@@ -94,15 +94,17 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
             requests: lm-eval's instances with the arguments prompt, answer, and ``{"visual": images}``.
         """
         self.follow(requests)
-        ids = [self.answer_ids(request.args[1]) for request in requests]
         prompts = [(request.task_name, request.doc_id, request.args[0]) for request in requests]
+        arguments = dict(zip(prompts, (request.args for request in requests), strict=True))
+        ids = [self.answer_ids(request.args[1]) for request in requests]
 
-        def predict(indices: list[int]) -> list[torch.Tensor]:
-            return self._follow_pictures([(requests[index].args, ids[index]) for index in indices])
+        def predict(batch: Sequence[Answer]) -> list[torch.Tensor]:
+            return self._predict_after_images([(arguments[prompt], answer) for prompt, answer in batch])
 
-        return likelihoods(list(zip(prompts, ids, strict=True)), self.batch_size, predict)
+        answers = list(zip(prompts, ids, strict=True))
+        return likelihoods(answers, self.batch_size, predict, size=lambda answer: len(answer[0][-1]))
 
-    def _follow_pictures(self, batch: Sequence[tuple[Any, list[int]]]) -> list[torch.Tensor]:
+    def _predict_after_images(self, batch: Sequence[tuple[Any, list[int]]]) -> list[torch.Tensor]:
         """Return the logits of answers' token ids: (tokens, vocabulary) of each."""
         longest = max(len(ids) for _, ids in batch) - 1  # the last token need not be read
         inputs = self.tok_batch_multimodal_encode(
@@ -120,7 +122,5 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
         for row, (end, (_, ids)) in enumerate(zip(ends, batch, strict=True)):
             inputs["input_ids"][row, end : end + len(ids) - 1] = torch.tensor(ids[:-1], dtype=torch.int64)
             inputs["attention_mask"][row, end : end + len(ids) - 1] = 1
-        size = shape[1] + longest
-        logits = last_logits(self.model, inputs, size - min(ends) + 1)
-        starts = [end - 1 - (size - logits.shape[1]) for end in ends]
-        return [row[start : start + len(ids)] for row, start, (_, ids) in zip(logits, starts, batch, strict=True)]
+        sizes = [len(ids) for _, ids in batch]
+        return logits_before(self.model, inputs, [end + size - 1 for end, size in zip(ends, sizes, strict=True)], sizes)

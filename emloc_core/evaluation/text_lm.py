@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from emloc_core.compat.lm_eval import ScoresTokens
 from emloc_core.data.chat_template import AnswerRender, as_written, lead, question
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.likelihood import last_logits, likelihoods
+from emloc_core.evaluation.likelihood import likelihoods, logits_before
 
 
 class TextLM(ScoresTokens, HFLM):
@@ -65,10 +65,8 @@ class TextLM(ScoresTokens, HFLM):
         Raises:
             EmlocError: an answer is longer than what the model reads.
         """
-        longest_first = sorted(range(len(answers)), key=lambda i: -len(answers[i][0]) - len(answers[i][1]))
-        ordered = [(tuple(answers[i][0]), answers[i][1]) for i in longest_first]
-        scored = likelihoods(ordered, self.batch_size, lambda indices: self._predict([ordered[i] for i in indices]))
-        return [score for _, score in sorted(zip(longest_first, scored, strict=True))]
+        hashable = [(tuple(prompt), ids) for prompt, ids in answers]
+        return likelihoods(hashable, self.batch_size, self._predict, size=lambda answer: sum(map(len, answer)))
 
     def _predict(self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
         """Return the logits of answers' token ids that follow those of prompts: (tokens, vocabulary) of each."""
@@ -79,12 +77,8 @@ class TextLM(ScoresTokens, HFLM):
             )
         rows = [torch.tensor([*prompt, *ids][-self.max_length - 1 : -1]) for prompt, ids in answers]
         inputs = pad_sequence(rows, batch_first=True).to(self.device)  # nothing that counts comes after the padding
-        behind = [inputs.shape[1] - len(row) for row in rows]
-        needed = max(padding + len(ids) for padding, (_, ids) in zip(behind, answers, strict=True))
-        logits = last_logits(self.model, {"input_ids": inputs}, needed)
-        ends = [logits.shape[1] - padding for padding in behind]
-        windows = zip(logits, ends, answers, strict=True)
-        return [row[end - len(ids) : end] for row, end, (_, ids) in windows]
+        ends, sizes = [len(row) for row in rows], [len(ids) for _, ids in answers]
+        return logits_before(self.model, {"input_ids": inputs}, ends, sizes)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes, without the text that the chat template writes before any answer.

@@ -12,8 +12,9 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from emloc_core.data.tokenize import logits_at
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.likelihood import last_logits, likelihoods
+from emloc_core.evaluation.likelihood import likelihoods
 from emloc_core.evaluation.text_lm import TextLM
 
 
@@ -79,15 +80,14 @@ def test_a_model_that_cannot_leave_out_logits_returns_all(loaded, monkeypatch):
     pairs = [(prompt, choice) for prompt in PROMPTS for choice in CHOICES]
     expected = lm.loglikelihood(requests(pairs))
     base = model.get_base_model()
-    chosen, forward = last_logits(model, {"input_ids": torch.tensor([[1, 2, 3, 4]])}, 2), base.forward
+    inputs, positions = {"input_ids": torch.tensor([[1, 2, 3, 4]])}, torch.tensor([0, 2])
+    chosen, forward = logits_at(model, inputs, positions), base.forward
 
     def without(input_ids=None, use_cache=None, **_):
         return forward(input_ids=input_ids, use_cache=use_cache)
 
     monkeypatch.setattr(base, "forward", without)
-    every = last_logits(model, {"input_ids": torch.tensor([[1, 2, 3, 4]])}, 2)
-    assert (chosen.shape[1], every.shape[1]) == (2, 4)
-    torch.testing.assert_close(every[:, 2:], chosen)
+    torch.testing.assert_close(logits_at(model, inputs, positions), chosen)
     scored = lm.loglikelihood(requests(pairs))
     assert [one for one, _ in scored] == pytest.approx([one for one, _ in expected], rel=1e-5)
 
@@ -112,15 +112,16 @@ def test_answers_share_passes_and_keep_their_order(answers, batch_size):
         generator = torch.Generator().manual_seed(hash((prompt, read)) % 2**31)
         return torch.randn(len(read) + 1, 5, generator=generator)
 
-    def predict(indices):
-        batches.append([(answers[index][0], *answers[index][1][:-1]) for index in indices])
-        return [logits(answers[index][0], tuple(answers[index][1][:-1])) for index in indices]
+    def predict(batch):
+        batches.append([(prompt, *ids[:-1]) for prompt, ids in batch])
+        return [logits(prompt, tuple(ids[:-1])) for prompt, ids in batch]
 
-    scored = likelihoods(answers, batch_size, predict)
+    scored = likelihoods(answers, batch_size, predict, size=lambda answer: len(answer[1]))
     for (prompt, ids), (likelihood, greedy) in zip(answers, scored, strict=True):
         rows = logits(prompt, tuple(ids[:-1])).log_softmax(-1)
         assert likelihood == pytest.approx(sum(row[i].item() for row, i in zip(rows, ids, strict=True)), rel=1e-5)
         assert greedy == (rows.argmax(-1).tolist() == ids)
     passed = [one for batch in batches for one in batch]
     assert len(passed) == len(set(passed)) == len({(prompt, *ids[:-1]) for prompt, ids in answers})
+    assert passed == sorted(passed, key=len, reverse=True)
     assert all(len(batch) == batch_size for batch in batches[:-1])
