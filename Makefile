@@ -11,7 +11,7 @@ QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report 
 # Workers that take whole files, the long ones first (tests/conftest.py); a third one computes while others wait for processes.
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 ALL := -m 'not slow and not browser and not chaos'
-BENCHMARKS := startup factorize allocation stages scale kinds step memory exact zoo
+BENCHMARKS := startup factorize allocation stages scale kinds step memory evaluation exact zoo
 # As emloc_core/processes/environment.py has them, which says why.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
