@@ -1,6 +1,6 @@
 """Memory of an evaluation by the likelihood of answers, beside lm-eval's own model, on SmolLM2-135M in bf16.
 
-Sixteen rows of some 1,000 tokens with answers of some 30, eight at a time: each model in a process of its own.
+Sixteen rows of some 1,000 tokens with answers of some 40, eight at a time: each model in a process of its own.
 """
 
 import json

@@ -65,16 +65,16 @@ class TextLM(ScoresTokens, HFLM):
         Raises:
             EmlocError: an answer is longer than what the model reads.
         """
-        hashable = [(tuple(prompt), ids) for prompt, ids in answers]
-        return likelihoods(hashable, self.batch_size, self._predict, size=lambda answer: sum(map(len, answer)))
-
-    def _predict(self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
-        """Return the logits of answers' token ids that follow those of prompts: (tokens, vocabulary) of each."""
         if (longest := max(len(ids) for _, ids in answers)) > self.max_length:
             raise EmlocError(
                 f"An answer has {longest} tokens, but the model reads only {self.max_length}.",
                 "Shorten it, or leave the row out.",
             )
+        hashable = [(tuple(prompt), ids) for prompt, ids in answers]
+        return likelihoods(hashable, self.batch_size, self._predict, size=lambda answer: sum(map(len, answer)))
+
+    def _predict(self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
+        """Return the logits of answers' token ids that follow those of prompts: (tokens, vocabulary) of each."""
         rows = [torch.tensor([*prompt, *ids][-self.max_length - 1 : -1]) for prompt, ids in answers]
         inputs = pad_sequence(rows, batch_first=True).to(self.device)  # nothing that counts comes after the padding
         ends, sizes = [len(row) for row in rows], [len(ids) for _, ids in answers]
