@@ -65,7 +65,7 @@ class TextLM(ScoresTokens, HFLM):
         Raises:
             EmlocError: an answer is longer than what the model reads.
         """
-        if (longest := max(len(ids) for _, ids in answers)) > self.max_length:
+        if (longest := max((len(ids) for _, ids in answers), default=0)) > self.max_length:
             raise EmlocError(
                 f"An answer has {longest} tokens, but the model reads only {self.max_length}.",
                 "Shorten it, or leave the row out.",

@@ -97,6 +97,7 @@ def test_an_answer_longer_than_what_the_model_reads_is_refused(loaded):
     lm = TextLM(model, tokenizer=tokenizer, max_length=4)
     with pytest.raises(EmlocError, match=r"An answer has \d+ tokens, but the model reads only 4"):
         lm.loglikelihood(requests([("name a colour", CHOICES[2])]))
+    assert lm.loglikelihood([]) == []
 
 
 @given(
