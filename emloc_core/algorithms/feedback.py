@@ -258,7 +258,7 @@ def kernels_for(numbers: torch.Tensor) -> ModuleType | None:
     if numbers.is_cuda:
         return import_module("emloc_core.algorithms.kernels") if compiles_kernels() else None
     in_c = numbers.device.type == "cpu" and numbers.dtype == torch.float32
-    return native if in_c and native.library() else None
+    return native if in_c and native.library(native.ROUNDING) else None
 
 
 @cache

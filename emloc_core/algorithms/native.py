@@ -1,11 +1,13 @@
-"""Rounds blocks of columns on a CPU in C, compiled for this processor when a process first rounds.
+"""Rounds blocks of columns and unpacks levels on a CPU in C, compiled for this processor when a process first does so.
 
-Torch's operations do the same, one column at a time, where there is no compiler. ``CC`` names another one.
+Torch's operations do the same, in many times as many steps, where there is no compiler. ``CC`` names another one.
 """
 
 import ctypes
 import os
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -16,9 +18,13 @@ import torch
 
 from emloc_core.algorithms.grid import Grid
 
-_SOURCE = Path(__file__).with_name("rounding.c")
+ROUNDING, UNPACKING = "rounding", "unpacking"
 #: That a block has at most.
 COLUMNS = 64
+#: Numbers that are worth another thread, which is made for them.
+_PER_THREAD = {ROUNDING: 1 << 16, UNPACKING: 1 << 19}
+#: Bytes from which glibc takes every block from the system, and gives it back.
+_LARGE = 32 << 20
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", f"-DCOLUMNS={COLUMNS}")
 
 
@@ -35,15 +41,15 @@ def compiler() -> str | None:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled functions; None where they cannot be compiled."""
+def library(name: str) -> Any:
+    """Return the compiled functions of a source beside this module; None where they cannot be compiled."""
     command = compiler()
     if command is None:
         return None
     try:
         with TemporaryDirectory() as directory:
-            file = Path(directory, "rounding.so")
-            subprocess.run([*command.split(), *_FLAGS, "-o", file, _SOURCE], check=True, capture_output=True)
+            source, file = Path(__file__).with_name(f"{name}.c"), Path(directory, f"{name}.so")
+            subprocess.run([*command.split(), *_FLAGS, "-o", file, source], check=True, capture_output=True)
             return ctypes.CDLL(str(file))
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -63,13 +69,56 @@ def descend_block(
     _call("descend_block", (block, slopes, changes, curvature), grid, start)
 
 
+def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, n: int, width: int,
+                  dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
+    """Return a matrix, (m, n), or a stack of them, on a few levels.
+
+    Args:
+        codes: (..., bytes, 1), uint8.
+        scales: (..., m, groups), bf16.
+        table: the levels of every byte, (256, digits), fp32.
+        width: of a group.
+        dtype: fp32 or bf16.
+    """
+    tensors = (codes, scales, table)
+    assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
+    functions, m = library(UNPACKING), scales.shape[-2]
+    matrix = torch.empty(*scales.shape[:-1], n, dtype=dtype)
+    if matrix.nbytes >= _LARGE:
+        functions.use_large_pages(*map(ctypes.c_int64, (matrix.data_ptr(), matrix.nbytes)))
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, matrix)]
+    sizes = [*map(ctypes.c_int64, (m, n, codes.shape[-2], table.shape[1], width, dtype == torch.float32))]
+
+    def unpack(begin: int, end: int) -> None:
+        functions.unpack_levels(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end), *sizes)
+
+    _on_threads(unpack, matrix.numel() // n if n else 0, matrix.numel() // _PER_THREAD[UNPACKING])
+    return matrix
+
+
 def _call(name: str, tensors: tuple[torch.Tensor, ...], grid: Grid, *start: int) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
-    function: Any = getattr(library(), name)
+    function: Any = getattr(library(ROUNDING), name)
     kept, originals = (tensor.data_ptr() for tensor in grid.kept) if grid.kept else (None, None)
-    function(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-        *map(ctypes.c_int64, (*start, *tensors[0].shape)),
-        _Grid(grid.levels.data_ptr(), grid.middles.data_ptr(), grid.scales.data_ptr(), kept, originals,
-              len(grid.levels), grid.width),
-    )  # fmt: skip
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    sizes = [*map(ctypes.c_int64, (*start, *tensors[0].shape))]
+    levels = _Grid(grid.levels.data_ptr(), grid.middles.data_ptr(), grid.scales.data_ptr(), kept, originals,
+                   len(grid.levels), grid.width)  # fmt: skip
+
+    def round_rows(begin: int, end: int) -> None:
+        function(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end), *sizes, levels)
+
+    _on_threads(round_rows, tensors[0].shape[1], tensors[0].numel() // _PER_THREAD[ROUNDING])
+
+
+def _on_threads(work: Callable[[int, int], None], rows: int, most: int) -> None:
+    """Share rows, each of which is computed by itself, among as many threads as torch has, but at most so many."""
+    threads = max(1, min(torch.get_num_threads(), most, rows))
+    if threads == 1:
+        work(0, rows)
+        return
+    bounds = [rows * index // threads for index in range(threads + 1)]
+    with ThreadPoolExecutor(
+        threads
+    ) as pool:  # C lets go of Python's lock; threads that stayed would not survive a fork
+        list(pool.map(work, bounds[:-1], bounds[1:]))

@@ -17,7 +17,6 @@ from emloc_core.algorithms.levels import GROUP, LEVELS
 _BLOCK = 1024
 
 
-@torch.library.custom_op("emloc::unpack_levels", mutates_args=())
 def unpack_levels(
     codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int, count: int, digits: int
 ) -> torch.Tensor:
@@ -37,11 +36,6 @@ def unpack_levels(
             COUNT=count, DIGITS=digits, GROUP=GROUP, BLOCK=_BLOCK,
         )  # fmt: skip
     return matrix
-
-
-@unpack_levels.register_fake
-def _(codes: torch.Tensor, _scales: torch.Tensor, dtype: torch.dtype, m: int, n: int, *_: int) -> torch.Tensor:
-    return codes.new_empty(*codes.shape[:-2], m, n, dtype=dtype)
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from emloc_core.algorithms import feedback, levels
+from emloc_core.algorithms import feedback, levels, native
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import GROUP, LEVELS
 from emloc_core.algorithms.statistics import Gram
@@ -137,11 +137,44 @@ def unpack(
     codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], count: int
 ) -> torch.Tensor:
     """Return the matrix of this shape and dtype, on so many levels, that :func:`pack` packed; or a stack of them."""
-    m, n = shape
-    if codes.is_cuda and not scales.requires_grad and feedback.compiles_kernels():
-        from emloc_core.standins.kernels import unpack_levels
+    if _is_compiled(codes, scales, dtype):
+        return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, *shape, count)
+    return _by_torch(codes, scales, dtype, shape, count)
 
-        return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, m, n, count, digits(count))
+
+def _is_compiled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether one pass does it all; so it is planned too, by tensors without contents."""
+    if scales.requires_grad:
+        return False
+    if codes.is_cuda:
+        return feedback.compiles_kernels()
+    known = scales.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)
+    return known and codes.device.type == "cpu" and native.compiler() is not None
+
+
+@torch.library.custom_op("emloc::unpack_levels", mutates_args=())
+def unpack_levels(
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int, count: int
+) -> torch.Tensor:
+    """Do what :func:`unpack` does in one pass, of contiguous tensors."""
+    if codes.is_cuda:
+        from emloc_core.standins import kernels
+
+        return kernels.unpack_levels(codes, scales, dtype, m, n, count, digits(count))
+    if native.library(native.UNPACKING):
+        return native.unpack_levels(codes, scales, _widened_table(count, dtype), n, GROUP, dtype)
+    return _by_torch(codes, scales, dtype, (m, n), count)
+
+
+@unpack_levels.register_fake
+def _(codes: torch.Tensor, _scales: torch.Tensor, dtype: torch.dtype, m: int, n: int, _count: int) -> torch.Tensor:
+    return codes.new_empty(*codes.shape[:-2], m, n, dtype=dtype)
+
+
+def _by_torch(
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], count: int
+) -> torch.Tensor:
+    m, n = shape
     table = bytes_table(count, dtype).to(codes.device, non_blocking=True)
     numbers = levels.lookup(table, codes.flatten()).view(*codes.shape[:-2], -1)
     matrix = numbers[..., : m * n].unflatten(-1, (m, n))
@@ -162,3 +195,8 @@ def bytes_table(count: int, dtype: torch.dtype) -> torch.Tensor:
     values = torch.tensor(LEVELS[count], dtype=dtype, device="cpu")
     powers = count ** torch.arange(digits(count), device="cpu")
     return values[torch.arange(256, device="cpu")[:, None] // powers % count]
+
+
+@cache
+def _widened_table(count: int, dtype: torch.dtype) -> torch.Tensor:
+    return bytes_table(count, dtype).float()

@@ -45,7 +45,7 @@ class RepairedLinear(FewLevelsLinear):
     def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return ``W + U V``."""
         u, v = unpack_factors(parts[2:], shape, dtype)
-        return super().unpack(*parts[:2], shape=shape, dtype=dtype).add_(u @ v)
+        return super().unpack(*parts[:2], shape=shape, dtype=dtype).addmm_(u, v)
 
     @classmethod
     def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -53,7 +53,7 @@ class RepairedLinear(FewLevelsLinear):
         weights = super().unpack_stack(*parts[:2], shape=shape, dtype=dtype)
         for index, *factors in zip(range(len(weights)), *parts[2:], strict=True):
             u, v = unpack_factors(factors, shape, dtype)
-            weights[index].add_(u @ v)
+            weights[index].addmm_(u, v)
         return weights
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Kernels that round blocks of columns give what torch gives: those of a GPU, in Triton's interpreter, and in C."""
 
 import stat
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,13 +23,21 @@ def grid(count, width, m, n, stay):
     return Grid(levels, scales, width, kept)
 
 
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def native_library():
     """Compile again: another test may have had no compiler."""
     if native.compiler() is None:
         pytest.skip("there is no C compiler")
     native.library.cache_clear()
-    assert native.library()
+    assert native.library(native.ROUNDING)
     yield
     native.library.cache_clear()
 
@@ -49,7 +58,10 @@ def test_kernels_round_as_torch_does(compiled, m, n, count, width, stay, monkeyp
         once = with_feedback(matrix, gram, to)
         return once, descended(once, descent(matrix, once, gram), gram, to)
 
-    for there, here in zip(rounded(compiled), rounded(None), strict=True):
+    monkeypatch.setattr(native, "_PER_THREAD", {native.ROUNDING: 1})
+    with threads(3):
+        everywhere = rounded(compiled)
+    for there, here in zip(everywhere, rounded(None), strict=True):
         if compiled is native:
             assert torch.equal(there, here)
         # Sums are taken in another order, so a number at a border may be rounded the other way, and others after it.

@@ -1,4 +1,4 @@
-"""The kernel that unpacks levels gives what torch gives, by Triton's interpreter. All kernels compile for cards."""
+"""What unpacks levels in one pass gives what torch gives: Triton's kernel, interpreted, and C. Kernels compile."""
 
 import os
 import subprocess
@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.paths import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from emloc_core.algorithms import native
 from emloc_core.algorithms.levels import GROUP, LEVELS
-from emloc_core.standins import kernels
+from emloc_core.standins import kernels, levels
 from emloc_core.standins.levels import digits, unpack
 
 
@@ -27,13 +30,48 @@ def packed(m, n, count, *stack):
 def test_it_unpacks_what_torch_does(shape, stack, count, dtype):
     codes, scales = packed(*shape, count, *stack)
     unpacked = kernels.unpack_levels(codes, scales, dtype, *shape, count, digits(count))
-    assert torch.equal(unpacked, unpack(codes, scales, dtype, shape, count))
+    assert torch.equal(unpacked, by_torch(codes, scales, dtype, shape, count))
+
+
+def by_torch(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "compiler", lambda: None)
+        return unpack(*args)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="there is no C compiler")
+@settings(deadline=None)
+@given(
+    m=st.integers(1, 9),
+    n=st.integers(1, 900),
+    count=st.sampled_from([*LEVELS]),
+    stack=st.sampled_from([(), (1,), (3,)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    threads=st.integers(1, 4),
+)
+def test_c_unpacks_what_torch_does(m, n, count, stack, dtype, threads):
+    codes, scales = packed(m, n, count, *stack)
+    scales[..., -1, 0] = torch.tensor(torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_PER_THREAD", {native.UNPACKING: 1})
+        patch.setattr(native, "_LARGE", 1)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        unpacked = unpack(codes, scales, dtype, (m, n), count)
+    torch.testing.assert_close(unpacked, by_torch(codes, scales, dtype, (m, n), count), rtol=0, atol=0, equal_nan=True)
+
+
+def test_torch_unpacks_where_nothing_compiles(monkeypatch):
+    codes, scales = packed(5, 300, 6)
+    expected = by_torch(codes, scales, torch.float32, (5, 300), 6)
+    monkeypatch.setattr(native, "compiler", lambda: "cc")
+    monkeypatch.setattr(native, "library", lambda _: None)
+    assert torch.equal(unpack(codes, scales, torch.float32, (5, 300), 6), expected)
 
 
 def test_torch_knows_the_operator():
     with FakeTensorMode() as mode:
         codes, scales = (mode.from_tensor(part) for part in packed(7, 300, 3))
-        unpacked = kernels.unpack_levels(codes, scales, torch.bfloat16, 7, 300, 3, 5)
+        unpacked = levels.unpack_levels(codes, scales, torch.bfloat16, 7, 300, 3)
     assert (unpacked.shape, unpacked.dtype) == ((7, 300), torch.bfloat16)
 
 

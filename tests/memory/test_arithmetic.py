@@ -10,7 +10,7 @@ import torch
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN_VL
 from support.planned import CASES, label, workload, write_config
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from emloc_core.family import Family
 from emloc_core.memory import arithmetic
@@ -29,7 +29,8 @@ def forward_operations(planned: MemoryModel, model: Any) -> int:
     """What a forward pass of the workload counts; the whole of the model's shapes, without numbers."""
     with fake(planned.step.inputs), torch.no_grad():
         without_contents(model)
-        with FlopCounterMode(display=False) as counter:
+        # in place, torch does not count it
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
             model.eval()(**fake_inputs(**planned.step.inputs))
     return counted(counter)
 

@@ -1,0 +1,67 @@
+/* Unpacks weights on a few levels (emloc_core/algorithms/native.py), a piece of a row at a time. */
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+enum { PIECE = 256, DIGITS = 8 };
+
+/* Codes are several digits of a byte: `table` has the levels of each. */
+static inline void look_up(float *units, const uint8_t *codes, int64_t bytes, const float *table, int digits)
+{
+    for (int64_t i = 0; i < bytes; i++) memcpy(units + i * digits, table + codes[i] * digits, digits * sizeof(float));
+}
+
+static inline uint16_t bfloat16(float number)
+{
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to the nearest; of two, the even one */
+}
+
+static inline float float32(uint16_t number)
+{
+    const uint32_t bits = (uint32_t)number << 16;
+    float widened;
+    memcpy(&widened, &bits, sizeof widened);
+    return widened;
+}
+
+/* Unpacks rows of a stack of matrices, (m, n), into fp32 or bf16. `width` numbers of a row share a scale. */
+void unpack_levels(const uint8_t *codes, const uint16_t *scales, const float *table, void *out, int64_t begin,
+                   int64_t end, int64_t m, int64_t n, int64_t bytes, int64_t digits, int64_t width, int64_t in_fp32)
+{
+    const int64_t groups = (n + width - 1) / width;
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t start = 0, stop; start < n; start = stop) {
+            const int64_t group = start / width, first = row % m * n + start, skipped = first % digits;
+            stop = start + PIECE < n ? start + PIECE : n;
+            if (stop > (group + 1) * width) stop = (group + 1) * width;
+            const int64_t count = stop - start, taken = (skipped + count + digits - 1) / digits;
+            const uint8_t *of_piece = codes + row / m * bytes + first / digits;
+            const float scale = float32(scales[row * groups + group]);
+            float units[PIECE + 2 * DIGITS];
+            switch (digits) { /* constants, so that copies are single instructions */
+            case 3: look_up(units, of_piece, taken, table, 3); break;
+            case 4: look_up(units, of_piece, taken, table, 4); break;
+            case 5: look_up(units, of_piece, taken, table, 5); break;
+            default: look_up(units, of_piece, taken, table, digits);
+            }
+            if (in_fp32)
+                for (int64_t i = 0; i < count; i++) ((float *)out)[row * n + start + i] = units[skipped + i] * scale;
+            else
+                for (int64_t i = 0; i < count; i++)
+                    ((uint16_t *)out)[row * n + start + i] = bfloat16(units[skipped + i] * scale);
+        }
+}
+
+/* Asks for large pages: the system takes longer to hand out so much memory in small ones than it takes to fill it. */
+void use_large_pages(uintptr_t address, int64_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 12, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
