@@ -21,8 +21,8 @@ from emloc_core.algorithms.grid import Grid
 ROUNDING, UNPACKING = "rounding", "unpacking"
 #: That a block has at most.
 COLUMNS = 64
-#: Numbers that are worth another thread, which is made for them.
-_PER_THREAD = {ROUNDING: 1 << 16, UNPACKING: 1 << 19}
+#: Numbers to unpack that are worth a thread, which is made for them.
+_PER_THREAD = 1 << 22
 #: Bytes from which glibc takes every block from the system, and gives it back.
 _LARGE = 32 << 20
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", f"-DCOLUMNS={COLUMNS}")
@@ -92,23 +92,8 @@ def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor
     def unpack(begin: int, end: int) -> None:
         functions.unpack_levels(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end), *sizes)
 
-    _on_threads(unpack, matrix.numel() // n if n else 0, matrix.numel() // _PER_THREAD[UNPACKING])
+    _on_threads(unpack, matrix.numel() // n if n else 0, matrix.numel() // _PER_THREAD)
     return matrix
-
-
-def _call(name: str, tensors: tuple[torch.Tensor, ...], grid: Grid, *start: int) -> None:
-    assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
-    function: Any = getattr(library(ROUNDING), name)
-    kept, originals = (tensor.data_ptr() for tensor in grid.kept) if grid.kept else (None, None)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    sizes = [*map(ctypes.c_int64, (*start, *tensors[0].shape))]
-    levels = _Grid(grid.levels.data_ptr(), grid.middles.data_ptr(), grid.scales.data_ptr(), kept, originals,
-                   len(grid.levels), grid.width)  # fmt: skip
-
-    def round_rows(begin: int, end: int) -> None:
-        function(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end), *sizes, levels)
-
-    _on_threads(round_rows, tensors[0].shape[1], tensors[0].numel() // _PER_THREAD[ROUNDING])
 
 
 def _on_threads(work: Callable[[int, int], None], rows: int, most: int) -> None:
@@ -122,3 +107,15 @@ def _on_threads(work: Callable[[int, int], None], rows: int, most: int) -> None:
         threads
     ) as pool:  # C lets go of Python's lock; threads that stayed would not survive a fork
         list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+def _call(name: str, tensors: tuple[torch.Tensor, ...], grid: Grid, *start: int) -> None:
+    assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
+    function: Any = getattr(library(ROUNDING), name)
+    kept, originals = (tensor.data_ptr() for tensor in grid.kept) if grid.kept else (None, None)
+    function(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        *map(ctypes.c_int64, (*start, *tensors[0].shape)),
+        _Grid(grid.levels.data_ptr(), grid.middles.data_ptr(), grid.scales.data_ptr(), kept, originals,
+              len(grid.levels), grid.width),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 /* Rounds a block of columns, each after the changes of those before it are passed on (emloc_core/algorithms/native.py).
 
    Matrices are transposed: a column of m numbers is one stretch of memory. Rows are independent, so a few of them go
-   through all columns while they are in the cache, and threads share them: each has those from `begin` to `end`. */
+   through all columns while they are in the cache. */
 
 #include <stdint.h>
 #include <string.h>
@@ -45,11 +45,11 @@ static void pass_on(float *numbers, float changes[][ROWS], const float *weights,
     }
 }
 
-void round_block(float *block, float *changes, const float *factor, const int64_t *positions, int64_t begin,
-                 int64_t end, int64_t k, int64_t m, Grid grid)
+void round_block(float *block, float *changes, const float *factor, const int64_t *positions, int64_t k, int64_t m,
+                 Grid grid)
 {
-    for (int64_t row = begin; row < end; row += ROWS) {
-        const int64_t rows = end - row < ROWS ? end - row : ROWS;
+    for (int64_t row = 0; row < m; row += ROWS) {
+        const int64_t rows = m - row < ROWS ? m - row : ROWS;
         float changed[COLUMNS][ROWS] = {{0}};
         for (int64_t column = 0; column < k; column++) {
             float numbers[ROWS] = {0}, *original = changes + column * m + row;
@@ -62,11 +62,11 @@ void round_block(float *block, float *changes, const float *factor, const int64_
     }
 }
 
-void descend_block(float *block, const float *slopes, float *changes, const float *curvature, int64_t begin,
-                   int64_t end, int64_t start, int64_t k, int64_t m, Grid grid)
+void descend_block(float *block, const float *slopes, float *changes, const float *curvature, int64_t start, int64_t k,
+                   int64_t m, Grid grid)
 {
-    for (int64_t row = begin; row < end; row += ROWS) {
-        const int64_t rows = end - row < ROWS ? end - row : ROWS;
+    for (int64_t row = 0; row < m; row += ROWS) {
+        const int64_t rows = m - row < ROWS ? m - row : ROWS;
         float changed[COLUMNS][ROWS] = {{0}};
         for (int64_t column = 0; column < k; column++) {
             float numbers[ROWS] = {0}, *before = block + column * m + row;

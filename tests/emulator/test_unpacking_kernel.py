@@ -53,7 +53,7 @@ def test_c_unpacks_what_torch_does(m, n, count, stack, dtype, threads):
     codes, scales = packed(m, n, count, *stack)
     scales[..., -1, 0] = torch.tensor(torch.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_PER_THREAD", {native.UNPACKING: 1})
+        patch.setattr(native, "_PER_THREAD", 1)
         patch.setattr(native, "_LARGE", 1)
         patch.setattr(torch, "get_num_threads", lambda: threads)
         unpacked = unpack(codes, scales, dtype, (m, n), count)
