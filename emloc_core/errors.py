@@ -34,6 +34,8 @@ CODES = {
 
 #: Phrases of torch's plain RuntimeErrors on the CPU and for mapped files.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+#: All that oneDNN says where there is no memory for its code.
+_NO_PRIMITIVE = "could not create a primitive"
 #: Error numbers for a full disk, quota or file system.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -81,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     message = str(error).lower()
-    return any(phrase in message for phrase in _NO_MEMORY)
+    return message == _NO_PRIMITIVE or any(phrase in message for phrase in _NO_MEMORY)
 
 
 def class_names(error: BaseException) -> set[str]:

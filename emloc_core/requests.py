@@ -214,7 +214,7 @@ class EvaluateRequest(Request):
     systems: tuple[System, ...]
     tasks: tuple[str, ...] = Field(description="Task files of lm-eval, or names of its bundled tasks.")
     limit: int | None = Field(None, ge=1, description="Use only this many rows of each task.")
-    batch_size: int = Field(8, ge=1, description="Rows per batch.")
+    batch_size: int = Field(8, ge=1, description="Rows per batch. Halved where memory runs out.")
     chat: bool | None = Field(
         None, description="Use the chat template; by default, only if a task's rows are conversations."
     )

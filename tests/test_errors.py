@@ -44,6 +44,7 @@ class Job:
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("could not create a primitive"),
     ],
 )
 def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(error):

@@ -32,7 +32,13 @@ _SYSTEMS = ("base", "emulator", "adapter", "corrected", "polished", "merged", "f
 @click.option("-o", "--output", type=_DIRECTORY, required=True,
               help="Directory for the results; with --new-task, the file to write.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Use only this many rows of each task.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per batch.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Rows per batch. Halved where memory runs out.",
+)
 @click.option("--chat/--no-chat", default=None,
               help="Use the chat template.  [default: only if a task's rows are conversations]")  # fmt: skip
 @click.option(

@@ -6,15 +6,18 @@ of the conversation before the last answer, in the model's own chat template, as
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import click
+
 from emloc_core.compat.lm_eval import answer_tokens, ask, without_environment
 from emloc_core.data.chat_template import answer_render, encode_conversation
 from emloc_core.data.row import parse_row
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, is_out_of_memory
 from emloc_core.evaluation.images import shows_pictures
 from emloc_core.evaluation.loading import load_system
 from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
@@ -41,6 +44,7 @@ def run_tasks(
         processing: its tokenizer, or its processor if a task shows images.
         tasks: from :func:`load_task`.
         limit: use only this many rows of each task.
+        batch_size: rows per batch; halved where memory runs out.
         chat: whether to use the chat template; None: if the rows are conversations.
         seed: seed for Python, NumPy, torch and the choice of few-shot examples.
 
@@ -49,43 +53,15 @@ def run_tasks(
         ``higher_is_better``; ``samples``: a few generated rows.
 
     Raises:
-        EmlocError: a chat template, a picture or its place in the prompt is missing.
+        EmlocError: a chat template, a picture or its place in the prompt is missing; or one row does not fit in memory.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
     groups: dict[tuple[bool, bool], list[Any]] = defaultdict(list)
     for task in tasks:
         groups[is_conversational(task) if chat is None else chat, shows_pictures(task)].append(task)
     result: dict[str, Any] = {"tasks": {}, "samples": []}
     for (with_template, images), members in groups.items():
-        lm = _lm(model, processing, images, batch_size)
-        if with_template and not (processing if images else lm.tokenizer).chat_template:
-            raise EmlocError(
-                f"The task {members[0].task_name} needs a chat template, but the model has none.",
-                "Use --no-chat, or rows of prompt and completion as strings.",
-                code="missing",
-            )
-        for task in filter(asks_conversations, members):
-            if not with_template:
-                raise EmlocError(
-                    f"The task {task.task_name} has conversations of several turns.",
-                    "Leave out --no-chat: they need the chat template.",
-                )
-            ask_conversations(task, lm)
-        with without_environment():
-            output = simple_evaluate(
-                model=lm,
-                tasks=members,
-                task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files
-                limit=limit,
-                bootstrap_iters=0,
-                apply_chat_template=with_template,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
+        evaluated = partial(_evaluated, model, processing, members, with_template, images, limit=limit, seed=seed)
+        lm, output = _with_rows_that_fit(batch_size, evaluated)
         for task in members:
             rows = _first_filter(output["samples"][task.task_name])
             result["tasks"][task.task_name] = {
@@ -96,6 +72,72 @@ def run_tasks(
             if task.OUTPUT_TYPE == "generate_until":
                 result["samples"] += [_sample(task.task_name, row) for row in rows[:SAMPLES]]
     return result
+
+
+def _evaluated(
+    model: Any,
+    processing: Any,
+    tasks: Sequence[Any],
+    with_template: bool,
+    images: bool,
+    batch_size: int,
+    *,
+    limit: int | None,
+    seed: int,
+) -> tuple[Any, Any]:
+    """Return lm-eval's model, and its results for tasks that all have a chat template or images, or all have none."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    lm = _lm(model, processing, images, batch_size)
+    if with_template and not (processing if images else lm.tokenizer).chat_template:
+        raise EmlocError(
+            f"The task {tasks[0].task_name} needs a chat template, but the model has none.",
+            "Use --no-chat, or rows of prompt and completion as strings.",
+            code="missing",
+        )
+    for task in filter(asks_conversations, tasks):
+        if not with_template:
+            raise EmlocError(
+                f"The task {task.task_name} has conversations of several turns.",
+                "Leave out --no-chat: they need the chat template.",
+            )
+        ask_conversations(task, lm)
+    with without_environment():
+        output = simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=with_template,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    return lm, output
+
+
+def _with_rows_that_fit(batch_size: int, evaluated: Callable[[int], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return what is evaluated with so many rows per batch, or with half of them as often as memory runs out."""
+    from accelerate.utils.memory import clear_device_cache
+
+    while True:
+        try:
+            return evaluated(batch_size)
+        except Exception as error:
+            if isinstance(error, EmlocError) or not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise EmlocError(
+                    "The device ran out of memory with one row per batch.",
+                    "Free some, give shorter rows, or use a machine with more.",
+                    code="memory",
+                ) from error
+        batch_size //= 2  # below the handler, which keeps what the error's frames hold
+        clear_device_cache(garbage_collection=True)
+        click.echo(f"emloc: memory ran out; evaluating {batch_size} rows at a time instead", err=True)
 
 
 def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:

@@ -106,7 +106,7 @@ class EvalSection(Settings):
         description="Compare only these of the systems that the recipe makes, such as base and base+corrected.",
     )
     limit: int | None = Field(None, ge=1, description="Use only this many rows of each task.")
-    batch_size: int = Field(8, ge=1, description="Rows per batch.")
+    batch_size: int = Field(8, ge=1, description="Rows per batch. Halved where memory runs out.")
     full_lora: bool = Field(False, description="Also tune the base itself, as the upper bound, if it fits.")
 
 

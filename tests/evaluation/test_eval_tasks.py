@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lm_eval.tasks
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 from support.evaluation import completions, direct_nll, metrics_of
 from support.marks import thorough
@@ -68,6 +69,30 @@ def test_conversations_go_through_the_chat_template(shallow_model, tmp_path, mon
     _, samples = metrics_of(shallow_model, tmp_path / "write.yaml", limit=2, chat=False)
     assert samples[0]["prompt"].endswith(turns[1]["content"])
     assert "<user>" not in samples[0]["prompt"]
+
+
+@pytest.mark.parametrize("template", ["completion_nll", "generation"])
+def test_rows_per_batch_are_halved_where_memory_runs_out(shallow_model, tmp_path, template, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", chat_rows(6))
+    spec = find_task(str(write_task(template, data, tmp_path / "task.yaml")), Inputs())
+    model, tokenizer = load_system(shallow_model, None)
+    sizes, most = [], 2
+
+    def allocate(_module, _args, given):
+        sizes.append(len(given["input_ids"]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model.register_forward_pre_hook(allocate, with_kwargs=True)
+    halved = run_tasks(model, tokenizer, load_task(spec), batch_size=5)
+    assert capsys.readouterr().err.count("memory ran out; evaluating 2 rows at a time instead") == 1
+    assert sizes[0] == 5
+    assert max(sizes[1:]) == 2
+    assert halved == run_tasks(model, tokenizer, load_task(spec), batch_size=2)
+    most = 0
+    with pytest.raises(EmlocError, match="ran out of memory with one row per batch") as raised:
+        run_tasks(model, tokenizer, load_task(spec), batch_size=5)
+    assert raised.value.code == "memory"
 
 
 @pytest.mark.parametrize("form", ["messages", *thorough("prompt")])
