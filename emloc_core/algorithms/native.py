@@ -97,15 +97,16 @@ def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor
 
 
 def _on_threads(work: Callable[[int, int], None], rows: int, most: int) -> None:
-    """Share rows, each of which is computed by itself, among as many threads as torch has, but at most so many."""
+    """Share rows, each of which is computed by itself, among as many threads as torch has, but at most so many.
+
+    C lets go of Python's lock.
+    """
     threads = max(1, min(torch.get_num_threads(), most, rows))
     if threads == 1:
         work(0, rows)
         return
     bounds = [rows * index // threads for index in range(threads + 1)]
-    with ThreadPoolExecutor(
-        threads
-    ) as pool:  # C lets go of Python's lock; threads that stayed would not survive a fork
+    with ThreadPoolExecutor(threads) as pool:  # of its own: threads that stayed would not survive a fork
         list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
