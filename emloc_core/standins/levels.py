@@ -16,6 +16,7 @@ from emloc_core.algorithms import feedback, levels, native
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import GROUP, LEVELS
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.compat.imports import when_imported
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import Format
@@ -140,6 +141,10 @@ def unpack(
     if _is_compiled(codes, scales, dtype):
         return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, *shape, count)
     return _by_torch(codes, scales, dtype, shape, count)
+
+
+# Where it is cannot be traced into a graph.
+when_imported("torch._dynamo", partial(torch.compiler.assume_constant_result, native.compiler))
 
 
 def _is_compiled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> bool:

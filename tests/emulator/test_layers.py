@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.jobs import compress_job
 from support.layers import FORMATS, M, N, layer
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -63,11 +64,15 @@ def test_every_part_that_is_missing_is_found(compressed):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
-def test_compiled_layers_are_one_graph(format):
+def test_compiled_layers_are_one_graph(format, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")  # which is set for all other tests
     layers = nn.Sequential(layer(format, torch.float32), nn.Linear(M, N), layer(format, torch.float32))
-    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     inputs = [torch.randn(3, N, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
-    outputs = [model(x) for model, x in zip((layers, compiled), inputs, strict=True)]
+    with torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(layers, fullgraph=True, backend=graphs)
+        outputs = [model(x) for model, x in zip((layers, compiled), inputs, strict=True)]
+    assert graphs.frame_count == 1
     for output in outputs:
         output.square().sum().backward()
     assert torch.equal(*outputs)
