@@ -143,18 +143,23 @@ def unpack(
     return _by_torch(codes, scales, dtype, shape, count)
 
 
-# Where it is cannot be traced into a graph.
-when_imported("torch._dynamo", partial(torch.compiler.assume_constant_result, native.compiler))
-
-
 def _is_compiled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether one pass does it all; so it is planned too, by tensors without contents."""
     if scales.requires_grad:
         return False
-    if codes.is_cuda:
-        return feedback.compiles_kernels()
     known = scales.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)
-    return known and codes.device.type == "cpu" and native.compiler() is not None
+    return (codes.is_cuda or known) and compiles_for(codes.device.type)
+
+
+def compiles_for(device: str) -> bool:
+    """Return whether what unpacks in one pass can be compiled for a type of device; a constant in torch's graphs."""
+    if device == "cuda":
+        return feedback.compiles_kernels()
+    return device == "cpu" and native.compiler() is not None
+
+
+# They look for a compiler, which torch cannot trace.
+when_imported("torch._dynamo", partial(torch.compiler.assume_constant_result, compiles_for))
 
 
 @torch.library.custom_op("emloc::unpack_levels", mutates_args=())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
-from emloc_core.standins import nf4
+from emloc_core.standins import levels, nf4
 from emloc_core.standins.registry import format_named
 
 
@@ -77,6 +77,14 @@ def test_compiled_layers_are_one_graph(format, monkeypatch):
         output.square().sum().backward()
     assert torch.equal(*outputs)
     assert torch.equal(*(x.grad for x in inputs))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_whether_a_device_has_kernels_is_a_constant_of_graphs(device, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    with torch._dynamo.config.patch(disable=False):
+        added = torch.compile(lambda x: x + levels.compiles_for(device), fullgraph=True, backend="eager")
+        assert added(torch.zeros(())) == levels.compiles_for(device)
 
 
 def test_levels_of_scales_are_the_same_whatever_dtype_a_model_is_built_in():
