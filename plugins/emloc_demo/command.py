@@ -35,13 +35,13 @@ def command(output: Path, prepare_only: bool, as_json: bool) -> None:
     after. Needs 1 GB of disk, no network and no GPU, and takes about five minutes on two cores. Finished parts
     are kept, so an interrupted demo resumes where it stopped.
     """
+    quiet = verbosity() is Verbosity.QUIET
     if prepare_only:
         recipe = prepare(output)
-        click.echo(f"{recipe}  (run it: emloc run {recipe})")
+        click.echo(str(recipe) if quiet else f"{recipe}  (run it: emloc run {recipe})")
         return
     from emloc_demo.screen import Screen, show
 
-    quiet = verbosity() is Verbosity.QUIET
     memory = tomllib.loads(files("emloc_demo").joinpath("recipe.toml").read_text("utf-8"))["model"]["memory"]
     results = run(output, Screen(memory, quiet=quiet))
     if as_json:

@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import shutil
+from contextlib import redirect_stderr
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from unittest import mock
 
@@ -68,11 +70,12 @@ def write_checkpoint(source: Path, directory: str | Path, dtype: str = "float32"
     import torch
 
     from emloc_core.files.pretrained import load_gguf
+    from emloc_core.processes.environment import quiet
 
     # transformers reads the file for the config, for the weights and for the tokenizer, and maps the tensors' names for
     # every module, which takes seconds each time.
     once = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with mock.patch.multiple(gguf, **once):
+    with mock.patch.multiple(gguf, **once), redirect_stderr(StringIO()):  # a bar of tqdm's, which nothing else hides
         model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32).to(getattr(torch, dtype))
         tokenizer = load_gguf("AutoTokenizer", source)
     # These are ordinary dense weights now; traces of the file they came from would mislead a loader.
@@ -83,7 +86,8 @@ def write_checkpoint(source: Path, directory: str | Path, dtype: str = "float32"
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    with quiet():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     os.rename(partial, directory)
     return directory
