@@ -37,7 +37,12 @@ class _Grid(ctypes.Structure):
 
 def compiler() -> str | None:
     """Return the command of the C compiler, if there is one."""
-    return os.environ.get("CC") or which("gcc") or which("clang")
+    return os.environ.get("CC") or _installed()
+
+
+@cache
+def _installed() -> str | None:
+    return which("gcc") or which("clang")  # asked for every product with a packed weight: the search takes longer
 
 
 @cache
@@ -97,16 +102,13 @@ def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor
 
 
 def _on_threads(work: Callable[[int, int], None], rows: int, most: int) -> None:
-    """Share rows, each of which is computed by itself, among as many threads as torch has, but at most so many.
-
-    C lets go of Python's lock.
-    """
+    """Share rows, each of which is computed by itself, among as many threads as torch has, but at most so many."""
     threads = max(1, min(torch.get_num_threads(), most, rows))
     if threads == 1:
         work(0, rows)
         return
     bounds = [rows * index // threads for index in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:  # of its own: threads that stayed would not survive a fork
+    with ThreadPoolExecutor(threads) as pool:  # made anew: threads that stayed would not survive a fork
         list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
