@@ -43,15 +43,16 @@ def prepare(directory: Path, package: str = "emloc_demo", *, short: bool = True)
 
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "base").exists():
-        _say("writing the base model, SmolLM2-135M-Instruct (dequantised from Q4_1)")
+        say("writing the base model, SmolLM2-135M-Instruct (dequantised from Q4_1)")
         write_base(directory / "base", "bfloat16")  # as models are published
     if not all((directory / "data" / name).exists() for name in ("train.jsonl", "test.jsonl")):
-        _say("writing the messages")
+        say("writing the messages")
         write_data(directory / "data", short=short)
     return copy_recipe(package, directory)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Write a line to stderr, unless the command is to be quiet."""
     if verbosity() is not Verbosity.QUIET:
         click.echo(line, err=True)
 
