@@ -108,7 +108,7 @@ def _on_threads(work: Callable[[int, int], None], rows: int, most: int) -> None:
         work(0, rows)
         return
     bounds = [rows * index // threads for index in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:  # made anew: threads that stayed would not survive a fork
+    with ThreadPoolExecutor(threads) as pool:  # made again: threads that stayed would not survive a fork
         list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
