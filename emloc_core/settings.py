@@ -104,9 +104,9 @@ class CompressSettings(Settings):
     kind: str = Field(
         AUTO,
         description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
-        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (factors in two bits), '2.7-bit' or 'low-rank'. "
-        "'auto' is the best kind for the tuning memory if that is given; otherwise 'nf4', or 'low-rank' if a ratio or "
-        "an allocator is given.",
+        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (factors in two bits), '2.7-bit', 'trellis' or "
+        "'low-rank'. 'auto' is the best kind for the tuning memory if that is given; otherwise 'nf4', or 'low-rank' if "
+        "a ratio or an allocator is given.",
     )
     paper: bool = Field(
         False,

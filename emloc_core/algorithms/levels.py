@@ -52,7 +52,7 @@ class Rounded:
         """Return the matrix, (m, n), in fp32."""
         scales = self.scales.float()
         numbers = lookup(torch.tensor(LEVELS[self.levels]).to(scales), self.indices)
-        return numbers.mul_(_spread(scales, self.indices.shape[1]))
+        return numbers.mul_(spread(scales, self.indices.shape[1]))
 
     def split(self, rows: Sequence[int]) -> "list[Rounded]":
         """Return the matrices that it is stacked of, by their numbers of rows."""
@@ -92,7 +92,7 @@ def _rounded(
     for _ in range(passes):
         numbers = grid.units(numbers.T)
         with gram.matrix() as gram_matrix:
-            better, descent = _fitted(image, numbers, gram_matrix, grid.stored)
+            better, descent = fitted_scales(image, numbers, gram_matrix, grid.stored)
         del grid
         grid = _Grid(levels, better, matrix.shape[1])
         numbers = descended(grid.numbers(numbers).T, descent.T, gram, grid)
@@ -181,7 +181,7 @@ def _steps(levels: int) -> list[tuple[float, float, float]]:
     ]
 
 
-def _fitted(
+def fitted_scales(
     image: torch.Tensor, units: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit scales to the chosen levels by least squares, row by row.
@@ -203,8 +203,8 @@ def _fitted(
     for rows in (slice(start, start + most) for start in range(0, m, most)):
         part_units, old = units[:, rows].contiguous(), scales[rows].double()
         products = [gram[:, part] @ part_units[part] for part in blocks(n, GROUP)]
-        curvature = torch.stack([_by_group(product * part_units) for product in products]).permute(2, 0, 1).double()
-        slope = _by_group(part_units * image[:, rows]).T.double() - (curvature @ old[..., None])[..., 0]
+        curvature = torch.stack([by_group(product * part_units) for product in products]).permute(2, 0, 1).double()
+        slope = by_group(part_units * image[:, rows]).T.double() - (curvature @ old[..., None])[..., 0]
         diagonal = curvature.diagonal(dim1=1, dim2=2)  # of a group whose levels are all 0, it is 0
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(image.dtype).tiny
         changed = (old + torch.linalg.solve(curvature, slope)).to(scales.dtype)
@@ -223,13 +223,13 @@ def rows_at_once(n: int, products: int = max(_PRODUCTS.values())) -> int:
     return max(_FEWEST, products // (-(-n // GROUP) * n))
 
 
-def _by_group(numbers: torch.Tensor) -> torch.Tensor:
+def by_group(numbers: torch.Tensor) -> torch.Tensor:
     """Return the sum of every group of a column, (groups, m), for numbers (n, m)."""
     groups, rest = divmod(len(numbers), GROUP)
     sums = numbers[: groups * GROUP].unflatten(0, (groups, GROUP)).sum(1)
     return torch.cat([sums, numbers[-rest:].sum(0, keepdim=True)]) if rest else sums
 
 
-def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:
-    """Return the scale of every number, (m, n)."""
-    return scales.repeat_interleave(GROUP, dim=1)[:, :n]
+def spread(scales: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the scale of every number, (..., m, n)."""
+    return scales.repeat_interleave(GROUP, dim=-1)[..., :n]

@@ -6,7 +6,7 @@ Torch's operations do the same, in many times as many steps, where there is no c
 import ctypes
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -18,14 +18,19 @@ import torch
 
 from emloc_core.algorithms.grid import Grid
 
-ROUNDING, UNPACKING = "rounding", "unpacking"
+ROUNDING, TRELLIS, UNPACKING = "rounding", "trellis", "unpacking"
 #: That a block has at most.
 COLUMNS = 64
+#: That a number of a trellis code sees.
+STATE_BITS = 12
 #: Numbers to unpack that are worth a thread, which is made for them.
 _PER_THREAD = 1 << 22
 #: Bytes from which glibc takes every block from the system, and gives it back.
 _LARGE = 32 << 20
-_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", f"-DCOLUMNS={COLUMNS}")
+_FLAGS = (
+    *("-O3", "-fno-trapping-math", "-march=native", "-shared", "-fPIC"),
+    *(f"-DCOLUMNS={COLUMNS}", f"-DSTATE_BITS={STATE_BITS}"),
+)
 
 
 class _Grid(ctypes.Structure):
@@ -74,6 +79,29 @@ def descend_block(
     _call("descend_block", (block, slopes, changes, curvature), grid, start)
 
 
+def find_states(numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, values: torch.Tensor, segment: int,
+                bits: Sequence[int]) -> None:  # fmt: skip
+    """Do what :func:`emloc_core.algorithms.trellis.find_states` does, several segments at a time.
+
+    Raises:
+        MemoryError: there is none for what a segment takes, 2 MB.
+    """
+    tensors = (numbers, scales, states)
+    assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
+    m, function, pattern = len(numbers), library(TRELLIS).find_states, (ctypes.c_int64 * len(bits))(*bits)
+    table = ctypes.c_void_p(values.data_ptr())
+
+    def find(begin: int, end: int) -> None:
+        for start in range(begin * segment, min(m, end * segment), segment):
+            pointers = [ctypes.c_void_p(tensor.data_ptr() + start * tensor.itemsize) for tensor in tensors]
+            count = min(segment, m - start)
+            if function(*pointers, ctypes.c_int64(count), table, pattern, ctypes.c_int64(len(bits))):
+                raise MemoryError("out of memory while searching for trellis codes")
+
+    segments = -(-m // segment)
+    _on_threads(find, segments, segments)
+
+
 def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, n: int, width: int,
                   dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
     """Return a matrix, (m, n), or a stack of them, on a few levels.
@@ -85,17 +113,39 @@ def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor
         width: of a group.
         dtype: fp32 or bf16.
     """
-    tensors = (codes, scales, table)
+    sizes = (scales.shape[-2], n, codes.shape[-2], table.shape[1], width)
+    return _unpacked("unpack_levels", (codes, scales, table), n, sizes, dtype)
+
+
+def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, m: int, n: int, count: int,
+                   segment: int, width: int, dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
+    """Return a matrix, (m, n), or a stack of them, in a trellis code.
+
+    Args:
+        codes: (..., ceil(m / count), n), uint8.
+        scales: (..., m, groups), bf16.
+        table: the value of every state, (states,), fp32.
+        count: numbers of a column that a byte holds.
+        segment: numbers of a column that may see bits of each other.
+        width: of a group.
+        dtype: fp32 or bf16.
+    """
+    return _unpacked("unpack_trellis", (codes, scales, table), n, (m, n, count, segment, width), dtype)
+
+
+def _unpacked(
+    name: str, tensors: tuple[torch.Tensor, ...], n: int, sizes: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
-    functions, m = library(UNPACKING), scales.shape[-2]
+    functions, scales = library(UNPACKING), tensors[1]
     matrix = torch.empty(*scales.shape[:-1], n, dtype=dtype)
     if matrix.nbytes >= _LARGE:
         functions.use_large_pages(*map(ctypes.c_int64, (matrix.data_ptr(), matrix.nbytes)))
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, matrix)]
-    sizes = [*map(ctypes.c_int64, (m, n, codes.shape[-2], table.shape[1], width, dtype == torch.float32))]
+    numbers = [*map(ctypes.c_int64, (*sizes, dtype == torch.float32))]
 
     def unpack(begin: int, end: int) -> None:
-        functions.unpack_levels(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end), *sizes)
+        getattr(functions, name)(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end), *numbers)
 
     _on_threads(unpack, matrix.numel() // n if n else 0, matrix.numel() // _PER_THREAD)
     return matrix

@@ -1,4 +1,4 @@
-/* Unpacks weights on a few levels (emloc_core/algorithms/native.py), a piece of a row at a time. */
+/* Unpacks weights on a few levels and in trellis codes (emloc_core/algorithms/native.py), a piece of a row at a time. */
 
 #include <stdint.h>
 #include <string.h>
@@ -55,6 +55,33 @@ void unpack_levels(const uint8_t *codes, const uint16_t *scales, const float *ta
                 for (int64_t i = 0; i < count; i++)
                     ((uint16_t *)out)[row * n + start + i] = bfloat16(units[skipped + i] * scale);
         }
+}
+
+/* Unpacks rows of a stack of matrices, (m, n), in a trellis code, into fp32 or bf16. A byte holds `count` numbers of a
+   column, of which each sees the last STATE_BITS; no bit is seen from the rows of another segment. */
+void unpack_trellis(const uint8_t *codes, const uint16_t *scales, const float *table, void *out, int64_t begin,
+                    int64_t end, int64_t m, int64_t n, int64_t count, int64_t segment, int64_t width, int64_t in_fp32)
+{
+    const int64_t groups = (n + width - 1) / width, bytes = (m + count - 1) / count;
+    static const uint8_t none[PIECE];
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t r = row % m, unseen = 8 - 8 * (r % count + 1) / count, depth = r % segment / count;
+        for (int64_t start = 0, stop; start < n; start = stop) {
+            stop = start + PIECE < n ? start + PIECE : n;
+            if (stop > (start / width + 1) * width) stop = (start / width + 1) * width;
+            const uint8_t *own = codes + (row / m * bytes + r / count) * n + start;
+            const uint8_t *before = depth > 0 ? own - n : none, *earlier = depth > 1 ? own - 2 * n : none;
+            const float scale = float32(scales[row * groups + start / width]);
+            float units[PIECE];
+            for (int64_t i = 0; i < stop - start; i++)
+                units[i] = table[(earlier[i] << 16 | before[i] << 8 | own[i]) >> unseen & ((1 << STATE_BITS) - 1)];
+            if (in_fp32)
+                for (int64_t i = 0; i < stop - start; i++) ((float *)out)[row * n + start + i] = units[i] * scale;
+            else
+                for (int64_t i = 0; i < stop - start; i++)
+                    ((uint16_t *)out)[row * n + start + i] = bfloat16(units[i] * scale);
+        }
+    }
 }
 
 /* Asks for large pages: the system takes longer to hand out so much memory in small ones than it takes to fill it. */

@@ -14,6 +14,7 @@ from emloc_core.standins.low_rank_two_bits import TwoBitLowRank
 from emloc_core.standins.nf4 import NF4
 from emloc_core.standins.repaired import RepairedThreeLevels
 from emloc_core.standins.standin import Packed, StandIn
+from emloc_core.standins.trellis import Trellis
 
 __all__ = [
     "NF4",
@@ -29,6 +30,7 @@ __all__ = [
     "SixLevels",
     "StandIn",
     "StandInLinear",
+    "Trellis",
     "TwoBitLowRank",
 ]
 

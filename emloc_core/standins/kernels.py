@@ -1,4 +1,4 @@
-"""A kernel for GPUs: weights on a few levels, unpacked in one pass.
+"""Kernels for GPUs: weights on a few levels, or in a trellis code, unpacked in one pass.
 
 The operations of torch in its place write the index of every byte and its levels before they are scaled, 13 bytes per
 weight; this reads a byte for several weights and writes them once, 2.4 bytes in 16 bits. Torch for CUDA brings Triton
@@ -12,6 +12,7 @@ import triton
 from triton import language as tl
 
 from emloc_core.algorithms.levels import GROUP, LEVELS
+from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS
 
 #: Weights of a row that a program unpacks.
 _BLOCK = 1024
@@ -38,6 +39,32 @@ def unpack_levels(
     return matrix
 
 
+def unpack_trellis(
+    codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, dtype: torch.dtype, m: int, n: int, count: int
+) -> torch.Tensor:
+    """Return a matrix, (m, n), or a stack of them, as :mod:`emloc_core.standins.trellis` unpacks it, bit for bit.
+
+    Args:
+        codes: (..., ceil(m / count), n), uint8, contiguous.
+        scales: (..., m, ceil(n / GROUP)), bf16, contiguous.
+        table: the value of every state, in this dtype, on the CPU.
+        count: numbers of a column that a byte holds.
+    """
+    matrix = torch.empty(*codes.shape[:-2], m, n, dtype=dtype, device=codes.device)
+    grid = (matrix.numel() // max(1, n), triton.cdiv(n, _BLOCK))
+    with torch.cuda.device_of(codes):  # Triton launches on the current one
+        _unpack_trellis[grid](
+            codes, scales, _on_device(table, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
+            COUNT=count, SEGMENT=SEGMENT, STATES=1 << STATE_BITS, GROUP=GROUP, BLOCK=_BLOCK,
+        )  # fmt: skip
+    return matrix
+
+
+@cache
+def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return table.to(device)
+
+
 @cache
 def _levels(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor(LEVELS[count], dtype=dtype, device=device)
@@ -58,3 +85,22 @@ def _unpack(
     level = tl.load(levels + code % COUNT)
     scale = tl.load(scales + row * groups + column // GROUP, mask=inside, other=0).to(level.dtype)
     tl.store(matrix + row * n + column, level * scale, mask=inside)
+
+
+@triton.jit
+def _unpack_trellis(
+    codes, scales, table, matrix, nbytes, m, n, groups,
+    COUNT: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n
+    own = codes + (row // m * nbytes + row % m // COUNT) * n + column
+    depth = row % m % SEGMENT // COUNT
+    seen = tl.load(own, mask=inside, other=0).to(tl.int32)
+    seen |= tl.load(own - n, mask=column < tl.where(depth > 0, n, 0), other=0).to(tl.int32) << 8
+    seen |= tl.load(own - 2 * n, mask=column < tl.where(depth > 1, n, 0), other=0).to(tl.int32) << 16
+    unseen = (8 - 8 * (row % m % COUNT + 1) // COUNT).to(tl.int32)
+    value = tl.load(table + (seen >> unseen) % STATES)
+    scale = tl.load(scales + row * groups + column // GROUP, mask=inside, other=0).to(value.dtype)
+    tl.store(matrix + row * n + column, value * scale, mask=inside)

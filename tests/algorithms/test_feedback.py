@@ -147,7 +147,7 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
     grid = levels._Grid(count, scales, n)
     units = grid.units(matrix.T)
     with gram.matrix() as gram_matrix:
-        better, descent = levels._fitted(gram_matrix @ matrix.T, units, gram_matrix, scales)
+        better, descent = levels.fitted_scales(gram_matrix @ matrix.T, units, gram_matrix, scales)
         rest = matrix.T - levels._Grid(count, better, n).numbers(units.clone())
         assert torch.allclose(descent, gram_matrix @ rest, atol=1e-4 * float((gram_matrix @ matrix.T).abs().max()))
         fitted, units = better.float(), units.T

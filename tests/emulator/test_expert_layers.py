@@ -13,11 +13,20 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, TwoBitLowRank, layer
+from emloc_core.standins import (
+    NF4,
+    FourBitLowRank,
+    LowRank,
+    RepairedThreeLevels,
+    SixLevels,
+    Trellis,
+    TwoBitLowRank,
+    layer,
+)
 from emloc_core.standins.experts import StandInExperts, computes_as_experts, matrices, stacks
 
 EXPERTS, HIDDEN, INNER = 5, 64, 40
-FORMATS = (NF4().own(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank())
+FORMATS = (NF4().own(), SixLevels(), Trellis(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank())
 #: Those that take little time to fit.
 QUICK = [format for format in FORMATS if format.name in ("nf4", "2.7-bit", "low-rank")]
 LAYOUTS = {

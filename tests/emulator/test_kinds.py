@@ -44,6 +44,7 @@ from emloc_core.standins import (
     LowRank,
     RepairedThreeLevels,
     SixLevels,
+    Trellis,
     TwoBitLowRank,
     low_rank_two_bits,
     nf4,
@@ -51,7 +52,8 @@ from emloc_core.standins import (
 from emloc_core.standins.low_rank_nf4 import rounded
 from emloc_core.tuning.trainer import LoraTrainer
 
-KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, TwoBitLowRank, RepairedThreeLevels, SixLevels)}
+FORMATS = (LowRank, NF4, FourBitLowRank, TwoBitLowRank, RepairedThreeLevels, SixLevels, Trellis)
+KINDS = {kind.name: kind for kind in FORMATS}
 SETTINGS = {
     "low-rank": {"ratio": 0.6},
     "nf4": {},
@@ -59,6 +61,7 @@ SETTINGS = {
     "low-rank-2-bit": {"ratio": 0.6},
     "1.6-bit+repair": {"ratio": 0.3},
     "2.7-bit": {},
+    "trellis": {},
 }
 
 
@@ -468,6 +471,7 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
         ("low-rank-2-bit", "rank 6 in two bits"),
         ("1.6-bit+repair", "3 levels and rank 3 in four bits"),
         ("2.7-bit", "6 levels"),
+        ("trellis", "a trellis code of 2.7 bits"),
     ],
 )
 def test_a_dry_run_says_what_becomes_of_weights(kind, description, tiny_model, rows_file, tmp_path, emloc):

@@ -18,8 +18,10 @@ from emloc_core.settings import CompressSettings
 from emloc_core.standins import levels, nf4
 from emloc_core.standins.registry import format_named
 
+KINDS = ("low-rank", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit", "trellis")
 
-@pytest.fixture(scope="module", params=["low-rank", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit"])
+
+@pytest.fixture(scope="module", params=KINDS)
 def compressed(request, tiny_model, rows_file, tmp_path_factory):
     """A kind, and its emulator."""
     settings = CompressSettings(kind=request.param, samples=4, selection=2)

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, TwoBitLowRank
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, Trellis, TwoBitLowRank
 
-FORMATS = [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank()]
+FORMATS = [NF4(), SixLevels(), Trellis(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank()]
 M, N = 320, 576
 
 

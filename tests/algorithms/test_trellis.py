@@ -1,0 +1,145 @@
+"""Matrices in a trellis code: no other bits are nearer, little is lost, and what is packed is read as it was."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emloc_core.algorithms import levels, native, trellis
+from emloc_core.algorithms.feedback import Damped
+from emloc_core.algorithms.levels import GROUP
+from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS, ends, find_states, values
+from emloc_core.standins import kernels
+from emloc_core.standins.trellis import COUNT, TrellisLinear, pack, table
+
+COUNTS = (3, 4, 5, 8)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits_of(count):
+    return [end - start for start, end in zip([0, *ends(count)], ends(count), strict=False)]
+
+
+def found(numbers, scales, count):
+    states = torch.empty(len(numbers), dtype=torch.int16)
+    find_states(numbers, scales, states, bits_of(count))
+    return states
+
+
+def without_compilers(function, *args, **kwargs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda _: None)
+        patch.setattr(native, "compiler", lambda: None)
+        return function(*args, **kwargs)
+
+
+def lost(states, numbers, scales):
+    return float((values()[states.long()] * scales - numbers).square().sum())
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_no_other_bits_are_nearer(count):
+    numbers, scales, bits = draw(4, seed=count), draw(4, seed=1).abs() + 0.1, (2 * bits_of(count))[:4]
+    least = torch.inf
+    for choice in product(*(range(1 << own) for own in bits)):
+        state, states = 0, []
+        for own, new in zip(bits, choice, strict=True):
+            state = (state << own | new) % (1 << STATE_BITS)
+            states.append(state)
+        least = min(least, lost(torch.tensor(states), numbers, scales))
+    assert lost(found(numbers, scales, count), numbers, scales) == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_every_number_sees_the_bits_of_those_before_it(count):
+    states = found(draw(SEGMENT + 50), torch.ones(SEGMENT + 50), count)
+    before, bits = 0, bits_of(count)
+    for row, state in enumerate(states.tolist()):
+        before = 0 if row % SEGMENT == 0 else before
+        assert state >> bits[row % count] == before & (1 << STATE_BITS - bits[row % count]) - 1
+        before = state
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="there is no C compiler")
+@settings(deadline=None, max_examples=10)
+@given(m=st.integers(1, 60), count=st.sampled_from(COUNTS), seed=st.integers(0, 99), threads=st.integers(1, 3))
+def test_c_finds_what_torch_does(m, count, seed, threads):
+    numbers, scales = draw(m, seed=seed), draw(m, seed=seed + 1).abs() + 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trellis, "SEGMENT", 15 * 8)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        apart = [
+            lost(states, numbers, scales)
+            for states in (found(numbers, scales, count), without_compilers(found, numbers, scales, count))
+        ]
+    assert apart[0] == pytest.approx(apart[1], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("count", "bound"), [(3, 2 ** (-16 / 3)), (4, 2**-4), (5, 2 ** (-16 / 5)), (8, 2**-2)])
+def test_normal_numbers_lose_little_more_than_any_code_has_to(count, bound):
+    matrix = draw(2 * SEGMENT, 8)
+    coded = trellis.rounded(matrix, Damped(torch.eye(8), 0.0), count, passes=1)
+    error = float((coded.numbers() - matrix).square().mean())
+    assert bound < error * 1.25  # of each 8 numbers in a row the scale is fitted
+    assert error < 1.25 * bound  # six levels: 2.3 times, three: 1.75 times
+
+
+def test_feedback_and_descent_lower_the_error_of_the_outputs():
+    inputs = draw(1000, 100) @ (draw(100, 100, seed=1) * torch.logspace(0, -2, 100)[:, None])
+    matrix, gram = draw(96, 100, seed=2), inputs.T @ inputs
+    errors = [
+        float(((matrix - trellis.rounded(matrix, Damped(used), 3, passes).numbers()) @ inputs.T).norm())
+        for used, passes in ((torch.eye(100), 0), (gram, 0), (gram, 2))
+    ]
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 0.98 * errors[1]
+
+
+def test_it_loses_less_than_six_levels_in_as_many_bytes():
+    inputs, matrix = draw(1000, 100) @ draw(100, 100, seed=1), draw(96, 100, seed=2)
+    gram = Damped(inputs.T @ inputs, levels.DAMPING)
+    ours, theirs = trellis.rounded(matrix, gram, 3), levels.rounded(matrix, gram, 6)
+    lost_by = [float(((matrix - rounded.numbers()) @ inputs.T).square().sum()) for rounded in (ours, theirs)]
+    assert lost_by[0] < 0.7 * lost_by[1]
+
+
+def unpacked(coded, dtype=torch.float32):
+    return TrellisLinear.unpack(*pack(coded).values(), shape=tuple(coded.states.shape), dtype=dtype)
+
+
+@settings(deadline=None, max_examples=20)
+@given(m=st.integers(1, 40), n=st.integers(1, GROUP + 3), seed=st.integers(0, 99), compiled=st.booleans())
+def test_what_is_packed_is_read_as_it_was_rounded(m, n, seed, compiled):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trellis, "SEGMENT", 15)
+        patch.setattr("emloc_core.standins.trellis.SEGMENT", 15)
+        coded = trellis.rounded(draw(m, n, seed=seed), Damped(torch.eye(n)), COUNT, passes=0)
+        read = unpacked(coded) if compiled else without_compilers(unpacked, coded)
+    assert torch.equal(read, coded.numbers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["matrix", "stack"])
+def test_all_that_unpacks_gives_the_same(stack, dtype, monkeypatch):
+    monkeypatch.setattr(native, "_PER_THREAD", 1)
+    monkeypatch.setattr(native, "_LARGE", 1)
+    m, n = 2 * SEGMENT + 7, 300
+    codes = torch.randint(256, (*stack, -(-m // COUNT), n), dtype=torch.uint8)
+    scales = torch.rand(*stack, m, 2).bfloat16()
+    expected = without_compilers(TrellisLinear.unpack, codes, scales, shape=(m, n), dtype=dtype)
+    assert torch.equal(TrellisLinear.unpack(codes, scales, shape=(m, n), dtype=dtype), expected)
+    if dtype != torch.bfloat16:  # to which the interpreter truncates, where a GPU rounds
+        assert torch.equal(kernels.unpack_trellis(codes, scales, table(dtype), dtype, m, n, COUNT), expected)
+
+
+@pytest.mark.parametrize("size", [0, 1e-30, 1e12])
+@pytest.mark.parametrize("scale", [0, 1e-6, 1e6])
+def test_weights_and_inputs_may_be_zero_or_of_any_size(scale, size):
+    matrix = scale * draw(8, 30)
+    numbers = trellis.rounded(matrix, Damped(size * torch.eye(30)), 3).numbers()
+    assert float((numbers - matrix).norm()) <= 0.5 * float(matrix.norm()) + 1e-30
