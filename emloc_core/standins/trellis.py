@@ -1,7 +1,7 @@
 """Weights in a trellis code: fewer than three bits a number."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import Format
 from emloc_core.standins.layer import PackedLinear, Parts
-from emloc_core.standins.levels import compiles_for
+from emloc_core.standins.levels import MovableScales, compiles_for
 from emloc_core.standins.standin import Packed
 
 #: Numbers of a column that a byte holds.
@@ -41,7 +41,7 @@ class TrellisLinear(PackedLinear):
     def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, or a stack of them."""
         codes, scales = parts
-        known = scales.dtype == torch.bfloat16 and not scales.requires_grad
+        known = scales.dtype == torch.bfloat16
         in_c = codes.is_cuda or dtype in (torch.float32, torch.bfloat16)
         if known and in_c and compiles_for(codes.device.type):
             return unpack_trellis(codes.contiguous(), scales.contiguous(), dtype, *shape)
@@ -56,6 +56,7 @@ class Trellis(Format):
     name = "trellis"
     layer = TrellisLinear
     samples = 256
+    refine = 3
     experts = True
     narrow = True
 
@@ -68,6 +69,10 @@ class Trellis(Format):
             fitted.append(Packed(pack(coded), (weight.shape[0], weight.shape[1]), error))
         return fitted
 
+    def movable(self, fitted: Packed) -> MovableScales:
+        """Let the scales move."""
+        return MovableScales(fitted, partial(_rescaled, fitted.parts["weight"], shape=fitted.shape))
+
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of rounding, with scales that are fitted."""
         return costs.rounding_bytes(linears, scales=True)
@@ -75,6 +80,12 @@ class Trellis(Format):
     def describe(self, rank: str) -> str:
         """The numbers that share a byte."""
         return f"a trellis code of {8 / COUNT:.1f} bits"
+
+
+def _rescaled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """Return the weight with a gradient for the scales, which what unpacks in one pass has none for."""
+    units = TrellisLinear.unpack(codes, torch.ones_like(scales, requires_grad=False), shape=shape, dtype=dtype)
+    return units * spread(scales.to(dtype), shape[1])
 
 
 def pack(coded: Coded) -> dict[str, torch.Tensor]:
