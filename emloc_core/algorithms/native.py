@@ -1,6 +1,7 @@
 """Rounds blocks of columns and unpacks levels on a CPU in C, compiled for this processor when a process first does so.
 
-Torch's operations do the same, in many times as many steps, where there is no compiler. ``CC`` names another one.
+Where there is no compiler, torch's operations do the same in many times as many steps, but for the search for trellis
+codes. ``CC`` names another one.
 """
 
 import ctypes
@@ -81,7 +82,7 @@ def descend_block(
 
 def find_states(numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, values: torch.Tensor, segment: int,
                 bits: Sequence[int]) -> None:  # fmt: skip
-    """Do what :func:`emloc_core.algorithms.trellis.find_states` does, several segments at a time.
+    """See :func:`emloc_core.algorithms.trellis.find_states`; several segments are searched at a time.
 
     Raises:
         MemoryError: there is none for what a segment takes, 2 MB.

@@ -11,6 +11,8 @@ from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import GROUP, lookup, spread
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS, Coded, ends
+from emloc_core.errors import EmlocError
+from emloc_core.settings import CompressSettings
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import Format
@@ -59,6 +61,20 @@ class Trellis(Format):
     refine = 3
     experts = True
     narrow = True
+
+    def check(self, settings: CompressSettings) -> None:
+        """Refuse to look for codes where nothing is there to compile what does so.
+
+        Raises:
+            EmlocError: names the remedy.
+        """
+        super().check(settings)
+        if not native.library(native.TRELLIS):
+            raise EmlocError(
+                f"An emulator of the kind {self.name!r} is made by C code, which cannot be compiled here.",
+                "Install gcc or clang, or name another C compiler in CC; or choose another --kind.",
+                code="unavailable",
+            )
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
         """Round weights with feedback."""

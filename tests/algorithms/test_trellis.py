@@ -11,8 +11,10 @@ from emloc_core.algorithms import levels, native, trellis
 from emloc_core.algorithms.feedback import Damped
 from emloc_core.algorithms.levels import GROUP
 from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS, ends, find_states, values
+from emloc_core.errors import EmlocError
+from emloc_core.settings import CompressSettings
 from emloc_core.standins import kernels
-from emloc_core.standins.trellis import COUNT, TrellisLinear, pack, table
+from emloc_core.standins.trellis import COUNT, Trellis, TrellisLinear, pack, table
 
 COUNTS = (3, 4, 5, 8)
 
@@ -28,6 +30,23 @@ def bits_of(count):
 def found(numbers, scales, count):
     states = torch.empty(len(numbers), dtype=torch.int16)
     find_states(numbers, scales, states, bits_of(count))
+    return states
+
+
+def by_torch(numbers, scales, count):
+    costs, table, bits, before = torch.full((1 << STATE_BITS,), torch.inf), values(), bits_of(count), []
+    costs[0] = 0
+    for row, (number, scale) in enumerate(zip(numbers, scales, strict=True)):
+        own = bits[row % count]
+        least, gone = costs.view(1 << own, -1).min(0)
+        before.append(gone)
+        costs = least.repeat_interleave(1 << own) + (number - scale * table).square()
+    states, state = torch.empty(len(numbers), dtype=torch.int16), int(costs.argmin())
+    for row in reversed(range(len(numbers))):
+        own = bits[row % count]
+        states[row] = state
+        state >>= own
+        state |= int(before[row][state]) << STATE_BITS - own
     return states
 
 
@@ -65,19 +84,21 @@ def test_every_number_sees_the_bits_of_those_before_it(count):
         before = state
 
 
-@pytest.mark.skipif(native.compiler() is None, reason="there is no C compiler")
 @settings(deadline=None, max_examples=10)
-@given(m=st.integers(1, 60), count=st.sampled_from(COUNTS), seed=st.integers(0, 99), threads=st.integers(1, 3))
-def test_c_finds_what_torch_does(m, count, seed, threads):
+@given(m=st.integers(1, 60), count=st.sampled_from(COUNTS), seed=st.integers(0, 99))
+def test_bits_are_as_near_as_those_that_torch_finds(m, count, seed):
     numbers, scales = draw(m, seed=seed), draw(m, seed=seed + 1).abs() + 0.1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trellis, "SEGMENT", 15 * 8)
-        patch.setattr(torch, "get_num_threads", lambda: threads)
-        apart = [
-            lost(states, numbers, scales)
-            for states in (found(numbers, scales, count), without_compilers(found, numbers, scales, count))
-        ]
-    assert apart[0] == pytest.approx(apart[1], rel=1e-5, abs=1e-6)
+    least = lost(by_torch(numbers, scales, count), numbers, scales)
+    assert lost(found(numbers, scales, count), numbers, scales) == pytest.approx(least, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_segments_are_searched_apart(threads, monkeypatch):
+    monkeypatch.setattr(trellis, "SEGMENT", 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    numbers, scales = draw(100), torch.ones(100)
+    apart = [found(part, torch.ones(len(part)), 3) for part in numbers.split(30)]
+    assert torch.equal(found(numbers, scales, 3), torch.cat(apart))
 
 
 @pytest.mark.parametrize(("count", "bound"), [(3, 2 ** (-16 / 3)), (4, 2**-4), (5, 2 ** (-16 / 5)), (8, 2**-2)])
@@ -143,3 +164,10 @@ def test_weights_and_inputs_may_be_zero_or_of_any_size(scale, size):
     matrix = scale * draw(8, 30)
     numbers = trellis.rounded(matrix, Damped(size * torch.eye(30)), 3).numbers()
     assert float((numbers - matrix).norm()) <= 0.5 * float(matrix.norm()) + 1e-30
+
+
+def test_without_a_compiler_the_kind_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda _: None)
+    with pytest.raises(EmlocError, match="cannot be compiled here") as refused:
+        Trellis().check(CompressSettings(kind="trellis"))
+    assert refused.value.code == "unavailable"
