@@ -335,7 +335,7 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    message = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-2-bit, low-rank-nf4, nf4\."
+    message = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-2-bit, low-rank-nf4, nf4, trellis\."
     with pytest.raises(EmlocError, match=message):
         compress_job(tiny_model, rows_file, tmp_path / "emulator", CompressSettings(kind="nf5"))
 

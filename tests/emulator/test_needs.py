@@ -21,7 +21,7 @@ Planned = namedtuple("Planned", "out_features in_features rank tap group", defau
 
 #: Outputs of the Linears of a group, and inputs.
 DOWN, UP = ((96,), 384), ((320, 320), 96)
-KINDS = ("nf4", "2.7-bit", "1.6-bit+repair", "low-rank", "low-rank-nf4", "low-rank-2-bit")
+KINDS = ("nf4", "2.7-bit", "trellis", "1.6-bit+repair", "low-rank", "low-rank-nf4", "low-rank-2-bit")
 
 
 @pytest.fixture(autouse=True)
