@@ -22,7 +22,13 @@ RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("l
 #: What a recipe tries beside it, by task and memory.
 ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
 #: What else there is below four bits.
-RIVALS = (("2.7-bit", 0.17), ("low-rank-2-bit", 0.11), ("low-rank-nf4", 0.07), ("low-rank-2-bit", 0.05))
+RIVALS = (
+    ("2.7-bit", 0.17),
+    ("trellis", 0.17),
+    ("low-rank-2-bit", 0.11),
+    ("low-rank-nf4", 0.07),
+    ("low-rank-2-bit", 0.05),
+)
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -53,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2.7-bit-once": {"kind": "2.7-bit", "refine": 1},
     "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
     "2.7-bit-64-unrefined": {"kind": "2.7-bit", "samples": 64, "refine": 0},
+    "trellis-unrefined": {"kind": "trellis", "refine": 0},
 }
 #: Memories that variants of a kind are measured at. Variants of other kinds gained nothing: only their rows are kept.
 VARIED = {
@@ -60,6 +67,7 @@ VARIED = {
     "low-rank": (0.28, 0.6, 0.11),
     "low-rank-nf4": (0.17, 0.11),
     "2.7-bit": (0.17,),
+    "trellis": (0.17,),
 }
 #: Variants measured without exact steps: with factors, or compared only at the same memory.
 WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name in ("nf4-vocabulary", "2.7-bit-once")]
