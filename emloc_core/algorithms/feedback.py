@@ -122,9 +122,9 @@ def threads_for(rows: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def some_rows(matrix: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of the rows of a matrix, as many as are rounded at a time."""
-    most = ROWS.get(matrix.device.type, ROWS["cuda"])
+def some_rows(matrix: torch.Tensor, multiple: int = 1) -> Iterator[slice]:
+    """Yield slices of the rows of a matrix, as many as are rounded at a time: a multiple of so many."""
+    most = ROWS.get(matrix.device.type, ROWS["cuda"]) // multiple * multiple
     yield from (slice(start, start + most) for start in range(0, len(matrix), most))
 
 

@@ -1,13 +1,13 @@
-"""Rounds blocks of columns and unpacks levels on a CPU in C, compiled for this processor when a process first does so.
+"""Rounds and unpacks weights on a CPU in C, compiled for this processor when a process first does so.
 
-Where there is no compiler, torch's operations do the same in many times as many steps, but for the search for trellis
-codes. ``CC`` names another one.
+Where there is no compiler, torch's operations do the same in many times as many steps; but trellis codes are searched
+for here alone. ``CC`` names another one.
 """
 
 import ctypes
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ STATE_BITS = 12
 _PER_THREAD = 1 << 22
 #: Bytes from which glibc takes every block from the system, and gives it back.
 _LARGE = 32 << 20
+#: Without the second, gcc does not vectorise the choice of a least cost: a search takes five times as long.
 _FLAGS = (
     *("-O3", "-fno-trapping-math", "-march=native", "-shared", "-fPIC"),
     *(f"-DCOLUMNS={COLUMNS}", f"-DSTATE_BITS={STATE_BITS}"),
@@ -80,23 +81,23 @@ def descend_block(
     _call("descend_block", (block, slopes, changes, curvature), grid, start)
 
 
-def find_states(numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, values: torch.Tensor, segment: int,
-                bits: Sequence[int]) -> None:  # fmt: skip
+def find_states(
+    numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, values: torch.Tensor, segment: int
+) -> None:
     """See :func:`emloc_core.algorithms.trellis.find_states`; several segments are searched at a time.
 
     Raises:
-        MemoryError: there is none for what a segment takes, 2 MB.
+        MemoryError: there is none for what a segment takes, 1 MB.
     """
     tensors = (numbers, scales, states)
     assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
-    m, function, pattern = len(numbers), library(TRELLIS).find_states, (ctypes.c_int64 * len(bits))(*bits)
-    table = ctypes.c_void_p(values.data_ptr())
+    m, function, table = len(numbers), library(TRELLIS).find_states, ctypes.c_void_p(values.data_ptr())
 
     def find(begin: int, end: int) -> None:
         for start in range(begin * segment, min(m, end * segment), segment):
             pointers = [ctypes.c_void_p(tensor.data_ptr() + start * tensor.itemsize) for tensor in tensors]
             count = min(segment, m - start)
-            if function(*pointers, ctypes.c_int64(count), table, pattern, ctypes.c_int64(len(bits))):
+            if function(*pointers, ctypes.c_int64(count), table):
                 raise MemoryError("out of memory while searching for trellis codes")
 
     segments = -(-m // segment)
@@ -118,20 +119,19 @@ def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor
     return _unpacked("unpack_levels", (codes, scales, table), n, sizes, dtype)
 
 
-def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, m: int, n: int, count: int,
-                   segment: int, width: int, dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
+def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, m: int, n: int, segment: int,
+                   width: int, dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
     """Return a matrix, (m, n), or a stack of them, in a trellis code.
 
     Args:
-        codes: (..., ceil(m / count), n), uint8.
+        codes: (..., ceil(m / 3), n), uint8.
         scales: (..., m, groups), bf16.
-        table: the value of every state, (states,), fp32.
-        count: numbers of a column that a byte holds.
+        values: of every state, (states,), fp32.
         segment: numbers of a column that may see bits of each other.
         width: of a group.
         dtype: fp32 or bf16.
     """
-    return _unpacked("unpack_trellis", (codes, scales, table), n, (m, n, count, segment, width), dtype)
+    return _unpacked("unpack_trellis", (codes, scales, values), n, (m, n, segment, width), dtype)
 
 
 def _unpacked(

@@ -31,35 +31,34 @@ enum { STATES = 1 << STATE_BITS }; /* STATE_BITS is given to the compiler */
                 next[(shared << K) + bits] = least[shared] + missed * missed;                                          \
             }                                                                                                          \
     }
-STEP(1)
 STEP(2)
 STEP(3)
 
-/* Writes the state after each of m numbers, which have 1 to 3 bits in turn. Returns 1 where memory runs out. */
-int find_states(const float *numbers, const float *scales, uint16_t *states, int64_t m, const float *table,
-                const int64_t *bits, int64_t period)
+/* Of the three numbers of a byte, the first one has two bits, and the others have three. */
+static inline int bits_of(int64_t row)
+{
+    return row % 3 ? 3 : 2;
+}
+
+/* Writes the state after each of m numbers. Returns 1 where memory runs out. */
+int find_states(const float *numbers, const float *scales, uint16_t *states, int64_t m, const float *table)
 {
     float costs[2][STATES], *cost = costs[0], *next = costs[1];
-    uint8_t *from = malloc(m * (STATES / 2));
+    uint8_t *from = malloc(m * (STATES / 4));
     if (!from) return 1;
     for (int state = 0; state < STATES; state++) cost[state] = state ? INFINITY : 0; /* before the first number are zeros */
     for (int64_t row = 0; row < m; row++) {
-        uint8_t *of_row = from + row * (STATES / 2);
-        switch (bits[row % period]) {
-        case 1: step_1(cost, next, of_row, table, numbers[row], scales[row]); break;
-        case 2: step_2(cost, next, of_row, table, numbers[row], scales[row]); break;
-        default: step_3(cost, next, of_row, table, numbers[row], scales[row]);
-        }
+        (bits_of(row) == 2 ? step_2 : step_3)(cost, next, from + row * (STATES / 4), table, numbers[row], scales[row]);
         float *const before = cost;
         cost = next, next = before;
     }
     int state = 0;
     for (int other = 1; other < STATES; other++) state = cost[other] < cost[state] ? other : state;
     for (int64_t row = m - 1; row >= 0; row--) {
-        const int64_t own = bits[row % period];
+        const int own = bits_of(row);
         states[row] = state;
         state >>= own;
-        state |= from[row * (STATES / 2) + state] << (STATE_BITS - own);
+        state |= from[row * (STATES / 4) + state] << (STATE_BITS - own);
     }
     free(from);
     return 0;

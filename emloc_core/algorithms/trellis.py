@@ -2,27 +2,30 @@
 
 The numbers of a column are a row of bits, of which each sees the last :data:`STATE_BITS`: what a table has for these is
 its value, times a scale that :data:`GROUP` neighbours in a row share. So a number has as many values as the table, for
-as few bits as are new to it. Viterbi's algorithm (1967) finds the bits whose values are nearest to all numbers of a
-column together. Of normally distributed numbers, three in a byte have half of the error that six levels have, and five
-in a byte two thirds of what three levels have.
+the two or three bits that are new to it. Viterbi's algorithm (1967) finds the bits whose values are nearest to all
+numbers of a column together. Of normally distributed numbers, the squared error is half of that of six levels, three of
+which take a byte too.
 
 As in QTIP (Tseng et al., 2024, arXiv 2406.11235), where a row of bits is a tile of the matrix, within which feedback
 compensates nothing. Here it is a column, whose numbers have nothing to compensate for each other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from emloc_core.algorithms import native
-from emloc_core.algorithms.feedback import PASSES, ROWS, Damped, descended, with_feedback
+from emloc_core.algorithms.feedback import PASSES, Damped, descended, some_rows, with_feedback
 from emloc_core.algorithms.levels import GROUP, by_group, fitted_scales, lookup, spread
 from emloc_core.algorithms.native import STATE_BITS
 
+#: After how many bits of a byte each of the numbers that it holds ends.
+ENDS = (2, 5, 8)
+COUNT = len(ENDS)
 #: Numbers of a column after which the bits begin with zeros again, so that parts of a column can be searched at the
-#: same time; a multiple of what any byte holds. The first few of them have fewer values: the error is 2 % larger.
+#: same time; a multiple of :data:`COUNT`. The first few of them have fewer values: the error is 2 % larger.
 SEGMENT = 960
 _STATES = 1 << STATE_BITS
 #: Knuth's, with which neighbouring states have values far apart.
@@ -30,16 +33,15 @@ _MULTIPLIER = 2654435761
 
 
 @cache
-def values() -> torch.Tensor:
-    """Return the value of every state, (states,), fp32, on the CPU: quantiles of a normal distribution, mixed up."""
+def values(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the value of every state, (states,), fp32, on the CPU: quantiles of a normal distribution, mixed up.
+
+    Args:
+        dtype: that they are rounded to.
+    """
     order = torch.arange(_STATES, device="cpu")
     quantiles = torch.special.ndtri((order.double() + 0.5) / _STATES)[order * _MULTIPLIER % _STATES]
-    return (quantiles / quantiles.square().mean().sqrt()).float()
-
-
-def ends(count: int) -> list[int]:
-    """Return after how many bits of a byte each of the numbers that it holds ends."""
-    return [8 * number // count for number in range(1, count + 1)]
+    return (quantiles / quantiles.square().mean().sqrt()).to(dtype).float()
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,10 @@ class Coded:
     Attributes:
         states: the bits that every number sees, (m, n), int16.
         scales: (m, ceil(n / GROUP)), bf16.
-        count: numbers that a byte holds.
     """
 
     states: torch.Tensor
     scales: torch.Tensor
-    count: int
 
     def numbers(self) -> torch.Tensor:
         """Return the matrix, (m, n), in fp32."""
@@ -62,34 +62,27 @@ class Coded:
         return numbers.mul_(spread(self.scales.float(), self.states.shape[1]))
 
     def codes(self) -> torch.Tensor:
-        """Return the bytes of every column, (ceil(m / count), n), uint8."""
-        m, bits = len(self.states), ends(self.count)
-        last = torch.arange(self.count - 1, m + self.count - 1, self.count, device=self.states.device).clamp(max=m - 1)
-        missing = 8 - torch.tensor(bits, device=last.device)[last % self.count]
+        """Return the bytes of every column, (ceil(m / COUNT), n), uint8."""
+        m = len(self.states)
+        last = torch.arange(COUNT - 1, m + COUNT - 1, COUNT, device=self.states.device).clamp(max=m - 1)
+        missing = 8 - torch.tensor(ENDS, device=last.device)[last % COUNT]
         return (self.states[last].int() << missing[:, None]).to(torch.uint8)
 
 
-def rounded(matrix: torch.Tensor, gram: Damped, count: int, passes: int = PASSES) -> Coded:
+def rounded(matrix: torch.Tensor, gram: Damped, passes: int = PASSES) -> Coded:
     """Round a matrix with feedback; between passes, scales are fitted to the values.
 
     Args:
         matrix: M, (m, n), any floating dtype.
-        count: numbers that a byte holds.
         passes: of descent.
     """
-    parts = [_rounded(matrix[rows].float(), gram, count, passes) for rows in _some_rows(matrix)]
+    parts = [_rounded(matrix[rows].float(), gram, passes) for rows in some_rows(matrix, SEGMENT)]
     states, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Coded(states, scales, count)
+    return Coded(states, scales)
 
 
-def _some_rows(matrix: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of the rows of a matrix, as many segments as are rounded at a time."""
-    most = ROWS.get(matrix.device.type, ROWS["cuda"]) // SEGMENT * SEGMENT
-    yield from (slice(start, start + most) for start in range(0, len(matrix), most))
-
-
-def _rounded(matrix: torch.Tensor, gram: Damped, count: int, passes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    code = _Code(count, _scales(matrix), matrix.shape)
+def _rounded(matrix: torch.Tensor, gram: Damped, passes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    code = _Code(_scales(matrix), matrix.shape)
     with_feedback(matrix, gram, code)
     if passes:
         with gram.matrix() as gram_matrix:
@@ -114,7 +107,6 @@ class _Code:
     """Rounds the columns of a matrix, (m, n).
 
     Args:
-        count: numbers that a byte holds.
         scales: of the groups, (m, groups), bf16.
 
     Attributes:
@@ -122,10 +114,8 @@ class _Code:
         stored: the scales in bf16.
     """
 
-    def __init__(self, count: int, scales: torch.Tensor, shape: Sequence[int]) -> None:
+    def __init__(self, scales: torch.Tensor, shape: Sequence[int]) -> None:
         m, n = shape
-        bits = ends(count)
-        self._bits = [end - start for start, end in zip([0, *bits], bits, strict=False)]
         self._device = scales.device
         self.states = torch.empty(n, m, dtype=torch.int16, device="cpu")
         self.rescale(scales)
@@ -138,7 +128,7 @@ class _Code:
     def __call__(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
         """Return numbers of a column of the matrix, (m,), rounded."""
         scales, states = self._by_group[column // GROUP], self.states[column]
-        find_states(numbers.cpu(), scales, states, self._bits)
+        find_states(numbers.cpu(), scales, states)
         return values().index_select(0, states.int()).mul_(scales).to(self._device)
 
     def units(self) -> torch.Tensor:
@@ -150,7 +140,7 @@ class _Code:
         return units.mul_(spread(self.stored.float(), len(units)).T)
 
 
-def find_states(numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, bits: Sequence[int]) -> None:
+def find_states(numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tensor) -> None:
     """Write the states whose scaled values are nearest to the numbers of a column, segment by segment: in C alone.
 
     The operations of torch would take 600 times as long.
@@ -159,6 +149,5 @@ def find_states(numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tenso
         numbers: (m,), fp32, on the CPU.
         scales: (m,), fp32.
         states: (m,), int16.
-        bits: of each number in turn.
     """
-    native.find_states(numbers, scales, states, values(), SEGMENT, bits)
+    native.find_states(numbers, scales, states, values(), SEGMENT)

@@ -29,6 +29,15 @@ static inline float float32(uint16_t number)
     return widened;
 }
 
+/* Writes numbers, times their scale, in fp32 or bf16, from an index on. */
+static inline void write_scaled(void *out, int64_t first, const float *units, int64_t count, float scale, int64_t in_fp32)
+{
+    if (in_fp32)
+        for (int64_t i = 0; i < count; i++) ((float *)out)[first + i] = units[i] * scale;
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[first + i] = bfloat16(units[i] * scale);
+}
+
 /* Unpacks rows of a stack of matrices, (m, n), into fp32 or bf16. `width` numbers of a row share a scale. */
 void unpack_levels(const uint8_t *codes, const uint16_t *scales, const float *table, void *out, int64_t begin,
                    int64_t end, int64_t m, int64_t n, int64_t bytes, int64_t digits, int64_t width, int64_t in_fp32)
@@ -49,37 +58,29 @@ void unpack_levels(const uint8_t *codes, const uint16_t *scales, const float *ta
             case 5: look_up(units, of_piece, taken, table, 5); break;
             default: look_up(units, of_piece, taken, table, digits);
             }
-            if (in_fp32)
-                for (int64_t i = 0; i < count; i++) ((float *)out)[row * n + start + i] = units[skipped + i] * scale;
-            else
-                for (int64_t i = 0; i < count; i++)
-                    ((uint16_t *)out)[row * n + start + i] = bfloat16(units[skipped + i] * scale);
+            write_scaled(out, row * n + start, units + skipped, count, scale, in_fp32);
         }
 }
 
-/* Unpacks rows of a stack of matrices, (m, n), in a trellis code, into fp32 or bf16. A byte holds `count` numbers of a
+/* Unpacks rows of a stack of matrices, (m, n), in a trellis code, into fp32 or bf16. A byte holds three numbers of a
    column, of which each sees the last STATE_BITS; no bit is seen from the rows of another segment. */
 void unpack_trellis(const uint8_t *codes, const uint16_t *scales, const float *table, void *out, int64_t begin,
-                    int64_t end, int64_t m, int64_t n, int64_t count, int64_t segment, int64_t width, int64_t in_fp32)
+                    int64_t end, int64_t m, int64_t n, int64_t segment, int64_t width, int64_t in_fp32)
 {
-    const int64_t groups = (n + width - 1) / width, bytes = (m + count - 1) / count;
+    const int64_t groups = (n + width - 1) / width, bytes = (m + 2) / 3;
     static const uint8_t none[PIECE];
     for (int64_t row = begin; row < end; row++) {
-        const int64_t r = row % m, unseen = 8 - 8 * (r % count + 1) / count, depth = r % segment / count;
+        const int64_t r = row % m, unseen = 8 - 8 * (r % 3 + 1) / 3, depth = r % segment / 3;
         for (int64_t start = 0, stop; start < n; start = stop) {
             stop = start + PIECE < n ? start + PIECE : n;
             if (stop > (start / width + 1) * width) stop = (start / width + 1) * width;
-            const uint8_t *own = codes + (row / m * bytes + r / count) * n + start;
+            const uint8_t *own = codes + (row / m * bytes + r / 3) * n + start;
             const uint8_t *before = depth > 0 ? own - n : none, *earlier = depth > 1 ? own - 2 * n : none;
             const float scale = float32(scales[row * groups + start / width]);
             float units[PIECE];
             for (int64_t i = 0; i < stop - start; i++)
                 units[i] = table[(earlier[i] << 16 | before[i] << 8 | own[i]) >> unseen & ((1 << STATE_BITS) - 1)];
-            if (in_fp32)
-                for (int64_t i = 0; i < stop - start; i++) ((float *)out)[row * n + start + i] = units[i] * scale;
-            else
-                for (int64_t i = 0; i < stop - start; i++)
-                    ((uint16_t *)out)[row * n + start + i] = bfloat16(units[i] * scale);
+            write_scaled(out, row * n + start, units, stop - start, scale, in_fp32);
         }
     }
 }

@@ -12,7 +12,7 @@ import triton
 from triton import language as tl
 
 from emloc_core.algorithms.levels import GROUP, LEVELS
-from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS
+from emloc_core.algorithms.trellis import COUNT, SEGMENT, STATE_BITS, values
 
 #: Weights of a row that a program unpacks.
 _BLOCK = 1024
@@ -39,35 +39,31 @@ def unpack_levels(
     return matrix
 
 
-def unpack_trellis(
-    codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, dtype: torch.dtype, m: int, n: int, count: int
-) -> torch.Tensor:
+def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int) -> torch.Tensor:
     """Return a matrix, (m, n), or a stack of them, as :mod:`emloc_core.standins.trellis` unpacks it, bit for bit.
 
     Args:
-        codes: (..., ceil(m / count), n), uint8, contiguous.
+        codes: (..., ceil(m / COUNT), n), uint8, contiguous.
         scales: (..., m, ceil(n / GROUP)), bf16, contiguous.
-        table: the value of every state, in this dtype, on the CPU.
-        count: numbers of a column that a byte holds.
     """
     matrix = torch.empty(*codes.shape[:-2], m, n, dtype=dtype, device=codes.device)
     grid = (matrix.numel() // max(1, n), triton.cdiv(n, _BLOCK))
     with torch.cuda.device_of(codes):  # Triton launches on the current one
         _unpack_trellis[grid](
-            codes, scales, _on_device(table, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
-            COUNT=count, SEGMENT=SEGMENT, STATES=1 << STATE_BITS, GROUP=GROUP, BLOCK=_BLOCK,
+            codes, scales, _values(dtype, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
+            COUNT=COUNT, SEGMENT=SEGMENT, STATES=1 << STATE_BITS, GROUP=GROUP, BLOCK=_BLOCK,
         )  # fmt: skip
     return matrix
 
 
 @cache
-def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return table.to(device)
+def _levels(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(LEVELS[count], dtype=dtype, device=device)
 
 
 @cache
-def _levels(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(LEVELS[count], dtype=dtype, device=device)
+def _values(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return values(dtype).to(device, dtype)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Codes are the digits of a byte: three of six levels (2.7 bits), four of four (2)
 neighbours in a row share a scale.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from emloc_core.algorithms import feedback, levels, native
 from emloc_core.algorithms.factorize import output_error
-from emloc_core.algorithms.levels import GROUP, LEVELS
+from emloc_core.algorithms.levels import GROUP, LEVELS, spread
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.compat.imports import when_imported
 from emloc_core.standins import costs
@@ -60,19 +60,21 @@ class SixLevelsLinear(FewLevelsLinear):
 
 
 class MovableScales:
-    """A weight on a few levels whose scales may still move, by their logarithms.
+    """A weight whose scales may still move, by their logarithms.
 
     Args:
-        unpack: returns what the Linear multiplies by, (m, n), from such scales, in a dtype.
+        layer: unpacks it.
     """
 
-    def __init__(self, packed: Packed, unpack: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> None:
-        self._packed, self._unpack = packed, unpack
+    def __init__(self, packed: Packed, layer: type[PackedLinear]) -> None:
+        self._packed, self._layer = packed, layer
         self.numbers = nn.Parameter(packed.parts["weight_scales"].float().log())
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight with the scales as they are now."""
-        return self._unpack(self.numbers.exp().bfloat16(), dtype)
+        codes, shape, scales = self._packed.parts["weight"], self._packed.shape, self.numbers.exp().bfloat16()
+        ones = torch.ones_like(scales, requires_grad=False)  # what unpacks in one pass gives scales no gradient
+        return self._layer.unpack(codes, ones, shape=shape, dtype=dtype) * spread(scales.to(dtype), shape[1])
 
     def settled(self) -> Packed:
         """Return it packed."""
@@ -102,8 +104,7 @@ class SixLevels(Format):
 
     def movable(self, fitted: Packed) -> MovableScales:
         """Let the scales move."""
-        codes, count = fitted.parts["weight"], self.layer.LEVELS
-        return MovableScales(fitted, partial(unpack, codes, shape=fitted.shape, count=count))
+        return MovableScales(fitted, self.layer)
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of rounding, with scales that are fitted."""
@@ -138,15 +139,13 @@ def unpack(
     codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], count: int
 ) -> torch.Tensor:
     """Return the matrix of this shape and dtype, on so many levels, that :func:`pack` packed; or a stack of them."""
-    if _is_compiled(codes, scales, dtype):
+    if is_compiled(codes, scales, dtype):
         return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, *shape, count)
     return _by_torch(codes, scales, dtype, shape, count)
 
 
-def _is_compiled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> bool:
+def is_compiled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether one pass does it all; so it is planned too, by tensors without contents."""
-    if scales.requires_grad:
-        return False
     known = scales.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)
     return (codes.is_cuda or known) and compiles_for(codes.device.type)
 

@@ -1,7 +1,6 @@
 """Weights in a trellis code: fewer than three bits a number."""
 
 from collections.abc import Sequence
-from functools import cache, partial
 
 import torch
 from torch import nn
@@ -10,18 +9,15 @@ from emloc_core.algorithms import feedback, levels, native, trellis
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import GROUP, lookup, spread
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS, Coded, ends
+from emloc_core.algorithms.trellis import COUNT, ENDS, STATE_BITS, values
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import Format
 from emloc_core.standins.layer import PackedLinear, Parts
-from emloc_core.standins.levels import MovableScales, compiles_for
+from emloc_core.standins.levels import MovableScales, is_compiled
 from emloc_core.standins.standin import Packed
-
-#: Numbers of a column that a byte holds.
-COUNT = 3
 
 
 class TrellisLinear(PackedLinear):
@@ -32,7 +28,7 @@ class TrellisLinear(PackedLinear):
     @classmethod
     def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """Return codes and scales."""
-        table(dtype)  # there already where a pass is traced without contents
+        values(dtype)  # there already where a pass is traced without contents
         m, n = shape
         return {
             "weight": ((-(-m // COUNT), n), torch.uint8),
@@ -43,9 +39,7 @@ class TrellisLinear(PackedLinear):
     def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, or a stack of them."""
         codes, scales = parts
-        known = scales.dtype == torch.bfloat16
-        in_c = codes.is_cuda or dtype in (torch.float32, torch.bfloat16)
-        if known and in_c and compiles_for(codes.device.type):
+        if is_compiled(codes, scales, dtype):
             return unpack_trellis(codes.contiguous(), scales.contiguous(), dtype, *shape)
         return _by_torch(codes, scales, dtype, *shape)
 
@@ -80,14 +74,15 @@ class Trellis(Format):
         """Round weights with feedback."""
         damped, matrix, fitted = feedback.damped(gram, levels.DAMPING), feedback.single(gram), []
         for weight in weights:
-            coded = trellis.rounded(weight, damped, COUNT)
+            coded = trellis.rounded(weight, damped)
             error = output_error(weight, coded.numbers(), matrix)
-            fitted.append(Packed(pack(coded), (weight.shape[0], weight.shape[1]), error))
+            parts = {"weight": coded.codes(), "weight_scales": coded.scales}
+            fitted.append(Packed(parts, (weight.shape[0], weight.shape[1]), error))
         return fitted
 
     def movable(self, fitted: Packed) -> MovableScales:
         """Let the scales move."""
-        return MovableScales(fitted, partial(_rescaled, fitted.parts["weight"], shape=fitted.shape))
+        return MovableScales(fitted, self.layer)
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of rounding, with scales that are fitted."""
@@ -98,26 +93,15 @@ class Trellis(Format):
         return f"a trellis code of {8 / COUNT:.1f} bits"
 
 
-def _rescaled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    """Return the weight with a gradient for the scales, which what unpacks in one pass has none for."""
-    units = TrellisLinear.unpack(codes, torch.ones_like(scales, requires_grad=False), shape=shape, dtype=dtype)
-    return units * spread(scales.to(dtype), shape[1])
-
-
-def pack(coded: Coded) -> dict[str, torch.Tensor]:
-    """Return bytes, (ceil(m / COUNT), n), and scales, (m, ceil(n / GROUP)), bf16, by their names in the layer."""
-    return {"weight": coded.codes(), "weight_scales": coded.scales}
-
-
 @torch.library.custom_op("emloc::unpack_trellis", mutates_args=())
 def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int) -> torch.Tensor:
     """Unpack in one pass what is contiguous: a matrix, (m, n), or a stack of them."""
     if codes.is_cuda:
         from emloc_core.standins import kernels
 
-        return kernels.unpack_trellis(codes, scales, table(dtype), dtype, m, n, COUNT)
+        return kernels.unpack_trellis(codes, scales, dtype, m, n)
     if native.library(native.UNPACKING):
-        return native.unpack_trellis(codes, scales, table(dtype).float(), m, n, COUNT, SEGMENT, GROUP, dtype)
+        return native.unpack_trellis(codes, scales, values(dtype), m, n, trellis.SEGMENT, GROUP, dtype)
     return _by_torch(codes, scales, dtype, m, n)
 
 
@@ -128,16 +112,11 @@ def _(codes: torch.Tensor, _scales: torch.Tensor, dtype: torch.dtype, m: int, n:
 
 def _by_torch(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int) -> torch.Tensor:
     seen, before = codes.int(), codes.int()
-    of_segment = torch.arange(codes.shape[-2], device=codes.device) % (SEGMENT // COUNT)
+    of_segment = torch.arange(codes.shape[-2], device=codes.device) % (trellis.SEGMENT // COUNT)
     for step in (1, 2):  # the two bytes before, of which there are none where a segment begins
         before = before.roll(1, -2)
         seen = seen | (before * (of_segment >= step)[:, None]) << 8 * step
-    states = torch.stack([seen >> 8 - end & (1 << STATE_BITS) - 1 for end in ends(COUNT)], -2)
-    numbers = lookup(table(dtype).to(codes.device, non_blocking=True), states.flatten(-3, -2)[..., :m, :])
+    states = torch.stack([seen >> 8 - end & (1 << STATE_BITS) - 1 for end in ENDS], -2)
+    table = values(dtype).to(codes.device, dtype, non_blocking=True)
+    numbers = lookup(table, states.flatten(-3, -2)[..., :m, :])
     return numbers * spread(scales.to(dtype), n)
-
-
-@cache
-def table(dtype: torch.dtype) -> torch.Tensor:
-    """Return the value of every state, (states,), on the CPU."""
-    return trellis.values().to(dtype)

@@ -25,7 +25,7 @@ from emloc_core.model.streaming import Stream
 from emloc_core.model.weights import FrozenWeights
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.standins import SixLevels
+from emloc_core.standins import SixLevels, Trellis
 from emloc_core.tuning.trl import lora_config
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -41,7 +41,7 @@ def compiled():
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_layer_computes_what_it_does_on_the_cpu(format, dtype):
     on_cpu, on_gpu = layer(format, dtype, "cpu"), layer(format, dtype, "cuda")
-    if isinstance(format, SixLevels):
+    if isinstance(format, SixLevels | Trellis):
         assert torch.equal(on_gpu.unpacked().cpu(), on_cpu.unpacked())
     x = torch.randn(33, N, dtype=dtype)
     inputs = [x.clone().requires_grad_(), x.to("cuda").requires_grad_()]

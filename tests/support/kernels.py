@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 
 from emloc_core.algorithms import kernels as rounding
 from emloc_core.algorithms.levels import GROUP
+from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS
 from emloc_core.standins import kernels as unpacking
 
 
@@ -30,6 +31,9 @@ def sources():
         types |= {"nbytes": "i32", "m": "i32", "n": "i32", "groups": "i32"}
         values = {"COUNT": 6, "DIGITS": 3, "GROUP": GROUP, "BLOCK": 1024}
         yield f"unpack {dtype}", ASTSource(unpacking._unpack, types, values), 4
+        types = {"table" if name == "levels" else name: pointer for name, pointer in types.items()}
+        values = {"COUNT": 3, "SEGMENT": SEGMENT, "STATES": 1 << STATE_BITS, "GROUP": GROUP, "BLOCK": 1024}
+        yield f"unpack trellis {dtype}", ASTSource(unpacking._unpack_trellis, types, values), 4
 
 
 if __name__ == "__main__":
