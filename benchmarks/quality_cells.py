@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2.7-bit-once": {"kind": "2.7-bit", "refine": 1},
     "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
     "2.7-bit-64-unrefined": {"kind": "2.7-bit", "samples": 64, "refine": 0},
-    "trellis-unrefined": {"kind": "trellis", "refine": 0},
+    "trellis-refined": {"kind": "trellis", "refine": 3},
 }
 #: Memories that variants of a kind are measured at. Variants of other kinds gained nothing: only their rows are kept.
 VARIED = {

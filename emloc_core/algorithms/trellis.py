@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from emloc_core.algorithms import native
-from emloc_core.algorithms.feedback import PASSES, Damped, descended, some_rows, with_feedback
+from emloc_core.algorithms.feedback import Damped, descended, some_rows, with_feedback
 from emloc_core.algorithms.levels import GROUP, by_group, fitted_scales, lookup, spread
 from emloc_core.algorithms.native import STATE_BITS
 
@@ -28,20 +28,21 @@ COUNT = len(ENDS)
 #: same time; a multiple of :data:`COUNT`. The first few of them have fewer values: the error is 2 % larger.
 SEGMENT = 960
 _STATES = 1 << STATE_BITS
+#: Passes of descent; a second one takes as long again, and lowers the error of the outputs by 3 %.
+PASSES = 1
 #: Knuth's, with which neighbouring states have values far apart.
 _MULTIPLIER = 2654435761
 
 
 @cache
-def values(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def values() -> torch.Tensor:
     """Return the value of every state, (states,), fp32, on the CPU: quantiles of a normal distribution, mixed up.
 
-    Args:
-        dtype: that they are rounded to.
+    They are the same in bf16 and fp16.
     """
     order = torch.arange(_STATES, device="cpu")
     quantiles = torch.special.ndtri((order.double() + 0.5) / _STATES)[order * _MULTIPLIER % _STATES]
-    return (quantiles / quantiles.square().mean().sqrt()).to(dtype).float()
+    return (quantiles / quantiles.square().mean().sqrt()).bfloat16().float()
 
 
 @dataclass(frozen=True)

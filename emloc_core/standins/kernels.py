@@ -63,7 +63,7 @@ def _levels(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 @cache
 def _values(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return values(dtype).to(device, dtype)
+    return values().to(device, dtype)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ class TrellisLinear(PackedLinear):
     @classmethod
     def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """Return codes and scales."""
-        values(dtype)  # there already where a pass is traced without contents
+        values()  # there already where a pass is traced without contents
         m, n = shape
         return {
             "weight": ((-(-m // COUNT), n), torch.uint8),
@@ -52,7 +52,7 @@ class Trellis(Format):
     name = "trellis"
     layer = TrellisLinear
     samples = 256
-    refine = 3
+    refine = 0
     experts = True
     narrow = True
 
@@ -101,7 +101,7 @@ def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 
         return kernels.unpack_trellis(codes, scales, dtype, m, n)
     if native.library(native.UNPACKING):
-        return native.unpack_trellis(codes, scales, values(dtype), m, n, trellis.SEGMENT, GROUP, dtype)
+        return native.unpack_trellis(codes, scales, values(), m, n, trellis.SEGMENT, GROUP, dtype)
     return _by_torch(codes, scales, dtype, m, n)
 
 
@@ -117,6 +117,6 @@ def _by_torch(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: 
         before = before.roll(1, -2)
         seen = seen | (before * (of_segment >= step)[:, None]) << 8 * step
     states = torch.stack([seen >> 8 - end & (1 << STATE_BITS) - 1 for end in ENDS], -2)
-    table = values(dtype).to(codes.device, dtype, non_blocking=True)
+    table = values().to(codes.device, dtype, non_blocking=True)
     numbers = lookup(table, states.flatten(-3, -2)[..., :m, :])
     return numbers * spread(scales.to(dtype), n)
