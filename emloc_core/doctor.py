@@ -235,13 +235,13 @@ def _gpus() -> dict[str, Any]:
     import torch
 
     from emloc_core.algorithms.feedback import compiles_kernels
-    from emloc_core.algorithms.native import ROUNDING, library
+    from emloc_core.algorithms.native import GRID, library
 
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         devices.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
-    compiles = compiles_kernels() if devices else library(ROUNDING) is not None
+    compiles = compiles_kernels() if devices else library(GRID) is not None
     return {"cuda": torch.version.cuda, "devices": devices, "compiles": compiles}
 
 

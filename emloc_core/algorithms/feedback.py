@@ -19,6 +19,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -38,8 +39,23 @@ _SHARED = 4096
 #: Rows that are rounded at a time. A GPU needs more of them to be busy.
 ROWS = {"cpu": _SHARED, "cuda": 1 << 14}
 
-#: Takes numbers, (m,), and the index of their column, and returns them rounded.
-Nearest = Callable[[torch.Tensor, int], torch.Tensor]
+
+class RoundsBlocks(Protocol):
+    """Rounds blocks of columns, each after the changes of those before it are passed on."""
+
+    def round_block(
+        self, block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Do what :func:`emloc_core.algorithms.kernels.round_block` does."""
+
+    def descend_block(
+        self, block: torch.Tensor, slopes: torch.Tensor, changes: torch.Tensor, curvature: torch.Tensor, start: int
+    ) -> None:
+        """Do what :func:`emloc_core.algorithms.kernels.descend_block` does."""
+
+
+#: Takes numbers, (m,), and the index of their column, and returns them rounded; or rounds more at a time.
+Nearest = Callable[[torch.Tensor, int], torch.Tensor] | RoundsBlocks
 
 
 def single(inputs: Gram) -> torch.Tensor:
@@ -155,6 +171,9 @@ def _round_block(
     block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, positions: torch.Tensor, nearest: Nearest
 ) -> None:
     """Round columns in place; see :func:`emloc_core.algorithms.kernels.round_block`, which does this on a GPU."""
+    if not callable(nearest):
+        nearest.round_block(block, changes, factor, positions)
+        return
     if isinstance(nearest, Grid) and (compiled := kernels_for(block)):
         compiled.round_block(block, changes, factor, positions, nearest)
         return
@@ -208,6 +227,9 @@ def _descend_block(
     nearest: Nearest,
 ) -> None:
     """Round columns once more; see :func:`emloc_core.algorithms.kernels.descend_block`, which does this on a GPU."""
+    if not callable(nearest):
+        nearest.descend_block(block, slopes, changes, curvature, start)
+        return
     if isinstance(nearest, Grid) and (compiled := kernels_for(block)):
         compiled.descend_block(block, slopes, changes, curvature, start, nearest)
         return
@@ -258,7 +280,7 @@ def kernels_for(numbers: torch.Tensor) -> ModuleType | None:
     if numbers.is_cuda:
         return import_module("emloc_core.algorithms.kernels") if compiles_kernels() else None
     in_c = numbers.device.type == "cpu" and numbers.dtype == torch.float32
-    return native if in_c and native.library(native.ROUNDING) else None
+    return native if in_c and native.library(native.GRID) else None
 
 
 @cache

@@ -9,6 +9,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -19,11 +20,14 @@ import torch
 
 from emloc_core.algorithms.grid import Grid
 
-ROUNDING, TRELLIS, UNPACKING = "rounding", "trellis", "unpacking"
+GRID, TRELLIS, UNPACKING = "grid", "trellis", "unpacking"
 #: That a block has at most.
 COLUMNS = 64
 #: That a number of a trellis code sees.
 STATE_BITS = 12
+#: Numbers of a column after which the bits of a trellis code begin with zeros again, so that parts of a column can be
+#: searched at the same time; a multiple of those in a byte. The first few have fewer values: the error is 2 % larger.
+SEGMENT = 960
 #: Numbers to unpack that are worth a thread, which is made for them.
 _PER_THREAD = 1 << 22
 #: Bytes from which glibc takes every block from the system, and gives it back.
@@ -31,8 +35,25 @@ _LARGE = 32 << 20
 #: Without the second, gcc does not vectorise the choice of a least cost: a search takes five times as long.
 _FLAGS = (
     *("-O3", "-fno-trapping-math", "-march=native", "-shared", "-fPIC"),
-    *(f"-DCOLUMNS={COLUMNS}", f"-DSTATE_BITS={STATE_BITS}"),
+    *(f"-DCOLUMNS={COLUMNS}", f"-DSTATE_BITS={STATE_BITS}", f"-DSEGMENT={SEGMENT}"),
 )
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What numbers of a matrix, (m, n), may be rounded to in a trellis code.
+
+    Attributes:
+        scales: of the groups of a row, (ceil(n / width), m), fp32, on the CPU.
+        values: of every state, (states,), fp32, on the CPU.
+        states: those of the values that numbers were rounded to last, (n, m), int16, on the CPU.
+        width: numbers of a row that share a scale.
+    """
+
+    scales: torch.Tensor
+    values: torch.Tensor
+    states: torch.Tensor
+    width: int
 
 
 class _Grid(ctypes.Structure):
@@ -40,6 +61,10 @@ class _Grid(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("levels", "middles", "scales", "kept", "originals")),
         *((name, ctypes.c_int64) for name in ("count", "width")),
     )
+
+
+class _Codes(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("scales", "values", "states")), ("width", ctypes.c_int64))
 
 
 def compiler() -> str | None:
@@ -68,40 +93,16 @@ def library(name: str) -> Any:
 
 
 def round_block(
-    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, positions: torch.Tensor, grid: Grid
+    block: torch.Tensor, changes: torch.Tensor, factor: torch.Tensor, positions: torch.Tensor, values: Grid | Codes
 ) -> None:
     """Do what :func:`emloc_core.algorithms.kernels.round_block` does."""
-    _call("round_block", (block, changes, factor, positions), grid)
+    _call("round_block", (block, changes, factor, positions), values)
 
 
-def descend_block(
-    block: torch.Tensor, slopes: torch.Tensor, changes: torch.Tensor, curvature: torch.Tensor, start: int, grid: Grid
-) -> None:
+def descend_block(block: torch.Tensor, slopes: torch.Tensor, changes: torch.Tensor, curvature: torch.Tensor, start: int,
+                  values: Grid | Codes) -> None:  # fmt: skip
     """Do what :func:`emloc_core.algorithms.kernels.descend_block` does."""
-    _call("descend_block", (block, slopes, changes, curvature), grid, start)
-
-
-def find_states(
-    numbers: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, values: torch.Tensor, segment: int
-) -> None:
-    """See :func:`emloc_core.algorithms.trellis.find_states`; several segments are searched at a time.
-
-    Raises:
-        MemoryError: there is none for what a segment takes, 1 MB.
-    """
-    tensors = (numbers, scales, states)
-    assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
-    m, function, table = len(numbers), library(TRELLIS).find_states, ctypes.c_void_p(values.data_ptr())
-
-    def find(begin: int, end: int) -> None:
-        for start in range(begin * segment, min(m, end * segment), segment):
-            pointers = [ctypes.c_void_p(tensor.data_ptr() + start * tensor.itemsize) for tensor in tensors]
-            count = min(segment, m - start)
-            if function(*pointers, ctypes.c_int64(count), table):
-                raise MemoryError("out of memory while searching for trellis codes")
-
-    segments = -(-m // segment)
-    _on_threads(find, segments, segments)
+    _call("descend_block", (block, slopes, changes, curvature), values, start)
 
 
 def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, n: int, width: int,
@@ -119,19 +120,19 @@ def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor
     return _unpacked("unpack_levels", (codes, scales, table), n, sizes, dtype)
 
 
-def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, m: int, n: int, segment: int,
-                   width: int, dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
+def unpack_trellis(
+    codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, m: int, n: int, width: int, dtype: torch.dtype
+) -> torch.Tensor:
     """Return a matrix, (m, n), or a stack of them, in a trellis code.
 
     Args:
         codes: (..., ceil(m / 3), n), uint8.
         scales: (..., m, groups), bf16.
         values: of every state, (states,), fp32.
-        segment: numbers of a column that may see bits of each other.
         width: of a group.
         dtype: fp32 or bf16.
     """
-    return _unpacked("unpack_trellis", (codes, scales, values), n, (m, n, segment, width), dtype)
+    return _unpacked("unpack_trellis", (codes, scales, values), n, (m, n, width), dtype)
 
 
 def _unpacked(
@@ -163,13 +164,24 @@ def _on_threads(work: Callable[[int, int], None], rows: int, most: int) -> None:
         list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
-def _call(name: str, tensors: tuple[torch.Tensor, ...], grid: Grid, *start: int) -> None:
+def _call(name: str, tensors: tuple[torch.Tensor, ...], values: Grid | Codes, *start: int) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors), "C knows no strides"
-    function: Any = getattr(library(ROUNDING), name)
-    kept, originals = (tensor.data_ptr() for tensor in grid.kept) if grid.kept else (None, None)
-    function(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-        *map(ctypes.c_int64, (*start, *tensors[0].shape)),
-        _Grid(grid.levels.data_ptr(), grid.middles.data_ptr(), grid.scales.data_ptr(), kept, originals,
-              len(grid.levels), grid.width),
-    )  # fmt: skip
+    (k, m), source = tensors[0].shape, GRID if isinstance(values, Grid) else TRELLIS
+    function, structure = getattr(library(source), name), _structure(values)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+    def work(begin: int, end: int) -> None:
+        sizes = (*start, k, m, begin * SEGMENT, min(m, end * SEGMENT))
+        function(*pointers, *map(ctypes.c_int64, sizes), structure)
+
+    segments = -(-m // SEGMENT)
+    _on_threads(work, segments, segments if source == TRELLIS else 1)
+
+
+def _structure(values: Grid | Codes) -> ctypes.Structure:
+    if isinstance(values, Codes):
+        pointers = (tensor.data_ptr() for tensor in (values.scales, values.values, values.states))
+        return _Codes(*pointers, values.width)
+    kept, originals = (tensor.data_ptr() for tensor in values.kept) if values.kept else (None, None)
+    tensors = (values.levels, values.middles, values.scales)
+    return _Grid(*(tensor.data_ptr() for tensor in tensors), kept, originals, len(values.levels), values.width)

@@ -1,10 +1,9 @@
-/* Finds the sequence of a trellis code that is nearest to numbers (emloc_core/algorithms/trellis.py). */
+/* Rounds columns to what has a trellis code (emloc_core/algorithms/trellis.py). */
 
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 
-enum { STATES = 1 << STATE_BITS, LANES = 16 }; /* STATE_BITS is given to the compiler */
+enum { ROWS = SEGMENT, STATES = 1 << STATE_BITS, LANES = 16 }; /* SEGMENT and STATE_BITS are given to the compiler */
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 /* From what it costs to be in every state to what it costs after one more number, of so many bits. A state is reached
@@ -45,26 +44,33 @@ static inline int bits_of(int64_t row)
     return row % 3 ? 3 : 2;
 }
 
-/* Writes the state after each of m numbers. Returns 1 where memory runs out. */
-int find_states(const float *numbers, const float *scales, uint16_t *states, int64_t m, const float *table)
+/* What numbers may be rounded to, and the states of those that they were rounded to last. */
+typedef struct {
+    const float *scales, *values;
+    uint16_t *states;
+    int64_t width;
+} Values;
+
+/* Rounds numbers of a column, those of a segment from `row` on. */
+static void nearest(float *numbers, const Values *code, int64_t column, int64_t row, int64_t rows, int64_t m)
 {
+    const float *scales = code->scales + column / code->width * m + row;
+    uint16_t *states = code->states + column * m + row;
+    uint8_t from[SEGMENT][STATES / 4];
     float cost[STATES];
-    uint8_t *from = malloc(m * (STATES / 4));
-    if (!from) return 1;
     for (int state = 0; state < STATES; state++) cost[state] = state ? INFINITY : 0; /* before the first number are zeros */
-    for (int64_t row = 0; row < m; row++) {
-        uint8_t *of_row = from + row * (STATES / 4);
-        if (bits_of(row) == 2) step(2, cost, of_row, table, numbers[row], scales[row]);
-        else step(3, cost, of_row, table, numbers[row], scales[row]);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        if (bits_of(r) == 2) step(2, cost, from[r], code->values, numbers[r], scales[r]);
+        else step(3, cost, from[r], code->values, numbers[r], scales[r]);
     int state = 0;
     for (int other = 1; other < STATES; other++) state = cost[other] < cost[state] ? other : state;
-    for (int64_t row = m - 1; row >= 0; row--) {
-        const int own = bits_of(row);
-        states[row] = state;
+    for (int64_t r = rows - 1; r >= 0; r--) {
+        const int own = bits_of(r);
+        states[r] = state;
+        numbers[r] = code->values[state] * scales[r];
         state >>= own;
-        state |= from[row * (STATES / 4) + state] << (STATE_BITS - own);
+        state |= from[r][state] << (STATE_BITS - own);
     }
-    free(from);
-    return 0;
 }
+
+#include "columns.h"

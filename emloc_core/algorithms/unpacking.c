@@ -65,12 +65,12 @@ void unpack_levels(const uint8_t *codes, const uint16_t *scales, const float *ta
 /* Unpacks rows of a stack of matrices, (m, n), in a trellis code, into fp32 or bf16. A byte holds three numbers of a
    column, of which each sees the last STATE_BITS; no bit is seen from the rows of another segment. */
 void unpack_trellis(const uint8_t *codes, const uint16_t *scales, const float *table, void *out, int64_t begin,
-                    int64_t end, int64_t m, int64_t n, int64_t segment, int64_t width, int64_t in_fp32)
+                    int64_t end, int64_t m, int64_t n, int64_t width, int64_t in_fp32)
 {
     const int64_t groups = (n + width - 1) / width, bytes = (m + 2) / 3;
     static const uint8_t none[PIECE];
     for (int64_t row = begin; row < end; row++) {
-        const int64_t r = row % m, unseen = 8 - 8 * (r % 3 + 1) / 3, depth = r % segment / 3;
+        const int64_t r = row % m, unseen = 8 - 8 * (r % 3 + 1) / 3, depth = r % SEGMENT / 3;
         for (int64_t start = 0, stop; start < n; start = stop) {
             stop = start + PIECE < n ? start + PIECE : n;
             if (stop > (start / width + 1) * width) stop = (start / width + 1) * width;

@@ -9,7 +9,7 @@ from emloc_core.algorithms import feedback, levels, native, trellis
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import GROUP, lookup, spread
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.algorithms.trellis import COUNT, ENDS, STATE_BITS, values
+from emloc_core.algorithms.trellis import COUNT, ENDS, SEGMENT, STATE_BITS, values
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import costs
@@ -101,7 +101,7 @@ def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 
         return kernels.unpack_trellis(codes, scales, dtype, m, n)
     if native.library(native.UNPACKING):
-        return native.unpack_trellis(codes, scales, values(), m, n, trellis.SEGMENT, GROUP, dtype)
+        return native.unpack_trellis(codes, scales, values(), m, n, GROUP, dtype)
     return _by_torch(codes, scales, dtype, m, n)
 
 
@@ -112,7 +112,7 @@ def _(codes: torch.Tensor, _scales: torch.Tensor, dtype: torch.dtype, m: int, n:
 
 def _by_torch(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int) -> torch.Tensor:
     seen, before = codes.int(), codes.int()
-    of_segment = torch.arange(codes.shape[-2], device=codes.device) % (trellis.SEGMENT // COUNT)
+    of_segment = torch.arange(codes.shape[-2], device=codes.device) % (SEGMENT // COUNT)
     for step in (1, 2):  # the two bytes before, of which there are none where a segment begins
         before = before.roll(1, -2)
         seen = seen | (before * (of_segment >= step)[:, None]) << 8 * step

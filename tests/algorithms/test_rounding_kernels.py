@@ -28,7 +28,7 @@ def native_library():
     if native.compiler() is None:
         pytest.skip("there is no C compiler")
     native.library.cache_clear()
-    assert native.library(native.ROUNDING)
+    assert native.library(native.GRID)
     yield
     native.library.cache_clear()
 

@@ -11,7 +11,7 @@ from support.compilers import without_compilers
 from emloc_core.algorithms import levels, native, trellis
 from emloc_core.algorithms.feedback import Damped
 from emloc_core.algorithms.levels import GROUP
-from emloc_core.algorithms.trellis import COUNT, SEGMENT, STATE_BITS, find_states, values
+from emloc_core.algorithms.trellis import COUNT, SEGMENT, STATE_BITS, Codes, values
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import kernels
@@ -25,9 +25,11 @@ def draw(*shape, seed=0):
 
 
 def found(numbers, scales):
-    states = torch.empty(len(numbers), dtype=torch.int16)
-    find_states(numbers, scales, states)
-    return states
+    states = torch.empty(1, len(numbers), dtype=torch.int16)
+    block, first = numbers[None].clone(), torch.zeros(1, dtype=torch.int64)
+    native.round_block(block, block.clone(), torch.ones(1, 1), first, Codes(scales[None], values(), states, GROUP))
+    assert torch.equal(block[0], values()[states[0].long()] * scales)
+    return states[0]
 
 
 def by_torch(numbers, scales):
@@ -83,10 +85,9 @@ def test_bits_are_as_near_as_those_that_torch_finds(m, seed):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_segments_are_searched_apart(threads, monkeypatch):
-    monkeypatch.setattr(trellis, "SEGMENT", 30)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    numbers, scales = draw(100), torch.ones(100)
-    apart = [found(part, torch.ones(len(part))) for part in numbers.split(30)]
+    numbers, scales = draw(3 * SEGMENT + 100), torch.ones(3 * SEGMENT + 100)
+    apart = [found(part, torch.ones(len(part))) for part in numbers.split(SEGMENT)]
     assert torch.equal(found(numbers, scales), torch.cat(apart))
 
 
@@ -121,12 +122,17 @@ def unpacked(coded, dtype=torch.float32):
 
 
 @settings(deadline=None, max_examples=20)
-@given(m=st.integers(1, 40), n=st.integers(1, GROUP + 3), seed=st.integers(0, 99), compiled=st.booleans())
-def test_what_is_packed_is_read_as_it_was_rounded(m, n, seed, compiled):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trellis, "SEGMENT", 15)
-        coded = trellis.rounded(draw(m, n, seed=seed), Damped(torch.eye(n)), passes=0)
-        read = unpacked(coded) if compiled else without_compilers(unpacked, coded)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(1, 40), st.integers(1, GROUP + 3)),
+        st.tuples(st.integers(SEGMENT - 2, 2 * SEGMENT + 9), st.integers(1, 3)),
+    ),
+    seed=st.integers(0, 99),
+    compiled=st.booleans(),
+)
+def test_what_is_packed_is_read_as_it_was_rounded(shape, seed, compiled):
+    coded = trellis.rounded(draw(*shape, seed=seed), Damped(torch.eye(shape[1])), passes=0)
+    read = unpacked(coded) if compiled else without_compilers(unpacked, coded)
     assert torch.equal(read, coded.numbers())
 
 
