@@ -28,8 +28,8 @@ from emloc_core.files.documents import write_json
 
 #: The kinds that are compared, with the ratio of their factors.
 KINDS: dict[str, float | None] = {
-    "nf4": None, "2.7-bit": None, "1.6-bit+repair": 0.23, "low-rank-nf4": 0.45, "low-rank-2-bit": 0.54,
-    "low-rank": 0.28,
+    "nf4": None, "2.7-bit": None, "trellis": None, "1.6-bit+repair": 0.23, "low-rank-nf4": 0.45,
+    "low-rank-2-bit": 0.54, "low-rank": 0.28,
 }  # fmt: skip
 #: What others train LoRAs on.
 OTHER = "bitsandbytes"
