@@ -14,17 +14,15 @@ STEPS, EXACT = 60, (10, 20)
 LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
 MEMORIES = (0.07, 0.11, 0.17, 0.28, 0.6)
 _OF_TEXT = {
-    0.07: ("low-rank-2-bit", 0.07), 0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17), 0.28: ("nf4", 0.28),
+    0.07: ("low-rank-2-bit", 0.07), 0.11: ("low-rank-nf4", 0.11), 0.17: ("trellis", 0.17), 0.28: ("nf4", 0.28),
     0.6: ("nf4", 0.28),
 }  # fmt: skip
 #: Kind of the emulator that is recommended for a memory, by task; weights in four bits take no more than 0.28.
 RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("low-rank-nf4", 0.17)}}
-#: What a recipe tries beside it, by task and memory.
-ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
 #: What else there is below four bits.
 RIVALS = (
     ("2.7-bit", 0.17),
-    ("trellis", 0.17),
+    ("1.6-bit+repair", 0.17),
     ("low-rank-2-bit", 0.11),
     ("low-rank-nf4", 0.07),
     ("low-rank-2-bit", 0.05),

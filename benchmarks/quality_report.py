@@ -8,7 +8,6 @@ from typing import Any
 
 from harness import goal, markdown, write_results
 from quality_cells import (
-    ALTERNATIVES,
     EXACT,
     FULL,
     MEMORIES,
@@ -17,7 +16,6 @@ from quality_cells import (
     TASKS,
     VARIANTS,
     Cell,
-    best_of,
 )
 from quality_figure import draw
 from quality_rows import TEXTS
@@ -61,28 +59,16 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
 def recommended_runs(
     rows: Sequence[dict[str, Any]], system: str
 ) -> dict[tuple[str, float], dict[tuple[str, int], dict[str, Any]]]:
-    """Return the measurements of the recommended way by task and memory, and there by base and seed.
-
-    Where a recipe tries an alternative beside the recommended kind, that is the measurement with the lower loss of the
-    base on the selection rows; only where all runs of the recommended kind with this system have both, so that means
-    are over the same runs.
-    """
-    chosen_runs = {}
+    """Return the measurements of the recommended way by task and memory, and there by base and seed."""
     measured = [row for row in rows if system in row["systems"]]
-    for task, memory in itertools.product(TASKS, MEMORIES):
-        usual, *others = (
-            {(row["base"], row["seed"]): row for row in measured if (row["task"], row["kind"], row["memory"]) == way}
-            for way in ways_tried(task, memory)
-        )
-        if all(usual.keys() <= other.keys() for other in others):
-            chosen_runs[task, memory] = {run: best_of([usual[run], *(other[run] for other in others)]) for run in usual}
-    return chosen_runs
-
-
-def ways_tried(task: str, memory: float) -> list[tuple[str, str, float]]:
-    """Return the ways, by task, kind and memory, that a recipe tries within a memory; the recommended kind first."""
-    ways = (RECOMMENDED[task][memory], ALTERNATIVES.get((task, memory)))
-    return [(task, *way) for way in ways if way]
+    return {
+        (task, memory): {
+            (row["base"], row["seed"]): row
+            for row in measured
+            if (row["task"], row["kind"], row["memory"]) == (task, *RECOMMENDED[task][memory])
+        }
+        for task, memory in itertools.product(TASKS, MEMORIES)
+    }
 
 
 def paired_rows(table: Table) -> list[dict[str, Any]]:
@@ -104,10 +90,10 @@ def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[s
     recommended = recommended_runs(rows, system).items()
     ways = _runs(rows, "task", "kind", "memory").items()
     for ((task, memory), runs), (way, other), theirs in itertools.product(recommended, ways, others):
-        own = ways_tried(task, memory)
-        if way[0] != task or way[2] > memory or ([way] == own and theirs == system):
+        own = (task, *RECOMMENDED[task][memory])
+        if way[0] != task or way[2] > memory or (way == own and theirs == system):
             continue
-        is_same_lora = theirs == "uncorrected" and way in own
+        is_same_lora = theirs == "uncorrected" and way == own
         ours = {run: row["systems"][system] for run, row in runs.items() if not is_same_lora or _chose_as_now(row)}
         comparisons += _compared(name, memory, ours, way, theirs, other)
     return comparisons

@@ -61,7 +61,7 @@ Times are lower bounds for an optimiser step, **computed** from the card's publi
 `emloc plan ID --card "RTX 4090"`.
 """
 #: Kinds whose weights are listed for mixtures of experts.
-WHOLE, KINDS = "bf16", ("nf4", "2.7-bit", "1.6-bit+repair")
+WHOLE, KINDS = "bf16", ("nf4", "trellis")
 EXPERTS = """## Mixtures of experts
 
 The weights in GB, of the model in bfloat16 and of its emulators, whose experts and vocabulary are packed too.

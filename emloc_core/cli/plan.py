@@ -151,11 +151,6 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
             if measured.rounds:
                 got = f"{measured.in_rounds:.2f}, without exact steps"
                 click.echo(f"  With `rounds = {measured.rounds}` in a recipe it got {got}.")
-        if best.alternative:
-            click.echo(
-                f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both, "
-                "where both fit (docs/recipes.md)."
-            )
         inference = planned.model.inference().total
         if planned.budget.requested and inference > planned.budget.usable:
             click.echo(f"  Inference on the base needs {human_bytes(inference)}: within this memory the tuned base "

@@ -51,14 +51,6 @@ class Decision:
         """The best way with an emulator that fits, whether one is needed or not."""
         return next((way for way in self.ways if way.kind and way.fits), None)
 
-    @property
-    def alternative(self) -> Way | None:
-        """The emulator of a kind that gave the base more on some task than the best one, if it fits too."""
-        best = self.emulator
-        if best is None or not best.alternative:
-            return None
-        return self.like(best, CompressSettings(kind=best.alternative, keep=best.model.settings.keep))
-
     def like(self, way: Way, settings: CompressSettings) -> Way | None:
         """Return a way with the largest emulator that other settings make, on as many rows at once; None if none fits.
 

@@ -35,8 +35,6 @@ RECOVERY: dict[str, dict[float, Recovery]] = {
 
 #: Share of the loss from which exact steps are worth reading the model for.
 _PAYS = 0.01
-#: Kinds that gave the base more on one of these tasks than the kind that is best on average, by that kind.
-ALTERNATIVES = {"1.6-bit+repair": "2.7-bit"}
 
 
 def measured(kind: str, ratio: float | None) -> Recovery | None:
@@ -44,11 +42,6 @@ def measured(kind: str, ratio: float | None) -> Recovery | None:
     recoveries = RECOVERY.get(kind, {})
     sizes = [size for size in recoveries if size <= (ratio or 0)]
     return recoveries[max(sizes)] if sizes else None
-
-
-def alternative_to(kind: str, ratio: float | None) -> str | None:
-    """Return the kind that gave the base more on one of the tasks than this one, measured at this ratio; or None."""
-    return ALTERNATIVES.get(kind) if measured(kind, ratio) else None
 
 
 def exact_steps_pay(kind: str, ratio: float | None) -> bool:

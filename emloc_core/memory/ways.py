@@ -12,7 +12,7 @@ from typing import Any
 
 from emloc_core.memory import arithmetic, streamed
 from emloc_core.memory.budget import largest_ratio
-from emloc_core.memory.evidence import Recovery, alternative_to, exact_steps_pay, measured
+from emloc_core.memory.evidence import Recovery, exact_steps_pay, measured
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
 
@@ -88,17 +88,12 @@ class Way:
         """What was measured of the emulator's kind at its size or a smaller one, or None."""
         return measured(self.kind, self.ratio) if self.kind else None
 
-    @property
-    def alternative(self) -> str | None:
-        """The kind that was better on one of the tasks of :attr:`recovery`, or None; a recipe tries it if it fits."""
-        return alternative_to(self.kind, self.ratio) if self.kind else None
-
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""
         own = {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.name != "model"}
         recovery = self.recovery._asdict() if self.recovery else None
         rows = {"micro_batch": self.micro_batch, "accumulation": self.accumulation}
-        return {**own, **rows, "recovery": recovery, "alternative": self.alternative}
+        return {**own, **rows, "recovery": recovery}
 
 
 def ways(

@@ -16,6 +16,7 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
 from emloc_core.standins import RECOMMENDED, RECOMMENDED_WITH_IMAGES
+from emloc_core.standins.registry import format_named
 
 #: Default maximum length of TRL's ``SFTConfig``.
 LENGTH = 1024
@@ -55,8 +56,9 @@ class Workload:
 
     @property
     def recommended_kinds(self) -> tuple[str, ...]:
-        """Kinds of emulator, the best for such rows first."""
-        return RECOMMENDED_WITH_IMAGES if self.images else RECOMMENDED
+        """Kinds of emulator that can be made here, the best for such rows first."""
+        kinds = RECOMMENDED_WITH_IMAGES if self.images else RECOMMENDED
+        return tuple(kind for kind in kinds if format_named(kind).is_available)
 
     @property
     def micro_batches(self) -> list[int]:

@@ -1,7 +1,4 @@
-"""Decides for a recipe that names a memory: the way to tune, the emulator, the rows per batch.
-
-Where evidence is divided between two kinds of emulator, both are tried.
-"""
+"""Decides for a recipe that names a memory: the way to tune, the emulator, the rows per batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +10,11 @@ from emloc_core.processes.call import call
 from emloc_core.recipe.recipe import SHARED, Recipe
 from emloc_core.recipe.stages import attempts, compress_request
 from emloc_core.requests import CompressRequest, request_from_json
-from emloc_core.settings import AUTO, CompressSettings, PolishSettings
+from emloc_core.settings import AUTO, PolishSettings
 from emloc_core.stages.precheck import precheck
 
-#: What may be set for an emulator whose kind is open: the rows, and what stays dense. An alternative has its own
-#: :data:`_OWN`.
-_OWN = ("samples", "seed", "keep")
-_OF_ROWS = {"kind", *_OWN, *SHARED}
+#: What may be set for an emulator whose kind is open: the rows, and what stays dense.
+_OF_ROWS = {"kind", "samples", "seed", "keep", *SHARED}
 
 
 def _echo(line: str) -> None:
@@ -45,8 +40,7 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
     for request in requests:
         precheck(request)
     way = recipe.way or (None if _is_open(recipe) else "emulator")
-    arguments = {"requests": [request.to_json() for request in requests], "way": way, "compare": _may_compare(recipe)}
-    (plan,) = call(f"{__name__}:decision", arguments)
+    (plan,) = call(f"{__name__}:decision", {"requests": [request.to_json() for request in requests], "way": way})
     if recipe.merge and plan["in_four_bits"]:
         raise EmlocError(
             f"{recipe.model.base} is in four bits, but a LoRA can only be merged into the original.",
@@ -69,14 +63,7 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
         changes["polish"] = None
     elif recipe.polish and "batch_size" not in recipe.polish.model_fields_set:
         changes["polish"] = one_row_at_a_time(recipe.polish)
-    if alternative := plan["alternative"]:
-        tell(
-            f"The evidence is divided between {plan['emulator']['kind']} and {alternative['kind']}, so both are tried. "
-            f"To make only one, set compress.kind = {plan['emulator']['kind']!r}."
-        )
-        explicit = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
-        changes["alternatives"] = {alternative["kind"]: CompressSettings(**alternative, **explicit)}
-    elif recipe.alternatives:
+    if recipe.alternatives:
         sizes = zip(recipe.alternatives.items(), plan["others"], strict=True)
         changes["alternatives"] = {name: settings.model_copy(update=size) for (name, settings), size in sizes}
     return recipe.model_copy(update=changes)
@@ -87,17 +74,16 @@ def one_row_at_a_time(polish: PolishSettings) -> PolishSettings:
     return polish.model_copy(update={"batch_size": 1, "accumulation": polish.batch_size * polish.accumulation})
 
 
-def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str, Any]:
+def decision(requests: list[str], way: str | None) -> dict[str, Any]:
     """Return what is decided for the emulators of a recipe; imports torch.
 
     Args:
         requests: the request of stage 1 for each, in JSON; the first decides on the way.
         way: ``emulator``, ``lora`` or ``exact``, if the recipe names it.
-        compare: whether another emulator may be tried as well.
 
     Returns:
         The way; whether the base is in four bits; the rows of a step, as settings of stage 2; kind and ratio of the
-        emulator, if there is one, of the others, and of the alternative to try; and lines that explain it.
+        emulator, if there is one, and of the others; and lines that explain it.
 
     Raises:
         EmlocError: an emulator does not fit.
@@ -112,14 +98,12 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
     if chosen.kind and None in ways:
         name = others[ways.index(None)].output.name
         raise EmlocError(f"The emulator {name} cannot be tuned in {decision.budget}.", "Leave it out.", code="memory")
-    alternative = decision.alternative if chosen.kind and compare else None
     return {
         "way": chosen.key,
         "in_four_bits": bool(decision.base.packed),
         "rows": chosen.step_settings,
         "emulator": chosen.emulator_settings,
         "others": [way.emulator_settings for way in ways if way],
-        "alternative": alternative and alternative.emulator_settings,
         "polished": chosen.is_polished,
         "lines": decision.explain(chosen),
     }
@@ -128,13 +112,3 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
 def _is_open(recipe: Recipe) -> bool:
     """Whether the recipe leaves open whether there is an emulator at all."""
     return recipe.compress.kind == AUTO and recipe.compress.model_fields_set <= _OF_ROWS and not recipe.alternatives
-
-
-def _may_compare(recipe: Recipe) -> bool:
-    """Whether the recipe leaves open which emulators are tried, and could compare them."""
-    return (
-        _is_open(recipe)
-        and "alternatives" not in recipe.model_fields_set
-        and recipe.correct.clamp == "auto"
-        and not recipe.train.learns_preferences
-    )

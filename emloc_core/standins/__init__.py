@@ -35,6 +35,6 @@ __all__ = [
 ]
 
 #: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why.
-RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "low-rank-2-bit", "low-rank")
-#: The same for rows with images, where factors alone are ahead of weights on three levels with a repair.
-RECOMMENDED_WITH_IMAGES = tuple(kind for kind in RECOMMENDED if kind != "1.6-bit+repair")
+RECOMMENDED = ("nf4", "trellis", "low-rank-nf4", "low-rank-2-bit", "low-rank")
+#: The same for rows with images, where factors are ahead of a trellis code.
+RECOMMENDED_WITH_IMAGES = tuple(kind for kind in RECOMMENDED if kind != "trellis")

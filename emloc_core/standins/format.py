@@ -93,6 +93,11 @@ class Format(ABC):
     experts: bool = False
     narrow: bool = False
 
+    @property
+    def is_available(self) -> bool:
+        """Whether what making such an emulator takes is installed; otherwise it is not recommended."""
+        return True
+
     def check(self, settings: CompressSettings) -> None:
         """Refuse settings that mean nothing for this format.
 

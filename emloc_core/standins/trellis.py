@@ -56,6 +56,11 @@ class Trellis(Format):
     experts = True
     narrow = True
 
+    @property
+    def is_available(self) -> bool:
+        """Whether there is a C compiler."""
+        return native.compiler() is not None
+
     def check(self, settings: CompressSettings) -> None:
         """Refuse to look for codes where nothing is there to compile what does so.
 
@@ -66,7 +71,8 @@ class Trellis(Format):
         if not native.library(native.TRELLIS):
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} is made by C code, which cannot be compiled here.",
-                "Install gcc or clang, or name another C compiler in CC; or choose another --kind.",
+                "Install gcc or clang, or name another C compiler in CC: after `pip install ziglang`, "
+                "CC='python -m ziglang cc' is one. Or choose another --kind.",
                 code="unavailable",
             )
 

@@ -11,12 +11,11 @@ from quality_table import Table
 from quality_wider import forgotten, lengths_table, mixtures_table, places_table
 from support.paths import ROOT
 
-from emloc_core.memory.evidence import ALTERNATIVES, RECOVERY, measured
-from emloc_core.memory.ways import Way
+from emloc_core.memory.evidence import RECOVERY, measured
 from emloc_core.standins import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 
 #: Memory of kinds without a ratio, as the benchmark names it.
-MEMORY = {"nf4": 0.28, "2.7-bit": 0.17}
+MEMORY = {"nf4": 0.28, "2.7-bit": 0.17, "trellis": 0.17}
 TASKS = ("extraction", "classification", "arithmetic")
 
 
@@ -98,27 +97,6 @@ def test_what_corrections_are_said_to_change_was_measured():
     ]
     sentence = f"`auto` changed {len(gains)} of {len(rows)} LoRAs, {sum(gain > 0 for gain in gains)} for the better."
     assert sentence in " ".join((ROOT / "docs/evidence.md").read_text().split())
-
-
-def test_trying_two_kinds_was_ahead_of_either_on_some_task():
-    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["paired"]
-    assert ALTERNATIVES == {"1.6-bit+repair": "2.7-bit"}
-
-    def behind(kind):
-        wanted = ("emloc", 0.17, f"{kind}+auto")
-        matches = [row for row in rows if (row["system"], row["memory"], row["other"]) == wanted]
-        return {row["task"] for row in matches if row["task"] in TASKS and row["high"] < 0}
-
-    assert behind("1.6-bit+repair") == {"extraction", "arithmetic"}
-    assert behind("2.7-bit") == {"classification", "arithmetic"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "ratio", "alternative"),
-    [("1.6-bit+repair", 0.23, "2.7-bit"), ("1.6-bit+repair", 0.2, None), ("low-rank-nf4", 0.6, None)],
-)
-def test_an_alternative_is_named_where_its_kind_was_measured(kind, ratio, alternative):
-    assert Way("emulator", None, 0, True, kind, ratio).alternative == alternative
 
 
 def test_the_benchmark_calls_recommended_what_plans_recommend():

@@ -109,22 +109,3 @@ def test_exact_steps_without_moments_are_marked(moments):
     row["systems"]["polish20"] = loss(1.5)
     line = best_table(Table([control(), longer, row])).splitlines()[2]
     assert line.endswith("| 1.500 (0.938) |" if moments else "| 1.500 (0.938) ° |")
-
-
-def test_of_two_emulators_the_one_that_selection_rows_prefer_is_kept():
-    def tried(kind, *losses, **other):
-        return emulated(kind, 0.17, *losses, **other) | {"task": "arithmetic"}
-
-    rows = [{**control(seed=seed), "task": "arithmetic"} for seed in range(3)]
-    rows += [tried("1.6-bit+repair", 3.0, 2.0, selection=0.4), tried("2.7-bit", 5.0, 4.0, selection=0.6)]
-    rows += [
-        tried("1.6-bit+repair", 3.0, 2.0, seed=1, selection=0.4),
-        tried("2.7-bit", 5.0, 7.0, seed=1, selection=0.3),
-    ]
-    (recovery,) = recovered(rows, "emloc")
-    assert (recovery["runs"], recovery["mean"]) == (2, pytest.approx(((9 - 2.5) / 8 + (9 - 6) / 8) / 2, abs=1e-4))
-    behind = {row["other"]: row for row in paired_rows(Table(rows)) if row["system"] == "emloc"}
-    assert behind["1.6-bit+repair+auto"]["mean"] == (0 + 3.5) / 2
-    assert behind["2.7-bit+auto"]["mean"] == (-2 + 0) / 2
-    rows += [tried("1.6-bit+repair", 3.0, 2.0, seed=2, selection=0.4)]  # its mean would be over one run more
-    assert recovered(rows, "emloc") == []

@@ -14,6 +14,7 @@ from support.planned import workload
 from support.rows import tokenized_row
 from transformers import AutoConfig, AutoTokenizer
 
+from emloc_core.algorithms import native
 from emloc_core.cli import cli
 from emloc_core.cli.plan import in_longer_tuning
 from emloc_core.data.rows import load_rows
@@ -24,6 +25,7 @@ from emloc_core.memory.evidence import Recovery, measured
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, TrainSettings
+from emloc_core.standins import RECOMMENDED
 
 
 def run(*arguments: str | Path) -> Result:
@@ -207,9 +209,8 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
     config = shallow_model / "config.json"
     workload = make_workload(config, TrainSettings(batch_size=1), length=16)
     model = MemoryModel(config, workload, CompressSettings(kind="nf4"))
-    repaired = model.with_kind("1.6-bit+repair")
-    four_bits, least = (memory.tuning(memory.plan(ratio)).total for memory, ratio in ((model, 0.5), (repaired, 0.2)))
-    budgets = {"nf4": four_bits, "1.6-bit+repair": four_bits - 1, "low-rank-nf4": least - 1}
+    four_bits, coded = (memory.tuning(memory.plan()).total for memory in (model, model.with_kind("trellis")))
+    budgets = {"nf4": four_bits, "trellis": four_bits - 1, "low-rank-nf4": coded - 1}
     options = ("--length", 16, "--batch-size", 1, "--kind", "auto", *ALL)
     for kind, budget in budgets.items():
         planned = plan(shallow_model, *options, budget)
@@ -217,10 +218,10 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         polished = kind != "nf4"  # which leaves exact steps nothing to do
         assert (planned["kind"], best["kind"]) == (kind, kind)
         assert planned["best"] == ("emulator, then polish" if polished else "emulator")
-        assert best["ratio"] == (None if kind == "nf4" else planned["ratio"])
+        assert best["ratio"] == (planned["ratio"] if kind == "low-rank-nf4" else None)
         assert best["bytes"] <= budget
         shown = run("plan", shallow_model, *options, budget).stdout
-        size = "" if kind == "nf4" else f" --ratio {planned['ratio']:g}"
+        size = f" --ratio {planned['ratio']:g}" if kind == "low-rank-nf4" else ""
         device = " --device cpu" if best["compress_bytes"] > budget else ""
         arguments = f"--kind {kind}{size} --max-length 16{device} -o emulator"
         lines = [line.strip() for line in shown.splitlines()]
@@ -237,9 +238,13 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         recovery = measured(kind, best["ratio"])
         assert best["recovery"] == (recovery and recovery._asdict())
         assert ("of what an ordinary LoRA gains" in shown) == (recovery is not None)
-        assert ("2.7-bit gave more: a recipe with this memory and no kind tries both, where both fit" in shown) == (
-            kind == "1.6-bit+repair"
-        )
+
+
+def test_a_kind_that_cannot_be_made_here_is_not_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = workload(1, 16)
+    assert rows.recommended_kinds == RECOMMENDED
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    assert rows.recommended_kinds == tuple(kind for kind in RECOMMENDED if kind != "trellis")
 
 
 def test_a_first_stage_that_needs_more_than_tuning_is_a_warning(

@@ -33,7 +33,7 @@ def printed(emloc, model: Path, rows: Path, memory: int, *more: object) -> list[
     return [shlex.split(line) for line in out.splitlines() if line.startswith("  emloc ")]
 
 
-@pytest.mark.parametrize("kind", [*thorough("nf4", "1.6-bit+repair"), None])
+@pytest.mark.parametrize("kind", [*thorough("nf4", "trellis"), None])
 def test_they_run_and_make_what_was_decided(kind: str | None, emloc, shallow_model: Path, rows: Path) -> None:
     commands = printed(emloc, shallow_model, rows, 2**32, "--headroom", 0, *(["--kind", kind] if kind else []))
     for command in commands:
@@ -45,7 +45,7 @@ def test_they_run_and_make_what_was_decided(kind: str | None, emloc, shallow_mod
     assert settings["adapter"]["max_length"] == 16
     if kind:
         assert settings["emulator"]["kind"] == kind
-        assert ("polished" in settings) == (kind == "1.6-bit+repair")
+        assert ("polished" in settings) == (kind == "trellis")
     else:
         assert [command[1] for command in commands] == ["train"]
         assert settings["adapter"]["batch_size"] == 2

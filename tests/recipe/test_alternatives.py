@@ -158,6 +158,21 @@ def test_what_is_wrong_with_an_alternative_is_said_before_anything_is_made(emloc
 
 
 @pytest.mark.usefixtures("calls_here")
+def test_what_is_in_the_way_of_an_alternative_names_it_and_the_way_without(emloc, write, tmp_path):
+    write()
+    output = tmp_path / "run" / "emulator_levels"
+    output.mkdir(parents=True)
+    (output / "notes.txt").write_text("mine")
+    for more in ([], ["--dry-run"]):
+        code, _, err = emloc("run", tmp_path / "recipe.toml", *more)
+        assert code != 0
+        assert "The alternative 'levels': " in err
+        assert str(output) in err
+        assert "set alternatives = {}" in err
+    assert not (tmp_path / "run" / "emulator").exists()
+
+
+@pytest.mark.usefixtures("calls_here")
 def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     recipe = write("[polish]\nsteps = 1\nbatch_size = 2\nbf16 = false\n")
     run = tmp_path / "run"

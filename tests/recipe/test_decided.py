@@ -47,7 +47,7 @@ def need(base: Path, rows: Path, kind: str | None, ratio: float, **other: str) -
 def write(tmp_path, shallow_model, rows_file):
     """Write the recipe for the memory that an emulator takes, and return it as loaded."""
 
-    def write(kind: str | None = "2.7-bit", ratio: float = 0.5, overrides=(), **other) -> Recipe:
+    def write(kind: str | None = "trellis", ratio: float = 0.5, overrides=(), **other) -> Recipe:
         memory = need(shallow_model, rows_file, kind, ratio, **other)
         path = tmp_path / "recipe.toml"
         path.write_text(RECIPE.format(base=shallow_model, rows=rows_file, memory=memory))
@@ -57,33 +57,16 @@ def write(tmp_path, shallow_model, rows_file):
 
 
 @pytest.mark.usefixtures("calls_here")
-def test_the_second_best_is_tried_where_evidence_is_divided(write, capsys):
-    recipe = decided(write())
-    assert [stage.name for stage in stages(recipe)] == [
-        "emulator", "adapter", "corrected", "emulator_2.7-bit", "adapter_2.7-bit", "corrected_2.7-bit", "merged",
-    ]  # fmt: skip
-    assert recipe.alternatives == {"2.7-bit": CompressSettings(kind="2.7-bit", samples=8)}
-    assert (recipe.way, recipe.model.memory, recipe.compress.kind) == ("emulator", None, "1.6-bit+repair")
-    assert capsys.readouterr().err.endswith(
-        "The evidence is divided between 1.6-bit+repair and 2.7-bit, so both are tried. To make only one, set "
-        "compress.kind = '1.6-bit+repair'.\n"
-    )
-    assert Recipe(**recipe.model_dump(exclude_unset=True)) == decided(recipe) == recipe
-    assert decided(write(overrides=["compress.kind='auto'"])).alternatives == recipe.alternatives
-
-
-@pytest.mark.usefixtures("calls_here")
 @pytest.mark.parametrize(
     ("kind", "ratio"),
-    [
-        ("nf4", 0.5),
-        ("1.6-bit+repair", 0.25),  # six levels are a little larger
-        *thorough(("low-rank-nf4", 0.4), ("low-rank-2-bit", 0.3)),
-    ],
+    [("nf4", 0.5), ("trellis", 0.5), *thorough(("low-rank-nf4", 0.4), ("low-rank-2-bit", 0.3))],
 )
-def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kind, ratio):
+def test_the_best_kind_that_fits_is_made(write, kind, ratio):
     recipe = decided(write(kind, ratio))
-    assert (recipe.way, recipe.compress.kind, recipe.alternatives) == ("emulator", kind, {})
+    assert [stage.name for stage in stages(recipe)] == ["emulator", "adapter", "corrected", "merged"]
+    assert (recipe.way, recipe.model.memory, recipe.compress.kind) == ("emulator", None, kind)
+    assert Recipe(**recipe.model_dump(exclude_unset=True)) == decided(recipe) == recipe
+    assert decided(write(kind, ratio, ["compress.kind='auto'"])).compress == recipe.compress
 
 
 @pytest.mark.usefixtures("calls_here")
@@ -134,63 +117,6 @@ def test_every_emulator_of_a_recipe_gets_the_largest_ratio_that_fits(write):
     assert recipe.alternatives["own"].ratio > recipe.compress.ratio
     with pytest.raises(EmlocError, match="The emulator emulator_own cannot be tuned"):
         decided(write("low-rank-2-bit", 0.1, ["compress.kind='low-rank-2-bit'", "alternatives.own.kind='low-rank'"]))
-
-
-@pytest.mark.usefixtures("calls_here")
-def test_what_is_wrong_with_an_alternative_names_it_and_the_way_without(emloc, write, tmp_path):
-    write()
-    output = tmp_path / "run" / "emulator_2.7-bit"
-    output.mkdir(parents=True)
-    (output / "notes.txt").write_text("mine")
-    for more in ([], ["--dry-run"]):
-        code, _, err = emloc("run", tmp_path / "recipe.toml", *more)
-        assert code != 0
-        assert "The alternative '2.7-bit': " in err
-        assert str(output) in err
-        assert "set alternatives = {}" in err
-    assert not (tmp_path / "run" / "emulator").exists()
-
-
-@pytest.mark.usefixtures("calls_here")
-@pytest.mark.parametrize(
-    "override",
-    [
-        "compress.kind='1.6-bit+repair'",
-        "compress.refine=1",
-        "correct.clamp=3",
-        "alternatives={}",
-    ],
-)
-def test_whoever_says_how_the_emulator_is_made_gets_it_alone(write, override):
-    assert decided(write(overrides=[override])).alternatives == {}
-
-
-@pytest.mark.thorough
-@pytest.mark.usefixtures("calls_here")
-def test_what_is_learned_from_preferences_is_not_compared(write):
-    recipe = decided(write(overrides=["train.objective='dpo'"], objective="dpo"))
-    assert (recipe.way, recipe.compress.kind, recipe.alternatives) == ("emulator", "1.6-bit+repair", {})
-
-
-@pytest.mark.usefixtures("calls_here")
-@pytest.mark.thorough
-def test_a_run_of_an_open_kind_keeps_the_better_of_both(emloc, write, tmp_path):
-    write()
-    code, out, err = emloc("run", tmp_path / "recipe.toml", "--dry-run", "--json")
-    assert code == 0, err
-    assert list(json.loads(out)["alternatives"]) == ["2.7-bit"]
-    assert not (tmp_path / "run").exists()
-    for _ in range(2):
-        code, out, err = emloc("run", tmp_path / "recipe.toml", "--json")
-        assert code == 0, err
-        results = json.loads(out)
-        assert set(results["selection_losses"]) == {"compress", "2.7-bit"}
-        assert results["kept"] == min(results["selection_losses"], key=results["selection_losses"].__getitem__)
-        kinds = [
-            read_json(tmp_path / "run" / name / MANIFEST)["request"]["settings"]["kind"]
-            for name in ("emulator", "emulator_2.7-bit")
-        ]
-        assert kinds == ["1.6-bit+repair", "2.7-bit"]
 
 
 def test_a_part_of_a_key_may_be_quoted(write):
