@@ -40,10 +40,11 @@ def wider_rows(table: Table) -> list[dict[str, Any]]:
     ``reach`` is half the 95 % interval of ``auto``, over the test rows that the cell and its control share;
     ``divergence`` the emulator's from the base, where it was measured.
     """
-    usual = {(task, *way, 0, STEPS, BATCH) for task in (WIDER_TASK, SECOND_TASK) for way in wider_ways()}
+    cells = [(row, Cell.from_row(row)) for row in table.best]
+    ways = {(cell.kind, cell.memory) for _, cell in cells if cell.is_wider and cell.model not in MIXTURES}
+    usual = {(task, *way, 0, STEPS, BATCH) for task in (WIDER_TASK, SECOND_TASK) for way in {*ways, *wider_ways()}}
     rows = []
-    for row in table.best:
-        cell = Cell.from_row(row)
+    for row, cell in cells:
         of_usual = (cell.task, cell.kind, cell.memory, cell.seed, cell.steps, cell.batch) in usual
         if cell.kind == FULL or not (cell.is_wider or of_usual):
             continue

@@ -47,8 +47,7 @@ class ModelSection(Settings):
     memory: str | None = Field(
         None,
         description="Memory for tuning, such as 24GiB. An ordinary LoRA is trained if it fits; otherwise the best "
-        "emulator that does, instead of compress.ratio. Where evidence is divided between two kinds that fit, both are "
-        "tried.",
+        "emulator that does, instead of compress.ratio.",
     )
     headroom: str | None = Field(
         None,
