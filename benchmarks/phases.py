@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 #: In the order in which they are shown. The forwards are those of the base and of the emulator.
-PHASES = ("hashing", "reading", "base forward", "emulator forward", "Grams", "fitting", "refining", "writing", "else")
+PHASES = ("hashing", "reading", "base forward", "emulator forward", "Grams", "fitting", "writing", "else")
 
 
 class Phases:
@@ -65,7 +65,6 @@ def measured(rows: int, wait: Callable[[], Any] = lambda: None) -> Iterator[Phas
     from emloc_core.emulator.decompose import Decomposition
     from emloc_core.emulator.files import EmulatorFiles
     from emloc_core.emulator.propagation import PairedMoments
-    from emloc_core.emulator.refine import Refinement
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.model.skeleton import Skeleton
     from emloc_core.model.streaming import Stream
@@ -77,7 +76,6 @@ def measured(rows: int, wait: Callable[[], Any] = lambda: None) -> Iterator[Phas
         "reading": [(Skeleton, "load_parameters"), (FrozenWeights, "parameters")],
         "Grams": [(Gram, "add"), (Gram, "_flush"), (PairedMoments, "add"), (PairedMoments, "_flush")],
         "fitting": [(PairedMoments, "fit"), (PairedMoments, "gram_for"), (Decomposition, "_fit")],
-        "refining": [(Refinement, "run")],
         "writing": [(EmulatorFiles, "write"), (EmulatorFiles, "finish")],
     }
     with ExitStack() as stack:

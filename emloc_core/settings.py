@@ -132,13 +132,6 @@ class CompressSettings(Settings):
         description="Activations to fit the Linears to: by default 'propagated', those of the emulator built so far; "
         "'base', those of the base, which is faster; 'none' (nf4 only), which rounds without them, in seconds.",
     )
-    refine: int | None = Field(
-        None,
-        ge=0,
-        description="Number of passes that refine each block, bringing its outputs closer to the base's; by default 3 "
-        "where that helps.",
-    )
-
     keep: Literal["head"] | None = Field(
         None,
         description="'head' keeps the output layer and the token embeddings as they are in the base; by default they "

@@ -220,7 +220,7 @@ class Compress(Job):
 
     def _decomposition(self, plan: RankPlan, progress: Progress, staging: Path) -> Decomposition:
         loras = self.adapter.loras if self.adapter else {}
-        arguments = (plan, self.samples, self.format, progress, self.settings.refine, staging, loras)
+        arguments = (plan, self.samples, self.format, progress, staging, loras)
         return Decomposition(self.base.skeleton, *arguments)
 
     def _write_rows(self, staging: Path) -> None:

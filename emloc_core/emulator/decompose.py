@@ -7,10 +7,9 @@ the store already holds, since later blocks need their outputs.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,14 +17,13 @@ from torch import nn
 from emloc_core.algorithms.lora import Lora
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
+from emloc_core.emulator.experts import ExpertFitting, emulated
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.forwards import requiring_products, requiring_shared_inputs
 from emloc_core.emulator.needs import Needs
 from emloc_core.emulator.pack import fit_head, looking_up, require_finite
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
-from emloc_core.emulator.refine import Ends, errors, refined
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
@@ -64,7 +62,6 @@ class Decomposition:
     """Fits what stands in for every planned Linear of a model.
 
     Args:
-        refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
         directory: for files of what rows hold beyond what they do at blocks; None: that stays in memory.
         loras: by the path of a Linear. They are on in the base and in the emulator, whose weights are fitted to what
             is computed there.
@@ -79,12 +76,11 @@ class Decomposition:
         samples: Sequence[Sample],
         format: Format,
         progress: Progress,
-        refine: int = 0,
         directory: Path | None = None,
         loras: Mapping[str, Lora] = _NONE,
     ) -> None:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
-        self.format, self.progress, self.refine, self._directory = format, progress, refine, directory
+        self.format, self.progress, self._directory = format, progress, directory
         self._loras = loras
         self.blocks = skeleton.blocks
 
@@ -111,11 +107,9 @@ class Decomposition:
     def needs(self, *, propagated: bool) -> Needs:
         """Return what a pass takes of the device, as ``emloc plan`` says."""
         base, sizes = self.skeleton, [sample.size for sample in self.samples]
-        options = {"propagated": propagated, "refine": propagated and self.refine > 0}
         passing = Positions(sum(sizes), max(sizes, default=0))
-        return Needs(
-            base.model, base.family, self.plan, self.format, base.dtype, **options, passing=lambda _path: passing
-        )
+        arguments = (base.model, base.family, self.plan, self.format, base.dtype)
+        return Needs(*arguments, propagated=propagated, passing=lambda _path: passing)
 
     def _pass(self, streams: int, store: Any, visit_block: Callable[[Any, str], Any]) -> None:
         """Pass the samples through the base, and with two streams then through the emulator."""
@@ -215,43 +209,13 @@ class Decomposition:
             with answering, emulating(self.stream, routed, experts, rows):
                 yield
         else:
-            ends, stops = Ends(self.stream, block, rows, self._directory), self._experts(block)
-            with (
-                requiring_shared_inputs(self.stream, planned, self.skeleton.family),
-                requiring_products(self.stream, planned, rows),
-                ends.waiting() if self.refine else nullcontext(),
-            ):
-                arguments = (self._fit, store.as_read, self._blame)
-                fitted = fit_block(self.stream, planned, stops, rows, *arguments, narrow=self.format.narrow)
-            if self.refine:
-                fitted = self._refined(block, fitted, linears, routed, ends, store)
+            watching = requiring_shared_inputs(self.stream, planned, self.skeleton.family)
+            with watching, requiring_products(self.stream, planned, rows):
+                arguments = (self._experts(block), rows, self._fit, store.as_read, self._blame)
+                fitted = fit_block(self.stream, planned, *arguments, narrow=self.format.narrow)
             store.write(block, fitted)
             yield
         self._report(block)
-
-    def _refined(
-        self,
-        block: str,
-        fitted: Mapping[str, Any],
-        linears: Mapping[str, nn.Module],
-        routed: Mapping[str, nn.Module],
-        ends: Ends,
-        store: EmulatorFiles,
-    ) -> dict[str, Any]:
-        """Return what was fitted for a block with its Linears refined, and let the samples of the emulator pass on."""
-        unit, rows = self.skeleton.model.get_submodule(block), len(self.samples)
-        stacks = {path: stack for path, stack in fitted.items() if isinstance(stack, Stacked)}
-        refinable = {path: stand_in for path, stand_in in fitted.items() if path not in stacks}
-        experts = self._emulated(block, {path: stack.parts for path, stack in stacks.items()})
-        with emulating(self.stream, routed, experts, rows):
-            refinable = refined(self.stream, unit, refinable, self.format, self.refine, ends)
-            stand_ins = {path: store.as_read(path, stand_in) for path, stand_in in refinable.items()}
-            with errors(linears) as measured, emulating(self.stream, linears, stand_ins, rows):
-                ends.pass_on()
-        relative = measured()
-        return stacks | {
-            path: replace(cast(Any, stand_in), error=relative[path]) for path, stand_in in refinable.items()
-        }
 
     def _emulated(
         self, block: str, stacks: Mapping[str, Mapping[str, torch.Tensor]]

@@ -8,7 +8,6 @@ from torch import nn
 
 from emloc_core.algorithms.allocation import Spectrum
 from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
-from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 from emloc_core.standins import Format
 
@@ -24,7 +23,6 @@ class CompletedSettings(CompressSettings):
     samples: int
     calibration: Literal["none", "base", "propagated"]
     allocator: Allocator
-    refine: int
 
 
 @dataclass(frozen=True)
@@ -74,20 +72,11 @@ def method_of(
         linears: the Linears and experts of the model that this format makes smaller.
         model: it, or its outline.
         rows: number of distinct rows; None: there are enough.
-
-    Raises:
-        EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
     linears = linears.without_vocabulary() if settings.keep else linears
     more = linears.has_experts or linears.vocabulary
     format = format if format.holds(model) and not more else format.own()
     calibration = settings.calibration or format.calibrations[0]
-    if settings.refine and calibration != "propagated":
-        raise EmlocError(
-            "Refinement needs the inputs that a block has in the emulator.",
-            "Leave out --refine, or give --calibration propagated.",
-        )
-    refine = format.refine if settings.refine is None and calibration == "propagated" else settings.refine
     shared_out = calibration == "propagated" and not linears.has_experts
     allocator = settings.allocator or (format.allocator if shared_out else UNIFORM)
     samples = settings.samples or usual_samples(format, rows)
@@ -98,7 +87,6 @@ def method_of(
         "selection": _selection(settings, rows),
         "calibration": calibration,
         "allocator": allocator,
-        "refine": refine or 0,
     }
     completed = CompletedSettings(**settings.model_dump() | values)
     method = Method(format, completed, linears)

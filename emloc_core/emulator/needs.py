@@ -69,11 +69,10 @@ class Needs:
         dtype: torch.dtype,
         *,
         propagated: bool,
-        refine: bool,
         passing: Callable[[str], Positions],
     ) -> None:
         self._model, self._plan, self._format, self._dtype = model, plan, format, dtype
-        self._propagated, self._refine, self._passing = propagated, refine, passing
+        self._propagated, self._passing = propagated, passing
         self._inside = inside(model, family)
         self._blocks, self._outside_most = units(model, list(self._inside))
 
@@ -85,16 +84,13 @@ class Needs:
 
     def _block(self, block: str) -> Iterator[PhaseNeed]:
         weights, linears = self._blocks[block] * self._dtype.itemsize, self._plan.in_block(block)
-        options = {"propagated": self._propagated, "refine": self._refine}
-        inside, positions = self._inside[block], self._passing(block).at_once
+        inside = self._passing(block).at_once * self._inside[block].forward * self._dtype.itemsize
         layers = self._plan.experts_in_block(block).values()
         experts = sum(map(self._experts_as_read, layers))
-        for phase in self._format.phases(linears, self._dtype, **options):
-            row = positions * (inside.backward if phase.backward else inside.forward) * self._dtype.itemsize
-            stand_ins = self._propagated * (phase.stand_ins + experts)
-            yield PhaseNeed("the largest block", weights, phase.statistics, stand_ins, row)
+        for statistics, stand_ins in self._format.phases(linears, self._dtype, propagated=self._propagated):
+            yield PhaseNeed("the largest block", weights, statistics, self._propagated * (stand_ins + experts), inside)
         held = self._format.fitted_bytes(linears, self._dtype)
-        read = self._propagated * self._format.reading_bytes(linears, self._dtype.itemsize, refined=False)
+        read = self._propagated * self._format.reading_bytes(linears, self._dtype.itemsize)
         for stacks in layers:
             yield PhaseNeed("the experts of a layer", weights, held + self._fitting_experts(stacks), read)
 

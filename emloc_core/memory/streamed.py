@@ -24,7 +24,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
 
     - weights: the unit that is loaded then, in the model's dtype: a block, or a module outside the blocks (the
       embedding, the output projection).
-    - statistics: what fitting or refining takes. With ranks shared out by spectra, a pass before fits factors at half
+    - statistics: what fitting takes. With ranks shared out by spectra, a pass before fits factors at half
       of the parameters.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
       twice, those of the base and of the emulator; and what one sample holds inside a block. From a GPU they move to
@@ -39,9 +39,9 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     waiting = 1 if model.workload.device == "cuda" and not plan.has_experts else settings.samples
     rows = model.step.waiting("calibration", waiting)
 
-    def needs(plan: RankPlan, format: Format, *, propagated: bool, refine: bool = False) -> Iterator[Need]:
-        options = {"propagated": propagated, "refine": refine}
-        for phase in Needs(model.model, model.family, plan, format, model.dtype, **options, passing=passing):
+    def needs(plan: RankPlan, format: Format, *, propagated: bool) -> Iterator[Need]:
+        arguments = (model.model, model.family, plan, format, model.dtype)
+        for phase in Needs(*arguments, propagated=propagated, passing=passing):
             terms = {
                 "weights": phase.weights,
                 "activations": (1 + propagated) * rows * phase.waits + phase.inside,
@@ -56,7 +56,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         row = model.step.positions(path)
         return Positions(settings.samples * row, row)
 
-    phases = [*needs(plan, model.format, propagated=propagated, refine=settings.refine > 0)]
+    phases = [*needs(plan, model.format, propagated=propagated)]
     if method.by_spectra:
         ranking = model.format.ranking()
         first = _ranked(method.linears.without_vocabulary(), ranking)

@@ -17,7 +17,7 @@ from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.experts import is_stack, replace_experts
 from emloc_core.standins.layer import PackedLinear, Parts, StandInLinear, replace_linear
-from emloc_core.standins.standin import Fitted, Movable, StandIn
+from emloc_core.standins.standin import Fitted, StandIn
 
 
 class _QuantMethod(StrEnum):
@@ -58,12 +58,10 @@ class Phase(NamedTuple):
     Attributes:
         statistics: the peak of the phase's own work.
         stand_ins: the block's, as rows pass through them.
-        backward: whether gradients pass back through the block.
     """
 
     statistics: int
     stand_ins: int
-    backward: bool = False
 
 
 class Format(ABC):
@@ -76,8 +74,6 @@ class Format(ABC):
         allocator: name of the rank allocator where the user does not say and errors are propagated; otherwise it is
             ``uniform``. A format with ``global`` has a :meth:`ranking`.
         samples: number of calibration rows where the user does not say, and has enough; :data:`SAMPLES` or more.
-        refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
-            cannot be.
         experts: whether stacks of experts get stand-ins too; otherwise they stay dense.
         narrow: whether it gets Grams rounded to fp32, which takes less memory; otherwise they may be in fp64, and have
             heavy rows.
@@ -89,7 +85,6 @@ class Format(ABC):
     calibrations: tuple[str, ...] = ("propagated", "base")
     allocator: Allocator = "uniform"
     samples: int = SAMPLES
-    refine: int | None = None
     experts: bool = False
     narrow: bool = False
 
@@ -120,11 +115,6 @@ class Format(ABC):
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} is always fitted to rows.",
                 "Leave out --calibration none, or give --kind nf4, say.",
-            )
-        if settings.refine and self.refine is None:
-            raise EmlocError(
-                f"An emulator of the kind {self.name!r} cannot be refined.",
-                "Leave out --refine, or give --kind 2.7-bit, say.",
             )
 
     def tap(self, tap: Any) -> Any:
@@ -160,10 +150,6 @@ class Format(ABC):
 
     def ranking(self) -> "Format":
         """Return the format of factors whose energies tell what a rank gains; only called with ``global``."""
-        raise NotImplementedError(self.name)
-
-    def movable(self, fitted: Any) -> Movable:
-        """Return a stand-in as it is refined; only called if the format can be refined."""
         raise NotImplementedError(self.name)
 
     def describe(self, rank: str) -> str:
@@ -236,8 +222,8 @@ class Format(ABC):
         """Return how many of these multiplications so many inputs save, since they share some."""
         return 0
 
-    def phases(self, linears: Sequence[Planned], dtype: torch.dtype, *, propagated: bool, refine: bool) -> list[Phase]:
-        """Return what fitting the Linears of a block takes, group by group, and refining them, if that follows.
+    def phases(self, linears: Sequence[Planned], dtype: torch.dtype, *, propagated: bool) -> list[Phase]:
+        """Return what fitting the Linears of a block takes, group by group.
 
         Args:
             linears: with their ranks.
@@ -252,10 +238,7 @@ class Format(ABC):
                 fitting += costs.gram_bytes([linear for later in by_group[index + 1 :] for linear in later])
             held += self.fitted_bytes(group, dtype)
             phases.append(Phase(fitting + held, read))
-            read += self.reading_bytes(group, dtype.itemsize, refined=False)
-        if refine:
-            refining = self.refining_bytes(linears, dtype.itemsize) + held
-            phases.append(Phase(refining, self.reading_bytes(linears, dtype.itemsize, refined=True), backward=True))
+            read += self.reading_bytes(group, dtype.itemsize)
         return [*phases, Phase(held, read)]
 
     def fitted_bytes(self, linears: Sequence[Planned], dtype: torch.dtype) -> int:
@@ -270,13 +253,6 @@ class Format(ABC):
         """
         return costs.rounding_bytes(linears)
 
-    def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
-        """Return the peak of refining the Linears of a block, instead of fitting them."""
-        return 0
-
-    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:
-        """Return the bytes of a block's stand-ins as they are read; refined, three times more.
-
-        For refinement they are unpacked, as they are and without what moves, and have a gradient.
-        """
-        return (1 + 3 * refined) * itemsize * sum(linear.out_features * linear.in_features for linear in linears)
+    def reading_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
+        """Return the bytes of a block's stand-ins as they are read: by default, unpacked."""
+        return itemsize * sum(linear.out_features * linear.in_features for linear in linears)

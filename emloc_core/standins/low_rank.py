@@ -21,9 +21,6 @@ from emloc_core.standins.standin import StandIn
 #: Takes a weight, (m, n), a Gram of its inputs or outputs, and a rank.
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
 
-#: Unit in which refinement moves the numbers of a factor: a share of their root mean square.
-_UNIT = 0.3
-
 
 class LowRankLinear(StandInLinear):
     """``y = U (V x) + b``: ``weight`` *is* U (out_features, rank), beside ``V`` (rank, in_features)."""
@@ -71,9 +68,9 @@ class Factored(Format):
         """``k (m + n)``."""
         return (rank or 0) * sum(shape)
 
-    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:
-        """Factors as they are read; while they are refined, none."""
-        return (not refined) * itemsize * self._factors(linears)
+    def reading_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
+        """Factors as they are read."""
+        return itemsize * self._factors(linears)
 
     def _factors(self, linears: Sequence[Planned]) -> int:
         return sum((linear.rank or 0) * (linear.out_features + linear.in_features) for linear in linears)
@@ -85,7 +82,6 @@ class LowRank(Factored):
     name = "low-rank"
     layer = LowRankLinear
     ratios = Ratios()
-    refine = 3
 
     def tap(self, tap: Any) -> Any:
         """As the family does it, which captures outputs where these are fewer, unless the factorizer needs inputs."""
@@ -98,10 +94,6 @@ class LowRank(Factored):
     def ranking(self) -> Format:
         """Return this format."""
         return self
-
-    def movable(self, fitted: Factors) -> "MovableFactors":
-        """Let both factors move."""
-        return MovableFactors(fitted)
 
     def pack(self, fitted: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return both factors."""
@@ -118,11 +110,6 @@ class LowRank(Factored):
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of factorising."""
         return costs.factoring_bytes(linears, propagated=propagated)
-
-    def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
-        """Factors in fp32: moved, with a gradient and Adam's moments; and products, with a gradient."""
-        numbers = sum(linear.out_features * linear.in_features for linear in linears)
-        return (5 * 4 + itemsize) * self._factors(linears) + 2 * itemsize * numbers
 
 
 def in_single(factors: Factors) -> Factors:
@@ -191,30 +178,3 @@ class RoundedLowRank(Factored):
     def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
         """Return both factors, unpacked."""
         return StandIn(*self.layer.factors(tensors, shape, dtype))
-
-
-class MovableFactors:
-    """Two factors whose numbers may all move, in units of a share of the size that they have at first."""
-
-    def __init__(self, factors: Factors) -> None:
-        self._factors = factors
-        self._units = [_UNIT * float(part.square().mean().sqrt()) for part in (factors.u, factors.v)]
-        self.numbers = nn.Parameter(torch.zeros(factors.u.numel() + factors.v.numel(), device=factors.u.device))
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return U V with the numbers as they are now."""
-        u, v = self._moved()
-        return u.to(dtype) @ v.to(dtype)
-
-    def settled(self) -> Factors:
-        """Return U and V with the numbers as they are now."""
-        u, v = self._moved()
-        return replace(self._factors, u=u.detach(), v=v.detach())
-
-    def _moved(self) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = (self._factors.u, self._factors.v)
-        moves = self.numbers.split([part.numel() for part in parts])
-        u, v = (
-            part.float() + unit * move.view_as(part) for part, unit, move in zip(parts, self._units, moves, strict=True)
-        )
-        return u, v

@@ -1,4 +1,4 @@
-"""What stands in for a weight: as it was fitted, as it is read, and as it is refined."""
+"""What stands in for a weight: as it was fitted, and as it is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from functools import reduce
 from typing import Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms.correction import times
@@ -64,19 +63,3 @@ class Packed:
     def relative_error(self) -> float:
         """Return the error."""
         return self.error
-
-
-class Movable(Protocol):
-    """A stand-in some of whose numbers may still move once all of the block's stand-ins are known.
-
-    Attributes:
-        numbers: of any shape, in fp32, of such a size that a step of a hundredth is small.
-    """
-
-    numbers: nn.Parameter
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return what the Linear multiplies by, (m, n), as it will be read, with a gradient for the numbers."""
-
-    def settled(self) -> Fitted:
-        """Return the stand-in with the numbers as they are now."""

@@ -16,7 +16,7 @@ from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import Format
 from emloc_core.standins.layer import PackedLinear, Parts
-from emloc_core.standins.levels import MovableScales, is_compiled
+from emloc_core.standins.levels import is_compiled
 from emloc_core.standins.standin import Packed
 
 
@@ -52,7 +52,6 @@ class Trellis(Format):
     name = "trellis"
     layer = TrellisLinear
     samples = 256
-    refine = 0
     experts = True
     narrow = True
 
@@ -85,10 +84,6 @@ class Trellis(Format):
             parts = {"weight": coded.codes(), "weight_scales": coded.scales}
             fitted.append(Packed(parts, (weight.shape[0], weight.shape[1]), error))
         return fitted
-
-    def movable(self, fitted: Packed) -> MovableScales:
-        """Let the scales move."""
-        return MovableScales(fitted, self.layer)
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
         """The peak of rounding, with scales that are fitted."""

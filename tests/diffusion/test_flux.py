@@ -30,8 +30,7 @@ def outputs(tmp_path_factory):
     """A pipeline, rows, and what the stages make of them."""
     directory = tmp_path_factory.mktemp("flux")
     pipeline, rows = flux_pipeline(directory / "pipeline"), picture_rows(directory / "rows")
-    emulator = emloc.compress(str(pipeline), rows, str(directory / "emulator"), samples=3, selection=2, ratio=0.5,
-                              refine=0)  # fmt: skip
+    emulator = emloc.compress(str(pipeline), rows, str(directory / "emulator"), samples=3, selection=2, ratio=0.5)
     adapter = emloc.train(emulator, rows, str(directory / "adapter"), steps=3, batch_size=2, lora_rank=2, lora_alpha=4)
     corrected = emloc.correct(adapter, output=str(directory / "corrected"))
     polished = emloc.polish(corrected, rows, str(directory / "polished"), steps=2, batch_size=2, accumulation=2)
@@ -106,7 +105,7 @@ def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_
 
 def test_an_emulator_fitted_with_the_lora_trains_it_further(outputs, tmp_path):
     pipeline, rows, corrected = str(outputs["pipeline"]), outputs["rows"], str(outputs["corrected"])
-    fitted = {"samples": 3, "selection": 2, "ratio": 0.5, "refine": 0, "adapter": corrected}
+    fitted = {"samples": 3, "selection": 2, "ratio": 0.5, "adapter": corrected}
     emulator = emloc.compress(pipeline, rows, str(tmp_path / "emulator"), **fitted)
     tuned = emloc.train(emulator, rows, str(tmp_path / "adapter"), steps=1, batch_size=2, learning_rate=1e-30)
     before, after = (load_file(f"{path}/adapter_model.safetensors") for path in (corrected, tuned.path))

@@ -31,7 +31,7 @@ def outputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("loading")
     pipeline, rows = flux_pipeline(directory / "pipeline"), picture_rows(directory / "rows", 4)
     plain(pipeline / "transformer", torch.bfloat16).save_pretrained(pipeline / "transformer")
-    few = {"samples": 2, "selection": 1, "refine": 0}
+    few = {"samples": 2, "selection": 1}
     emulators = {kind: emloc.compress(str(pipeline), rows, str(directory / kind), kind=kind, **few).path
                  for kind in KINDS}  # fmt: skip
     adapter = emloc.train(str(pipeline), rows, str(directory / "adapter"), **TUNED)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.adapters import make_adapter
-from support.errors import require_reported_errors
 from support.jobs import compress_job, correct_job, exact_job, train_job
 from support.marks import most_thorough
 from transformers import AutoModelForCausalLM
@@ -74,13 +73,6 @@ def test_a_lora_that_adds_nothing_changes_nothing(kind, tiny_model, rows_file, t
 
 def shards(directory):
     return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
-
-
-def test_errors_are_those_of_the_weights_alone(emulators, tiny_model, strong):
-    """What the LoRA adds is no part of what a Linear's stand-in gets wrong."""
-    job, emulator = emulators[1]
-    model = load_lora(AutoModelForCausalLM.from_pretrained(emulator, dtype="auto"), strong).eval()
-    require_reported_errors(tiny_model, emulator, job.samples, model, "base_model.model.{}.base_layer".format)
 
 
 def test_it_keeps_the_lora_which_is_trained_further(emulators, tiny_model, rows_file, strong, tmp_path):

@@ -10,11 +10,10 @@ from support.rows import example_rows, write_jsonl
 
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.method import usual_samples
-from emloc_core.errors import EmlocError
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings
-from emloc_core.standins import NF4, FourBitLowRank, LowRank, SixLevels
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, Trellis
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,12 @@ def made_with(base, rows_file, output, **chosen):
     settings = CompressSettings(samples=4, selection=2, **chosen)
     job = compress_job(base, rows_file, output, settings)
     recorded = job.output.request["settings"]  # what is recorded, so that other defaults are another request
-    return recorded["calibration"], recorded["allocator"], recorded["refine"]
+    return recorded["calibration"], recorded["allocator"]
 
 
 USUAL = {
-    kind.name: (kind.calibrations[0], kind.allocator, kind.refine or 0)
-    for kind in (LowRank, NF4, FourBitLowRank, SixLevels)
+    kind.name: (kind.calibrations[0], kind.allocator)
+    for kind in (LowRank, NF4, FourBitLowRank, Trellis)
 }
 
 
@@ -44,19 +43,18 @@ def test_the_kind_decides(bases, rows_file, tmp_path, kind):
 
 
 def test_experts_become_smaller_by_default(bases, rows_file, tmp_path):
-    assert made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank") == ("propagated", "uniform", 3)
+    assert made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank") == ("propagated", "uniform")
     assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="nf4") == USUAL["nf4"]
 
 
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
-        ({"calibration": "base"}, ("base", "uniform", 0)),
-        ({"paper": True}, ("base", "uniform", 0)),
-        ({"calibration": "base", "allocator": "global"}, ("base", "global", 0)),
-        ({"calibration": "propagated", "allocator": "uniform", "refine": 2}, ("propagated", "uniform", 2)),
-        ({"kind": "2.7-bit", "calibration": "base"}, ("base", "uniform", 0)),
-        ({"kind": "2.7-bit", "refine": 0}, ("propagated", "uniform", 0)),
+        ({"calibration": "base"}, ("base", "uniform")),
+        ({"paper": True}, ("base", "uniform")),
+        ({"calibration": "base", "allocator": "global"}, ("base", "global")),
+        ({"kind": "low-rank", "allocator": "uniform"}, ("propagated", "uniform")),
+        ({"kind": "trellis", "calibration": "base"}, ("base", "uniform")),
     ],
 )
 def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):
@@ -78,11 +76,6 @@ def test_where_nothing_chooses_a_kind_it_is_the_best_or_that_of_a_ratio(bases, r
 def test_the_way_of_the_paper_is_not_mixed_with_another(other):
     with pytest.raises(ValidationError, match=rf"leave out {next(iter(other))} or paper"):
         CompressSettings(paper=True, **other)
-
-
-def test_the_base_s_activations_say_nothing_of_a_block_to_refine(bases, rows_file, tmp_path):
-    with pytest.raises(EmlocError, match="needs the inputs that a block has in the emulator"):
-        made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank", calibration="base", refine=2)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(None, 256), (2000, 256), (600, 150), (200, 64), (120, 40)])

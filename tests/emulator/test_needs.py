@@ -99,7 +99,7 @@ def test_fitting_takes_no_more_than_is_planned(kind, group, fit, wide):
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
     weights = [(draw(m, group[1]) / 8).bfloat16() for m in group[0]]
     inputs = batches(group[1], wide=wide)
-    options = {"propagated": fit is fit_propagated, "refine": False}
+    options = {"propagated": fit is fit_propagated}
     need = max(phase.statistics for phase in format.phases(linears, torch.bfloat16, **options))
     peak = peak_of(lambda: fit(format, linears, weights, inputs))
     assert peak <= need

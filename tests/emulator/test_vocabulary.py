@@ -40,7 +40,7 @@ def models(request, rows_file, tmp_path_factory):
     """A base, an emulator of it, and whether its embeddings are tied."""
     directory = tmp_path_factory.mktemp("models")
     base = save_tiny_model(MODELS[request.param], directory / "base")
-    settings = CompressSettings(kind="2.7-bit", samples=4, selection=2, refine=0)
+    settings = CompressSettings(kind="2.7-bit", samples=4, selection=2)
     return base, compress_job(base, rows_file, directory / "emulator", settings).run(), request.param != "untied"
 
 
@@ -72,7 +72,7 @@ def test_a_loaded_emulator_computes_with_the_unpacked_rows(models):
 @pytest.mark.parametrize("calibration", most_thorough(["propagated", "base"], "propagated"))
 def test_an_output_layer_is_fitted_to_what_it_is_given(calibration, rows_file, tmp_path):
     base = save_tiny_model(MODELS["untied"], tmp_path / "base")
-    settings = CompressSettings(kind="2.7-bit", samples=40, selection=2, refine=0, calibration=calibration)
+    settings = CompressSettings(kind="2.7-bit", samples=40, selection=2, calibration=calibration)
     job = compress_job(base, rows_file, tmp_path / "emulator", settings)
     emulator = AutoModelForCausalLM.from_pretrained(job.run()).eval()
     plain, original = copy.deepcopy(emulator), AutoModelForCausalLM.from_pretrained(base).eval()

@@ -34,7 +34,7 @@ def test_candidates_are_told_apart_and_the_stage_says_what_it_did():
 
 @pytest.mark.parametrize(("calibration", "wording"), [("none", "of the weights"), ("base", "on 64 calibration rows")])
 def test_an_error_is_of_what_was_measured(calibration, wording):
-    usual = {"samples": 64, "allocator": "uniform", "refine": 0}
+    usual = {"samples": 64, "allocator": "uniform"}
     settings = CompletedSettings(kind="nf4", calibration=calibration, **usual)
     text = described(settings, {"linears": [{"relative_error": 0.25}], "bytes": {"base": 8, "emulator": 2}})
     assert ("relative error of the weights 0.250" in text) == (calibration == "none")

@@ -279,7 +279,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     inside = 3 * (m + n) * workload().length  # around the activation function
     expected = [
         ({"kind": "nf4"}, summing, dense),
-        ({"kind": "2.7-bit", "samples": 64, "refine": 0}, summing, dense),
+        ({"kind": "2.7-bit", "samples": 64}, summing, dense),
         ({"kind": "1.6-bit+repair"}, repairing, dense),
     ]
     rows = []
@@ -292,7 +292,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
         assert terms["stand-ins"] == stand_ins * model.dtype.itemsize
         assert terms["weights"] == (4 * m**2 + 3 * m * n + 5 * m) * model.dtype.itemsize  # with norms and biases
         rows.append(terms["activations"] - inside * model.dtype.itemsize)
-    assert rows[0] == rows[1]  # what refinement aims at is in a file
+    assert rows[0] == rows[1]
     assert rows[2] == 4 * rows[0]  # of four times as many
     base = CompressSettings(calibration="base", samples=32)
     model = MemoryModel(file, workload(), base)
@@ -320,7 +320,7 @@ def test_stage_one_takes_what_its_largest_phase_does(tmp_path: Path) -> None:
 def test_stage_one_leaves_a_gpu_what_is_planned(tiny_model: Path, rows_file: Path, tmp_path: Path, kind: str) -> None:
     settings = CompressSettings(kind=kind, samples=4, selection=2)
     job = compress_job(tiny_model, rows_file, tmp_path / "e", settings)
-    arguments = (job.samples, job.format, lambda *_: None, job.settings.refine)
+    arguments = (job.samples, job.format, lambda *_: None)
     block_needs = Decomposition(job.base.skeleton, job.plan, *arguments).needs(propagated=True)
     model = MemoryModel(tiny_model / "config.json", workload(device="cuda"), settings)
     terms = streamed.compress(model, model.plan(job.settings.ratio)).terms

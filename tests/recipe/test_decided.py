@@ -105,7 +105,7 @@ def test_exact_steps_alone_are_a_way_too(emloc, write, tmp_path):
 
 
 @pytest.mark.usefixtures("calls_here")
-@pytest.mark.parametrize("override", ["compress.kind='nf4'", "compress.refine=1", "way=emulator"])
+@pytest.mark.parametrize("override", ["compress.kind='nf4'", "compress.samples=9", "way=emulator"])
 def test_whoever_says_how_the_emulator_is_made_gets_one_even_where_none_is_needed(write, override):
     assert decided(write(None, overrides=[override])).way == "emulator"
 

@@ -38,7 +38,7 @@ PLAIN = {"nf4": reference.in_four_bits, "1.6-bit+repair": reference.on_three_lev
 #: Ways to make an emulator: by name, the kind and its settings.
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "low-rank, as in the paper": {"kind": "low-rank", "ratio": 0.5, "calibration": "base", "allocator": "uniform"},
-    "low-rank": {"kind": "low-rank", "ratio": 0.5, "allocator": "uniform", "refine": 0},
+    "low-rank": {"kind": "low-rank", "ratio": 0.5, "allocator": "uniform"},
     "nf4": {"kind": "nf4"},
     "1.6-bit+repair": {"kind": "1.6-bit+repair", "ratio": 0.5},
 }
