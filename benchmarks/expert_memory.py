@@ -14,7 +14,7 @@ from typing import Any
 from harness import goal, in_process, markdown, resident_bytes, write_results
 from memory import VOCABULARY, compared, tune, write_rows
 
-KINDS = ("nf4", "2.7-bit", "1.6-bit+repair")
+KINDS = ("nf4", "trellis")
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2, "num_attention_heads": 32,
     "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128,
@@ -23,7 +23,7 @@ SHAPE = {
 }  # fmt: skip
 BATCH, LENGTH = 2, 512
 #: Of stage 1.
-FEWER, SAMPLES, COMPRESSED = {"num_hidden_layers": 1, "num_experts": 32}, 48, ("nf4", "2.7-bit")
+FEWER, SAMPLES, COMPRESSED = {"num_hidden_layers": 1, "num_experts": 32}, 48, KINDS
 
 
 def write_bases(directory: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
 
     train = TrainSettings(batch_size=BATCH)
     # Only the experts are measured: the emulator written here has the vocabulary of its base.
-    settings = CompressSettings(kind=kind, keep="head", allocator=None if kind in ("nf4", "2.7-bit") else "uniform")
+    settings = CompressSettings(kind=kind, keep="head")
     plans = MemoryModel(Path(base) / "config.json", Workload(BATCH, LENGTH, 0, train, "cpu"), settings)
     plan = plans.plan()
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

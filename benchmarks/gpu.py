@@ -28,7 +28,7 @@ from emloc_core.files.documents import write_json
 
 #: The kinds that are compared, with the ratio of their factors.
 KINDS: dict[str, float | None] = {
-    "nf4": None, "2.7-bit": None, "trellis": None, "1.6-bit+repair": 0.23, "low-rank-nf4": 0.45,
+    "nf4": None, "trellis": None, "low-rank-nf4": 0.45,
     "low-rank-2-bit": 0.54, "low-rank": 0.28,
 }  # fmt: skip
 #: What others train LoRAs on.
@@ -100,7 +100,7 @@ def capped(small: bool) -> list[dict[str, Any]]:
 
     cap_gpus(24 * GIB)
     shape, blocks, length = ({**SHAPE_38B, **SMALL}, 2, 16) if small else (SHAPE_38B, 64, 1024)
-    return [row for kind in ("nf4", "1.6-bit+repair") for row in tuned(shape, blocks, kind, (length,))]
+    return [row for kind in ("nf4", "trellis") for row in tuned(shape, blocks, kind, (length,))]
 
 
 def stage1(small: bool) -> list[dict[str, Any]]:

@@ -24,9 +24,7 @@ SIZES = {"SmolLM2": (4, 64), "1B": (1, 64), "8B": (1, 16)}
 #: Name -> settings of the emulator.
 WAYS: dict[str, dict[str, Any]] = {
     "nf4": {"kind": "nf4"},
-    "2.7-bit": {"kind": "2.7-bit"},
     "trellis": {"kind": "trellis"},
-    "1.6-bit+repair": {"kind": "1.6-bit+repair", "ratio": 0.23},
     "low-rank-nf4": {"kind": "low-rank-nf4"},
     "low-rank-2-bit": {"kind": "low-rank-2-bit"},
     "low-rank": {"kind": "low-rank"},

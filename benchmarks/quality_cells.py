@@ -19,10 +19,10 @@ _OF_TEXT = {
 }  # fmt: skip
 #: Kind of the emulator that is recommended for a memory, by task; weights in four bits take no more than 0.28.
 RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("low-rank-nf4", 0.17)}}
+#: Kinds that there are. Rows of those that gained nothing and are gone are kept.
+OFFERED = ("low-rank", *dict.fromkeys(kind for ways in RECOMMENDED.values() for kind, _ in ways.values()))
 #: What else there is below four bits.
 RIVALS = (
-    ("2.7-bit", 0.17),
-    ("1.6-bit+repair", 0.17),
     ("low-rank-2-bit", 0.11),
     ("low-rank-nf4", 0.07),
     ("low-rank-2-bit", 0.05),
@@ -36,8 +36,6 @@ BASELINES = (
     ("pruned", 0.28),
     ("depth", 0.28),
 )
-#: A kind that gained nothing and is gone; its rows are kept.
-GONE = "nf4+repair"
 #: Other ways to make emulators of a kind, one of which might be its default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
@@ -46,45 +44,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-svd": {"kind": "low-rank", "calibration": "base", "factorizer": "svd"},
     "low-rank-asvd": {"kind": "low-rank", "calibration": "base", "factorizer": "asvd"},
     "low-rank-global": {"kind": "low-rank", "calibration": "base", "allocator": "global"},
-    "low-rank-propagated": {"kind": "low-rank", "allocator": "uniform", "refine": 0},
-    "low-rank-refined": {"kind": "low-rank", "allocator": "uniform"},
-    "low-rank-unrefined": {"kind": "low-rank", "refine": 0},
+    "low-rank-propagated": {"kind": "low-rank", "allocator": "uniform"},
     "low-rank-nf4-64": {"kind": "low-rank-nf4", "samples": 64},
     "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
-    "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
-    "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
-    "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
-    "2.7-bit-once": {"kind": "2.7-bit", "refine": 1},
-    "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
-    "2.7-bit-64-unrefined": {"kind": "2.7-bit", "samples": 64, "refine": 0},
-    "trellis-refined": {"kind": "trellis", "refine": 3},
 }
-#: Memories that variants of a kind are measured at. Variants of other kinds gained nothing: only their rows are kept.
-VARIED = {
-    "nf4": (0.28,),
-    "low-rank": (0.28, 0.6, 0.11),
-    "low-rank-nf4": (0.17, 0.11),
-    "2.7-bit": (0.17,),
-    "trellis": (0.17,),
-}
+#: Memories that variants of a kind are measured at.
+VARIED = {"nf4": (0.28,), "low-rank": (0.28, 0.6, 0.11), "low-rank-nf4": (0.17, 0.11)}
 #: Variants measured without exact steps: with factors, or compared only at the same memory.
-WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name in ("nf4-vocabulary", "2.7-bit-once")]
+WITHOUT_EXACT = [name for name in VARIANTS if name.startswith("low-rank") or name == "nf4-vocabulary"]
 #: Rounds of ways that share their steps among several emulators, each fitted with the LoRA so far; and their memory.
 ROUNDS = {
     "low-rank-nf4-twice": (2, 0.11),
-    "1.6-bit+repair-twice": (2, 0.17),
+    "trellis-twice": (2, 0.17),
     "low-rank-2-bit-twice": (2, 0.07),
     "low-rank-nf4-thrice": (3, 0.11),
 }
 VARIANTS |= {name: {"kind": name.rpartition("-")[0]} for name in ROUNDS}
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
-BYTES = dict.fromkeys(("low-rank", GONE, "pruned", "depth"), 2.0)
-BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
+BYTES = dict.fromkeys(("low-rank", "pruned", "depth"), 2.0) | dict.fromkeys(("low-rank-nf4", "pruned-nf4"), 4.5 / 8)
 BYTES["low-rank-2-bit"] = 2.078 / 8  # at the widths of SmolLM2: rows of few numbers have a scale each
 BYTES |= {name: BYTES[variant["kind"]] for name, variant in VARIANTS.items() if variant["kind"] in BYTES}
-#: Memory of the rounded weight that a kind keeps beside its factors.
-BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
-BESIDE |= {name: BESIDE[variant["kind"]] for name, variant in VARIANTS.items() if variant["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
 #: The usual base of a task; a larger one, of another family; mixtures of experts, for text and for pictures.
 DEMO, GEMMA, EXPERTS, READER = "demo", "gemma-3-270m", "smollm2-experts", "reading-experts"
@@ -182,14 +161,7 @@ class Cell:
         """The ratio of that memory; None if the kind has no ratio."""
         if self.kind not in BYTES:
             return None
-        return round((self.memory - BESIDE.get(self.kind, 0)) * 2 / BYTES[self.kind], 4)
-
-    @property
-    def arithmetic(self) -> float:
-        """The share of the base's multiplications, in its block Linears, that a forward pass needs."""
-        if self.ratio is None:
-            return 1
-        return round(self.ratio + (self.kind in BESIDE), 2)
+        return round(self.memory * 2 / BYTES[self.kind], 4)
 
     @property
     def name(self) -> str:
@@ -269,13 +241,10 @@ def wider_cells() -> Iterator[Cell]:
     for other in others:
         yield from (Cell(WIDER_TASK, *way, 0, STEPS, rate, **other) for way in (control, small))
     factors = ("low-rank", usual[1])
-    of_experts = [control, usual, ("2.7-bit-64-unrefined", small[1]), *RIVALS, factors, small]
-    for way in of_experts:
-        yield Cell(WIDER_TASK, *way, 0, FEWER_STEPS, rate, EXPERTS)
-    for task, way in product((SECOND_TASK, THIRD_TASK), (control, usual, small, factors)):
-        yield Cell(task, *way, 0, FEWER_STEPS, rate, EXPERTS)
+    of_experts = product((WIDER_TASK, SECOND_TASK, THIRD_TASK), (control, usual, small, factors))
+    yield from (Cell(task, *way, 0, FEWER_STEPS, rate, EXPERTS) for task, way in of_experts)
     yield from (Cell(SECOND_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
-    for way in (control, usual, small, RIVALS[0], RECOMMENDED[PICTURES][0.17], factors):
+    for way in (control, usual, small, RECOMMENDED[PICTURES][0.17], factors):
         yield Cell(PICTURES, *way, 0, STEPS, LEARNING_RATES[PICTURES][0], READER)
 
 

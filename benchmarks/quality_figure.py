@@ -17,7 +17,7 @@ DOCS = RESULTS.parents[1] / "docs"
 TIMED = "arithmetic"
 #: Kind and memory of the ways that are drawn over time.
 _TIMED = (
-    (FULL, 1), ("nf4", 0.28), ("1.6-bit+repair", 0.17), ("low-rank-nf4", 0.11), ("low-rank", 0.28),
+    (FULL, 1), ("nf4", 0.28), ("trellis", 0.17), ("low-rank-nf4", 0.11), ("low-rank", 0.28),
     ("low-rank-paper", 0.28),
 )  # fmt: skip
 
@@ -53,9 +53,8 @@ def _draw_recovery(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:
             recoveries.setdefault((row["system"], row["memory"]), []).append(row["mean"])
     means = {way: mean(values) for way, values in recoveries.items() if len(values) == len(TEXTS)}
     lines = {
-        "emloc+polish20": "recommended, and 20 exact steps", "emloc": "recommended", "2.7-bit+auto": "six levels",
-        "1.6-bit+auto": "three levels", "low-rank+auto": "factors in 16 bits",
-        "low-rank-paper+paper": "as in the paper",
+        "emloc+polish20": "recommended, and 20 exact steps", "emloc": "recommended",
+        "low-rank+auto": "factors in 16 bits", "low-rank-paper+paper": "as in the paper",
     }  # fmt: skip
     for system, label in lines.items():
         points = sorted((memory, value) for (name, memory), value in means.items() if name == system and memory < 0.6)

@@ -238,12 +238,11 @@ def report(all_rows: list[dict[str, Any]]) -> None:
         systems = row["systems"]
         shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
         alone, itself = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
-        cell = Cell.from_row(row)
-        lines.append([row["task"], row["base"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
+        lines.append([row["task"], row["base"], row["kind"], row["memory"], row["seed"], row["steps"],
                       row["learning_rate"],
                       alone, itself, *shown, describe_choice(row) or "-",
                       row["seconds"]])  # fmt: skip
-    header = ["task", "base", "kind", "memory", "arithmetic", "seed", "steps", "learning rate", "base", "tuned on it",
+    header = ["task", "base", "kind", "memory", "seed", "steps", "learning rate", "base", "tuned on it",
               "emulator", "tuned", *SYSTEMS, "chosen", "seconds"]  # fmt: skip
     text = (
         f"NLL per token on 160 test rows, every way at its best learning rate:\n\n{best_table(table)}\n\n"

@@ -13,6 +13,7 @@ from quality_cells import (
     LORA,
     MIXTURES,
     MODELS,
+    OFFERED,
     PLAIN,
     RANK,
     RSLORA,
@@ -20,7 +21,6 @@ from quality_cells import (
     STEPS,
     TASKS,
     USUAL_LORA,
-    VARIANTS,
     WIDER_TASK,
     Cell,
     wider_ways,
@@ -96,7 +96,7 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
     """
     line: dict[tuple[str, ...], str] = {}
     for row in rows:
-        if _lora_key(row) == USUAL_LORA and row["model"] not in MIXTURES:
+        if _lora_key(row) == USUAL_LORA and row["model"] not in MIXTURES and row["kind"] in OFFERED:
             way = (row["task"], MODELS[row["model"]], *_standin(row))
             line[*way, f"{row['steps']} steps"] = _recovered(row)
             if row["steps"] == LONGER[-1] and row[SYSTEMS[-1]] is not None:
@@ -106,10 +106,10 @@ def lengths_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def mixtures_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return, in Markdown, what ``auto`` recovers on mixtures of experts from emulators of usual kinds, by task."""
+    """Return, in Markdown, what ``auto`` recovers on mixtures of experts from emulators of every kind, by task."""
     line: dict[tuple[str, ...], str] = {}
     for row in sorted(rows, key=lambda row: -row["memory"]):
-        if row["model"] in MIXTURES and row["kind"] not in VARIANTS:
+        if row["model"] in MIXTURES and row["kind"] in OFFERED:
             line[*_standin(row), row["task"]] = _recovered(row)
     return _pivoted(["kind", "memory"], TASKS, line)
 
@@ -126,7 +126,7 @@ def _pivoted(keys: list[str], columns: Sequence[str], line: dict[tuple[str, ...]
 
 def places_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return, in Markdown, what ``auto`` recovers with LoRAs of other ranks and places."""
-    others = [row for row in rows if _lora_key(row) != USUAL_LORA]
+    others = [row for row in rows if _lora_key(row) != USUAL_LORA and row["kind"] in OFFERED]
     return markdown(["LoRA", "recovery"], [[_lora(row), _recovered(row)] for row in others])
 
 

@@ -93,8 +93,7 @@ class CompressSettings(Settings):
         None,
         gt=0,
         lt=1,
-        description="Fraction of the compressed Linears' parameters to keep; 0.6 by default. For 1.6-bit+repair, the "
-        "size of the factors alone; 0.23 by default.",
+        description="Fraction of the compressed Linears' parameters to keep, for kinds with factors; 0.6 by default.",
     )
     allocator: Allocator | None = Field(
         None,
@@ -103,10 +102,9 @@ class CompressSettings(Settings):
     )
     kind: str = Field(
         AUTO,
-        description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
-        "'low-rank-nf4' (factors in four bits), 'low-rank-2-bit' (factors in two bits), '2.7-bit', 'trellis' or "
-        "'low-rank'. 'auto' is the best kind for the tuning memory if that is given; otherwise 'nf4', or 'low-rank' if "
-        "a ratio or an allocator is given.",
+        description="Kind of emulator: 'nf4' (four bits), 'trellis' (under three bits), 'low-rank-nf4' (factors in "
+        "four bits), 'low-rank-2-bit' (factors in two bits) or 'low-rank'. 'auto' is the best kind for the tuning "
+        "memory if that is given; otherwise 'nf4', or 'low-rank' if a ratio or an allocator is given.",
     )
     paper: bool = Field(
         False,

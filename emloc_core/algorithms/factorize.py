@@ -28,10 +28,6 @@ _BLOCK, _DEPTH = 16, 6
 #: All of its columns.
 KRYLOV = _BLOCK * _DEPTH
 
-#: The power iteration in :func:`leading`: columns beyond the rank, and products with the matrix, without and with the
-#: directions of a similar matrix to start from.
-_MORE, _POWERS, _AGAIN = 16, 6, 3
-
 #: An eigenvector has converged if ``||M q - e q||`` is below this many times e.
 _CONVERGED = 1e-6
 
@@ -124,31 +120,6 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
         factors = solve(weight, gram.matrix.double(), heavy[:0], rank)
     assert factors is not None
     return factors
-
-
-def leading(weight: torch.Tensor, gram: torch.Tensor, rank: int, start: torch.Tensor | None = None) -> torch.Tensor:
-    """Return a nearly optimal U, for factors that are rounded coarsely, in a fraction of the time of :func:`factorize`.
-
-    A block power iteration on ``W G W^T`` (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061), which is not formed.
-
-    Args:
-        weight: W, (m, n), in fp32.
-        gram: G, of the inputs, (n, n), in fp32.
-        rank: k, at most min(m, n).
-        start: U of a similar matrix, (m, k), if there is one.
-
-    Returns:
-        U, (m, k), orthonormal columns. The outputs of ``U^T W`` are uncorrelated: ``U^T W G W^T U`` is diagonal.
-    """
-    m, columns = len(weight), min(rank + _MORE, *weight.shape)
-    missing = columns if start is None else columns - rank
-    drawn = torch.randn(m, missing, generator=torch.Generator().manual_seed(0)).to(weight)
-    basis = drawn if start is None else torch.cat([start, drawn], dim=1)
-    for _ in range(_POWERS if start is None else _AGAIN):
-        basis = torch.linalg.qr(weight @ (gram @ (weight.T @ basis))).Q
-    inner = weight.T @ basis
-    _, rotation = torch.linalg.eigh(inner.T @ (gram @ inner))
-    return basis @ rotation.flip(1)[:, :rank]
 
 
 def _on_outputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:

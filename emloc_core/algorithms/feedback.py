@@ -29,6 +29,10 @@ from emloc_core.algorithms.statistics import Gram, blocks
 
 #: Added to the diagonal, as a fraction of its mean: directions that no calibration row has count a little.
 DAMPING = 0.01
+#: The same for fewer than four bits (``docs/decisions/0020-six-levels-have-more-damping.md``). Feedback moves errors to
+#: where rows have next to no inputs. Tuning moves inputs there, and a LoRA uses the errors that it meets, which the
+#: base does not have.
+MORE_DAMPING = 0.1
 _LEAST = 1e-12  # where all inputs are 0: what it takes to factorise the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2

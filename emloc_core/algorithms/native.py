@@ -107,17 +107,16 @@ def descend_block(block: torch.Tensor, slopes: torch.Tensor, changes: torch.Tens
 
 def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, n: int, width: int,
                   dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
-    """Return a matrix, (m, n), or a stack of them, on a few levels.
+    """Return a matrix, (m, n), or a stack of them, on four levels.
 
     Args:
         codes: (..., bytes, 1), uint8.
         scales: (..., m, groups), bf16.
-        table: the levels of every byte, (256, digits), fp32.
+        table: the levels of every byte, (256, 4), fp32.
         width: of a group.
         dtype: fp32 or bf16.
     """
-    sizes = (scales.shape[-2], n, codes.shape[-2], table.shape[1], width)
-    return _unpacked("unpack_levels", (codes, scales, table), n, sizes, dtype)
+    return _unpacked("unpack_levels", (codes, scales, table), n, (scales.shape[-2], n, codes.shape[-2], width), dtype)
 
 
 def unpack_trellis(

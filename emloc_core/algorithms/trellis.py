@@ -4,7 +4,7 @@ The numbers of a column are a row of bits, of which each sees the last :data:`ST
 its value, times a scale that :data:`GROUP` neighbours in a row share. So a number has as many values as the table, for
 the two or three bits that are new to it. Viterbi's algorithm (1967) finds the bits whose values are nearest to all
 numbers of a column together. Of normally distributed numbers, the squared error is half of that of six levels, three of
-which take a byte too.
+which would take a byte too.
 
 As in QTIP (Tseng et al., 2024, arXiv 2406.11235), where a row of bits is a tile of the matrix, within which feedback
 compensates nothing. Here it is a column, whose numbers have nothing to compensate for each other.
@@ -18,8 +18,8 @@ import torch
 
 from emloc_core.algorithms import native
 from emloc_core.algorithms.feedback import Damped, descended, some_rows, with_feedback
-from emloc_core.algorithms.levels import GROUP, by_group, fitted_scales, lookup, spread
 from emloc_core.algorithms.native import SEGMENT, STATE_BITS, Codes
+from emloc_core.algorithms.scales import GROUP, by_group, fitted_scales, lookup, spread
 
 #: After how many bits of a byte each of the numbers that it holds ends.
 ENDS = (2, 5, 8)

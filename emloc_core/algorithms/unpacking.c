@@ -1,4 +1,4 @@
-/* Unpacks weights on a few levels and in trellis codes (emloc_core/algorithms/native.py), a piece of a row at a time. */
+/* Unpacks factors on four levels, and weights in trellis codes (emloc_core/algorithms/native.py), a piece of a row at a time. */
 
 #include <stdint.h>
 #include <string.h>
@@ -6,13 +6,7 @@
 #include <sys/mman.h>
 #endif
 
-enum { PIECE = 256, DIGITS = 8 };
-
-/* Codes are several digits of a byte: `table` has the levels of each. */
-static inline void look_up(float *units, const uint8_t *codes, int64_t bytes, const float *table, int digits)
-{
-    for (int64_t i = 0; i < bytes; i++) memcpy(units + i * digits, table + codes[i] * digits, digits * sizeof(float));
-}
+enum { PIECE = 256, DIGITS = 4 };
 
 static inline uint16_t bfloat16(float number)
 {
@@ -38,26 +32,23 @@ static inline void write_scaled(void *out, int64_t first, const float *units, in
         for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[first + i] = bfloat16(units[i] * scale);
 }
 
-/* Unpacks rows of a stack of matrices, (m, n), into fp32 or bf16. `width` numbers of a row share a scale. */
+/* Unpacks rows of a stack of matrices, (m, n), on four levels, into fp32 or bf16. A byte holds four numbers, and `table`
+   the levels of each; `width` numbers of a row share a scale. */
 void unpack_levels(const uint8_t *codes, const uint16_t *scales, const float *table, void *out, int64_t begin,
-                   int64_t end, int64_t m, int64_t n, int64_t bytes, int64_t digits, int64_t width, int64_t in_fp32)
+                   int64_t end, int64_t m, int64_t n, int64_t bytes, int64_t width, int64_t in_fp32)
 {
     const int64_t groups = (n + width - 1) / width;
     for (int64_t row = begin; row < end; row++)
         for (int64_t start = 0, stop; start < n; start = stop) {
-            const int64_t group = start / width, first = row % m * n + start, skipped = first % digits;
+            const int64_t group = start / width, first = row % m * n + start, skipped = first % DIGITS;
             stop = start + PIECE < n ? start + PIECE : n;
             if (stop > (group + 1) * width) stop = (group + 1) * width;
-            const int64_t count = stop - start, taken = (skipped + count + digits - 1) / digits;
-            const uint8_t *of_piece = codes + row / m * bytes + first / digits;
+            const int64_t count = stop - start, taken = (skipped + count + DIGITS - 1) / DIGITS;
+            const uint8_t *of_piece = codes + row / m * bytes + first / DIGITS;
             const float scale = float32(scales[row * groups + group]);
             float units[PIECE + 2 * DIGITS];
-            switch (digits) { /* constants, so that copies are single instructions */
-            case 3: look_up(units, of_piece, taken, table, 3); break;
-            case 4: look_up(units, of_piece, taken, table, 4); break;
-            case 5: look_up(units, of_piece, taken, table, 5); break;
-            default: look_up(units, of_piece, taken, table, digits);
-            }
+            for (int64_t i = 0; i < taken; i++)
+                memcpy(units + i * DIGITS, table + of_piece[i] * DIGITS, DIGITS * sizeof(float));
             write_scaled(out, row * n + start, units + skipped, count, scale, in_fp32);
         }
 }

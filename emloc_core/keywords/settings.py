@@ -16,7 +16,6 @@ class CompressKwargs(TypedDict, total=False):
     loss: Literal["last", "all"]
     seed: int
     calibration: Literal["none", "base", "propagated"] | None
-    refine: int | None
     keep: Literal["head"] | None
 
 

@@ -16,13 +16,8 @@ _PRODUCT = 2
 
 
 def forward(model: MemoryModel, plan: RankPlan | None = None) -> int:
-    """Return the operations of one row's forward pass, in its batch, through the base, or through a plan's emulator."""
-    products = sum(numbers * model.step.positions(path) for path, numbers in _matrices(model, plan))
-    rows = model.workload.batch_size
-    for linear in plan.linears if plan else ():
-        if linear.is_replaced:
-            products -= model.format.spared(linear.shape, linear.rank, rows * model.step.positions(linear.path)) // rows
-    return _PRODUCT * products
+    """Return the operations of one row's forward pass through the base, or through a plan's emulator."""
+    return _PRODUCT * sum(numbers * model.step.positions(path) for path, numbers in _matrices(model, plan))
 
 
 def _matrices(model: MemoryModel, plan: RankPlan | None) -> Iterator[tuple[str, int]]:

@@ -28,8 +28,6 @@ class Recovery(NamedTuple):
 RECOVERY: dict[str, dict[float, Recovery]] = {
     "nf4": {0: Recovery(0.999, 1.001, 0.005)},
     "trellis": {0: Recovery(0.98, 0.994)},
-    "1.6-bit+repair": {0.23: Recovery(0.974, 0.994, 0.001, rounds=2, in_rounds=0.99)},
-    "2.7-bit": {0: Recovery(0.972, 0.993)},
     "low-rank-nf4": {0.39: Recovery(0.93, 0.985, -0.026, 0.975, 3, 0.963), 0.6: Recovery(0.964, 0.993)},
     "low-rank-2-bit": {0.54: Recovery(0.871, 0.981)},
 }

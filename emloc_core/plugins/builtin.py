@@ -35,7 +35,7 @@ COMMANDS = (
 
 #: The built-in algorithms by their hook, so that a name can be checked without torch.
 ALGORITHMS = {
-    "emulators": ("low-rank", "nf4", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit", "trellis"),
+    "emulators": ("low-rank", "nf4", "low-rank-nf4", "low-rank-2-bit", "trellis"),
     "corrections": ("emloc",),
     "objectives": ("tokens",),
 }
@@ -63,12 +63,11 @@ def naming_errors(label: str) -> Iterator[None]:
 
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
-    """Provide factors as in the paper, in four and in two bits, and weights in four bits, on few levels, in a code."""
+    """Provide factors as in the paper, in four and in two bits, and weights in four bits and in a trellis code."""
     from emloc_core import standins
 
     factors = (standins.LowRank, standins.FourBitLowRank, standins.TwoBitLowRank)
-    formats = (*factors, standins.NF4, standins.RepairedThreeLevels, standins.SixLevels, standins.Trellis)
-    return {format.name: format for format in formats}
+    return {format.name: format for format in (*factors, standins.NF4, standins.Trellis)}
 
 
 @hookimpl

@@ -7,12 +7,10 @@ merging) is the same for all formats. Users choose one by its name, as the *kind
 
 from emloc_core.standins.format import Format, Ratios
 from emloc_core.standins.layer import PackedLinear, StandInLinear
-from emloc_core.standins.levels import SixLevels
 from emloc_core.standins.low_rank import LowRank
 from emloc_core.standins.low_rank_nf4 import FourBitLowRank
 from emloc_core.standins.low_rank_two_bits import TwoBitLowRank
 from emloc_core.standins.nf4 import NF4
-from emloc_core.standins.repaired import RepairedThreeLevels
 from emloc_core.standins.standin import Packed, StandIn
 from emloc_core.standins.trellis import Trellis
 
@@ -26,8 +24,6 @@ __all__ = [
     "Packed",
     "PackedLinear",
     "Ratios",
-    "RepairedThreeLevels",
-    "SixLevels",
     "StandIn",
     "StandInLinear",
     "Trellis",

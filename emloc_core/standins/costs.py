@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from emloc_core.algorithms.factorize import KRYLOV
 from emloc_core.algorithms.feedback import CHANGES
 from emloc_core.algorithms.feedback import ROWS as AT_ONCE
-from emloc_core.algorithms.levels import GROUP, rows_at_once
+from emloc_core.algorithms.scales import GROUP, rows_at_once
 from emloc_core.algorithms.statistics import BLOCK, ROWS
 
 #: Rows that are rounded at a time.
@@ -69,34 +69,32 @@ def gram_bytes(linears: Sequence[Planned]) -> int:
     return 8 * sum(size**2 for size in (*inputs.values(), *outputs))
 
 
-def rounding_bytes(linears: Sequence[Planned], **options: Any) -> int:
+def rounding_bytes(linears: Sequence[Planned], *, scales: bool = False) -> int:
     """Return the peak of rounding the weights of a group with feedback, or of a block's; see :func:`rounding`."""
-    return max((rounding(m, n, **options) for m, n, _ in map(_sizes, groups(linears))), default=0)
+    return max((rounding(m, n, scales=scales) for m, n, _ in map(_sizes, groups(linears))), default=0)
 
 
-def rounding(m: int, n: int, *, grams: int = 2, copies: int = 4, at_once: int = 3, scales: bool = False) -> int:
-    """Return the peak of rounding a matrix, (m, n), with feedback, ``4 (g n^2 + (c m + a r) n + 2 k r)``.
+def rounding(m: int, n: int, *, scales: bool = False) -> int:
+    """Return the peak of rounding a matrix, (m, n), with feedback, ``4 (2 n^2 + (4 m + 3 r) n + 2 k r)``.
 
-    That is with the changes of k columns, and what they are computed with. Before, a Gram in fp64 is rounded,
-    ``12 n^2``.
+    That is the Gram and its factor; the original, the rounded matrix, and intermediate ones, three of them for the r
+    rows that are rounded at a time; the changes of k columns, and what they are computed with. Before, a Gram in fp64
+    is rounded, ``12 n^2``.
 
     Args:
         m: rows, of all weights of a group.
         n: inputs.
-        grams: g, matrices of the size of the inputs' Gram: the Gram, and its factor.
-        copies: c, matrices of size (m, n): the original, the rounded one, and intermediate ones.
-        at_once: a, the same for the r rows that are rounded at a time.
-        scales: whether scales are fitted too, with products of the Gram and the levels of some rows.
+        scales: whether scales are fitted too, with products of the Gram and the rounded numbers of some rows.
     """
-    work = grams * n**2 + _at_work(m, n, copies, at_once)
+    work = 2 * n**2 + _at_work(m, n, 3)
     products = min(m, rows_at_once(n)) * -(-n // GROUP) * n if scales else 0
     return 4 * max(work + products, 3 * n**2 + m * n)
 
 
-def _at_work(m: int, n: int, copies: int, at_once: int) -> int:
+def _at_work(m: int, n: int, at_once: int) -> int:
     """Return the numbers beside Grams in :func:`rounding`."""
     rows = min(m, _MOST_ROWS)
-    return (copies * m + at_once * rows) * n + 2 * CHANGES * rows
+    return (4 * m + at_once * rows) * n + 2 * CHANGES * rows
 
 
 def factoring_bytes(linears: Sequence[Planned], *, propagated: bool, smaller: bool = False) -> int:
@@ -135,7 +133,7 @@ def rounded_factoring_bytes(linears: Sequence[Planned], *, propagated: bool, sma
         n, shapes = group[0].in_features, [(linear.out_features, linear.rank or 0) for linear in group]
         numbers, factors = sum(m * n for m, _ in shapes), sum(k * (m + n) for m, k in shapes)
         rank, largest = sum(k for _, k in shapes), max(m for m, _ in shapes)
-        v_work = _at_work(rank, n, 4, 5)
+        v_work = _at_work(rank, n, 5)
         u_work = max(12 * m * k + 3 * k**2 for m, k in shapes)
         measuring = largest * n + 4 * min(largest, BLOCK) * n
         work = max(2 * n**2 + max(v_work, measuring), n**2 + factors + u_work, 3 * n**2)

@@ -218,10 +218,6 @@ class Format(ABC):
         """Return how many numbers an input is multiplied by."""
         return shape[0] * shape[1]
 
-    def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:
-        """Return how many of these multiplications so many inputs save, since they share some."""
-        return 0
-
     def phases(self, linears: Sequence[Planned], dtype: torch.dtype, *, propagated: bool) -> list[Phase]:
         """Return what fitting the Linears of a block takes, group by group.
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from emloc_core.algorithms import feedback, levels, native, trellis
+from emloc_core.algorithms import feedback, native, trellis
 from emloc_core.algorithms.factorize import output_error
-from emloc_core.algorithms.levels import GROUP, lookup, spread
+from emloc_core.algorithms.scales import GROUP, lookup, spread
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.algorithms.trellis import COUNT, ENDS, SEGMENT, STATE_BITS, values
 from emloc_core.errors import EmlocError
@@ -16,8 +16,8 @@ from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import Format
 from emloc_core.standins.layer import PackedLinear, Parts
-from emloc_core.standins.levels import is_compiled
 from emloc_core.standins.standin import Packed
+from emloc_core.standins.unpacking import is_compiled
 
 
 class TrellisLinear(PackedLinear):
@@ -77,7 +77,7 @@ class Trellis(Format):
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Packed]:
         """Round weights with feedback."""
-        damped, matrix, fitted = feedback.damped(gram, levels.DAMPING), feedback.single(gram), []
+        damped, matrix, fitted = feedback.damped(gram, feedback.MORE_DAMPING), feedback.single(gram), []
         for weight in weights:
             coded = trellis.rounded(weight, damped)
             error = output_error(weight, coded.numbers(), matrix)

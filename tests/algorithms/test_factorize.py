@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support.factors import gram_of, output_error
 from support.paths import FIXTURES
 
-from emloc_core.algorithms.factorize import factorize, leading
+from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.factorize import output_error as error_of_outputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side, symmetric_product
 from emloc_core.errors import EmlocError
@@ -219,25 +219,6 @@ def test_activations_that_are_no_numbers_are_refused(value):
     activations[1, 2] = value
     with pytest.raises(EmlocError, match="NaN or Inf"):
         Gram("input", 4).add(activations)
-
-
-@pytest.mark.parametrize(("m", "n", "rank"), [(90, 60, 8), (60, 90, 8), (40, 50, 40), (30, 30, 1)])
-def test_leading_directions_are_nearly_the_best_and_uncorrelated(m, n, rank):
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(m, n, generator=generator)
-    inputs = torch.randn(200, n, generator=generator) * torch.logspace(0, -2, n)
-    gram = inputs.T @ inputs
-    outputs = weight.double() @ inputs.T.double()
-    least = float(torch.linalg.svdvals(outputs)[rank:].norm())
-    other = weight + 0.1 * torch.randn(m, n, generator=generator)
-    for start in (None, leading(other, gram, rank)):
-        u = leading(weight, gram, rank, start)
-        assert torch.allclose(u.T @ u, torch.eye(rank), atol=1e-5)
-        lost = float((outputs - u.double() @ (u.double().T @ outputs)).norm())
-        assert lost <= 1.005 * least + 1e-4 * float(outputs.norm())
-        energies = u.T @ weight @ gram @ weight.T @ u
-        apart = energies - energies.diagonal().diag()
-        assert float(apart.abs().max()) <= 1e-4 * float(energies.max())
 
 
 def test_an_error_that_is_no_number_is_told():

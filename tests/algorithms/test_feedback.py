@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from emloc_core.algorithms import feedback, levels
 from emloc_core.algorithms.feedback import Damped, damped, descended, descent, with_feedback
+from emloc_core.algorithms.scales import GROUP, fitted_scales, lookup
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.standins import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels, TwoBitLowRank
+from emloc_core.standins import NF4, FourBitLowRank, Trellis, TwoBitLowRank
 
 
 def draw(*shape, seed=0):
@@ -137,25 +138,24 @@ def test_the_order_of_the_inputs_does_not_matter():
 @settings(max_examples=25, deadline=None)
 @given(
     m=st.integers(1, 5),
-    n=st.integers(1, 2 * levels.GROUP + 3),
-    count=st.sampled_from([3, 6]),
+    n=st.integers(1, 2 * GROUP + 3),
     seed=st.integers(0, 2**16),
 )
-def test_scales_are_those_of_least_squares(m, n, count, seed):
+def test_scales_are_those_of_least_squares(m, n, seed):
     matrix, gram = draw(m, n, seed=seed), Damped(inputs_gram(n, seed))
-    scales = levels._scales(matrix, count)
-    grid = levels._Grid(count, scales, n)
-    units = grid.units(matrix.T)
+    scales = levels._scales(matrix)
+    grid = levels._Grid(scales, n)
+    units = lookup(grid.levels, grid.indices(matrix.T))
     with gram.matrix() as gram_matrix:
-        better, descent = levels.fitted_scales(gram_matrix @ matrix.T, units, gram_matrix, scales)
-        rest = matrix.T - levels._Grid(count, better, n).numbers(units.clone())
+        better, descent = fitted_scales(gram_matrix @ matrix.T, units, gram_matrix, scales)
+        rest = matrix.T - levels._Grid(better, n).numbers(units.clone())
         assert torch.allclose(descent, gram_matrix @ rest, atol=1e-4 * float((gram_matrix @ matrix.T).abs().max()))
         fitted, units = better.float(), units.T
         root = torch.linalg.cholesky(gram_matrix.double())
     for row in range(m):
         columns = torch.stack([
-            units[row, start : start + levels.GROUP].double() @ root[start : start + levels.GROUP]
-            for start in range(0, n, levels.GROUP)
+            units[row, start : start + GROUP].double() @ root[start : start + GROUP]
+            for start in range(0, n, GROUP)
         ], dim=1)  # fmt: skip
         best = torch.linalg.lstsq(columns, (matrix[row].double() @ root)[:, None], driver="gelsd").solution[:, 0]
         if bool((best > 1e-3).all()):
@@ -168,7 +168,7 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
 
 @pytest.mark.parametrize(
     "kind",
-    [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank()],
+    [NF4(), Trellis(), FourBitLowRank(), TwoBitLowRank()],
     ids=lambda kind: kind.name,
 )
 def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
@@ -196,15 +196,14 @@ def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
     assert damped(gram) is not first
 
 
-@pytest.mark.parametrize("count", [3, 4, 6])
-def test_some_rows_at_a_time_round_to_what_all_do(count, monkeypatch):
+def test_some_rows_at_a_time_round_to_what_all_do(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     matrix, inputs = torch.randn(50, 40, generator=generator), torch.randn(90, 40, generator=generator)
     gram, levels_of_four_bits = Damped(inputs.T @ inputs), torch.linspace(-1, 1, 16)
     scales = matrix.abs().amax(1, keepdim=True).expand_as(matrix)
-    together = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
+    together = levels.rounded(matrix, gram), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
     monkeypatch.setitem(feedback.ROWS, "cpu", 16)
-    parts = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
+    parts = levels.rounded(matrix, gram), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
     assert torch.equal(together[0].indices, parts[0].indices)
     assert torch.equal(together[0].scales, parts[0].scales)
     assert torch.equal(together[1], parts[1])

@@ -4,7 +4,7 @@ import json
 from statistics import mean
 
 import pytest
-from quality_cells import BESIDE, LORA, PICTURES, ROUNDS, USUAL_LORA, Cell
+from quality_cells import LORA, PICTURES, ROUNDS, USUAL_LORA, Cell
 from quality_cells import RECOMMENDED as BENCHMARKED
 from quality_report import recovery_rows
 from quality_table import Table
@@ -15,14 +15,14 @@ from emloc_core.memory.evidence import RECOVERY, measured
 from emloc_core.standins import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 
 #: Memory of kinds without a ratio, as the benchmark names it.
-MEMORY = {"nf4": 0.28, "2.7-bit": 0.17, "trellis": 0.17}
+MEMORY = {"nf4": 0.28, "trellis": 0.17}
 TASKS = ("extraction", "classification", "arithmetic")
 
 
 def memory_of(kind, ratio):
     """The memory that the benchmark names a kind's ratio by."""
     factors = 0.13 if kind == "low-rank-2-bit" else 0.28  # of 16 bits, scales included
-    return MEMORY.get(kind) or round(BESIDE.get(kind, 0) + factors * ratio, 2)
+    return MEMORY.get(kind) or round(factors * ratio, 2)
 
 
 @pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, ratios in RECOVERY.items() for ratio in ratios])

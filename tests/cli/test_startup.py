@@ -109,7 +109,7 @@ def directory(tmp_path_factory, tiny_model: Path) -> Path:
             ("plan Qwen-14B", "Did you mean 'Qwen3-14B'?"),
             ("plan model --memory 12", "Write the unit"),
             ("plan model --batch-size 0", "batch_size = 0"),
-            ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit+repair"),
+            ("plan model --kind six-bit", "'six-bit' among the emulators: low-rank"),
             ("plan model --data none.jsonl", "There is no file none.jsonl"),
             ("compress missing --data rows.jsonl -o o", "There is no model at missing"),
             ("compress model --data none.jsonl:2 --data rows.jsonl -o o", "There is no file none.jsonl"),

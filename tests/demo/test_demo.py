@@ -130,7 +130,7 @@ def test_the_kind_is_left_to_the_plan(tmp_path, monkeypatch):
 
 WAYS = [
     {"name": "LoRA on the base", "kind": None, "bytes": 1_310_000_000, "fits": False},
-    {"name": "emulator, then polish", "kind": "2.7-bit", "bytes": 900_000_000, "fits": False},
+    {"name": "emulator, then polish", "kind": "trellis", "bytes": 900_000_000, "fits": False},
     {"name": "emulator, then polish", "kind": "nf4", "bytes": 942_000_000, "fits": True},
 ]
 

@@ -57,7 +57,7 @@ def test_what_another_declaration_made_is_refused(tiny_model, rows_file, emulato
         compress_job(tiny_model, rows_file, emulator, SETTINGS).output.is_finished()
 
 
-@pytest.mark.parametrize("kind", ["2.7-bit", "low-rank"])
+@pytest.mark.parametrize("kind", ["trellis", "low-rank"])
 def test_the_planned_bytes_are_right_where_the_base_is_stored_in_another_dtype(kind, tiny_model, rows_file, tmp_path):
     base = shutil.copytree(tiny_model, tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"}

@@ -30,7 +30,7 @@ def gpt2(tmp_path_factory):
     return save_tiny_model({"model_type": "gpt2", **TINY, "hidden_size": 64}, tmp_path_factory.mktemp("gpt2"))
 
 
-@pytest.fixture(scope="module", params=["2.7-bit", *thorough("low-rank", "nf4")])
+@pytest.fixture(scope="module", params=["trellis", *thorough("low-rank", "nf4")])
 def emulator(request, gpt2, rows_file, tmp_path_factory):
     settings = CompressSettings(kind=request.param, samples=4, selection=2)
     return compress_job(gpt2, rows_file, tmp_path_factory.mktemp("made") / "emulator", settings).run()

@@ -17,8 +17,6 @@ from emloc_core.standins import (
     NF4,
     FourBitLowRank,
     LowRank,
-    RepairedThreeLevels,
-    SixLevels,
     Trellis,
     TwoBitLowRank,
     layer,
@@ -26,9 +24,9 @@ from emloc_core.standins import (
 from emloc_core.standins.experts import StandInExperts, computes_as_experts, matrices, stacks
 
 EXPERTS, HIDDEN, INNER = 5, 64, 40
-FORMATS = (NF4().own(), SixLevels(), Trellis(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank())
+FORMATS = (NF4().own(), Trellis(), FourBitLowRank(), TwoBitLowRank(), LowRank())
 #: Those that take little time to fit.
-QUICK = [format for format in FORMATS if format.name in ("nf4", "2.7-bit", "low-rank")]
+QUICK = [format for format in FORMATS if format.name in ("nf4", "trellis", "low-rank")]
 LAYOUTS = {
     "usual": (Qwen3MoeExperts, {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "hidden_act": "silu"}),
     "transposed": (AriaExperts, {"moe_num_experts": EXPERTS, "intermediate_size": INNER}),
@@ -135,7 +133,7 @@ def test_few_experts_at_a_time_give_the_same_bits(format, monkeypatch):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("format", "waits"), [(SixLevels(), 1), (LowRank(), 0)], ids=["six-levels", "low-rank"])
+@pytest.mark.parametrize(("format", "waits"), [(Trellis(), 1), (LowRank(), 0)], ids=["trellis", "low-rank"])
 def test_which_experts_have_tokens_is_asked_once_for_all_products(format, waits, monkeypatch):
     stand_in, calls, tolist = packed(experts_of("usual"), format), [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: calls.append(1) or tolist(tensor))
@@ -144,7 +142,7 @@ def test_which_experts_have_tokens_is_asked_once_for_all_products(format, waits,
 
 
 def test_experts_without_tokens_are_not_unpacked(monkeypatch):
-    stand_in, seen = packed(experts_of("usual"), SixLevels()), []
+    stand_in, seen = packed(experts_of("usual"), Trellis()), []
     unpack = stand_in.layer.unpack_stack
 
     def watched(*parts, **options):
@@ -187,7 +185,7 @@ def test_a_module_without_marks_is_none():
 
 def test_experts_in_fp16_compute_under_autocast_to_bfloat16(monkeypatch):
     monkeypatch.setattr(layer, "_UNPACKED", 1)  # one expert at a time
-    stand_in, (hidden, *where) = packed(experts_of("usual").half(), SixLevels()), tokens()
+    stand_in, (hidden, *where) = packed(experts_of("usual").half(), Trellis()), tokens()
     with torch.autocast("cpu", torch.bfloat16):
         output = stand_in(hidden.half(), *where)
     expected, slope = outputs(stand_in, hidden.half().detach().requires_grad_(), *where)

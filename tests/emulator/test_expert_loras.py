@@ -60,7 +60,7 @@ def base(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def emulator(base, rows_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("emulator") / "emulator"
-    return compress_job(base, rows_file, output, CompressSettings(kind="2.7-bit", samples=12, selection=6)).run()
+    return compress_job(base, rows_file, output, CompressSettings(kind="trellis", samples=12, selection=6)).run()
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_exact_steps_are_those_of_the_trainer(base, emulator, adapter, rows_file
 @ONE_LAYOUT
 def test_it_is_planned(base, adapter):
     load = Workload(batch_size=2, length=32, train=TRAIN)
-    model = MemoryModel(base / "config.json", load, CompressSettings(kind="2.7-bit"))
+    model = MemoryModel(base / "config.json", load, CompressSettings(kind="trellis"))
     stored = load_file(adapter / WEIGHTS)
     assert model.adapter_parameters() == sum(tensor.numel() for tensor in stored.values())
     without = model.with_workload(Workload(batch_size=2, length=32))

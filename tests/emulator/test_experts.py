@@ -58,7 +58,7 @@ def emulator(base, rows_file, tmp_path_factory):
     return compression(base, rows_file, tmp_path_factory.mktemp("emulator") / "emulator").run()
 
 
-KINDS = most_thorough(["nf4", "2.7-bit", "trellis", "1.6-bit+repair", "low-rank-nf4"], "1.6-bit+repair")
+KINDS = most_thorough(["nf4", "trellis", "low-rank-nf4"], "trellis")
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -60,7 +60,7 @@ def test_it_is_nearer_to_the_base_with_that_lora(emulators, tiny_model, strong):
     assert apart[1] < 0.9 * apart[0]
 
 
-@pytest.mark.parametrize("kind", most_thorough(["nf4", "2.7-bit"], "nf4"))
+@pytest.mark.parametrize("kind", most_thorough(["nf4", "trellis"], "nf4"))
 def test_a_lora_that_adds_nothing_changes_nothing(kind, tiny_model, rows_file, tmp_path):
     zero = make_adapter(tiny_model, tmp_path / "zero", size=0.0)
     plain, fitted = (

@@ -42,8 +42,6 @@ from emloc_core.standins import (
     NF4,
     FourBitLowRank,
     LowRank,
-    RepairedThreeLevels,
-    SixLevels,
     Trellis,
     TwoBitLowRank,
     low_rank_two_bits,
@@ -52,25 +50,23 @@ from emloc_core.standins import (
 from emloc_core.standins.low_rank_nf4 import rounded
 from emloc_core.tuning.trainer import LoraTrainer
 
-FORMATS = (LowRank, NF4, FourBitLowRank, TwoBitLowRank, RepairedThreeLevels, SixLevels, Trellis)
+FORMATS = (LowRank, NF4, FourBitLowRank, TwoBitLowRank, Trellis)
 KINDS = {kind.name: kind for kind in FORMATS}
 SETTINGS = {
     "low-rank": {"ratio": 0.6},
     "nf4": {},
     "low-rank-nf4": {"ratio": 0.6},
     "low-rank-2-bit": {"ratio": 0.6},
-    "1.6-bit+repair": {"ratio": 0.3},
-    "2.7-bit": {},
     "trellis": {},
 }
 
 
 #: All kinds are resumed by the same code.
-ONE_KIND = pytest.mark.parametrize("trained", most_thorough(KINDS, "1.6-bit+repair"), indirect=True)
+ONE_KIND = pytest.mark.parametrize("trained", most_thorough(KINDS, "low-rank-nf4"), indirect=True)
 #: One kind of a fixed size and one with ranks.
 TWO_KINDS = pytest.mark.parametrize(
     "trained",
-    most_thorough(KINDS, "nf4", "1.6-bit+repair"),
+    most_thorough(KINDS, "trellis", "low-rank-nf4"),
     indirect=True,
 )
 
@@ -95,7 +91,7 @@ def test_every_kind_has_a_size_of_its_own(kind, tiny_model, rows_file, tmp_path)
             compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": 0.6})
 
 
-@pytest.fixture(scope="module", params=most_thorough(KINDS, "low-rank", "nf4", "low-rank-2-bit", "1.6-bit+repair"))
+@pytest.fixture(scope="module", params=most_thorough(KINDS, "low-rank", "nf4", "low-rank-2-bit", "trellis"))
 def trained(request, tiny_model, rows_file, tmp_path_factory):
     """A kind, its emulator, and a LoRA trained on it."""
     directory = tmp_path_factory.mktemp(request.param)
@@ -329,13 +325,13 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     chosen = CompressSettings(kind="nf4", ratio=0.3, allocator="global", samples=4, selection=2)
     with pytest.raises(EmlocError, match="no ratio, allocator"):
         compress_job(base, rows, tmp_path / "emulator", chosen)
-    chosen = CompressSettings(kind="2.7-bit", calibration="none", selection=2)
-    with pytest.raises(EmlocError, match=r"kind '2\.7-bit' is always fitted to rows"):
+    chosen = CompressSettings(kind="trellis", calibration="none", selection=2)
+    with pytest.raises(EmlocError, match=r"kind 'trellis' is always fitted to rows"):
         compress_job(base, rows, tmp_path / "emulator", chosen)
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    message = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-2-bit, low-rank-nf4, nf4, trellis\."
+    message = r"emulators: low-rank, low-rank-2-bit, low-rank-nf4, nf4, trellis\."
     with pytest.raises(EmlocError, match=message):
         compress_job(tiny_model, rows_file, tmp_path / "emulator", CompressSettings(kind="nf5"))
 
@@ -354,7 +350,7 @@ def test_an_emulator_says_the_dtype_that_its_base_does_not(tiny_model, rows_file
     config = json.loads((base / "config.json").read_text())
     assert config.pop("dtype") == "float32"
     (base / "config.json").write_text(json.dumps(config))
-    emulator = compression("2.7-bit", base, rows_file, tmp_path / "emulator").run()  # whose scales are bf16
+    emulator = compression("trellis", base, rows_file, tmp_path / "emulator").run()  # whose scales are bf16
     assert AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").dtype == torch.float32
 
 
@@ -383,7 +379,7 @@ def test_a_base_in_fp16_is_planned_and_tuned_under_autocast_to_bfloat16(keep, ti
 @pytest.mark.parametrize(
     ("family", "kind"),
     most_thorough(
-        product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit"]),
+        product(["llama", "internvl"], ["nf4", "low-rank-nf4", "trellis"]),
         ("internvl", "low-rank-nf4"),
     ),
 )
@@ -469,8 +465,6 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
         ("nf4", "four bits"),
         ("low-rank-nf4", "rank 6 in four bits"),
         ("low-rank-2-bit", "rank 6 in two bits"),
-        ("1.6-bit+repair", "3 levels and rank 3 in four bits"),
-        ("2.7-bit", "6 levels"),
         ("trellis", "a trellis code of 2.7 bits"),
     ],
 )

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
-from emloc_core.standins import levels, nf4
+from emloc_core.standins import nf4, unpacking
 from emloc_core.standins.registry import format_named
 
-KINDS = ("low-rank", "low-rank-nf4", "low-rank-2-bit", "1.6-bit+repair", "2.7-bit", "trellis")
+KINDS = ("low-rank", "low-rank-nf4", "low-rank-2-bit", "trellis")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -85,8 +85,8 @@ def test_compiled_layers_are_one_graph(format, monkeypatch):
 def test_whether_a_device_has_kernels_is_a_constant_of_graphs(device, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     with torch._dynamo.config.patch(disable=False):
-        added = torch.compile(lambda x: x + levels.compiles_for(device), fullgraph=True, backend="eager")
-        assert added(torch.zeros(())) == levels.compiles_for(device)
+        added = torch.compile(lambda x: x + unpacking.compiles_for(device), fullgraph=True, backend="eager")
+        assert added(torch.zeros(())) == unpacking.compiles_for(device)
 
 
 def test_levels_of_scales_are_the_same_whatever_dtype_a_model_is_built_in():

@@ -31,10 +31,7 @@ def made_with(base, rows_file, output, **chosen):
     return recorded["calibration"], recorded["allocator"]
 
 
-USUAL = {
-    kind.name: (kind.calibrations[0], kind.allocator)
-    for kind in (LowRank, NF4, FourBitLowRank, Trellis)
-}
+USUAL = {kind.name: (kind.calibrations[0], kind.allocator) for kind in (LowRank, NF4, FourBitLowRank, Trellis)}
 
 
 @pytest.mark.parametrize("kind", USUAL)

@@ -21,7 +21,7 @@ Planned = namedtuple("Planned", "out_features in_features rank tap group", defau
 
 #: Outputs of the Linears of a group, and inputs.
 DOWN, UP = ((96,), 384), ((320, 320), 96)
-KINDS = ("nf4", "2.7-bit", "trellis", "1.6-bit+repair", "low-rank", "low-rank-nf4", "low-rank-2-bit")
+KINDS = ("nf4", "trellis", "low-rank", "low-rank-nf4", "low-rank-2-bit")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def fit_to_base(format, linears, weights, inputs):
 
 
 @pytest.mark.parametrize("wide", [*thorough(False), True], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("kind", most_thorough(KINDS, "2.7-bit", "low-rank-2-bit"))
+@pytest.mark.parametrize("kind", most_thorough(KINDS, "trellis", "low-rank-2-bit"))
 @pytest.mark.parametrize(
     ("group", "fit"),
     [

@@ -40,7 +40,7 @@ def models(request, rows_file, tmp_path_factory):
     """A base, an emulator of it, and whether its embeddings are tied."""
     directory = tmp_path_factory.mktemp("models")
     base = save_tiny_model(MODELS[request.param], directory / "base")
-    settings = CompressSettings(kind="2.7-bit", samples=4, selection=2)
+    settings = CompressSettings(kind="trellis", samples=4, selection=2)
     return base, compress_job(base, rows_file, directory / "emulator", settings).run(), request.param != "untied"
 
 
@@ -72,7 +72,7 @@ def test_a_loaded_emulator_computes_with_the_unpacked_rows(models):
 @pytest.mark.parametrize("calibration", most_thorough(["propagated", "base"], "propagated"))
 def test_an_output_layer_is_fitted_to_what_it_is_given(calibration, rows_file, tmp_path):
     base = save_tiny_model(MODELS["untied"], tmp_path / "base")
-    settings = CompressSettings(kind="2.7-bit", samples=40, selection=2, calibration=calibration)
+    settings = CompressSettings(kind="trellis", samples=40, selection=2, calibration=calibration)
     job = compress_job(base, rows_file, tmp_path / "emulator", settings)
     emulator = AutoModelForCausalLM.from_pretrained(job.run()).eval()
     plain, original = copy.deepcopy(emulator), AutoModelForCausalLM.from_pretrained(base).eval()
@@ -102,7 +102,7 @@ def test_blocks_are_fitted_behind_packed_embeddings(rows_file, tmp_path, monkeyp
 
     monkeypatch.setattr(pack, "packed_embedding", spoilt)
     with pytest.raises(EmlocError, match="NaN"):
-        compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(kind="2.7-bit", samples=4)).run()
+        compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(kind="trellis", samples=4)).run()
     assert packings == ["8-bit"]
 
 
@@ -136,9 +136,9 @@ def test_what_is_loaded_can_be_saved_and_made_dense(models, tmp_path):
 @pytest.mark.parametrize("models", most_thorough(MODELS, "tied, scaled"), indirect=True)
 def test_an_emulator_takes_the_bytes_that_are_planned(models):
     base, emulator, _ = models
-    planned = MemoryModel(base / "config.json", Workload(1, 16), CompressSettings(kind="2.7-bit"))
+    planned = MemoryModel(base / "config.json", Workload(1, 16), CompressSettings(kind="trellis"))
     assert planned.emulator_bytes(planned.plan()) == Checkpoint(emulator).nbytes
-    kept = MemoryModel(base / "config.json", Workload(1, 16), CompressSettings(kind="2.7-bit", keep="head"))
+    kept = MemoryModel(base / "config.json", Workload(1, 16), CompressSettings(kind="trellis", keep="head"))
     assert kept.emulator_bytes(kept.plan()) > Checkpoint(emulator).nbytes
     (step,) = [planned.tuning(planned.plan())]
     assert step.terms["weights"] == pytest.approx(Checkpoint(emulator).nbytes, abs=4096)

@@ -25,7 +25,7 @@ from emloc_core.model.streaming import Stream
 from emloc_core.model.weights import FrozenWeights
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.standins import SixLevels, Trellis
+from emloc_core.standins import Trellis
 from emloc_core.tuning.trl import lora_config
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -41,7 +41,7 @@ def compiled():
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_layer_computes_what_it_does_on_the_cpu(format, dtype):
     on_cpu, on_gpu = layer(format, dtype, "cpu"), layer(format, dtype, "cuda")
-    if isinstance(format, SixLevels | Trellis):
+    if isinstance(format, Trellis):
         assert torch.equal(on_gpu.unpacked().cpu(), on_cpu.unpacked())
     x = torch.randn(33, N, dtype=dtype)
     inputs = [x.clone().requires_grad_(), x.to("cuda").requires_grad_()]
@@ -144,7 +144,7 @@ def test_exact_steps_have_the_gradients_of_the_cpu(tiny_model):
 
 def test_an_emulator_is_made_on_the_gpu_by_default(tiny_model, rows_file, tmp_path):
     assert choose_device("auto").type == "cuda"
-    settings = CompressSettings(kind="2.7-bit", samples=8, selection=0)
+    settings = CompressSettings(kind="trellis", samples=8, selection=0)
     paths = {"model": str(tiny_model), "data": str(rows_file), "output": tmp_path / "emulator"}
     emulator = Compress(CompressRequest(**paths, settings=settings)).run()
     skeleton = open_model(str(emulator), "cuda").skeleton

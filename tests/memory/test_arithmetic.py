@@ -56,7 +56,7 @@ def test_a_forward_pass_is_counted_exactly(family: Family, settings: dict[str, A
     assert 2 * arithmetic.forward(planned) == exact - 2 * 2 * 48 * sum(routers)
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "1.6-bit+repair", "2.7-bit"])
+@pytest.mark.parametrize("kind", ["low-rank", "trellis"])
 def test_an_emulator_has_its_own(kind: str, tmp_path: Path) -> None:
     planned = plan_of(INTERNVL, INTERNVL.tiny_configs[0], tmp_path / "model", kind=kind)
     plan, model = planned.plan(0.3), copy.deepcopy(planned_model(planned.config_file).model)

@@ -184,7 +184,7 @@ def test_the_ends_of_the_search(shallow_model: Path) -> None:
 
 def test_another_kind_makes_other_parts_smaller(tmp_path: Path) -> None:
     config = write_config(tmp_path, QWEN_MOE)
-    levels = MemoryModel(config, workload(batch=1), CompressSettings(kind="2.7-bit"))
+    levels = MemoryModel(config, workload(batch=1), CompressSettings(kind="trellis"))
     factors, alone = levels.with_kind("low-rank"), MemoryModel(config, workload(batch=1))
     assert factors.coverage.describe() == alone.coverage.describe() != levels.coverage.describe()
     assert factors.plan().ranks == alone.plan().ranks
@@ -216,10 +216,10 @@ def test_advice_is_computed(shallow_model: Path) -> None:
 
 
 def test_advice_names_no_ratio_where_a_kind_has_none(shallow_model: Path) -> None:
-    model = MemoryModel(shallow_model / "config.json", workload(1, 128), CompressSettings(kind="2.7-bit"))
+    model = MemoryModel(shallow_model / "config.json", workload(1, 128), CompressSettings(kind="trellis"))
     shorter = model.with_workload(replace(model.workload, length=64))
     smallest, half = advice(model, shorter.tuning(shorter.plan(0.5)).total)
-    assert smallest.startswith("tuning the smallest emulator (2.7-bit) on 1 x 128")
+    assert smallest.startswith("tuning the smallest emulator (trellis) on 1 x 128")
     assert half.startswith("1 x 64 tokens fits (")
 
 
@@ -273,14 +273,12 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     file = write_config(tmp_path / "wide", QWEN, **{**sizes, "head_dim": 64})
     m, n = 1024, 8192
     summing = 8 * (n**2 + 2 * m * n) + 8 * 1024 * (5 * n + m)  # beside a weight; of 1024 tokens that wait
-    products = 128 * 32 * n  # of the levels of some rows with the Gram, one for each group of 256
-    repairing = 4 * (3 * n**2 + (4 + 5) * m * n + 2 * 256 * m + products)  # with the changes of 256 columns
     dense = 4 * m**2 + 2 * m * n  # as rows pass through, before down_proj
     inside = 3 * (m + n) * workload().length  # around the activation function
     expected = [
         ({"kind": "nf4"}, summing, dense),
-        ({"kind": "2.7-bit", "samples": 64}, summing, dense),
-        ({"kind": "1.6-bit+repair"}, repairing, dense),
+        ({"kind": "trellis", "samples": 64}, summing, dense),
+        ({"kind": "trellis"}, summing, dense),
     ]
     rows = []
     for options, statistics, stand_ins in expected:
@@ -316,7 +314,7 @@ def test_stage_one_takes_what_its_largest_phase_does(tmp_path: Path) -> None:
     assert by_spectra > uniform  # factors of half of the parameters, in the pass before
 
 
-@pytest.mark.parametrize("kind", ["nf4", "2.7-bit", "1.6-bit+repair"])
+@pytest.mark.parametrize("kind", ["nf4", "trellis"])
 def test_stage_one_leaves_a_gpu_what_is_planned(tiny_model: Path, rows_file: Path, tmp_path: Path, kind: str) -> None:
     settings = CompressSettings(kind=kind, samples=4, selection=2)
     job = compress_job(tiny_model, rows_file, tmp_path / "e", settings)
@@ -387,7 +385,7 @@ def test_a_way_that_does_not_fit_and_one_that_is_not_there_are_told_apart(shallo
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("images", "kind"), [(0, "1.6-bit+repair"), (1, "low-rank-nf4")])
+@pytest.mark.parametrize(("images", "kind"), [(0, "trellis"), (1, "low-rank-nf4")])
 def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: Path) -> None:
     file = write_config(tmp_path / "seeing", INTERNVL, **PICTURED[0][1])
     load = workload(batch=1, length=40, images=images)
@@ -397,9 +395,7 @@ def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: 
     assert decide(file, load, Budget(budget - 1)).emulator.kind == kind
 
 
-@pytest.mark.parametrize(
-    "kind", ["low-rank", "1.6-bit+repair", *thorough("nf4", "2.7-bit", "low-rank-nf4", "low-rank-2-bit")]
-)
+@pytest.mark.parametrize("kind", ["low-rank", "trellis", *thorough("nf4", "low-rank-nf4", "low-rank-2-bit")])
 def test_every_term_has_a_column(kind: str, shallow_model: Path) -> None:
     decision = decide(shallow_model / "config.json", workload(), Budget(10**12), CompressSettings(kind=kind))
     for need in make_plan("small", decision).needs:

@@ -54,7 +54,7 @@ def unpacked_model(base):
     return AutoModelForCausalLM.from_pretrained(base, **options).eval()
 
 
-def emulator_of(base, rows, output, kind="2.7-bit", **settings):
+def emulator_of(base, rows, output, kind="trellis", **settings):
     return compress_job(base, rows, output, CompressSettings(kind=kind, samples=12, selection=6, **settings))
 
 
@@ -67,7 +67,7 @@ def test_stacks_are_those_that_transformers_unpacks(base, unpacked_model):
     assert float(unpacked_model.get_parameter(path).abs().max()) > 0
 
 
-@pytest.mark.parametrize("kind", most_thorough(["nf4", "2.7-bit", "low-rank"], "2.7-bit", "low-rank"))
+@pytest.mark.parametrize("kind", most_thorough(["nf4", "trellis", "low-rank"], "trellis", "low-rank"))
 def test_an_emulator_of_it_is_made_and_as_large_as_said(base, unpacked_model, rows_file, tmp_path, kind):
     job = emulator_of(base, rows_file, tmp_path / "emulator", kind, **({"ratio": 0.6} if kind == "low-rank" else {}))
     emulator = job.run()

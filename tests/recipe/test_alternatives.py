@@ -36,7 +36,7 @@ max_length = 64
 ratio = 0.2
 samples = 12
 [alternatives.levels]
-kind = "2.7-bit"
+kind = "trellis"
 samples = 8
 [train]
 steps = 3
@@ -183,7 +183,7 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     assert set(losses) == {"compress", "small", "levels"}
     assert len(set(losses.values())) == 3
     assert results["kept"] == min(losses, key=losses.__getitem__)
-    assert results["kinds"] == {"compress": "nf4", "small": "low-rank", "levels": "2.7-bit"}
+    assert results["kinds"] == {"compress": "nf4", "small": "low-rank", "levels": "trellis"}
     ends = {"compress": "", "small": "_small", "levels": "_levels"}
 
     judged = keys(run / "emulator" / SELECTION)
@@ -217,13 +217,13 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     assert all(stage.planned for stage in view.stages if not stage.name.startswith("polished"))
     page = write_page(run, tmp_path / "page.html").read_text()
     assert page.count("kept</td>") == 1
-    assert '<td data-label="Kind">2.7-bit</td>' in page
+    assert '<td data-label="Kind">trellis</td>' in page
 
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     code, out, _ = emloc("run", tmp_path / "recipe.toml")
     assert code == 0
     assert f"kept: {results['kept']}" in out
-    assert f"levels (2.7-bit) {losses['levels']:.4f}" in out
+    assert f"levels (trellis) {losses['levels']:.4f}" in out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == stamps
 
 

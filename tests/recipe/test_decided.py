@@ -105,7 +105,7 @@ def test_exact_steps_alone_are_a_way_too(emloc, write, tmp_path):
 
 
 @pytest.mark.usefixtures("calls_here")
-@pytest.mark.parametrize("override", ["compress.kind='nf4'", "compress.samples=9", "way=emulator"])
+@pytest.mark.parametrize("override", ["compress.kind='nf4'", "compress.calibration='base'", "way=emulator"])
 def test_whoever_says_how_the_emulator_is_made_gets_one_even_where_none_is_needed(write, override):
     assert decided(write(None, overrides=[override])).way == "emulator"
 
@@ -120,8 +120,8 @@ def test_every_emulator_of_a_recipe_gets_the_largest_ratio_that_fits(write):
 
 
 def test_a_part_of_a_key_may_be_quoted(write):
-    recipe = write(overrides=['alternatives."2.7-bit".kind="2.7-bit"', 'alternatives."2.7-bit".samples=9'])
-    assert recipe.alternatives == {"2.7-bit": CompressSettings(kind="2.7-bit", samples=9)}
+    recipe = write(overrides=['alternatives."2.7-bit".kind="trellis"', 'alternatives."2.7-bit".samples=9'])
+    assert recipe.alternatives == {"2.7-bit": CompressSettings(kind="trellis", samples=9)}
     for wrong in ("#=1", "a..b=1", "a b=1", '"a=1', "=1"):
         with pytest.raises(EmlocError, match="is not a setting"):
             write(overrides=[wrong])

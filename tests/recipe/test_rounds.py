@@ -46,7 +46,7 @@ def write(tmp_path, shallow_model, rows_file):
 
 
 def test_every_round_has_its_stages_and_the_last_has_the_usual_names(write):
-    recipe = write('[alternatives.levels]\nkind = "2.7-bit"\n')
+    recipe = write('[alternatives.levels]\nkind = "trellis"\n')
     in_order = stages(recipe)
     assert [stage.name for stage in in_order] == [
         "emulator_round1", "adapter_round1", "corrected_round1", "emulator", "adapter", "corrected",

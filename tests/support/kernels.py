@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from emloc_core.algorithms import kernels as rounding
-from emloc_core.algorithms.levels import GROUP
+from emloc_core.algorithms.scales import GROUP
 from emloc_core.algorithms.trellis import SEGMENT, STATE_BITS
 from emloc_core.standins import kernels as unpacking
 
@@ -21,7 +21,7 @@ def sources():
     sizes = {"m": "i32", "k": "i32", "width": "i32"}
     block = {"block": "*fp32", "changes": "*fp32", "factor": "*fp32", "positions": "*i64"}
     descent = {"block": "*fp32", "slopes": "*fp32", "changes": "*fp32", "curvature": "*fp32", "start": "i32"}
-    for count, kept_type in (16, "*i1"), (3, "*fp32"):
+    for count, kept_type in (16, "*i1"), (4, "*fp32"):
         types = grid | {"kept": kept_type} | sizes
         values = {"LEVELS": count, "KEPT": kept_type == "*i1", "COLUMNS": 64, "ROWS": 32}
         yield f"round {count}", ASTSource(rounding._round, block | types, values), 1
@@ -29,8 +29,8 @@ def sources():
     for dtype in "bf16", "fp16", "fp32":
         types = {"codes": "*u8", "scales": "*bf16", "levels": f"*{dtype}", "matrix": f"*{dtype}"}
         types |= {"nbytes": "i32", "m": "i32", "n": "i32", "groups": "i32"}
-        values = {"COUNT": 6, "DIGITS": 3, "GROUP": GROUP, "BLOCK": 1024}
-        yield f"unpack {dtype}", ASTSource(unpacking._unpack, types, values), 4
+        values = {"GROUP": GROUP, "BLOCK": 1024}
+        yield f"unpack levels {dtype}", ASTSource(unpacking._unpack_levels, types, values), 4
         types = {"table" if name == "levels" else name: pointer for name, pointer in types.items()}
         values = {"COUNT": 3, "SEGMENT": SEGMENT, "STATES": 1 << STATE_BITS, "GROUP": GROUP, "BLOCK": 1024}
         yield f"unpack trellis {dtype}", ASTSource(unpacking._unpack_trellis, types, values), 4

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, Trellis, TwoBitLowRank
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, Trellis, TwoBitLowRank
 
-FORMATS = [NF4(), SixLevels(), Trellis(), RepairedThreeLevels(), FourBitLowRank(), TwoBitLowRank(), LowRank()]
+FORMATS = [NF4(), Trellis(), FourBitLowRank(), TwoBitLowRank(), LowRank()]
 M, N = 320, 576
 
 
@@ -15,8 +15,8 @@ def layer(format, dtype, device="cpu"):
     format.replace(model, {"0": 64 if format.ratios else None})
     generator = torch.Generator().manual_seed(0)
     for part in model.parameters():
-        if part.dtype == torch.uint8:  # a code of three numbers on six levels, or of five on three
-            part.data.random_(0, 6**3, generator=generator)
+        if part.dtype == torch.uint8:
+            part.data.random_(0, 256, generator=generator)
         else:
             part.data.uniform_(0.01, 0.05, generator=generator)
     return model[0].to(device)

@@ -34,13 +34,13 @@ OF_BASE, OF_EMULATOR = (1e-3, 1e-3), (0.5, 0.1)
 #: Models whose weights are off by a rounding, to see how far it takes the logits.
 NUDGES = 8
 #: The least that these kinds reach: every number rounded on its own.
-PLAIN = {"nf4": reference.in_four_bits, "1.6-bit+repair": reference.on_three_levels}
+PLAIN = {"nf4": reference.in_four_bits, "trellis": reference.on_three_levels}
 #: Ways to make an emulator: by name, the kind and its settings.
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "low-rank, as in the paper": {"kind": "low-rank", "ratio": 0.5, "calibration": "base", "allocator": "uniform"},
     "low-rank": {"kind": "low-rank", "ratio": 0.5, "allocator": "uniform"},
     "nf4": {"kind": "nf4"},
-    "1.6-bit+repair": {"kind": "1.6-bit+repair", "ratio": 0.5},
+    "trellis": {"kind": "trellis"},
 }
 
 

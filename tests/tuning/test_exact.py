@@ -86,7 +86,7 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
     assert read_manifest(exact)["request"]["exact"] is True
 
 
-@pytest.mark.parametrize("kind", ["low-rank", *thorough("nf4", "1.6-bit+repair")])
+@pytest.mark.parametrize("kind", ["low-rank", *thorough("nf4", "trellis")])
 def test_an_emulator_with_experts_is_streamed(kind, rows_file, tmp_path):
     base = save_tiny_model(QWEN_MOE.tiny_configs[0], tmp_path / "base")
     emulator = compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(kind=kind, samples=8)).run()
@@ -101,7 +101,7 @@ def test_an_emulator_with_experts_is_streamed(kind, rows_file, tmp_path):
     "kind",
     [
         "nf4",
-        *thorough("low-rank", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"),
+        *thorough("low-rank", "low-rank-nf4", "trellis"),
     ],
 )
 def test_an_emulator_is_streamed_to_the_same_result(kind, rows_file, tmp_path):

@@ -73,7 +73,7 @@ def test_rewards_train_an_emulator_too(tiny_emulator, tiny_model, tmp_path, monk
     assert correct_job(tmp_path / "a", tiny_model, tmp_path / "c", CorrectSettings()).run()
 
 
-@pytest.mark.parametrize("kind", ["nf4", *thorough("2.7-bit"), "low-rank-nf4"])
+@pytest.mark.parametrize("kind", ["nf4", *thorough("trellis"), "low-rank-nf4"])
 def test_an_emulator_may_be_placed_by_a_map(kind, tiny_model, rows_file, tmp_path):
     """Here on one device; a block that waits on a disk stands for one on another GPU: accelerate's hooks bring both."""
     settings = CompressSettings(kind=kind, samples=6, selection=2)

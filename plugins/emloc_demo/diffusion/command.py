@@ -17,7 +17,7 @@ POLISHED = {"steps": 40, "batch_size": 16, "learning_rate": 1e-2, "bf16": False}
 #: Emulators: the name of their LoRA in the table, and how they are made.
 EMULATORS: dict[str, dict[str, Any]] = {
     "low-rank 0.45": {"kind": "low-rank", "ratio": 0.45, "calibration": "base", "samples": 32},
-    "2.7-bit": {"kind": "2.7-bit", "samples": 16},
+    "trellis": {"kind": "trellis", "samples": 16},
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SMOLLM2, BROKEN, AGAIN, PICTURES = "smollm2-135m-instruct", "llama-broken", "mistral-again", "internvl-pictures"
 EXPERTS = "qwen3-moe"
 #: The kinds that the mixture of experts becomes besides ``nf4``.
-OTHER_KINDS = ("trellis", "2.7-bit", "1.6-bit+repair", "low-rank-nf4", "low-rank-2-bit", "low-rank")
+OTHER_KINDS = ("trellis", "low-rank-nf4", "low-rank-2-bit", "low-rank")
 JOBS = "zoo.toml"
 _VOCABULARY = 768
 #: Tokens by their meaning in a config; these rows never contain the tokens of images.
@@ -214,7 +214,7 @@ def _jobs(names: list[str]) -> str:
 
 def _name_line(model: str, kind: str) -> list[str]:
     """Return the line that names a job, if it is not the model's name."""
-    return [f'name = "{model}-{kind.replace("+", "-")}"'] if kind in OTHER_KINDS else []
+    return [f'name = "{model}-{kind}"'] if kind in OTHER_KINDS else []
 
 
 @contextmanager

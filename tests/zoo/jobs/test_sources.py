@@ -161,8 +161,8 @@ def test_entries_take_the_rows_of_all_and_a_glob_is_many(tmp_path):
 def test_the_kind_is_chosen_by_a_memory_target():
     (job,) = resolve(["SmolLM2-135M"], Defaults(compress={"kind": "auto"}, preset="inference"))
     assert job.compress.kind in RECOMMENDED
-    (job,) = resolve(["SmolLM2-135M"], Defaults(compress={"kind": "2.7-bit"}))
-    assert (job.compress.kind, job.compress.ratio) == ("2.7-bit", None)
+    (job,) = resolve(["SmolLM2-135M"], Defaults(compress={"kind": "trellis"}))
+    assert (job.compress.kind, job.compress.ratio) == ("trellis", None)
 
 
 @pytest.mark.slow
