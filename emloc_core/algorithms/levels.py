@@ -15,7 +15,7 @@ from emloc_core.algorithms.grid import Grid, indices
 from emloc_core.algorithms.scales import GROUP, fitted_scales, lookup, spread
 from emloc_core.algorithms.statistics import blocks
 
-#: Of a standard normal distribution.
+#: Those of a standard normal distribution.
 LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)
 #: What the size of a number is above, by how much its level rises there, and by how much its square.
 _STEPS = (
