@@ -300,7 +300,6 @@ def to_levels(
     levels: torch.Tensor,
     scales: torch.Tensor,
     kept: torch.Tensor | None = None,
-    passes: int = PASSES,
 ) -> torch.Tensor:
     """Round a matrix to levels that are the same everywhere, times the scale of every number.
 
@@ -309,7 +308,6 @@ def to_levels(
         levels: ascending, in fp32.
         scales: of every number, (m, n), not 0.
         kept: which numbers stay as they are, (m, n); None: none.
-        passes: of descent.
 
     Returns:
         Q, (m, n), in fp32.
@@ -317,21 +315,16 @@ def to_levels(
     rounded = torch.empty_like(matrix)
     for rows in some_rows(matrix):
         part_kept = None if kept is None else kept[rows]
-        rounded[rows] = _to_levels(matrix[rows], gram, levels, scales[rows], part_kept, passes)
+        rounded[rows] = _to_levels(matrix[rows], gram, levels, scales[rows], part_kept)
     return rounded
 
 
 def _to_levels(
-    matrix: torch.Tensor,
-    gram: Damped,
-    levels: torch.Tensor,
-    scales: torch.Tensor,
-    kept: torch.Tensor | None,
-    passes: int,
+    matrix: torch.Tensor, gram: Damped, levels: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor | None
 ) -> torch.Tensor:
     stay = None if kept is None else (kept.T.contiguous(), matrix.T.contiguous())
     grid = Grid(levels, scales.T.contiguous(), kept=stay)
     rounded = with_feedback(matrix, gram, grid)
-    for _ in range(passes):
+    for _ in range(PASSES):
         rounded = descended(rounded, descent(matrix, rounded, gram), gram, grid)
     return rounded

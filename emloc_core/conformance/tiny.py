@@ -143,8 +143,7 @@ class TinyModel(Subject):
 
     def emulator_of(self, kind: str, **settings: Any) -> Path:
         """Make an emulator of any kind, with other settings than usual."""
-        ratios = format_named(kind).ratios
-        size = {"ratio": min(RATIO, ratios.largest)} if ratios else {}
+        size = {"ratio": RATIO} if format_named(kind).ratios else {}
         request = CompressRequest(
             model=str(self.base.directory),
             data=trial_of(self.family).rows(self.samples),

@@ -111,7 +111,7 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
     def weights(hundredths: int) -> int:
         return model.emulator_bytes(model.plan(hundredths / 100))
 
-    fits, too_large = round(ratios.smallest * 100), round(ratios.largest * 100) + 1
+    fits, too_large = round(ratios.smallest * 100), 100
     if not model.fits(budget, model.plan(fits / 100)):
         return None
     while True:

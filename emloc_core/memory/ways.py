@@ -176,7 +176,7 @@ def _sized(
         return 0.0 if fit is None else 1.0 if fit.ratio is None else fit.ratio
 
     ratios = sizes[0].format.ratios
-    enough = min(_ENOUGH, ratios.largest) if ratios else 1.0
+    enough = _ENOUGH if ratios else 1.0
     model = _most_rows(sizes, lambda size: largest(size) >= enough)
     model = max(sizes[0], model, key=largest)  # the first of equal ones
     best = largest(model) if ratios else None

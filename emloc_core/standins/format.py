@@ -44,12 +44,11 @@ class Ratios(NamedTuple):
 
     Attributes:
         default: where the user does not say.
-        smallest, largest: those that are looked for; above the largest hardly anything is saved.
+        smallest: that is looked for.
     """
 
     default: float = 0.6
     smallest: float = 0.01
-    largest: float = 0.99
 
 
 class Phase(NamedTuple):

@@ -14,26 +14,25 @@ from emloc_core.standins.low_rank import RoundedLowRank, RoundedLowRankLinear
 from emloc_core.standins.standin import Packed
 
 
-def unpack_factors(
-    parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return U, (m, k), and V, (k, n), of a weight of this shape, from their codes and scales, which tell k."""
-    (u, u_scales, v, v_scales), (m, n) = parts, shape
-    rank = (u.numel() + v.numel()) * 2 // (m + n)
-    return nf4.unpack(u, u_scales, (m, rank), dtype), nf4.unpack(v, v_scales, (rank, n), dtype)
-
-
 class FourBitLowRankLinear(RoundedLowRankLinear):
     """The layer of the kind low-rank-nf4: factors in four bits."""
 
     factor = staticmethod(nf4.unpack)
-    factors = staticmethod(unpack_factors)
 
     @classmethod
     def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
         """Return codes and scales of both factors."""
         (m, n), k = shape, rank or 0
         return nf4.parts("weight", (m, k)) | nf4.parts("V", (k, n))
+
+    @classmethod
+    def factors(
+        cls, parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both, whose codes tell their rank."""
+        (u, u_scales, v, v_scales), (m, n) = parts, shape
+        rank = (u.numel() + v.numel()) * 2 // (m + n)
+        return nf4.unpack(u, u_scales, (m, rank), dtype), nf4.unpack(v, v_scales, (rank, n), dtype)
 
 
 class FourBitLowRank(RoundedLowRank):
@@ -59,7 +58,7 @@ class FourBitLowRank(RoundedLowRank):
         del exact, factors
         vs = rounded(vs, feedback.damped(gram))
         return [
-            Packed(packed_factors("weight", u, v), (len(u), v.shape[1]), output_error(weight, u @ v, matrix))
+            Packed(_packed(u, v), (len(u), v.shape[1]), output_error(weight, u @ v, matrix))
             for weight, u, v in zip(weights, us, vs, strict=True)
         ]
 
@@ -68,10 +67,10 @@ class FourBitLowRank(RoundedLowRank):
         return f"rank {rank} in four bits"
 
 
-def packed_factors(name: str, u: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return codes and scales of U, which has this name, and of V, on the CPU."""
+def _packed(u: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return codes and scales of both factors, on the CPU."""
     tensors = {}
-    for key, part in ((name, u), ("V", v)):
+    for key, part in (("weight", u), ("V", v)):
         tensors[key], tensors[f"{key}_scales"] = (tensor.cpu() for tensor in nf4.pack(part))
     return tensors
 
@@ -88,9 +87,7 @@ def best_v(u: torch.Tensor, weight: torch.Tensor, ridge: float = 0.0) -> torch.T
     return torch.linalg.solve(overlaps, u.T @ weight.to(u)).float()
 
 
-def rounded(
-    matrices: Sequence[torch.Tensor], gram: feedback.Damped, passes: int = feedback.PASSES
-) -> list[torch.Tensor]:
+def rounded(matrices: Sequence[torch.Tensor], gram: feedback.Damped) -> list[torch.Tensor]:
     """Return matrices with the same inputs in four bits, as they are after being packed and unpacked.
 
     The scale of a block of numbers is its largest number, which is kept as it is, so that packing finds it again.
@@ -98,14 +95,13 @@ def rounded(
     Args:
         matrices: M, (m, n), any floating dtype.
         gram: of their inputs.
-        passes: of descent.
 
     Returns:
         Q, (m, n), in fp32: packing and unpacking leaves it unchanged.
     """
     matrices = [matrix.float() for matrix in matrices]
     spread, largest = (torch.cat(parts) for parts in zip(*map(_blocks, matrices), strict=True))
-    quantized = nf4.to_scales(feedback.stacked(matrices), gram, spread, largest, passes)
+    quantized = nf4.to_scales(feedback.stacked(matrices), gram, spread, largest)
     return [nf4.rounded(part) for part in quantized.split([len(matrix) for matrix in matrices])]
 
 

@@ -21,8 +21,7 @@ from emloc_core.compat.imports import when_imported
 from emloc_core.compat.transformers import kept_in_fp32, laid_out_otherwise
 from emloc_core.errors import EmlocError
 from emloc_core.standins.format import Format
-from emloc_core.standins.layer import PackedLinear, Parts
-from emloc_core.standins.layer import product as packed_product
+from emloc_core.standins.layer import PackedLinear, Parts, product
 from emloc_core.standins.standin import StandIn
 from emloc_core.standins.transposed import TransposedLinear
 
@@ -77,7 +76,7 @@ class FourBitLinear(PackedLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the input's dtype."""
         scales = unpack_scales(self.weight_scales, self.weight_ranges.float())
-        output = product(input, self.weight, scales, self.shape, self.dtype)
+        output = product(input, partial(unpack, shape=self.shape, dtype=self.dtype), self.weight, scales)
         return (output if self.bias is None else output + self.bias).to(input.dtype)
 
 
@@ -290,13 +289,6 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
     return unpack(*pack(matrix), (matrix.shape[0], matrix.shape[1]), torch.float32)
 
 
-def product(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """Return ``x M^T``, (..., m), for x (..., n) and a packed matrix M of this shape, unpacked to this dtype."""
-    return packed_product(x, partial(unpack, shape=shape, dtype=dtype), codes, scales)
-
-
 def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
     """Return scales that bitsandbytes packed in eight bits, (s,), fp32.
 
@@ -346,11 +338,7 @@ def spread(scales: torch.Tensor, size: torch.Size) -> torch.Tensor:
 
 
 def to_scales(
-    matrix: torch.Tensor,
-    gram: feedback.Damped,
-    scales: torch.Tensor,
-    kept: torch.Tensor | None = None,
-    passes: int = feedback.PASSES,
+    matrix: torch.Tensor, gram: feedback.Damped, scales: torch.Tensor, kept: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Round a matrix to four bits times the scale of every number, (m, n); ``kept`` says which stay as they are."""
-    return feedback.to_levels(matrix, gram, _levels(matrix.device), scales, kept, passes)
+    return feedback.to_levels(matrix, gram, _levels(matrix.device), scales, kept)
