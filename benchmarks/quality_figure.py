@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from harness import RESULTS
-from quality_cells import BATCH, FULL, LORA, MODELS, PARAMETERS, STEPS, USUAL_LORA, Cell
+from quality_cells import BATCH, FULL, LORA, MODELS, OFFERED, PARAMETERS, STEPS, USUAL_LORA, Cell
 from quality_rows import TEXTS
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -87,7 +87,7 @@ def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 def _draw_trend(axes: Any, wider: Sequence[dict[str, Any]]) -> None:
     """Draw the recovery over the parameters of the base, with its 95 % intervals; of the usual LoRA and steps."""
     usual = [row for row in wider if tuple(row[name] for name in ("task", "steps", "batch", *LORA))
-             == (TIMED, STEPS, BATCH, *USUAL_LORA)]  # fmt: skip
+             == (TIMED, STEPS, BATCH, *USUAL_LORA) and row["kind"] in OFFERED]  # fmt: skip
     for memory in sorted({row["memory"] for row in usual}):
         points = sorted(
             (PARAMETERS[row["model"]], row["auto"], row["reach"]) for row in usual if row["memory"] == memory
