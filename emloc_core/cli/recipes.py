@@ -56,10 +56,6 @@ def show(results: dict, directory: Path, as_json: bool = False) -> None:
             click.echo(f"  {name:<8} {_short(answer[name])}")
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
     click.echo(f"{directory / 'results.json'}  (a page of it: {shlex.join(['emloc', 'report', str(directory)])})")
-    if "selection_losses" in results:
-        kinds = results["kinds"]
-        losses = ", ".join(f"{name} ({kinds[name]}) {loss:.4f}" for name, loss in results["selection_losses"].items())
-        click.echo(f"loss of the base on the selection rows: {losses}; kept: {results['kept']}")
     click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / results['final'])])}")
 
 
@@ -82,30 +78,25 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
         test: more files of rows that are never tuned on.
     """
     from emloc_core.recipe.run import DESCRIBE, describe
-    from emloc_core.recipe.stages import stages, tried
+    from emloc_core.recipe.stages import stages
 
     planned = stages(recipe)
     data = recipe.data.model_copy(update={"test": [*recipe.data.test, *test]})
     holding_out = recipe.model_copy(update={"data": data})
-    descriptions = [describe(holding_out, attempt) for attempt in tried(recipe)]
+    described = describe(holding_out) if recipe.makes_emulator else None
     for stage in planned:
         stage.require_same_settings()
     content: dict[str, Any] = {
         "way": recipe.way or "emulator",
         "stages": [{"name": s.name, "state": s.state, "request": json.loads(s.request.to_json())} for s in planned],
     }
-    if descriptions:
-        content |= {name: descriptions[0][name] for name in ("base_bytes", "emulator_bytes")}
-        content["rows"] = _rows(descriptions[0], holding_out)
+    if described:
+        content |= {name: described[name] for name in ("base_bytes", "emulator_bytes")}
+        content["rows"] = _rows(described, holding_out)
     else:
         (tuned,) = call(DESCRIBE, {"request": stages(holding_out)[0].request.to_json()})
         content |= {"base_bytes": tuned["model_bytes"], "rows": {"tuning": tuned["rows"]}}
     content["merged_bytes"] = content["base_bytes"] if recipe.merge else 0
-    if others := descriptions[1:]:
-        content["alternatives"] = {
-            name: {"emulator_bytes": description["emulator_bytes"], "rows": _rows(description, holding_out)}
-            for name, description in zip(recipe.alternatives, others, strict=True)
-        }
     if as_json:
         print_json(content)
         return
@@ -113,9 +104,8 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
     for stage in planned:
         click.echo(f"{stage.name:<{width}} {stage.state:<12} {stage.request.stage}: {stage.purpose}")
     sizes = [f"base {human_bytes(content['base_bytes'])}"]
-    if descriptions:
-        emulators = ", ".join(human_bytes(description["emulator_bytes"]) for description in descriptions)
-        sizes.append(f"emulator{'s' if others else ''} {emulators}")
+    if described:
+        sizes.append(f"emulator {human_bytes(described['emulator_bytes'])}")
     if recipe.merge:
         sizes.append(f"merged {human_bytes(content['merged_bytes'])}")
     rows = ", ".join(f"{count} {purpose}" for purpose, count in content["rows"].items())

@@ -150,7 +150,6 @@ class RecipeKwargs(TypedDict, total=False):
     model: ModelKwargs
     data: DataKwargs
     compress: CompressKwargs
-    alternatives: dict[str, CompressKwargs]
     train: TrainKwargs
     rounds: int
     correct: CorrectKwargs

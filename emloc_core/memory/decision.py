@@ -1,14 +1,14 @@
 """The decision how to tune a model in a memory: ``plan`` shows it, and every other command carries it out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from emloc_core.errors import EmlocError
-from emloc_core.memory.budget import Budget, advice, largest_ratio
+from emloc_core.memory.budget import Budget, advice
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
 from emloc_core.memory.ways import EMULATOR, EXACT, ORDINARY, POLISHED, Way, ways
@@ -50,20 +50,6 @@ class Decision:
     def emulator(self) -> Way | None:
         """The best way with an emulator that fits, whether one is needed or not."""
         return next((way for way in self.ways if way.kind and way.fits), None)
-
-    def like(self, way: Way, settings: CompressSettings) -> Way | None:
-        """Return a way with the largest emulator that other settings make, on as many rows at once; None if none fits.
-
-        Args:
-            way: one with an emulator, whose kind is taken where the settings leave it open.
-        """
-        kind = settings.kind if settings.kind != AUTO else way.kind
-        model = MemoryModel(way.model.config_file, way.model.workload, settings.model_copy(update={"kind": kind}))
-        fit = largest_ratio(model, self.budget.usable)
-        if fit is None:
-            return None
-        ratio = fit.ratio
-        return replace(way, model=model, bytes=fit.need.total, kind=kind, ratio=ratio)
 
     def best(self, key: str | None) -> Way:
         """Return the best way with this key that fits; by default, with any.

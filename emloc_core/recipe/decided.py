@@ -7,14 +7,14 @@ import click
 
 from emloc_core.errors import EmlocError
 from emloc_core.processes.call import call
-from emloc_core.recipe.recipe import SHARED, Recipe
-from emloc_core.recipe.stages import attempts, compress_request
+from emloc_core.recipe.recipe import Recipe
+from emloc_core.recipe.stages import compress_request
 from emloc_core.requests import CompressRequest, request_from_json
 from emloc_core.settings import AUTO, PolishSettings
 from emloc_core.stages.precheck import precheck
 
 #: What may be set for an emulator whose kind is open: the rows, and what stays dense.
-_OF_ROWS = {"kind", "samples", "seed", "keep", *SHARED}
+_OF_ROWS = {"kind", "samples", "seed", "keep", "selection", "max_length", "loss"}
 
 
 def _echo(line: str) -> None:
@@ -36,11 +36,10 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
     """
     if recipe.model.memory is None:
         return recipe
-    requests = [compress_request(recipe, attempt) for attempt in attempts(recipe)]
-    for request in requests:
-        precheck(request)
+    request = compress_request(recipe)
+    precheck(request)
     way = recipe.way or (None if _is_open(recipe) else "emulator")
-    (plan,) = call(f"{__name__}:decision", {"requests": [request.to_json() for request in requests], "way": way})
+    (plan,) = call(f"{__name__}:decision", {"request": request.to_json(), "way": way})
     if recipe.merge and plan["in_four_bits"]:
         raise EmlocError(
             f"{recipe.model.base} is in four bits, but a LoRA can only be merged into the original.",
@@ -63,9 +62,6 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
         changes["polish"] = None
     elif recipe.polish and "batch_size" not in recipe.polish.model_fields_set:
         changes["polish"] = one_row_at_a_time(recipe.polish)
-    if recipe.alternatives:
-        sizes = zip(recipe.alternatives.items(), plan["others"], strict=True)
-        changes["alternatives"] = {name: settings.model_copy(update=size) for (name, settings), size in sizes}
     return recipe.model_copy(update=changes)
 
 
@@ -74,36 +70,31 @@ def one_row_at_a_time(polish: PolishSettings) -> PolishSettings:
     return polish.model_copy(update={"batch_size": 1, "accumulation": polish.batch_size * polish.accumulation})
 
 
-def decision(requests: list[str], way: str | None) -> dict[str, Any]:
-    """Return what is decided for the emulators of a recipe; imports torch.
+def decision(request: str, way: str | None) -> dict[str, Any]:
+    """Return what is decided for a recipe; imports torch.
 
     Args:
-        requests: the request of stage 1 for each, in JSON; the first decides on the way.
+        request: of stage 1, in JSON.
         way: ``emulator``, ``lora`` or ``exact``, if the recipe names it.
 
     Returns:
         The way; whether the base is in four bits; the rows of a step, as settings of stage 2; kind and ratio of the
-        emulator, if there is one, and of the others; and lines that explain it.
+        emulator, if there is one; and lines that explain it.
 
     Raises:
-        EmlocError: an emulator does not fit.
+        EmlocError: nothing fits.
     """
     from emloc_core.memory.decision import decision_for
 
-    first, *others = [request_from_json(request) for request in requests]
-    assert isinstance(first, CompressRequest)
-    decision = decision_for(first)
+    compress = request_from_json(request)
+    assert isinstance(compress, CompressRequest)
+    decision = decision_for(compress)
     chosen = decision.best(way)
-    ways = [decision.like(chosen, request.settings) for request in others if isinstance(request, CompressRequest)]
-    if chosen.kind and None in ways:
-        name = others[ways.index(None)].output.name
-        raise EmlocError(f"The emulator {name} cannot be tuned in {decision.budget}.", "Leave it out.", code="memory")
     return {
         "way": chosen.key,
         "in_four_bits": bool(decision.base.packed),
         "rows": chosen.step_settings,
         "emulator": chosen.emulator_settings,
-        "others": [way.emulator_settings for way in ways if way],
         "polished": chosen.is_polished,
         "lines": decision.explain(chosen),
     }
@@ -111,4 +102,4 @@ def decision(requests: list[str], way: str | None) -> dict[str, Any]:
 
 def _is_open(recipe: Recipe) -> bool:
     """Whether the recipe leaves open whether there is an emulator at all."""
-    return recipe.compress.kind == AUTO and recipe.compress.model_fields_set <= _OF_ROWS and not recipe.alternatives
+    return recipe.compress.kind == AUTO and recipe.compress.model_fields_set <= _OF_ROWS

@@ -30,14 +30,8 @@ FILES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", "
 MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
-#: Names of alternatives, which become part of directories' names.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: The end of the names of a round's directories; the last round's have none.
 ROUND = re.compile(r"_round(\d+)$")
-#: The section of the first emulator, and its name among alternatives.
-FIRST = "compress"
-#: Settings of the first emulator for the rows on which all are compared.
-SHARED = ("selection", "max_length", "loss")
 
 
 class ModelSection(Settings):
@@ -121,11 +115,6 @@ class Recipe(Settings):
     model: ModelSection
     data: DataSection
     compress: CompressSettings = CompressSettings()
-    alternatives: dict[str, CompressSettings] = Field(
-        {},
-        description="Another emulator to try, with the keys of ``compress`` except ``selection``, ``max_length`` and "
-        "``loss``. The LoRA that gives the base the lowest loss on the selection rows is kept.",
-    )
     train: TrainSettings = TrainSettings()
     rounds: int = Field(
         1,
@@ -158,10 +147,8 @@ class Recipe(Settings):
         return self
 
     def _problems(self) -> Iterator[str]:
-        sized = {FIRST: self.compress} | {f"alternatives.{name}": each for name, each in self.alternatives.items()}
-        for section, settings in sized.items():
-            if self.model.memory is not None and "ratio" in settings.model_fields_set:
-                yield f"model.memory and {section}.ratio both set the emulator's size; give one of them"
+        if self.model.memory is not None and "ratio" in self.compress.model_fields_set:
+            yield "model.memory and compress.ratio both set the emulator's size; give one of them"
         if not self.makes_emulator and self.polish is not None:
             yield f"polish follows an emulator's LoRA, but way is {self.way!r}; leave it out"
         if (self.way == "exact" or self.polish is not None) and not self.train.can_be_exact:
@@ -172,18 +159,15 @@ class Recipe(Settings):
         if self.rounds > 1:
             yield from self._problems_of_rounds()
         yield from self._problems_of_evaluation()
-        if self.alternatives:
-            yield from self._problems_of_alternatives()
         if self.push is not None:
             try:
                 check_repository(self.push)
             except EmlocError as error:
                 yield str(error)
         if self.correct.clamp == "auto" and not self.compress.selection:
-            or_else = "" if self.alternatives else ", or set correct.clamp to a number or 'none'"
             yield (
                 "correct.clamp = 'auto' compares on held-out rows, but compress.selection = 0 holds out none; hold "
-                f"some out{or_else}"
+                "some out, or set correct.clamp to a number or 'none'"
             )
 
     def _problems_of_rounds(self) -> Iterator[str]:
@@ -209,26 +193,6 @@ class Recipe(Settings):
         for option, value in needs.items():
             if value and not evaluates:
                 yield f"{option} rows to evaluate, but there are none; give data.eval"
-
-    def _problems_of_alternatives(self) -> Iterator[str]:
-        if self.correct.clamp != "auto":
-            yield "alternatives are compared by correct.clamp = 'auto'; leave out the other clamp"
-        if self.train.learns_preferences:
-            yield (
-                "alternatives are compared by the likelihood of answers, which says little about preferences; write "
-                "a recipe for each"
-            )
-        for name, settings in self.alternatives.items():
-            if not NAME.fullmatch(name) or name == FIRST or ROUND.search(f"_{name}"):
-                yield (
-                    f"alternatives.{name}: choose a name of letters, digits, '.', '-' and '_', other than {FIRST}, and "
-                    "no round1 or the like at its end"
-                )
-            for key in SHARED:
-                if key in settings.model_fields_set:
-                    yield f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}"
-            if settings.model_dump(exclude=set(SHARED)) == self.compress.model_dump(exclude=set(SHARED)):
-                yield f"alternatives.{name} is the same emulator as {FIRST}; change it or leave it out"
 
 
 def load_recipe(path: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:

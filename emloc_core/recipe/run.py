@@ -22,17 +22,7 @@ from emloc_core.recipe.answers import answers_of
 from emloc_core.recipe.decided import decided
 from emloc_core.recipe.live import Doing, Live
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.stages import (
-    Attempt,
-    Stage,
-    compress_request,
-    final_stages,
-    kept,
-    selection_rows,
-    stages,
-    stages_of,
-    tried,
-)
+from emloc_core.recipe.stages import Stage, compress_request, directory, has, stages
 from emloc_core.requests import EvalRows
 from emloc_core.settings import PolishSettings
 from emloc_core.stages.precheck import check_names, check_rows
@@ -48,8 +38,6 @@ _NAMING = ("extra", "target_modules", "lora_experts", "rank_pattern", "layers_to
 _QUIET = {"EMLOC_VERBOSITY": "quiet"}
 _LOGGER = logging.getLogger("emloc.recipe")
 _KEPT = "Earlier stages are kept."
-#: How to go without an alternative that fails.
-_WITHOUT = "To do without this alternative, leave it out of the recipe, or set alternatives = {}."
 
 
 def run_recipe(
@@ -76,31 +64,20 @@ def run_recipe(
     require_tuning(recipe)
     capped = gpu_cap(memory or recipe.model.memory)
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
-    total = len(stages(recipe))
-    for attempt in tried(recipe)[1:]:
-        if not attempt.has("emulator"):
-            describe(recipe, attempt)  # reports its errors now, before the first takes hours
+    planned = stages(recipe)
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
-    done: list[Stage] = []
-
-    def perform(group: Iterable[Stage], fix: str = _KEPT) -> None:
-        for stage in group:
-            announce(len(done), total, stage)
+    with Live(Path(recipe.output)) as live:
+        for index, stage in enumerate(planned):
+            announce(index, len(planned), stage)
             try:
-                _perform(stage, live, len(done) + 1, total, progress, capped)
+                _perform(stage, live, index + 1, len(planned), progress, capped)
             except EmlocError as error:
                 message = f"The stage '{stage.name}' failed: {error}"
-                raise EmlocError(message, fix, code=error.code, resumable=error.resumable) from None
-            done.append(stage)
-
-    with Live(Path(recipe.output)) as live:
-        for attempt in tried(recipe):
-            perform(stages_of(recipe, attempt), _KEPT if attempt.is_first else f"{_KEPT} {_WITHOUT}")
-        perform(final_stages(recipe))  # only now is it known from which LoRA they start
-    results = summarise(recipe, done)
+                raise EmlocError(message, _KEPT, code=error.code, resumable=error.resumable) from None
+    results = summarise(recipe, planned)
     if recipe.answers:
         last = "polished" if recipe.polish else "corrected" if recipe.makes_emulator else "adapter"
-        adapter = kept(recipe).directory(last)
+        adapter = directory(recipe, last)
         log = Path(os.devnull) if progress else None
         how = recipe.answers.model_dump()
         results["answers"] = answers_of(recipe.model.base, adapter, read=_reading(recipe), log=log, **how)
@@ -156,7 +133,7 @@ def require_named(recipe: Recipe) -> None:
     held_out_share(EvalRows(data=recipe.data.eval, split=recipe.data.eval_split), recipe.data.train)
     if recipe.answers:
         load_rows(recipe.answers.rows, **_reading(recipe))
-    if bundled and not kept(recipe).has("evaluation"):
+    if bundled and not has(recipe, "evaluation"):
         list(call(BUNDLED, {"tasks": bundled}))
 
 
@@ -167,9 +144,8 @@ def _reading(recipe: Recipe) -> dict[str, Any]:
 
 def require_tuning(recipe: Recipe) -> None:
     """Refuse settings of tuning that name what the model, TRL or this machine lacks, before the emulator is made."""
-    attempt, polish = kept(recipe), recipe.polish or PolishSettings()
-    tuned = all(each.has("adapter") for each in (attempt, *tried(recipe)))
-    if tuned and (recipe.polish is None or attempt.has("polished")):
+    polish = recipe.polish or PolishSettings()
+    if has(recipe, "adapter") and (recipe.polish is None or has(recipe, "polished")):
         return
     tracked = any(part.report_to != "none" for part in (recipe.train, polish))
     if tracked or polish.extra or any(getattr(recipe.train, name) for name in _NAMING):
@@ -177,21 +153,13 @@ def require_tuning(recipe: Recipe) -> None:
         list(call(CHECK, {"model": recipe.model.base, "settings": settings, "polish": after}))
 
 
-def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
-    """Return the output of ``emloc compress --dry-run --json`` for an emulator: rows, ranks, bytes.
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """Return the output of ``emloc compress --dry-run --json`` for the emulator: rows, ranks, bytes.
 
     Raises:
         EmlocError: the emulator cannot be made.
     """
-    request = compress_request(recipe, attempt)
-    rows = selection_rows(recipe)  # not drawn yet, if nothing was made
-    existing = tuple(path for path in request.exclude if path != rows or path.is_file())
-    try:
-        (content,) = call(DESCRIBE, {"request": request.model_copy(update={"exclude": existing}).to_json()})
-    except EmlocError as error:
-        if attempt.is_first:
-            raise
-        raise EmlocError(f"The alternative {attempt.name!r}: {error}", _WITHOUT, code=error.code) from None
+    (content,) = call(DESCRIBE, {"request": compress_request(recipe).to_json()})
     return content
 
 
@@ -199,28 +167,17 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
     """Write ``results.json`` and ``table.md`` beside the stages' directories; return the results."""
     from emloc_core.report import table as report
 
-    root, attempt = Path(recipe.output), kept(recipe)
-    emulator, adapter, corrected, polished, merged, evaluation = (
-        attempt.directory(name).name
-        for name in ("emulator", "adapter", "corrected", "polished", "merged", "evaluation")
-    )
+    root = Path(recipe.output)
     manifests = {stage.name: read_json(stage.output / MANIFEST) for stage in done}
     results: dict[str, Any] = {
         "stages": {stage.name: read_json(stage.output / TIMING) for stage in done},
-        "final": next(name for name in (merged, polished, corrected, adapter) if name in manifests),
+        "final": next(name for name in ("merged", "polished", "corrected", "adapter") if name in manifests),
     }
     if recipe.makes_emulator:
-        results["compression"] = {key: manifests[emulator]["result"][key] for key in ("bytes", "parameters")}
-        results["correction"] = manifests[corrected]["result"]
-    if recipe.alternatives:
-        results["kept"] = attempt.name
-        results["kinds"] = {
-            attempt.name: manifests[attempt.directory("emulator").name]["request"]["settings"]["kind"]
-            for attempt in tried(recipe)
-        }
-        results["selection_losses"] = {attempt.name: attempt.selection_loss for attempt in tried(recipe)}
-    if evaluation in manifests:
-        results.update(read_json(root / evaluation / "results.json"))
+        results["compression"] = {key: manifests["emulator"]["result"][key] for key in ("bytes", "parameters")}
+        results["correction"] = manifests["corrected"]["result"]
+    if "evaluation" in manifests:
+        results.update(read_json(root / "evaluation" / "results.json"))
         (root / "table.md").write_text(report.markdown(results["systems"], results["metrics"]), encoding="utf-8")
     write_json(root / "results.json", results)
     return results

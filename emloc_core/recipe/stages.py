@@ -1,7 +1,7 @@
 """The stages of a recipe: the request of each, and its output.
 
-Every emulator that is tried takes three: make it, tune a LoRA on it, correct the LoRA for the base. The stages that
-follow start from the LoRA that is best on the base. Without an emulator a LoRA is tuned on the base itself.
+An emulator takes three: make it, tune a LoRA on it, correct the LoRA for the base. Without one, a LoRA is tuned on the
+base itself.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST, manifest_value, read_manifest
 from emloc_core.files.output import require_same
 from emloc_core.files.workspace import Workspace
-from emloc_core.recipe.recipe import FIRST, SHARED, Recipe
+from emloc_core.recipe.recipe import Recipe
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,
@@ -26,7 +26,7 @@ from emloc_core.requests import (
     System,
     TrainRequest,
 )
-from emloc_core.settings import DEFAULT_EPOCHS, CompressSettings, PolishSettings, TrainSettings
+from emloc_core.settings import DEFAULT_EPOCHS, PolishSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -68,88 +68,23 @@ class Stage:
         require_same(self.output, {key: recorded[key] for key in shared}, {key: wanted[key] for key in shared})
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """An emulator, and what is made with it.
-
-    Attributes:
-        name: the alternative's name; :data:`FIRST` for the first emulator.
-    """
-
-    root: Path
-    name: str
-    settings: CompressSettings
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it is the emulator of the recipe's section ``compress``."""
-        return self.name == FIRST
-
-    def directory(self, stage: str, ending: str = "") -> Path:
-        """Return the output directory of a stage; ``ending`` tells it from the one of the last round."""
-        return self.root / f"{stage}{suffix(self.name)}{ending}"
-
-    def has(self, stage: str) -> bool:
-        """Whether the output of a stage is there."""
-        return (self.directory(stage) / MANIFEST).is_file()
-
-    @property
-    def selection_loss(self) -> float | None:
-        """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known.
-
-        Raises:
-            EmlocError: the manifest of that LoRA lacks it.
-        """
-        corrected = self.directory("corrected")
-        manifest = read_manifest(corrected)
-        return None if manifest is None else float(manifest_value(manifest, corrected, "result.nll", float))
+def directory(recipe: Recipe, stage: str, ending: str = "") -> Path:
+    """Return the output directory of a stage; ``ending`` tells it from the one of the last round."""
+    return Path(recipe.output) / f"{stage}{ending}"
 
 
-def suffix(attempt: str) -> str:
-    """Return the suffix of the names of an attempt's directories."""
-    return "" if attempt == FIRST else f"_{attempt}"
-
-
-def attempts(recipe: Recipe) -> list[Attempt]:
-    """Return the emulators that a recipe tries, in order, or would try if it made one."""
-    first = _of_one_loss(recipe.compress, recipe.train).for_tuning(recipe.train)
-    common = {key: getattr(first, key) for key in SHARED} | {"selection": 0}  # judged on the rows of the first
-    alternatives = {
-        name: settings.model_copy(update=common).for_tuning(recipe.train)
-        for name, settings in recipe.alternatives.items()
-    }
-    return [Attempt(Path(recipe.output), name, settings) for name, settings in {FIRST: first, **alternatives}.items()]
-
-
-def kept(recipe: Recipe) -> Attempt:
-    """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known.
-
-    Raises:
-        EmlocError: the manifest of a corrected LoRA lacks its loss.
-    """
-    first, *others = candidates = attempts(recipe)
-    if not others:
-        return first
-    losses = [loss for attempt in candidates if (loss := attempt.selection_loss) is not None]
-    return first if len(losses) < len(candidates) else candidates[losses.index(min(losses))]
-
-
-def selection_rows(recipe: Recipe) -> Path:
-    """Return the file with the rows that all are compared on, which the first emulator draws."""
-    return attempts(recipe)[0].directory("emulator") / SELECTION
-
-
-def tried(recipe: Recipe) -> list[Attempt]:
-    """Return the emulators that a recipe makes; none if the base itself is tuned."""
-    return attempts(recipe) if recipe.makes_emulator else []
+def has(recipe: Recipe, stage: str) -> bool:
+    """Return whether the output of a stage is there."""
+    return (directory(recipe, stage) / MANIFEST).is_file()
 
 
 def stages(recipe: Recipe) -> list[Stage]:
     """Return the stages of a recipe, in order."""
-    return [*(stage for attempt in tried(recipe) for stage in stages_of(recipe, attempt)), *final_stages(recipe)]
+    rounds = range(1, recipe.rounds + 1) if recipe.makes_emulator else ()
+    return [*(stage for number in rounds for stage in _round(recipe, number)), *_final_stages(recipe)]
 
 
-def compress_request(recipe: Recipe, attempt: Attempt, number: int = 1) -> CompressRequest:
+def compress_request(recipe: Recipe, number: int = 1) -> CompressRequest:
     """Return the request of stage 1; with the recipe's memory, if nothing has been decided for it yet.
 
     Args:
@@ -160,48 +95,37 @@ def compress_request(recipe: Recipe, attempt: Attempt, number: int = 1) -> Compr
     return CompressRequest(
         model=model.base,
         **_rows(recipe) | {"data": data.calibration or data.train},
-        exclude=(*_held_out(recipe, attempt), *(Path(name) for name in [data.eval] if name and not data.eval_split)),
-        output=attempt.directory("emulator", _ending(recipe, number)),
-        adapter=attempt.directory("corrected", _ending(recipe, number - 1)) if number > 1 else None,
-        settings=attempt.settings,
+        exclude=tuple(map(Path, [*data.test, *([data.eval] if data.eval and not data.eval_split else [])])),
+        output=directory(recipe, "emulator", _ending(recipe, number)),
+        adapter=directory(recipe, "corrected", _ending(recipe, number - 1)) if number > 1 else None,
+        settings=_of_one_loss(recipe.compress, recipe.train).for_tuning(recipe.train),
         **sized,
     )
 
 
-def _held_out(recipe: Recipe, attempt: Attempt) -> tuple[Path, ...]:
-    return (*map(Path, recipe.data.test), *(() if attempt.is_first else (selection_rows(recipe),)))
-
-
-def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
-    """Return the stages up to the corrected LoRA, of all rounds."""
-    return [stage for number in range(1, recipe.rounds + 1) for stage in _round(recipe, attempt, number)]
-
-
-def _round(recipe: Recipe, attempt: Attempt, number: int) -> list[Stage]:
+def _round(recipe: Recipe, number: int) -> list[Stage]:
+    """Return the stages of a round, up to the corrected LoRA."""
     data, ending = recipe.data, _ending(recipe, number)
-    emulator, adapter = attempt.directory("emulator", ending), attempt.directory("adapter", ending)
-    selection, held_out = selection_rows(recipe), _held_out(recipe, attempt)
-    compress = compress_request(recipe, attempt, number)
+    emulator, adapter = (directory(recipe, name, ending) for name in ("emulator", "adapter"))
     on_base = {"on_base": True, "base": recipe.model.base} if data.eval_base else {}
     correct = CorrectRequest(
         adapter=adapter,
         base=recipe.model.base,
         emulator=emulator,
-        output=attempt.directory("corrected", ending),
+        output=directory(recipe, "corrected", ending),
         settings=recipe.correct,
-        **({} if attempt.is_first else {"selection_data": selection}),
     )
-    suffix = "" if attempt.is_first else f" ({attempt.name})"
-    suffix += f", round {number} of {recipe.rounds}" if recipe.rounds > 1 else ""
-    train = _share(recipe.train, number, recipe.rounds)
+    which = f", round {number} of {recipe.rounds}" if recipe.rounds > 1 else ""
+    own = {"settings": _share(recipe.train, number, recipe.rounds), "evaluation": _evaluation(recipe, **on_base)}
     return [
-        Stage(f"make the emulator{suffix}", compress),
-        Stage(
-            f"tune a LoRA on the emulator{suffix}",
-            _train(recipe, str(emulator), adapter, held_out, evaluation=_evaluation(recipe, **on_base), settings=train),
-        ),
-        Stage(f"correct it for the base{suffix}", correct),
+        Stage(f"make the emulator{which}", compress_request(recipe, number)),
+        Stage(f"tune a LoRA on the emulator{which}", _train(recipe, str(emulator), adapter, _test(recipe), **own)),
+        Stage(f"correct it for the base{which}", correct),
     ]
+
+
+def _test(recipe: Recipe) -> tuple[Path, ...]:
+    return tuple(map(Path, recipe.data.test))
 
 
 def _ending(recipe: Recipe, number: int) -> str:
@@ -220,46 +144,42 @@ def _share(train: TrainSettings, number: int, rounds: int) -> TrainSettings:
     return train.model_copy(update={**length, "seed": train.seed + number - 1})
 
 
-def final_stages(recipe: Recipe) -> list[Stage]:
-    """Return the stages that follow. They start from the kept LoRA, which is known once all are corrected."""
-    attempt, first = kept(recipe), attempts(recipe)[0]
-    base, test = recipe.model.base, tuple(map(Path, recipe.data.test))
-    selection = selection_rows(recipe)
-    following = []
-    final = attempt.directory("corrected")
+def _final_stages(recipe: Recipe) -> list[Stage]:
+    """Return the stages that follow, or all of them if there is no emulator."""
+    base, following, final = recipe.model.base, [], directory(recipe, "corrected")
+    held_out = (*_test(recipe), *(directory(recipe, "emulator") / name for name in (CALIBRATION, SELECTION)))
     if not recipe.makes_emulator:
-        final, exact = attempt.directory("adapter"), recipe.way == "exact"
+        final, exact = directory(recipe, "adapter"), recipe.way == "exact"
         how = "by exact steps" if exact else "on the model"
-        following.append(Stage(f"tune a LoRA {how}", _train(recipe, base, final, test, exact=exact)))
+        following.append(Stage(f"tune a LoRA {how}", _train(recipe, base, final, _test(recipe), exact=exact)))
     steps = recipe.polish and _of_one_loss(recipe.polish, recipe.train)
     if steps:
         polish = PolishRequest(
             adapter=final,
             base=base,
             **_rows(recipe),
-            exclude=(*test, attempt.directory("emulator") / CALIBRATION, selection),
+            exclude=held_out,
             evaluation=_evaluation(recipe),
-            output=attempt.directory("polished"),
+            output=directory(recipe, "polished"),
             settings=steps,
         )
         following.append(Stage("polish it on the base", polish))
         final = polish.output
     if recipe.merge:
-        merge = MergeRequest(adapter=final, base=base, output=attempt.directory("merged"))
+        merge = MergeRequest(adapter=final, base=base, output=directory(recipe, "merged"))
         following.append(Stage("merge it into the base", merge))
     if recipe.eval is None:
         return following
     controls = []
     if recipe.eval.full_lora and recipe.makes_emulator:
-        held_out = (*test, first.directory("emulator") / CALIBRATION, selection)  # the same, whichever LoRA is kept
         controls = [
             Stage(purpose, _train(recipe, base, Path(recipe.output) / name, held_out, **more))
             for name, purpose, more in _controls(recipe.train, steps)
         ]
     evaluate = EvaluateRequest(
-        systems=tuple(_compared(recipe, attempt, controls)),
+        systems=tuple(_compared(recipe, controls)),
         tasks=tuple(recipe.eval.tasks),
-        output=attempt.directory("evaluation"),
+        output=directory(recipe, "evaluation"),
         limit=recipe.eval.limit,
         batch_size=recipe.eval.batch_size,
     )
@@ -302,10 +222,10 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
         yield f"full_lora_{together}", f"tune the base itself for {together} steps", {"settings": longer}
 
 
-def _compared(recipe: Recipe, attempt: Attempt, controls: list[Stage]) -> list[System]:
+def _compared(recipe: Recipe, controls: list[Stage]) -> list[System]:
     """Return the systems to compare: those that the recipe names, or all, and the controls."""
     assert recipe.eval is not None
-    systems = {system.name: system for system in _systems(recipe, attempt)}
+    systems = {system.name: system for system in _systems(recipe)}
     names = systems if recipe.eval.systems is None else recipe.eval.systems
     if unknown := sorted(set(names) - systems.keys()):
         raise EmlocError(
@@ -317,9 +237,9 @@ def _compared(recipe: Recipe, attempt: Attempt, controls: list[Stage]) -> list[S
     return [*(system for name, system in systems.items() if name in names), *of_controls]
 
 
-def _systems(recipe: Recipe, attempt: Attempt) -> Iterable[System]:
+def _systems(recipe: Recipe) -> Iterable[System]:
     """Yield the systems that the recipe makes, without the controls, in the table's order."""
-    base, emulator, adapter = recipe.model.base, str(attempt.directory("emulator")), attempt.directory("adapter")
+    base, emulator, adapter = recipe.model.base, str(directory(recipe, "emulator")), directory(recipe, "adapter")
     yield System(name="base", model=base)
     if not recipe.makes_emulator:
         yield System(name="base+lora", model=base, adapter=adapter)
@@ -327,8 +247,8 @@ def _systems(recipe: Recipe, attempt: Attempt) -> Iterable[System]:
     yield System(name="emulator", model=emulator)
     yield System(name="emulator+lora", model=emulator, adapter=adapter)
     yield System(name="base+uncorrected", model=base, adapter=adapter)
-    yield System(name="base+corrected", model=base, adapter=attempt.directory("corrected"))
+    yield System(name="base+corrected", model=base, adapter=directory(recipe, "corrected"))
     if recipe.polish:
-        yield System(name="base+polished", model=base, adapter=attempt.directory("polished"))
+        yield System(name="base+polished", model=base, adapter=directory(recipe, "polished"))
     elif recipe.merge:  # after polishing it would repeat base+polished
-        yield System(name="merged", model=str(attempt.directory("merged")))
+        yield System(name="merged", model=str(directory(recipe, "merged")))

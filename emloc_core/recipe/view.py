@@ -12,8 +12,7 @@ from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import TIMING
 from emloc_core.recipe.answers import FILE as ANSWERS
 from emloc_core.recipe.planned import planned_bytes
-from emloc_core.recipe.recipe import FIRST, ROUND
-from emloc_core.recipe.stages import suffix
+from emloc_core.recipe.recipe import ROUND
 from emloc_core.report.chart import Line
 from emloc_core.report.error_plot import Strip, finite, strips
 from emloc_core.report.table import rows as table_rows
@@ -128,29 +127,13 @@ class RunView:
             )
         results = _read(run / "results.json")
         endings = [name.removeprefix("emulator") for name in finished if name.startswith("emulator")] or [""]
-        # The kept emulator comes last: its plans of the base's stages count.
-        order = sorted(endings, key=lambda ending: ending == suffix(results.get("kept", FIRST)))
-        planned = {name: size for ending in order if complete for name, size in planned_bytes(finished, ending).items()}
+        plans = [planned_bytes(finished, ending) for ending in endings] if complete else []
+        planned = {name: size for plan in plans for name, size in plan.items()}
         stages = [
             StageView(name, read_object(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
             for name, path in finished.items()
         ]
         return cls(run.resolve().name, stages, results, _read(run / ANSWERS).get("answers", []))
-
-    @property
-    def suffix(self) -> str:
-        """The suffix of the names of the kept emulator's directories."""
-        return suffix(self.results.get("kept", FIRST))
-
-    @property
-    def selection_losses(self) -> Mapping[str, float]:
-        """The loss of the base on the selection rows by emulator, if several were tried."""
-        return self.results.get("selection_losses", {})
-
-    @property
-    def kinds(self) -> Mapping[str, str]:
-        """The kind by emulator, if several were tried; empty for runs of older versions."""
-        return self.results.get("kinds", {})
 
     def stage(self, name: str) -> StageView | None:
         """Return a stage by the name of its directory."""
@@ -164,13 +147,13 @@ class RunView:
     @property
     def bytes(self) -> tuple[int, int] | None:
         """Bytes of the base and of the emulator."""
-        sizes = self._result(f"emulator{self.suffix}").get("bytes")
+        sizes = self._result("emulator").get("bytes")
         return (sizes["base"], sizes["emulator"]) if sizes else None
 
     @property
     def errors(self) -> list[Strip]:
         """The error of every Linear of the emulator."""
-        linears = self._result(f"emulator{self.suffix}").get("linears", [])
+        linears = self._result("emulator").get("linears", [])
         return strips({linear["path"]: linear.get("relative_error") for linear in linears})
 
     @property
@@ -181,7 +164,7 @@ class RunView:
     @property
     def facts(self) -> list[tuple[str, str]]:
         """Base, data, emulator, LoRA, device and versions of the run, as far as the files say."""
-        emulator, adapter = (self._manifest(f"{name}{self.suffix}") for name in ("emulator", "adapter"))
+        emulator, adapter = (self._manifest(name) for name in ("emulator", "adapter"))
         inputs, settings = emulator.get("inputs", {}), emulator.get("request", {}).get("settings", {})
         lora, tuned = adapter.get("request", {}).get("settings", {}), adapter.get("inputs", {})
         targets = ", ".join(map(str, adapter.get("result", {}).get("target_modules", [])))
@@ -205,13 +188,13 @@ class RunView:
     @property
     def verdict(self) -> str:
         """The outcome of the correction; empty without one."""
-        result = self._result(f"corrected{self.suffix}")
+        result = self._result("corrected")
         return verdict(result) if "clamp" in result else ""
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
         """The candidates that the correction compared, each with whether it was chosen."""
-        result = self._result(f"corrected{self.suffix}")
+        result = self._result("corrected")
         chosen = result.get("clamp"), result.get("scale", 1)
         compared = [{"scale": 1, **candidate} for candidate in result.get("candidates", [])]
         return [{**candidate, "chosen": (candidate["clamp"], candidate["scale"]) == chosen} for candidate in compared]

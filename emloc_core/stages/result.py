@@ -131,9 +131,6 @@ class RunSummary(TypedDict):
     final: str
     compression: NotRequired[dict[str, dict[str, int]]]
     correction: NotRequired[CorrectionResult]
-    kept: NotRequired[str]
-    kinds: NotRequired[dict[str, str]]
-    selection_losses: NotRequired[dict[str, float]]
     systems: NotRequired[EvaluationResult]
     stderr: NotRequired[dict[str, dict[str, float | None]]]
     metrics: NotRequired[dict[str, dict[str, Any]]]

@@ -40,7 +40,6 @@ def test_it_says_what_the_files_say(tmp_path):
     assert base["nll"] == (1.5, pytest.approx(0.098), False)
     assert base["accuracy"][1] is None
     assert view.scores[1]["cells"]["accuracy"][2]
-    assert view.selection_losses["compress"] == 1.3
     assert view.verdict == "scale 0.85, the surest of 3 candidates: 1.000 ± 0.200 nats gained per row"
     assert view.facts == [
         ("base", "base-1b"), ("data", HOSTILE), ("emulator", "low-rank, ratio 0.6"), ("LoRA", "rank 8"),

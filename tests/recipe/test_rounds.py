@@ -12,7 +12,7 @@ from emloc_core.files.documents import read_json
 from emloc_core.files.manifest import MANIFEST, input_name
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.stages import attempts, compress_request, stages
+from emloc_core.recipe.stages import compress_request, stages
 from emloc_core.recipe.view import RunView
 
 RECIPE = """
@@ -46,19 +46,17 @@ def write(tmp_path, shallow_model, rows_file):
 
 
 def test_every_round_has_its_stages_and_the_last_has_the_usual_names(write):
-    recipe = write('[alternatives.levels]\nkind = "trellis"\n')
+    recipe = write()
     in_order = stages(recipe)
     assert [stage.name for stage in in_order] == [
         "emulator_round1", "adapter_round1", "corrected_round1", "emulator", "adapter", "corrected",
-        "emulator_levels_round1", "adapter_levels_round1", "corrected_levels_round1",
-        "emulator_levels", "adapter_levels", "corrected_levels", "merged",
+        "merged",
     ]  # fmt: skip
     assert in_order[3].purpose == "make the emulator, round 2 of 2"
     requests = {stage.name: stage.request for stage in in_order}
     assert requests["emulator_round1"].adapter is None
     assert requests["emulator"].adapter == requests["corrected_round1"].output
-    assert requests["emulator_levels"].adapter == requests["corrected_levels_round1"].output
-    assert compress_request(recipe, attempts(recipe)[0]) == requests["emulator_round1"]
+    assert compress_request(recipe) == requests["emulator_round1"]
 
 
 @pytest.mark.parametrize(("steps", "rounds", "shares"), [(5, 2, [2, 3]), (60, 3, [20, 20, 20])])
@@ -85,7 +83,6 @@ def test_rounds_share_the_epochs(tmp_path, write, line, epochs):
         (["train.objective=dpo"], "a second round supports only the likelihood of answers"),
         (["train.lora_experts=true"], "only LoRAs on Linears"),
         (["train.steps=1"], "train.steps = 1 are fewer than rounds = 2"),
-        (["alternatives={round1={ratio=0.5}}"], "no round1 or the like at its end"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_any_stage(write, overrides, message):

@@ -94,7 +94,6 @@ def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
     assert (recipe.way, recipe.compress.kind, recipe.model.memory) == ("emulator", "nf4", None)
     text = (out / "recipe.toml").read_text()
     assert "# so: make the emulator" in text
-    assert "[alternatives]" not in text
     assert "[data.columns]" not in text
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")}
     code, output, err = emloc(*command, "--merge")

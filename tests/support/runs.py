@@ -50,8 +50,6 @@ def finished_run(directory: Path) -> Path:
     write(directory / "answers.json", {"answers": [dict.fromkeys(("prompt", "expected", "before", "after"), HOSTILE)]})
     systems = {"base": {"nll": 1.5, "accuracy": 0.25}, HOSTILE: {"nll": 0.5, "accuracy": 0.75}}
     write(directory / "results.json", {
-        "kept": "compress",
-        "selection_losses": {"compress": 1.3, HOSTILE: 1.4},
         "systems": systems,
         "stderr": {"base": {"nll": 0.05, "accuracy": None}},
         "metrics": {"nll": {"higher_is_better": False}, "accuracy": {"higher_is_better": True}},

@@ -70,7 +70,7 @@ def command(
     """Make emulators of many models; SOURCES are registry ids or globs, directories, or files of jobs.
 
     A directory is a model, or contains models. A file of jobs is TOML with one [[job]] per model: model, data, ratio,
-    and the sections of a recipe except [alternatives]. A job with its own rows continues with training, correction and
+    and the sections of a recipe. A job with its own rows continues with training, correction and
     evaluation.
 
     A failed job never stops the others. Run the same command again to resume after an interruption: failed jobs are
