@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from itertools import product
 
 import pytest
@@ -47,6 +48,7 @@ from emloc_core.standins import (
     low_rank_two_bits,
     nf4,
 )
+from emloc_core.standins.layer import product as packed_product
 from emloc_core.standins.low_rank_nf4 import rounded
 from emloc_core.tuning.trainer import LoraTrainer
 
@@ -274,7 +276,7 @@ def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix():
     matrix = torch.randn(12, 40)
     x = torch.randn(5, 40, requires_grad=True)
     codes, scales = nf4.pack(matrix)
-    output = nf4.product(x, codes, scales, (12, 40), torch.float32)
+    output = packed_product(x, partial(nf4.unpack, shape=(12, 40), dtype=torch.float32), codes, scales)
     exact = x @ nf4.rounded(matrix).T
     assert torch.allclose(output, exact, atol=1e-5)
     weights = torch.randn(5, 12)
