@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 import emloc_core as emloc
 from emloc_core.files.documents import read_json
 from emloc_core.keywords.trainer import TrainerFields
-from emloc_core.recipe.live import Doing, Live, doing
 from emloc_core.settings import TrainSettings
 from emloc_core.stages import result
 from emloc_core.tuning.trl import check_extra
@@ -162,41 +161,18 @@ logging_steps = 1
 
 
 @pytest.mark.usefixtures("calls_here")
-def test_a_run_reports_every_stage_and_keeps_what_it_is_doing_in_a_file(
-    shallow_model, rows_file, tmp_path, capfd, monkeypatch
-):
+def test_a_run_reports_every_stage(shallow_model, rows_file, tmp_path, capfd):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(model=shallow_model, rows=rows_file))
-    monkeypatch.setattr("emloc_core.recipe.live._EVERY", 0.0)
-    events, states = [], []
+    events = []
 
-    def watch(event):
-        events.append(event)
-        states.append(doing(tmp_path / "run"))
-
-    run = emloc.run(recipe, train={"steps": 3}, progress=watch)
+    run = emloc.run(recipe, train={"steps": 3}, progress=events.append)
     assert capfd.readouterr() == ("", "")
     assert list(dict.fromkeys((event.stage, event.number, event.stages) for event in events)) == [
         ("compress", 1, 3), ("train", 2, 3), ("correct", 3, 3),
     ]  # fmt: skip
-    assert [state.event for state in states] == events
-    assert [state.name for state in states][-1] == "corrected"
-    losses = next(state.losses for state in reversed(states) if state.name == "adapter")
-    assert [step for step, _ in losses] == [2, 3]
-    assert doing(tmp_path / "run") is None
     assert (run.path, run.final.kind) == (tmp_path / "run", "corrected-adapter")
     assert not list(run.path.glob("*.log"))
-
-
-def test_what_a_killed_run_was_doing_is_not_what_it_does(tmp_path):
-    event = emloc.ProgressEvent("train", "adapter", 1, 3)
-    with Live(tmp_path) as live:
-        live.begin(Doing("adapter", "tune", event))
-        assert doing(tmp_path).event == event
-        live.begin(Doing("adapter", "tune", event, pid=2**22 + 1))  # no process has such an id
-        assert doing(tmp_path) is None
-    (tmp_path / "progress.json").write_text('{"pid": "x"}')
-    assert doing(tmp_path) is None
 
 
 def test_results_have_the_keys_of_their_types(emulator, tmp_path):

@@ -5,8 +5,6 @@ content security policy forbids everything else. All that comes from files is es
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,10 @@ from jinja2 import TemplateError
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable, typed_line
 from emloc_core.files.documents import write_text
-from emloc_core.recipe.live import Doing, doing
 from emloc_core.recipe.view import RunView
-from emloc_core.report.chart import Line, chart
+from emloc_core.report.chart import chart
 from emloc_core.report.error_plot import sparkline
 from emloc_core.report.pages import environment
-
-#: Seconds after which the page of a running run reloads itself.
-REFRESH = 3
 
 
 def write_page(run: Path, output: Path) -> Path:
@@ -31,41 +25,24 @@ def write_page(run: Path, output: Path) -> Path:
     Raises:
         EmlocError: no stage is finished there, a file there is damaged, or the page cannot be written.
     """
-    with _showing(run):
-        page = _render(RunView.read(run))
-    write_text(output, page)
-    return output
-
-
-def live_page(run: Path) -> str:
-    """Return the page of a run as it is now, with the running stage; it reloads itself.
-
-    Raises:
-        EmlocError: a file there is damaged.
-    """
-    with _showing(run):
-        return _render(RunView.read(run, complete=False), doing(run), REFRESH)
-
-
-@contextmanager
-def _showing(run: Path) -> Iterator[None]:
-    """Translate the errors of files that have values of other types than were written."""
     try:
-        yield
+        page = _render(RunView.read(run))
+    # A file there has a value of another type than was written.
     except (ArithmeticError, AttributeError, LookupError, TemplateError, TypeError, ValueError) as error:
         raise EmlocError(
             f"{run} cannot be shown: a JSON file there is not as it was written ({typed_line(error)}).",
             "Restore it, or make its directory again.",
             code="damaged",
         ) from error
+    write_text(output, page)
+    return output
 
 
-def _render(view: RunView, now: Doing | None = None, refresh: int | None = None) -> str:
+def _render(view: RunView) -> str:
     templates = environment("emloc_core.recipe", number=_number, plain=lambda text: printable(str(text)))
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     template = templates.get_template("run.html.j2")
-    drawing = {"sparkline": sparkline, "chart": chart, "line": Line}
-    text = template.render(run=view, now=now, refresh=refresh, written=written, version=__version__, **drawing)
+    text = template.render(run=view, written=written, version=__version__, sparkline=sparkline, chart=chart)
     return f"{text.strip()}\n"
 
 

@@ -20,7 +20,6 @@ from emloc_core.model.cap import gpu_cap
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.recipe.answers import answers_of
 from emloc_core.recipe.decided import decided
-from emloc_core.recipe.live import Doing, Live
 from emloc_core.recipe.recipe import Recipe, load_recipe
 from emloc_core.recipe.stages import Stage, compress_request, directory, has, stages
 from emloc_core.requests import EvalRows
@@ -37,7 +36,6 @@ _NAMING = ("extra", "target_modules", "lora_experts", "rank_pattern", "layers_to
 #: Keeps the stages from showing progress.
 _QUIET = {"EMLOC_VERBOSITY": "quiet"}
 _LOGGER = logging.getLogger("emloc.recipe")
-_KEPT = "Earlier stages are kept."
 
 
 def run_recipe(
@@ -66,14 +64,13 @@ def run_recipe(
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
     planned = stages(recipe)
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
-    with Live(Path(recipe.output)) as live:
-        for index, stage in enumerate(planned):
-            announce(index, len(planned), stage)
-            try:
-                _perform(stage, live, index + 1, len(planned), progress, capped)
-            except EmlocError as error:
-                message = f"The stage '{stage.name}' failed: {error}"
-                raise EmlocError(message, _KEPT, code=error.code, resumable=error.resumable) from None
+    for index, stage in enumerate(planned):
+        announce(index, len(planned), stage)
+        try:
+            _perform(stage, index + 1, len(planned), progress, capped)
+        except EmlocError as error:
+            message = f"The stage '{stage.name}' failed: {error}"
+            raise EmlocError(message, "Earlier stages are kept.", code=error.code, resumable=error.resumable) from None
     results = summarise(recipe, planned)
     if recipe.answers:
         last = "polished" if recipe.polish else "corrected" if recipe.makes_emulator else "adapter"
@@ -89,26 +86,19 @@ def run_recipe(
 
 def _perform(
     stage: Stage,
-    live: Live,
     number: int,
     total: int,
     progress: Callable[[ProgressEvent], Any] | None,
     environment: Mapping[str, str],
 ) -> None:
     """Run a stage in its own process, and pass on its events."""
-    begun = ProgressEvent(stage.request.stage, str(stage.output), 0, 0, number=number, stages=total)
-    live.begin(Doing(stage.name, stage.purpose, begun))
     log = stage.output.with_name(f".{stage.name}.log")
     shown: dict[str, Any] = {"log": log} if progress else {}
     environment = {**environment, **(_QUIET if progress else {})}
     try:
         for answer in call(PERFORM, {"request": stage.request.to_json()}, environment=environment, **shown):
-            if answer == "done":
-                continue
-            event = ProgressEvent(**{**answer, "number": number, "stages": total})
-            live.update(event)
-            if progress:
-                progress(event)
+            if progress and answer != "done":
+                progress(ProgressEvent(**{**answer, "number": number, "stages": total}))
     except ProcessDiedError as error:
         if not progress:
             raise

@@ -36,7 +36,6 @@ from emloc_core.files.documents import read_object, write_json, write_text
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.output import differences
 from emloc_core.recipe.decided import decided
-from emloc_core.recipe.live import FILE as PROGRESS
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
 from emloc_core.recipe.run import require_tuning, run_recipe
@@ -129,8 +128,8 @@ class Tune(Settings):
         return load_recipe(self.output / RECIPE)
 
     def _holds_work(self) -> bool:
-        """Return whether a stage has finished, has begun, or is running."""
-        return any(any(self.output.glob(pattern)) for pattern in (f"*/{MANIFEST}", ".*.partial", PROGRESS))
+        """Return whether a stage has finished, or has begun."""
+        return any(any(self.output.glob(pattern)) for pattern in (f"*/{MANIFEST}", ".*.partial"))
 
     def plan(self) -> tuple[Recipe, list[str]]:
         """Return the recipe with what is decided for the memory, and lines that explain it; nothing is written.

@@ -107,28 +107,25 @@ class RunView:
     answers: list[Mapping[str, str]]
 
     @classmethod
-    def read(cls, run: Path, *, complete: bool = True) -> "RunView":
+    def read(cls, run: Path) -> "RunView":
         """Read the directory that ``emloc run`` wrote to.
-
-        Args:
-            complete: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
 
         Raises:
             EmlocError: there is no such directory, or no stage is finished there.
         """
-        require_run(run)
+        if not run.is_dir():
+            raise EmlocError(f"{run} is not a directory.", "Give the output directory of `emloc run`.", code="missing")
         paths = sorted(run.iterdir(), key=_order)
         finished = {
             path.name: path for path in paths if _order(path)[1] < len(PURPOSES) and (path / MANIFEST).is_file()
         }
-        if complete and not finished:
+        if not finished:
             raise EmlocError(
                 f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
             )
         results = _read(run / "results.json")
         endings = [name.removeprefix("emulator") for name in finished if name.startswith("emulator")] or [""]
-        plans = [planned_bytes(finished, ending) for ending in endings] if complete else []
-        planned = {name: size for plan in plans for name, size in plan.items()}
+        planned = {name: size for end in endings for name, size in planned_bytes(finished, end).items()}
         stages = [
             StageView(name, read_object(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
             for name, path in finished.items()
@@ -225,12 +222,6 @@ class RunView:
 
     def _result(self, name: str) -> Mapping[str, Any]:
         return self._manifest(name).get("result", {})
-
-
-def require_run(run: Path) -> None:
-    """Refuse what is no directory."""
-    if not run.is_dir():
-        raise EmlocError(f"{run} is not a directory.", "Give the output directory of `emloc run`.", code="missing")
 
 
 def _order(path: Path) -> tuple[float, int, str]:
