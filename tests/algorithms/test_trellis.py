@@ -137,11 +137,11 @@ def test_what_is_packed_is_read_as_it_was_rounded(shape, seed, compiled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stack", [(), (3,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
 def test_all_that_unpacks_gives_the_same(stack, dtype, monkeypatch):
     monkeypatch.setattr(native, "_PER_THREAD", 1)
     monkeypatch.setattr(native, "_LARGE", 1)
-    m, n = 2 * SEGMENT + 7, 300
+    m, n = SEGMENT + 7, 300
     codes = torch.randint(256, (*stack, -(-m // COUNT), n), dtype=torch.uint8)
     scales = torch.rand(*stack, m, 2).bfloat16()
     expected = without_compilers(TrellisLinear.unpack, codes, scales, shape=(m, n), dtype=dtype)
