@@ -51,7 +51,7 @@ demo-diffusion: $(STAMP)  ## pictures, out: a small FLUX, trained here, that dra
 demo-zoo: $(STAMP)  ## small models, a mixture of experts in every kind, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
-test: $(STAMP)  ## what the toolkit promises, on tiny models, in seven to eight minutes
+test: $(STAMP)  ## what the toolkit promises, on tiny models, in five minutes
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(STAMP)  ## the same, and further cases of it

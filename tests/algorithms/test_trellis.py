@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compilers import without_compilers
+from support.marks import thorough
 
 from emloc_core.algorithms import levels, native, trellis
 from emloc_core.algorithms.feedback import MORE_DAMPING, Damped
@@ -136,8 +137,15 @@ def test_what_is_packed_is_read_as_it_was_rounded(shape, seed, compiled):
     assert torch.equal(read, coded.numbers())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize(
+    ("stack", "dtype"),
+    [
+        ((), torch.float32),
+        ((), torch.bfloat16),
+        ((2,), torch.float16),
+        *thorough(((), torch.float16), ((2,), torch.float32), ((2,), torch.bfloat16)),
+    ],
+)
 def test_all_that_unpacks_gives_the_same(stack, dtype, monkeypatch):
     monkeypatch.setattr(native, "_PER_THREAD", 1)
     monkeypatch.setattr(native, "_LARGE", 1)

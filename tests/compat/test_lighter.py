@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from support.contracts import contract
 
 from emloc_core.compat.lighter import _compiled_when_called
@@ -32,6 +33,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.thorough
 @contract("trl", "compat.lighter")
 def test_imports_put_off_what_few_programs_need():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
