@@ -242,7 +242,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "architecture.md": architecture_page,
     HERE / "decisions" / "index.md": decisions_page,
     HERE / "polish.md": partial(measured, "polish.md", "batches", "rates"),
-    ROOT / "emloc_core" / "keywords" / "settings.py": keywords,
+    ROOT / "emloc_core" / "keywords.py": keywords,
     ROOT / "examples" / "first_model.ipynb": notebook,
 }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from emloc_core.errors import EmlocError, validated
-from emloc_core.keywords.settings import (
+from emloc_core.keywords import (
     CompressKwargs,
     CorrectKwargs,
     EvalRowsKwargs,
@@ -26,10 +26,10 @@ from emloc_core.keywords.settings import (
     ExactKwargs,
     ExportKwargs,
     PlanKwargs,
+    PolishKwargs,
     RecipeKwargs,
     TrainKwargs,
 )
-from emloc_core.keywords.trainer import PolishAllKwargs, TrainAllKwargs, TrainerFields
 from emloc_core.processes.environment import quiet, settle
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.settings import AUTO, FREE, TrainSettings
@@ -126,7 +126,7 @@ def train(  # noqa: PLR0913 - all by keyword
     peft_config: "LoraConfig | None" = None,
     callbacks: Sequence["TrainerCallback"] = (),
     progress: OnProgress | None = None,
-    **settings: Unpack[TrainAllKwargs],
+    **settings: Unpack[TrainKwargs],
 ) -> Result[AdapterResult]:
     """Train a LoRA on an emulator, or on an ordinary model: stage 2.
 
@@ -147,16 +147,14 @@ def train(  # noqa: PLR0913 - all by keyword
         callbacks: callbacks for transformers' trainer. They do not count among the output's inputs.
         progress: called after every optimiser step; by default the trainer shows its progress bar.
         settings: see :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...;
-            and any other field of TRL's ``SFTConfig`` or ``DPOConfig``: ``weight_decay``, ``lr_scheduler_type``, ...
+            and, as ``extra``, other fields of TRL's ``SFTConfig`` or ``DPOConfig``: ``{"weight_decay": 0.01}``.
 
     Raises:
         EmlocError: the model, the data or the settings cannot be used, or the loss is NaN or infinite.
     """
     content = {"model": model, "output": output, **_rows(data, exclude, split, columns, skip_bad_rows=skip_bad_rows)}
     more = {"exact": exact, "limits": dict(limits or {}), "evaluation": dict(evaluation or {})}
-    values = _with_extra(settings)
-    if peft_config is not None:
-        values = _with_lora(values, peft_config)
+    values = settings if peft_config is None else _with_lora(settings, peft_config)
     return _perform(make_request("train", values, **content, **more), progress, callbacks)
 
 
@@ -211,7 +209,7 @@ def polish(  # noqa: PLR0913 - all by keyword
     evaluation: EvalRowsKwargs | None = None,
     callbacks: Sequence["TrainerCallback"] = (),
     progress: OnProgress | None = None,
-    **settings: Unpack[PolishAllKwargs],
+    **settings: Unpack[PolishKwargs],
 ) -> Result[AdapterResult]:
     """Train an adapter for a few exact steps on the base itself, in the memory of a few blocks.
 
@@ -229,7 +227,7 @@ def polish(  # noqa: PLR0913 - all by keyword
         callbacks: of transformers' trainer, see :func:`train`.
         progress: called after every optimiser step; by default the trainer shows its progress bar.
         settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...;
-            and any other field of TRL's ``SFTConfig``.
+            and, as ``extra``, other fields of TRL's ``SFTConfig``.
 
     Raises:
         EmlocError: the adapter does not belong to the base, the data or settings cannot be used, or the base changed
@@ -243,7 +241,7 @@ def polish(  # noqa: PLR0913 - all by keyword
         "limits": dict(limits or {}),
         "evaluation": dict(evaluation or {}),
     }
-    return _perform(make_request("polish", _with_extra(settings), **content), progress, callbacks)
+    return _perform(make_request("polish", settings, **content), progress, callbacks)
 
 
 def merge(
@@ -502,7 +500,7 @@ def tune(  # noqa: PLR0913 - all by keyword
     evaluation: EvalRowsKwargs | None = None,
     paper: bool = False,
     progress: OnProgress | None = None,
-    **settings: Unpack[TrainAllKwargs],
+    **settings: Unpack[TrainKwargs],
 ) -> RunResult:
     """Tune a model on rows in the available memory, in the best way that fits: all stages in one call.
 
@@ -556,7 +554,7 @@ def tune(  # noqa: PLR0913 - all by keyword
             "skip_bad_rows": skip_bad_rows,
             "evaluation": evaluated,
             "paper": paper,
-            "settings": _with_extra(settings),
+            "settings": settings,
         }
         request = validated(Tune, arguments, "See `emloc tune --help`.")
         request.run(tell=logging.getLogger("emloc.tune").info, progress=progress)
@@ -608,13 +606,6 @@ def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence[
         else:
             result = finish(request.stage, job)
     return result if result is not None else Result(request.output)
-
-
-def _with_extra(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with the fields of the trainer's config moved into ``extra``."""
-    fields = {name: value for name, value in settings.items() if name in TrainerFields.__annotations__}
-    remaining = {name: value for name, value in settings.items() if name not in fields}
-    return {**remaining, "extra": {**remaining.get("extra", {}), **fields}} if fields else remaining
 
 
 def _with_lora(settings: Mapping[str, Any], config: "LoraConfig") -> dict[str, Any]:

@@ -12,10 +12,7 @@ from transformers import TrainerCallback
 
 import emloc_core as emloc
 from emloc_core.files.documents import read_json
-from emloc_core.keywords.trainer import TrainerFields
-from emloc_core.settings import TrainSettings
 from emloc_core.stages import result
-from emloc_core.tuning.trl import check_extra
 
 ROWS = example_rows()
 COMPRESS = {"samples": 8, "selection": 4, "ratio": 0.6, "device": "cpu"}
@@ -28,8 +25,9 @@ from transformers import TrainerCallback
 import emloc_core as emloc
 
 emulator = emloc.compress("model", "rows.jsonl", "emulator", ratio=0.5, kind="low-rank", tuning={"lora_rank": 4})
-emloc.train(emulator, [{"text": "a"}], "adapter", steps=3, weight_decay=0.1, target_modules="all-linear",
-            progress=lambda event: print(event.seconds_left), callbacks=[TrainerCallback()])
+emloc.train(emulator, [{"text": "a"}], "adapter", steps=3, extra={"weight_decay": 0.1},
+            target_modules="all-linear", callbacks=[TrainerCallback()],
+            progress=lambda event: print(event.seconds_left))
 emloc.train(emulator, "rows.jsonl", "adapter", peft_config=LoraConfig(r=4))
 emloc.polish("adapter", "rows.jsonl", limits={"memory": "8GiB"}, evaluation={"split": 0.1})
 emloc.evaluate("task.yaml", "evaluation", base="model", limit=4)
@@ -78,9 +76,9 @@ class Watcher(TrainerCallback):
         control.should_training_stop = state.global_step == 2
 
 
-def test_callbacks_take_part_in_training_and_any_field_of_the_trainer_is_a_keyword(emulator, tmp_path):
+def test_callbacks_take_part_in_training_and_any_field_of_the_trainer_is_extra(emulator, tmp_path):
     watcher = Watcher()
-    adapter = emloc.train(emulator, ROWS, tmp_path / "a", callbacks=[watcher], weight_decay=0.25, **TRAIN)
+    adapter = emloc.train(emulator, ROWS, tmp_path / "a", callbacks=[watcher], extra={"weight_decay": 0.25}, **TRAIN)
     assert (watcher.steps, adapter.result["steps"], watcher.config.weight_decay) == (2, 2, 0.25)
     assert adapter.manifest["request"]["settings"]["extra"] == {"weight_decay": 0.25}
     with pytest.raises(emloc.EmlocError, match="Did you mean 'steps'"):
@@ -107,14 +105,6 @@ def test_a_config_of_peft_describes_the_lora(emulator, tmp_path):
 def test_what_a_config_of_peft_cannot_say_is_one_error(emulator, tmp_path, config, settings, message):
     with pytest.raises(emloc.EmlocError, match=message):
         emloc.train(emulator, ROWS, tmp_path / "a", peft_config=config, **settings)
-
-
-def test_the_trainer_has_every_field_that_is_a_keyword():
-    for field in TrainerFields.__annotations__:
-        try:
-            check_extra(TrainSettings(extra={field: None}))
-        except emloc.EmlocError:
-            check_extra(TrainSettings(objective="dpo", extra={field: None}))
 
 
 def test_events_tell_how_far_a_stage_is_and_nothing_is_printed(emulator, shallow_model, tmp_path, capfd):

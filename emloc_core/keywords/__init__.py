@@ -1,1 +1,0 @@
-"""The keywords that Python's functions take, for editors and type checkers."""
