@@ -13,20 +13,9 @@ from emloc_diffusers.families import FAMILIES
 from emloc_diffusers.flow import Times
 from emloc_diffusers.pictures import Drawing, grid
 from emloc_diffusers.pipeline import Parts
-from emloc_diffusers.scores import Judge
 from emloc_diffusers.training import Pictures, sizes
 from PIL import Image
-from support.marks import most_thorough
 from support.pipelines import flux_pipeline, picture_rows
-from transformers import (
-    BitImageProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTextConfig,
-    Dinov2Config,
-    Dinov2Model,
-)
 
 import emloc_core as emloc
 from emloc_core.cli import cli
@@ -134,44 +123,13 @@ def test_the_grid_shows_base_and_adapter_from_the_same_noise(pixels, tmp_path):
     assert grid({"base": one}, ["a", "b"], 16).width > 32
 
 
-@pytest.fixture
-def judge(request, tmp_path):
-    """A directory with a CLIP or a DINO of random weights."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    torch.manual_seed(0)
-    if request.param == "clip":
-        text = CLIPTextConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                              num_attention_heads=2, eos_token_id=2, bos_token_id=1)  # fmt: skip
-        model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config={**sizes, "intermediate_size": 16},
-                                     projection_dim=8))  # fmt: skip
-        processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    else:
-        model = Dinov2Model(Dinov2Config(**sizes))
-        processor = BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    model.save_pretrained(tmp_path / "judge")
-    processor.save_pretrained(tmp_path / "judge")
-    return tmp_path / "judge"
-
-
-@pytest.mark.parametrize("judge", most_thorough(["clip", "dino"], "clip"), indirect=True)
-def test_systems_are_scored_on_held_out_pictures(judge, pixels, tmp_path):
+def test_systems_are_scored_on_held_out_pictures(pixels, tmp_path):
     train, held_out = tmp_path / "train", tmp_path / "held-out"
     rows = picture_rows(held_out, 3)
     (held_out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapter = emloc.train(str(pixels), picture_rows(train, 4), str(tmp_path / "adapter"), steps=2, batch_size=2,
                           lora_rank=2, learning_rate=0.05)  # fmt: skip
-    options = [
-        "--adapter",
-        str(adapter.path),
-        "--data",
-        str(held_out),
-        "--judge",
-        str(judge),
-        "--side",
-        "8",
-        "--steps",
-        "2",
-    ]
+    options = ["--adapter", str(adapter.path), "--data", str(held_out), "--side", "8", "--steps", "2"]
     done = CliRunner().invoke(cli, ["pictures", str(pixels), *options, "-o", str(tmp_path / "grid.png"), "--json"])
     assert done.exit_code == 0, done.output
     scores = json.loads(done.stdout)["systems"]
@@ -183,20 +141,7 @@ def test_systems_are_scored_on_held_out_pictures(judge, pixels, tmp_path):
         with torch.no_grad():
             total, count = torch.stack([sample.loss(system, "cpu") for sample in samples]).sum(0)
         assert scores[name]["loss"] == pytest.approx(float(total / count), rel=1e-5)
-        assert -1 < scores[name]["similarity"] < 1
     assert scores["base"] != scores["adapter"]
-
-
-@pytest.mark.parametrize("judge", most_thorough(["clip", "dino"], "clip"), indirect=True)
-def test_a_judge_finds_like_pictures_like(judge):
-    numbers = numpy.random.default_rng(0)
-    picture, other = (Image.fromarray(numbers.integers(0, 250, (16, 16), dtype=numpy.uint8)) for _ in range(2))
-    brighter = picture.point(lambda level: level + 1)
-    judging = Judge(judge)
-    assert judging.similarity([picture], [picture]) == pytest.approx(1)
-    assert judging.similarity([picture], [brighter]) > judging.similarity([picture], [other])
-    both = [judging.similarity([picture], [candidate]) for candidate in (brighter, other)]
-    assert judging.similarity([picture], [brighter, other]) == pytest.approx(sum(both) / 2)
 
 
 def test_lm_eval_is_told_apart_from_what_scores_pictures(pixels, rows_file, tmp_path):
@@ -206,14 +151,8 @@ def test_lm_eval_is_told_apart_from_what_scores_pictures(pixels, rows_file, tmp_
     assert "emloc pictures" in caught.value.fix
 
 
-def test_what_judges_no_pictures_is_refused(pixels):
-    with pytest.raises(EmlocError, match="not a model that can judge pictures"):
-        Judge(pixels / "text_encoder_2")
-
-
-@pytest.mark.parametrize("options", [[], ["--judge", "."]])
-def test_without_rows_there_is_nothing_to_compare_with(options, pixels):
-    done = CliRunner().invoke(cli, ["pictures", str(pixels), *options])
+def test_without_rows_and_prompts_there_is_nothing_to_draw(pixels):
+    done = CliRunner().invoke(cli, ["pictures", str(pixels)])
     assert isinstance(done.exception, EmlocError)
     assert "--data" in done.exception.fix
 
