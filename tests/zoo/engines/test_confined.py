@@ -21,17 +21,33 @@ LOCAL = """
     engine.close()
 """
 
+#: The same with the demo's two nodes.
+NODES = """
+    import sys, threading
+    from emloc_demo.zoo.command import two_nodes
+    with two_nodes() as address:
+        from emloc_core.zoo.engines.cluster import RayEngine
+        engine = RayEngine(address=address)
+        worker = engine._ray.remote(threading.Event).remote()
+        engine._ray.get(worker.is_set.remote())
+        print(address, flush=True)
+        sys.stdin.read()
+        engine.close()
+"""
+
 JOIN = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
 
 
 pytestmark = pytest.mark.thorough  # starting Ray takes seconds
 
 
-@pytest.fixture(scope="module")
-def ray():
+@pytest.fixture(
+    scope="module", params=[LOCAL, pytest.param(NODES, marks=pytest.mark.slow)], ids=["one node", "two nodes"]
+)
+def ray(request):
     """A Ray that is running: its driver's process and its address."""
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(LOCAL)],
+        [sys.executable, "-c", textwrap.dedent(request.param)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
