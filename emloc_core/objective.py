@@ -190,9 +190,6 @@ class Objective(Protocol):
     def exact_trainer(self) -> type[Any]:
         """Return the trainer class for exact steps: ``emloc_core.tuning.exact.Streamed`` mixed into a trainer."""
 
-    def exact_steps(self) -> type[Any]:
-        """Return the class that computes the gradients of exact steps, an ``emloc_core.exact.steps.ExactSteps``."""
-
     def vocabulary(self, config: Any) -> int:
         """Return the number of logits per position; 0 without any."""
 

@@ -200,12 +200,6 @@ class TokenObjective:
 
         return StreamedTrainer
 
-    def exact_steps(self) -> type[Any]:
-        """Return the class that computes the loss of tokens in pieces."""
-        from emloc_core.exact.steps import ExactSteps
-
-        return ExactSteps
-
     def vocabulary(self, config: Any) -> int:
         """Return the vocabulary's size."""
         return config.get_text_config().vocab_size

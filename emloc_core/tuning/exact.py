@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import PartialState
@@ -25,6 +25,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.memory import lora_need, step_need
+from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.model.cap import cap_gpus
@@ -38,9 +39,6 @@ from emloc_core.tuning.start import GivenLora, NewLora, loras_alone, start_of
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import SETTINGS, LoraSteps, LoraTrainer, balance_no_experts, refusing
 from emloc_core.units import counted, human_bytes, parse_bytes
-
-if TYPE_CHECKING:
-    from emloc_core.exact.steps import ExactSteps
 
 #: Share of a GPU's free memory that activations at boundaries may fill before they are moved to the CPU's.
 _SHARE = 0.25
@@ -116,7 +114,7 @@ class ExactTrain(Train):
         with refusing(SETTINGS):
             trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **options)
         base: Any = lora.get_base_model()
-        steps = self.model.objective.exact_steps()(base, self.skeleton, config.device, room, boundaries)
+        steps = trainer.engine(base, self.skeleton, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size)
         self._closing.callback(steps.close)
         return trainer
@@ -185,9 +183,15 @@ class StreamedConfig(SFTConfig):
 
 
 class Streamed(LoraSteps):
-    """A trainer that gets all rows of a step at once, and takes their gradients by exact steps."""
+    """A trainer that gets all rows of a step at once, and takes their gradients by exact steps.
 
-    def attach(self, steps: "ExactSteps", micro_batch: int) -> None:
+    Attributes:
+        engine: the class that computes the gradients.
+    """
+
+    engine: ClassVar[type[ExactSteps]] = ExactSteps
+
+    def attach(self, steps: ExactSteps, micro_batch: int) -> None:
         """Take gradients by these steps, ``micro_batch`` rows at a time."""
         self._steps, self._micro_batch = steps, micro_batch
         self._collate: Any = self.data_collator

@@ -174,12 +174,6 @@ class FlowMatching:
 
         return StreamedFlowTrainer
 
-    def exact_steps(self) -> type[Any]:
-        """Return the class that recomputes every unit: there is no head."""
-        from emloc_diffusers.training import ExactFlow
-
-        return ExactFlow
-
     def vocabulary(self, config: Any) -> int:
         """Return 0: there are no logits."""
         return 0

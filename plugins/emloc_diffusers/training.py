@@ -137,15 +137,6 @@ def _together(rows: Sequence[Encoded | Drawn]) -> dict[str, Sequence[Encoded | D
     return {GROUPS: rows}
 
 
-class StreamedFlowTrainer(Streamed, FlowTrainer):
-    """The same trainer, by exact steps."""
-
-    def attach(self, *arguments: Any) -> None:
-        """Let the steps draw noise themselves; see :meth:`emloc_core.tuning.exact.Streamed.attach`."""
-        self.data_collator = self.collate
-        super().attach(*arguments)
-
-
 class ExactFlow(ExactSteps):
     """Exact steps on the velocity: there is no head, so every unit is recomputed."""
 
@@ -170,6 +161,17 @@ class ExactFlow(ExactSteps):
                 return weight * squared_error(self.model, self._call, **self.moved(batch)).sum()
 
         return forward
+
+
+class StreamedFlowTrainer(Streamed, FlowTrainer):
+    """The same trainer, by exact steps."""
+
+    engine = ExactFlow
+
+    def attach(self, *arguments: Any) -> None:
+        """Let the steps draw noise themselves; see :meth:`emloc_core.tuning.exact.Streamed.attach`."""
+        self.data_collator = self.collate
+        super().attach(*arguments)
 
 
 def trainer(
