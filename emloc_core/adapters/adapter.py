@@ -19,7 +19,7 @@ from emloc_core.algorithms.lora import Lora, flattened, of_experts
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.header import read_header
-from emloc_core.files.inputs import Inputs, hash_files
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.lora import CONFIG, WEIGHTS, require_lora
 from emloc_core.files.manifest import input_name, manifest_value, read_manifest, require_unchanged
 from emloc_core.files.own import require_own_files
@@ -262,7 +262,7 @@ def content_hash(directory: Path) -> str:
     """
     config = {**read_object(directory / CONFIG), "base_model_name_or_path": None}
     text = json.dumps(config, sort_keys=True)
-    return hashlib.sha256(f"{text}\n{hash_files([directory / WEIGHTS])}".encode()).hexdigest()
+    return hashlib.sha256(f"{text}\n{Inputs().hash([directory / WEIGHTS])}".encode()).hexdigest()
 
 
 def fingerprint(directory: Path, files: Inputs) -> str:

@@ -87,11 +87,6 @@ class Inputs:
                 )
 
 
-def hash_files(paths: Iterable[Path], cache_dir: Path | None = None) -> str:
-    """Return the SHA-256 over the names and contents of files, as :meth:`Inputs.hash` does."""
-    return Inputs(cache_dir).hash(paths)
-
-
 def _stamp(path: Path) -> Stamp:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]

@@ -15,7 +15,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json, read_toml
 from emloc_core.files.header import read_header
-from emloc_core.files.inputs import hash_files
+from emloc_core.files.inputs import Inputs
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_links_within_a_model_and_to_the_hubs_blobs_are_followed(tiny_model: Pat
         read_json,
         read_header,
         lambda path: read_toml(path, "recipe"),
-        lambda path: hash_files([path]),
+        lambda path: Inputs().hash([path]),
         lambda path: Picture.from_source(path.name, path.parent),
     ],
 )

@@ -43,7 +43,7 @@ from emloc_core.cli import cli, main
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
-from emloc_core.files.inputs import Inputs, hash_files
+from emloc_core.files.inputs import Inputs
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 
@@ -124,7 +124,7 @@ def test_nothing_is_lost_and_no_code_travels(models):
         "layout": "internvl_chat",
         "native": manifest["request"]["native"],
         "source": Checkpoint(source).fingerprint(Inputs()),
-        "files": hash_files(Checkpoint(source).side_files()),
+        "files": Inputs().hash(Checkpoint(source).side_files()),
     }
     assert manifest["result"]["split"] == 3 + 2
 

@@ -10,7 +10,7 @@ from support.marks import most_thorough
 from support.processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.inputs import hash_files
+from emloc_core.files.inputs import Inputs
 from emloc_core.zoo.convert import Preview, convert, preview, require_room
 from emloc_core.zoo.driver import RESERVE, Driver
 from emloc_core.zoo.jobs.outcome import Outcome
@@ -167,10 +167,10 @@ def test_input_and_output_are_tried_again_later_and_then_fail(tmp_path):
 def test_what_planning_has_hashed_is_not_read_again(tmp_path, monkeypatch):
     weights = tmp_path / "weights"
     weights.write_text("content")
-    hashes = hash_files([weights], tmp_path)
+    hashes = Inputs(tmp_path).hash([weights])
     directory = Task(waiting("a"), 1, Demand()).lay_out(tmp_path)
     monkeypatch.setattr("hashlib.file_digest", None)
-    assert hash_files([weights], directory) == hashes
+    assert Inputs(directory).hash([weights]) == hashes
 
 
 def run_with_needs(zoo, needs, *, workers=4, memory=1000, tell=lambda *_: None, seconds=0.0, **limits):

@@ -156,7 +156,7 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
 def _rows_fingerprint(source: str, split: str, cache_dir: Path) -> str:
     """Return a hash of the content of rows and their pictures, wherever they are; for a hub dataset, its id."""
     from emloc_core.data.rows import digest, load_rows
-    from emloc_core.files.inputs import hash_files
+    from emloc_core.files.inputs import Inputs
 
     path = Path(source)
     if not path.exists():
@@ -164,7 +164,7 @@ def _rows_fingerprint(source: str, split: str, cache_dir: Path) -> str:
     try:
         return digest(load_rows(source, split))
     except EmlocError:  # the worker will say what is wrong with them
-        return hash_files([path], cache_dir) if path.is_file() else source
+        return Inputs(cache_dir).hash([path]) if path.is_file() else source
 
 
 def _task_fingerprint(task: str, cache_dir: Path) -> str:
