@@ -18,7 +18,7 @@ from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.job import Job, Progress
-from emloc_core.files.lora import CONFIG
+from emloc_core.files.lora import require_lora
 from emloc_core.files.manifest import MANIFEST, read_manifest
 from emloc_core.files.output import Output
 from emloc_core.plugins.manager import plugin_manager
@@ -270,9 +270,8 @@ def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
                 "Give a model for images and text, or another task.",
                 code="mismatch",
             )
-        if system.adapter and not (system.adapter / CONFIG).is_file():
-            raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.",
-                             code="missing")  # fmt: skip
+        if system.adapter:
+            require_lora(system.adapter)
 
 
 def _content(systems: Sequence[_Opened], specs: Sequence[TaskSpec], files: Inputs) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from emloc_core.compat.transformers import never_ask_for_code
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.documents import read_config, read_object
 from emloc_core.files.limits import limited
+from emloc_core.files.lora import CONFIG, require_lora
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.templates import bound_templates
@@ -185,16 +186,13 @@ def load_lora(model: Any, directory: Path, **settings: Any) -> Any:
     from peft import PeftModel
 
     require_own_files(directory, ["*"])
-    config = read_object(directory / "adapter_config.json")
+    config = read_object(directory / CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise EmlocError(
             f"The adapter {directory} is a {kind}; only LoRAs are supported.", "Train a LoRA.", code="unsupported"
         )
-    if not (directory / "adapter_model.safetensors").is_file():
-        raise EmlocError(
-            f"{directory} has no adapter_model.safetensors.", "Save the LoRA as safetensors.", code="missing"
-        )
+    require_lora(directory)
     if problems := pattern_problems(config):
         raise EmlocError(
             f"The adapter {directory} cannot be used: {problems[0]}.", "Use full module names.", code="refused"
@@ -288,7 +286,7 @@ def _require_plain(config: Any, directory: Path) -> None:
                 "Give the unquantised model.",
                 code="unsupported",
             )
-    if (directory / "adapter_config.json").exists():
+    if (directory / CONFIG).exists():
         raise EmlocError(
             f"{directory} holds a model and an adapter, which would be applied whenever the model is loaded.",
             "Move the adapter to its own directory.",
