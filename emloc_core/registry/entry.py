@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from emloc_core.units import parse_bytes
 
 #: The memory target that is the model's own inference memory, as in the paper.
 INFERENCE = "inference"
-#: Config fields that make transformers download and run code. Fields with a leading underscore are internal.
-_CODE = {"auto_map", "attn_implementation", "experts_implementation", "custom_generate"}
 _PUBLISHED = re.compile(r"\d+(\.\d+)?([MB]|GB)?")
 
 
@@ -94,9 +92,6 @@ class Entry(Settings):
     def _is_data(cls, config: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(config.get("model_type"), str):
             raise ValueError("config has no model_type")
-        for name in _names(config):
-            if name in _CODE or name.startswith("_"):
-                raise ValueError(f"{name!r} could make transformers run code that is not its own; leave it out")
         return config
 
     @property
@@ -158,13 +153,3 @@ def read_entry(file: Path) -> Entry:
         raise EmlocError(f"{entry.file} names {entry.checkpoint!r}, outside its directory.", "Put it beside the entry.",
                          code="refused")  # fmt: skip
     return entry
-
-
-def _names(value: Any) -> Iterator[str]:
-    """Yield the names of all fields of a config, including nested ones."""
-    if isinstance(value, Mapping):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from _names(part)

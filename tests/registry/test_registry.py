@@ -229,11 +229,6 @@ FAULTS = {
     "no preset": (("[presets.default]\nsamples = 8", "[presets]"), "presets"),
     "no id": (('id = "me/tiny"', ""), "id is missing"),
     "no model type": (('model_type = "llama"', ""), "config has no model_type"),
-    "code": (('dtype = "float32"', 'auto_map = {AutoConfig = "x.Y"}'), "could make transformers run code"),
-    "code of a part": (
-        ('dtype = "float32"', 'text_config = {_attn_implementation = "a/b"}'),
-        "could make transformers",
-    ),
 }
 
 
