@@ -137,7 +137,7 @@ def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     files, content = read_task_file(path)
     _check_keys(path, content)
     data = [Path(file) for file in _data_files(content)]
-    functions = sorted({file for value in _named_functions(content) if (file := _function_file(value, path)).is_file()})
+    functions = sorted(filter(Path.is_file, _function_files(content, path)))
     inputs.hash([*files, *functions])
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
     rows = [*data, *_files_of_a_directory(content)]
@@ -212,13 +212,8 @@ def _absolute(files: Any, directory: Path) -> Any:
 def _data_files(content: dict[str, Any]) -> Iterator[str]:
     """Yield the local files of rows that a task's content names."""
     settings = content.get("dataset_kwargs")
-    stack = [settings.get("data_files")] if isinstance(settings, dict) else []
-    while stack:
-        value = stack.pop()
-        if isinstance(value, dict | list):
-            stack += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and "://" not in value:
-            yield value
+    named = _texts(settings.get("data_files")) if isinstance(settings, dict) else ()
+    return (text for text in named if "://" not in text)
 
 
 def _files_of_a_directory(content: dict[str, Any]) -> Iterator[Path]:
@@ -230,17 +225,19 @@ def _files_of_a_directory(content: dict[str, Any]) -> Iterator[Path]:
                 yield file
 
 
-def _named_functions(value: Any) -> Iterator[str]:
-    """Yield the names of all functions that a task's content calls, as ``module.name``."""
-    if isinstance(value, str) and value.startswith(_FUNCTION):
-        yield value.removeprefix(_FUNCTION)
+def _function_files(content: dict[str, Any], path: Path) -> set[Path]:
+    """Return the files of all functions that a task's content calls, as ``module.name``."""
+    names = [text.removeprefix(_FUNCTION) for text in _texts(content) if text.startswith(_FUNCTION)]
+    return {path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in names}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a value of YAML, but not its keys."""
+    if isinstance(value, str):
+        yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _named_functions(part)
-
-
-def _function_file(name: str, path: Path) -> Path:
-    return path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py"
+            yield from _texts(part)
 
 
 def require_bundled(tasks: Sequence[str]) -> None:
