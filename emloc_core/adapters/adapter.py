@@ -3,20 +3,20 @@
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from emloc_core.adapters.dense import Replacement, replacements
 from emloc_core.adapters.expert_keys import by_stack, in_file, is_single
 from emloc_core.algorithms.lora import Lora, flattened, of_experts
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, explain
 from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
@@ -34,36 +34,26 @@ _NONE: Mapping[str, torch.Tensor] = {}
 _MADE_FOR = {"adapter": "model", "corrected-adapter": "base", "served-adapter": "base"}
 
 
+class _Scale(BaseModel, strict=True):
+    """The fields of PEFT's config that a LoRA's scale is computed from."""
+
+    lora_alpha: float = Field(gt=0, allow_inf_nan=False)
+    r: PositiveInt = 8
+    use_rslora: bool = False
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    rank_pattern: dict[str, PositiveInt] | None = None
+
+
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return the reasons why a LoRA with this PEFT config cannot be transferred to the base; empty if it can."""
     problems = field_problems(config)
     if config.get("peft_type") != "LORA":
         return problems
-    return [*_scale_problems(config), *pattern_problems(config), *problems]
-
-
-def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the problems of the numbers that a LoRA's scale is computed from."""
-    alpha, rank = config.get("lora_alpha"), config.get("r", 8)  # PEFT's default
-    if not _is_positive(alpha):
-        yield f"its lora_alpha is {alpha!r}, but the LoRA's scale depends on it"
-    if not (_is_positive(rank) and isinstance(rank, int)):
-        yield f"its r is {rank!r}, which is not a valid rank"
-    if not isinstance(config.get("use_rslora", False), bool):
-        yield f"its use_rslora is {config['use_rslora']!r}, neither true nor false"
-    for name, kinds in (("alpha_pattern", (int, float)), ("rank_pattern", (int,))):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict):
-            yield f"its {name} is not an object that maps modules to numbers"
-            continue
-        for module, value in pattern.items():
-            if not (_is_positive(value) and isinstance(value, kinds)):
-                yield f"its {name} gives {value!r} for {module!r}"
-
-
-def _is_positive(number: Any) -> bool:
-    """Return whether this is a finite number above 0. True is an int in Python, not in JSON."""
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < sys.float_info.max
+    try:
+        _Scale.model_validate(config)
+    except ValidationError as error:
+        problems.append(explain(error, _Scale).removesuffix("."))
+    return [*problems, *pattern_problems(config)]
 
 
 class Adapter:
