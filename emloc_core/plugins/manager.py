@@ -173,14 +173,13 @@ class PluginManager(pluggy.PluginManager):
         finally:
             self._families = installed
 
-    def family_for(self, config: Mapping[str, Any], *, observe: bool = True, where: str = "") -> Family:
+    def family_for(self, config: Mapping[str, Any], *, where: str = "") -> Family:
         """Return the family that declares the ``model_type`` of a config, including the models nested in it.
 
         If none does, plugins are asked for a declaration of this very config: the last one observes a tiny model.
 
         Args:
             config: the content of a ``config.json``.
-            observe: whether to ask for it; otherwise only declarations by model type count.
             where: which part of another config this is, for messages.
 
         Raises:
@@ -198,7 +197,7 @@ class PluginManager(pluggy.PluginManager):
                     "Run `emloc import MODEL -o DIRECTORY` first, and give that directory.",
                     code="unsupported",
                 )
-            family = self._observed(config) if observe and not is_on(STRICT) else None
+            family = None if is_on(STRICT) else self._observed(config)
         if family is None:
             missing, remedy = "", _DECLARE
             if self.objective_for(config).type_key == "model_type" and not has_model_type(model_type):
@@ -217,7 +216,7 @@ class PluginManager(pluggy.PluginManager):
                     "Save the model again with transformers, which writes that part in full.",
                 )
             label = f", the {part} of this {model_type!r}"
-            family = family.with_nested(self.family_for(inner, observe=observe, where=label), path)
+            family = family.with_nested(self.family_for(inner, where=label), path)
         return family
 
     def _observed(self, config: Mapping[str, Any]) -> Family | None:

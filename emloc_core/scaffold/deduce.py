@@ -4,14 +4,12 @@ import copy
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from emloc_core.emulator.coverage import matrices
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family, Tower
+from emloc_core.family import Tower
 from emloc_core.model.lockstep import units
-from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.observe import DOUBTFUL, Observation
 from emloc_core.scaffold.stored import is_grouped
 
@@ -120,44 +118,6 @@ def dense(observation: Observation) -> dict[str, str]:
             numbers = _NUMBERS if any(f".{other}".endswith(f".{path}") for other in grouped) else ("*",)
             patterns |= {f"{stack.path}.{number}.{path}": reason for number in numbers}
     return patterns
-
-
-def with_nested(family: Family, config: Any) -> Family:
-    """Take towers from the families that declare the models inside this one, instead of declaring them again."""
-    for part in getattr(config, "sub_configs", None) or {}:
-        section = getattr(config, part, None)
-        inner = None
-        with suppress(EmlocError):  # no family declares it
-            inner = plugin_manager().family_for(section.to_dict(), observe=False) if section is not None else None
-        path = _stands_at(inner, family) if inner else None
-        if inner is None or path is None:
-            continue
-        moved = replace(family, towers=(), keep_dense={}).with_nested(inner, path)
-        nested_blocks = {tower.blocks for tower in moved.towers}
-        family = replace(
-            family,
-            towers=[tower for tower in family.towers if tower.blocks not in nested_blocks],
-            keep_dense={name: why for name, why in family.keep_dense.items() if name not in moved.keep_dense},
-            nested={**family.nested, part: path},
-        )
-    return family
-
-
-def _stands_at(inner: Family, family: Family) -> str | None:
-    """Return the path of the model of ``inner`` in ``family``, if its towers are the last ones there."""
-    last = family.towers[-len(inner.towers) :]
-    if len(last) < len(inner.towers) or not inner.towers:
-        return None
-    paths = set()
-    for tower, declared in zip(last, inner.towers, strict=True):
-        suffix = f".{declared.blocks.partition('.')[2]}"
-        groups = [frozenset(group) for group in declared.input_groups]
-        alike = all(any(set(group) <= other for other in groups) for group in tower.input_groups)
-        told_apart = tower.lora_targets is not None and tower.targets() != declared.targets()
-        if told_apart or not (alike and tower.blocks.endswith(suffix)):
-            return None
-        paths.add(tower.blocks.removesuffix(suffix))
-    return paths.pop() if len(paths) == 1 else None
 
 
 def doubts(observation: Observation) -> Iterator[str]:

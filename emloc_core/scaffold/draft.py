@@ -65,7 +65,6 @@ class Draft:
             "modality": family.modality,
             "towers": [{f.name: getattr(tower, f.name) for f in fields(tower)} for tower in family.towers],
             "keep_dense": dict(family.keep_dense),
-            "nested": dict(family.nested),
             "tiny_configs": [dict(config) for config in family.tiny_configs],
             "summary": self.summary,
             "notes": self.notes,
@@ -97,7 +96,6 @@ def _call(family: Family, function: str | None) -> _Call:
         "modality": family.modality,
         "towers": [_Call("Tower", _without_defaults(tower)) for tower in family.towers],
         "keep_dense": dict(family.keep_dense),
-        "nested": dict(family.nested),
         "tiny_configs": [dict(config) for config in family.tiny_configs],
     }
     if function:

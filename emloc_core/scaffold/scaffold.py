@@ -44,7 +44,7 @@ def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
 
     Args:
         config_file: a ``config.json``. No weights are read.
-        alone: draft it for this very config: no switch is flipped, and nothing is taken from other families.
+        alone: draft it for this very config: no switch is flipped.
 
     Raises:
         EmlocError: transformers lacks the architecture, it cannot be compressed, the config cannot be shrunk to a tiny
@@ -202,7 +202,7 @@ class _Scaffold:
 
     def draft(self) -> Draft:
         """Return the declaration, and what a person has to know about it."""
-        family = self.declared if self.alone else deduce.with_nested(self.declared, self.config)
+        family = self.declared
         notes = [*self._registered(), *self.notes]
         summary = self._summary(family, notes)
         text_only = family.modality != "text" and self.input_name == "text"

@@ -263,11 +263,9 @@ def test_a_nested_model_may_begin_otherwise_than_with_model(tmp_path):
     inner = scaffold(tmp_path / "config.json").family
     assert inner.towers[0].blocks == "gpt_neox.layers"
     settings = {**INTERNVL.tiny_configs[-1], "text_config": dict(inner.tiny_configs[0])}
-    tiny_config(settings).save_pretrained(tmp_path / "nested")
     with plugin_manager().declaring(inner):
         results = check_family(replace(INTERNVL, tiny_configs=[settings]))
         assert [str(result) for result in results if not result.passed] == []
-        assert scaffold(tmp_path / "nested" / "config.json").family.nested == INTERNVL.nested
 
 
 def test_the_experts_of_a_nested_mixture_become_smaller():

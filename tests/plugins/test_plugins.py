@@ -20,7 +20,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.plugins import builtin as algorithms
 from emloc_core.plugins import manager as plugins
-from emloc_core.plugins.manager import OBSERVED, PluginManager, plugin_manager
+from emloc_core.plugins.manager import OBSERVED, STRICT, PluginManager, plugin_manager
 
 BROKEN_ALGORITHMS = {
     "raising": """
@@ -132,10 +132,11 @@ def test_what_is_wrong_with_a_hook_is_told_by_its_name(entry, kind, error):
     assert manager.reports[0].error == f"TypeError: {error}"
 
 
-def test_the_family_of_a_model_type_or_what_to_do():
+def test_the_family_of_a_model_type_or_what_to_do(monkeypatch):
+    monkeypatch.setenv(STRICT, "1")
     assert plugin_manager().family_for({"model_type": "llama"}).name == "llama"
     with pytest.raises(EmlocError, match="No installed family declares the model type 'granite'") as raised:
-        plugin_manager().family_for({"model_type": "granite"}, observe=False)
+        plugin_manager().family_for({"model_type": "granite"})
     assert "transformers" not in str(raised.value)
     for part in ("llama (llama, mistral)", "`emloc families scaffold MODEL`", "`emloc families new NAME`"):
         assert part in str(raised.value)
@@ -151,13 +152,14 @@ FOR_A_CONFIG = """
 """
 
 
-def test_no_plugin_is_advised_for_a_model_that_has_classes_of_its_own():
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_no_plugin_is_advised_for_a_model_that_has_classes_of_its_own(monkeypatch, strict):
+    monkeypatch.setenv(STRICT, strict)
     config = {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}}
-    for observe in (True, False):
-        with pytest.raises(EmlocError, match="'chatglm', and transformers has no such model type") as raised:
-            plugin_manager().family_for(config, observe=observe)
-        assert "never run: use a version of the model in transformers' own classes" in raised.value.fix
-        assert "emloc families" not in raised.value.fix
+    with pytest.raises(EmlocError, match="'chatglm', and transformers has no such model type") as raised:
+        plugin_manager().family_for(config)
+    assert "never run: use a version of the model in transformers' own classes" in raised.value.fix
+    assert "emloc families" not in raised.value.fix
 
 
 @pytest.mark.parametrize("loaded", [False, True])

@@ -158,15 +158,6 @@ def test_families_in_the_tree_are_found_again(save, model_type):
     assert again.modality == family.modality
     assert again.auto_class == family.auto_class
     assert "declares" in draft.notes[0]
-    assert set(family.nested) == set(again.nested) or not family.nested
-
-
-def test_a_model_inside_is_taken_from_the_family_that_declares_it(save):
-    draft = scaffold(save("internvl"))
-    assert draft.family.nested == {"text_config": "model.language_model"}
-    assert [tower.name for tower in draft.family.towers] == ["vision"]
-    assert "lm_head" not in draft.family.keep_dense  # the inner family says so
-    assert "model.multi_modal_projector.*" in draft.family.keep_dense
 
 
 @pytest.mark.thorough
