@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("emloc.families")
 #: The code that decides what is seen, and whether it is accepted.
 _CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "standins", "family.py")
-#: Codes of refusals that may be about the model; others, as for a missing package, are about this machine or moment.
-_LASTING = ("unsupported", "plugin")
-#: Errors of a model's own code. A RuntimeError may also come from a lack of memory, or of threads.
-_OF_CODE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, NotImplementedError)
-_REFUSAL = "refusal"
 
 
 def declaration(content: Mapping[str, Any]) -> Family:
@@ -40,18 +35,10 @@ def declaration(content: Mapping[str, Any]) -> Family:
         OSError, MemoryError, RuntimeError: the disk or the memory is full.
     """
     cache = Cache(f"{key(digest(content), code=_CODE)}-declaration")
-    if refusal := cache.values.get(_REFUSAL):
-        raise EmlocError(**refusal)
     with suppress(TypeError, ValueError, KeyError, AttributeError):
         return from_record(cache.values)
     began = time.perf_counter()
-    try:
-        draft = observed(content)
-    except EmlocError as error:
-        if error.code in _LASTING and _lasts(error):
-            cache.add({_REFUSAL: {"message": error.args[0], "fix": error.fix, "code": error.code}})
-        raise
-    record = recorded(draft, content)
+    record = recorded(observed(content), content)
     took = human_seconds(time.perf_counter() - began)
     _LOGGER.warning("No plugin declares %r; observed: %s, %s.", content["model_type"], record["found"], took)
     cache.add(record)
@@ -110,14 +97,6 @@ def _require_checks(draft: "Draft") -> None:
                 if isinstance(cause, EmlocError) and cause.code == "unsupported":
                     raise EmlocError(_cannot(tiny, reason), cause.fix, code=cause.code) from cause
                 raise _needs_a_plugin(tiny, reason) from cause
-
-
-def _lasts(error: BaseException | None) -> bool:
-    """Return whether a refusal, with all exceptions behind it, is about the model: a full disk may raise any other."""
-    if isinstance(error, ExceptionGroup):
-        return all(map(_lasts, error.exceptions))
-    own = isinstance(error, _OF_CODE) or (isinstance(error, EmlocError) and not error.resumable)
-    return error is None or (own and _lasts(error.__cause__ or error.__context__))
 
 
 def _cannot(content: Mapping[str, Any], reason: str) -> str:

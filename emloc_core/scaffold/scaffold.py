@@ -146,7 +146,6 @@ class _Scaffold:
     def _observe(self, model: PreTrainedModel) -> tuple[str, Probe, Observation]:
         """Run the tiny model on the first inputs that it takes, with an image if possible; return their name, too."""
         failures: list[str] = []
-        errors: list[Exception] = []
         for name, make_probe in probes(model, self.family):
             try:
                 probe = make_probe()
@@ -154,7 +153,6 @@ class _Scaffold:
             except Exception as error:  # an unknown model's code, on inputs that are a guess
                 reason = str(error.args[0]) if isinstance(error, EmlocError) else first_line(error)
                 failures.append(f"{name}: {textwrap.shorten(reason, 160)}")
-                errors.append(error)
                 continue
             if failures and name == "text":
                 self.notes.append(
@@ -162,7 +160,7 @@ class _Scaffold:
                     "tiny_inputs, and the towers that text does not reach."
                 )
             return name, probe, observation
-        raise not_tiny(self.type, "; ".join(failures)) from ExceptionGroup("every probe fails", errors)
+        raise not_tiny(self.type, "; ".join(failures))
 
     def _branches(self) -> Iterator[Observation]:
         """Observe the tiny model with every switch of its config that changes the layout of its blocks."""

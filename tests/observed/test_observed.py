@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from support.marks import thorough
 from support.models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.errors import EmlocError
 from emloc_core.family import TINY
 from emloc_core.files.manifest import read_manifest
 from emloc_core.observed import look
@@ -158,61 +157,6 @@ def test_what_was_observed_is_kept_by_config(tmp_path, monkeypatch, never_again)
     assert [plugin_manager().family_for(config) for config in (parallel, serial)] == families
     with pytest.raises(pytest.fail.Exception):
         plugin_manager().family_for({**serial, "num_hidden_layers": 3})
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_refusal_is_kept_unless_it_is_of_this_machine(tmp_path, monkeypatch, never_again):
-    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
-    refused, missing = content("bart"), content("granite")
-    with pytest.raises(EmlocError) as before:
-        plugin_manager().family_for(refused)
-    with monkeypatch.context() as patch:
-        patch.setattr(scaffold, "new_model", lambda *_: exec("import no_package_of_this_name"))
-        with pytest.raises(EmlocError, match="no_package_of_this_name"):
-            plugin_manager().family_for(missing)
-    assert plugin_manager().family_for(missing)
-    never_again()
-    with pytest.raises(EmlocError) as after:
-        plugin_manager().family_for(refused)
-    assert (str(after.value), after.value.code) == (str(before.value), before.value.code)
-
-
-@pytest.mark.parametrize(
-    ("target", "fault"),
-    [
-        ("scaffold.scaffold.random_model", MemoryError()),
-        ("scaffold.scaffold.Observation", RuntimeError("can't allocate memory")),
-        ("conformance.tiny.random_model", OSError(28, "No space left on device")),
-        ("conformance.tiny.decompose", DiskFullError("The disk is full.", "Free some space.")),
-    ],
-)
-def test_a_refusal_is_not_kept_where_another_exception_is_behind_it(target, fault, tmp_path, monkeypatch, never_again):
-    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(f"emloc_core.{target}", Mock(side_effect=fault))
-        with pytest.raises(EmlocError, match="No plugin declares"):
-            plugin_manager().family_for(content("granite"))
-    never_again()
-    with pytest.raises(pytest.fail.Exception, match="looked at again"):
-        plugin_manager().family_for(content("granite"))
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "scaffold.scaffold.random_model",
-        "scaffold.scaffold.Observation",
-        "scaffold.scaffold.block_lists",
-        "conformance.tiny.decompose",
-    ],
-)
-def test_a_refusal_is_kept_where_the_model_s_own_code_fails(target, tmp_path, monkeypatch, never_again):
-    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
-    monkeypatch.setattr(f"emloc_core.{target}", Mock(side_effect=TypeError("no such argument")))
-    for _ in range(2):
-        with pytest.raises(EmlocError, match="no such argument"):
-            plugin_manager().family_for(content("granite"))
-        never_again()
 
 
 def test_a_record_is_the_same_for_what_is_made_from_the_model():
