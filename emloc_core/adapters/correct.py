@@ -94,13 +94,14 @@ class Correct(Job):
         return Output(self.request.output, "corrected-adapter", request, device, inputs, files, family)
 
     def describe(self) -> dict[str, Any]:
-        """Return what would be done."""
+        """Return what would be done. To compare clamps, all of the base is read."""
+        base = self.base.checkpoint
         return {
             "output": str(self.request.output),
             "linears": len(self.adapter.loras),
             "clamp": self.settings.clamp,
             "selection_rows": len(self.samples),
-            "base_bytes_read": self.bytes_to_read,
+            "base_bytes_read": base.nbytes if self.samples else sum(base.tensors[key].nbytes for key in self._keys()),
             "finished": self.output.is_finished(),
         }
 
@@ -124,7 +125,8 @@ class Correct(Job):
 
     def make(self, staging: Path, progress: Progress) -> None:
         """Write the corrected adapter; ``progress`` is called with a module's path."""
-        compared = self._candidates()
+        clamp = self.settings.clamp
+        compared = CANDIDATES if clamp == "auto" else (Candidate(None if clamp == "none" else clamp),)
         corrections, losses = self._compare(compared, progress) if self.samples else ({}, None)
         done = len(corrections)
         # LoRAs that no row passed through (a tower of another modality), and all LoRAs at a fixed clamp.
@@ -148,23 +150,10 @@ class Correct(Job):
         self.output.result = {**result, CONTENT: content_hash(staging)}
         self.output.provenance = f"Correction by `{self.settings.correction}`: {verdict(result)}."
 
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes of the base to read: all to compare clamps, only the corrected weights at a fixed clamp."""
-        if self.samples:
-            return self.base.checkpoint.nbytes
-        return sum(self.base.checkpoint.tensors[key].nbytes for key in self._keys())
-
     def _keys(self) -> set[str]:
         """Return the keys of the weights that have a LoRA."""
         loras = self.adapter.loras.items()
         return {key for path, lora in loras for key in self.skeleton.sources(lora.parameter(path))}
-
-    def _candidates(self) -> tuple[Candidate, ...]:
-        clamp = self.settings.clamp
-        if clamp == "auto":
-            return CANDIDATES
-        return (Candidate(None if clamp == "none" else clamp),)
 
     def _correct(self, path: str, weight: torch.Tensor, lora: Lora, compared: tuple[Candidate, ...]) -> list[Lora]:
         """Return the LoRA for every candidate. Every clamp is computed once."""

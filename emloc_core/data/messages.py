@@ -53,7 +53,8 @@ def place_images(prompt: list[Message], completion: list[Message], images: int, 
     """
     if any(isinstance(message["content"], list) for message in completion):
         raise EmlocError(f"{where}: the answer contains an image.", "Put images into the question.")
-    if images and any(_MARK in part.get("text", "") for part in _user_parts(prompt)):
+    asked = [part for message in in_parts(prompt) if message["role"] == "user" for part in message["content"]]
+    if images and any(_MARK in part.get("text", "") for part in asked):
         raise EmlocError(
             f"{where}: a user's text contains {_MARK}, which would be read as text in addition to the image.",
             'Replace it with a part {"type": "image"}, or remove it.',
@@ -81,10 +82,6 @@ def in_parts(messages: list[Message]) -> list[Message]:
         else message | {"content": [{"type": "text", "text": message["content"]}]}
         for message in messages
     ]
-
-
-def _user_parts(messages: list[Message]) -> list[Message]:
-    return [part for message in in_parts(messages) if message["role"] == "user" for part in message["content"]]
 
 
 def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:

@@ -145,7 +145,6 @@ class Evaluate(Job):
         self.systems = [
             _Opened(system.name, open_checkpoint(system.model), system.adapter) for system in request.systems
         ]
-        _require_text(self.systems)
         _check(self.systems, self._specs)
 
     @cached_property
@@ -226,17 +225,6 @@ class Evaluate(Job):
         return result
 
 
-def _require_text(systems: Sequence[_Opened]) -> None:
-    for system in systems:
-        if (command := system.model.objective.scored_by) != "eval":
-            model = system.model.directory
-            raise EmlocError(
-                f"lm-eval has no tasks for {model} ({system.name}), which does not write text.",
-                f"Score it by `emloc {command} {model}`: see `emloc {command} --help`.",
-                code="unsupported",
-            )
-
-
 def _specs(tasks: Sequence[str], files: Inputs) -> list[TaskSpec]:
     if not tasks:
         raise EmlocError("There is no task to evaluate on.", "Give a task file; `emloc eval --new-task` writes one.")
@@ -260,12 +248,19 @@ def _check_names(systems: Sequence[System]) -> None:
 
 
 def _check(systems: Sequence[_Opened], specs: Sequence[TaskSpec]) -> None:
+    image_task = next((spec.name for spec in specs if spec.shows_images), None)
     for system in systems:
+        model = system.model.directory
+        if (command := system.model.objective.scored_by) != "eval":
+            raise EmlocError(
+                f"lm-eval has no tasks for {model} ({system.name}), which does not write text.",
+                f"Score it by `emloc {command} {model}`: see `emloc {command} --help`.",
+                code="unsupported",
+            )
         family = plugin_manager().family_for(system.model.config)
-        image_task = next((spec.name for spec in specs if spec.shows_images), None)
         if image_task and family.modality == "text":
             raise EmlocError(
-                f"The task {image_task} shows images, and {system.model.directory} ({system.name}) is of the family "
+                f"The task {image_task} shows images, and {model} ({system.name}) is of the family "
                 f"{family.name}, which only reads text.",
                 "Give a model for images and text, or another task.",
                 code="mismatch",

@@ -63,7 +63,8 @@ def run_tasks(
         evaluated = partial(_evaluated, model, processing, members, with_template, images, limit=limit, seed=seed)
         lm, output = _with_rows_that_fit(batch_size, evaluated)
         for task in members:
-            rows = _first_filter(output["samples"][task.task_name])
+            logged = output["samples"][task.task_name]  # a row once per filter
+            rows = [row for row in logged if row["filter"] == logged[0]["filter"]]
             result["tasks"][task.task_name] = {
                 "output_type": task.OUTPUT_TYPE,
                 "rows": len(rows),
@@ -89,8 +90,12 @@ def _evaluated(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    lm = _lm(model, processing, images, batch_size)
-    if with_template and not (processing if images else lm.tokenizer).chat_template:
+    from emloc_core.evaluation.multimodal_lm import ImageTextLM
+    from emloc_core.evaluation.text_lm import TextLM
+
+    tokenizer = processing if images else getattr(processing, "tokenizer", processing)
+    lm = (ImageTextLM if images else TextLM)(model, tokenizer=tokenizer, batch_size=batch_size)
+    if with_template and not tokenizer.chat_template:
         raise EmlocError(
             f"The task {tasks[0].task_name} needs a chat template, but the model has none.",
             "Use --no-chat, or rows of prompt and completion as strings.",
@@ -140,18 +145,8 @@ def _with_rows_that_fit(batch_size: int, evaluated: Callable[[int], tuple[Any, A
         click.echo(f"emloc: memory ran out; evaluating {batch_size} rows at a time instead", err=True)
 
 
-def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
-    """Return lm-eval's model for tasks that either all show images, or all show none."""
-    from emloc_core.evaluation.multimodal_lm import ImageTextLM
-    from emloc_core.evaluation.text_lm import TextLM
-
-    kind = ImageTextLM if images else TextLM
-    tokenizer = processing if images else getattr(processing, "tokenizer", processing)
-    return kind(model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, int]:
-    """Return the mean negative log-likelihood per token in nats, its standard error, and the number of tokens.
+def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Return the mean negative log-likelihood per token in nats, and its standard error.
 
     Tokens are counted as lm-eval scores them. (Whitespace at the end of a prompt belongs to the continuation, so a
     chat template that ends in a line break adds one nearly certain token to every answer; after images only the answer
@@ -170,7 +165,7 @@ def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, in
     mean = sum(nll for nll, _ in pairs) / total
     spread = sum((nll - mean * tokens) ** 2 for nll, tokens in pairs)
     n = len(pairs)
-    return mean, math.sqrt(spread * n / (n - 1)) / total if n > 1 else math.nan, total
+    return mean, math.sqrt(spread * n / (n - 1)) / total if n > 1 else math.nan
 
 
 def _tokens(lm: Any, context: str, continuation: str | None = None, images: Any = None) -> int:
@@ -188,7 +183,7 @@ def _metrics(lm: Any, task: Any, output: dict[str, Any], rows: list[dict[str, An
     higher = output["higher_is_better"][task.task_name]
     metrics: dict[str, Any] = {}
     if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
-        mean, stderr, _ = token_nll(lm, rows)
+        mean, stderr = token_nll(lm, rows)
         if math.isnan(mean):
             raise EmlocError(
                 f"The loss on the task {task.task_name} is not a number.",
@@ -214,11 +209,6 @@ def _stderr(values: list[Any], mean: float) -> float | None:
     if n < 2 or not all(isinstance(value, int | float) for value in values) or not math.isclose(sum(values) / n, mean):
         return None
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-
-
-def _first_filter(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one logged sample per row; lm-eval logs a row once per filter."""
-    return [row for row in rows if row["filter"] == rows[0]["filter"]]
 
 
 def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:

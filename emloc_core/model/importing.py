@@ -183,14 +183,11 @@ class Import(Job):
                 destination = self._destinations[tensor.key]
                 if destination.split is None:
                     writer.copy(next(iter(destination.shapes)), tensor)
-                else:
-                    self._write_parts(writer, tensor.key, destination.shapes, destination.split)
-
-    def _write_parts(self, writer: ShardWriter, key: str, targets: Mapping[str, Shape], split: Split) -> None:
-        with self.source.slices([key]) as slices:
-            parts = split.parts(slices[key][...], self.source.config)
-            for target, part in zip(targets, parts, strict=True):
-                writer.write(target, part)
+                    continue
+                with self.source.slices([tensor.key]) as slices:
+                    parts = destination.split.parts(slices[tensor.key][...], self.source.config)
+                    for key, part in zip(destination.shapes, parts, strict=True):
+                        writer.write(key, part)
 
     def _write_index(self, staging: Path) -> None:
         weight_map = {

@@ -14,6 +14,7 @@ from support.models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
+from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.errors import EmlocError
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
@@ -79,7 +80,7 @@ def test_candidates_are_compared_with_them(models, tmp_path):
     base, emulator = models
     adapter = adapter_on(emulator, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
     job = correct_job(adapter, base, tmp_path / "a", CorrectSettings())
-    loras, losses = job._compare(job._candidates()[:1], lambda *_: None)
+    loras, losses = job._compare(CANDIDATES[:1], lambda *_: None)
     uncorrected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     layers = uncorrected.get_base_model()
     for path, (lora, *_) in loras.items():
