@@ -321,19 +321,12 @@ def find_config(model: str, *, with_tokenizer: bool = False) -> Path:
                 f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.", code="missing"
             )
         return path / "config.json"
-    folders = ["", *(objective.folder for objective in plugin_manager().objectives() if objective.folder)]
+    patterns = [str(Path(objective.folder, "config.json")) for objective in plugin_manager().objectives()]
+    patterns += _PROCESSING if with_tokenizer else ()
     with _from_hub(model) as (name, revision):
-        from huggingface_hub import hf_hub_download, snapshot_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub import snapshot_download
 
-        if with_tokenizer:
-            snapshot_download(name, revision=revision, allow_patterns=[*_PROCESSING])
-        missing: EntryNotFoundError | None = None
-        for part in (str(Path(folder, "config.json")) for folder in folders):
-            unreachable = isinstance(missing, LocalEntryNotFoundError)  # learned by waiting, so it is not asked again
-            try:
-                return Path(hf_hub_download(name, part, revision=revision, local_files_only=unreachable))
-            except EntryNotFoundError as error:
-                missing = missing or error
-        assert missing is not None
-        raise missing
+        directory = _of_several(Path(snapshot_download(name, revision=revision, allow_patterns=patterns)))
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError("it has no config.json")
+    return directory / "config.json"

@@ -13,13 +13,12 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, find_config, open_checkpoint
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_object, read_toml, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
@@ -164,20 +163,6 @@ def test_a_hub_id_without_a_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(EmlocError, match="no such model or cannot be reached"):
         open_checkpoint("someone/something")
-
-
-def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
-    offline = []
-
-    def download(_name, part, *, local_files_only, **_):
-        offline.append(local_files_only)
-        raise LocalEntryNotFoundError(f"no {part}")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(EmlocError, match=r"cannot be reached \(no config.json\)"):
-        find_config("someone/something")
-    assert offline[:2] == [False, True]
-    assert all(offline[1:])
 
 
 def test_a_single_file_beside_an_index_is_read_as_transformers_reads_it(tiny_model, tmp_path):

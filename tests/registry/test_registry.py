@@ -320,7 +320,7 @@ def plan(*arguments: object) -> dict[str, Any]:
 
 def test_planning_needs_no_network_and_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     report = plan("smollm2-135m", "--memory", "24GB", "--kind", "nf4")
     assert report["model"] == "HuggingFaceTB/SmolLM2-135M"
     assert report["parameters"]["base"] == 134_515_008
