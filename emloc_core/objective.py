@@ -132,7 +132,6 @@ class Objective(Protocol):
 
         Args:
             kind: ``emulator``, ``checkpoint``, or an adapter, as in its manifest.
-            class_name: the model's class.
             base: the model that the output was made from.
         """
 
@@ -180,9 +179,7 @@ class Objective(Protocol):
 
         Args:
             model: an emulator, or an ordinary model.
-            settings: how to train.
             targets: ends of the paths of modules that get a LoRA.
-            arguments: the trainer's arguments.
             adapter: directory of the LoRA to train further; None for a new one.
             options: further keyword arguments of the trainer.
         """
@@ -203,10 +200,8 @@ class Objective(Protocol):
 
         Args:
             config_file: the model's config; what turns rows into inputs is near it.
-            family: the model's family.
             rows: the rows, with all answers that are trained on.
             length: the length that they are cut to.
-            limits: the model's limits.
         """
 
     def step(self, memory: "MemoryModel") -> "Step":

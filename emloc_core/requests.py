@@ -245,10 +245,6 @@ def request_from_json(text: str) -> Request:
 def make_request(stage: str, settings: Mapping[str, Any] | None = None, **content: Any) -> Any:
     """Return the request of a stage.
 
-    Args:
-        settings: settings by name; the others have their defaults.
-        content: the other fields.
-
     Raises:
         EmlocError: names or values are wrong; the message lists them all.
     """

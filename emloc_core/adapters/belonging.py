@@ -54,8 +54,6 @@ def require_base(adapter: Adapter, base: Checkpoint, files: Inputs, *, allow_unc
 
     Args:
         adapter: for the base, not for an emulator of it.
-        base: the base; its files are added to ``files``.
-        files: the files that the caller reads.
         allow_uncorrected: accept an adapter that was, or may have been, trained on an emulator of it.
 
     Raises:
@@ -155,11 +153,7 @@ def is_on_rounded(adapter: Adapter, base: Checkpoint) -> bool:
 def require_match(
     adapter: Adapter, emulator: Emulator, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
 ) -> None:
-    """Refuse an adapter, emulator and base that do not belong together.
-
-    Raises:
-        EmlocError: a manifest has another fingerprint; the message says whose.
-    """
+    """Refuse an adapter, emulator and base that do not belong together by the fingerprints in their manifests."""
     trained_on = adapter.manifest.get("request", {}).get("model")
     if trained_on is not None and trained_on != emulator_fingerprint:
         raise EmlocError(

@@ -45,12 +45,8 @@ from emloc_core.standins.format import kind_of
 class Correct(Job):
     """Stage 3, after the cheap checks; :meth:`run` writes the corrected adapter.
 
-    Args:
-        adapter: the request's LoRA, trained on an emulator.
-
     Attributes:
         emulator: the emulator that the LoRA was trained on; by default the one that its config names.
-        base: the model that the emulator was made from.
 
     Raises:
         EmlocError: adapter, emulator and base do not belong together.

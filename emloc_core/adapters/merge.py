@@ -35,9 +35,6 @@ _ROWS_BYTES = 2 << 20  # bytes of a weight merged at a time: few enough to stay 
 class Merge(Job):
     """A merge, after the cheap checks; :meth:`run` writes the merged checkpoint.
 
-    Args:
-        request: which adapter is merged: a corrected one, or one trained on the base itself.
-
     Raises:
         EmlocError: the adapter does not belong to the base, or cannot be merged into it.
     """

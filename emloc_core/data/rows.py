@@ -130,10 +130,6 @@ def without(
 ) -> list[Row]:
     """Return the rows whose content is in none of ``files``, in their order; an empty file leaves none out.
 
-    Args:
-        split: of saved or hub datasets.
-        columns: see :func:`load_rows`.
-
     Raises:
         EmlocError: a file cannot be read.
     """

@@ -19,10 +19,6 @@ def tokenized_with_starts(
     A tokenizer finds special tokens (``<|im_start|>``, say) before it splits the rest. So the part of a prompt before
     its last special token is tokenized by itself, once for several answers; and so is the part from there on, the same
     few words in most rows.
-
-    Args:
-        prompts: texts.
-        texts: the conversations that begin with them.
     """
     special = _special_tokens(tokenizer, len(tokenizer))
     parts = []

@@ -85,8 +85,6 @@ def logits_at(model: Any, inputs: Mapping[str, torch.Tensor], positions: torch.T
     """Return the logits at some positions of a batch, (B, P, vocabulary); others are left out where the model can.
 
     Args:
-        model: a transformers or PEFT model.
-        inputs: its inputs.
         positions: (P,), int64; on the CPU, if the model's layers may be on several devices. (A number of last positions
             would do for transformers, too, but it slices: the product with a frozen weight then copies the weight for
             each row on a CPU.)
@@ -152,11 +150,7 @@ def load_processor(directory: Path) -> "ProcessorMixin":
 
 
 def require_readable(rows: Iterable[Row], family: Family) -> None:
-    """Refuse rows with images for a model that reads only text.
-
-    Raises:
-        EmlocError: there is such a row; names the first.
-    """
+    """Refuse rows with images for a model that reads only text, and pictures to learn."""
     rows = list(rows)
     pictured = next((row for row in rows if row.images), None)
     if pictured and family.modality == "text":

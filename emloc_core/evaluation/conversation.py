@@ -96,7 +96,6 @@ class Conversation:
         """Return the answer to messages, as :meth:`say` does; neither is remembered.
 
         Args:
-            pictures: the pictures that they show.
             tools: the tools that may be called, as functions in JSON schema.
 
         Raises:

@@ -82,10 +82,6 @@ def _check_adapters(systems: Sequence[_Opened], files: Inputs) -> None:
     """Refuse adapters that do not belong to the models that :func:`canonical_systems` puts them on.
 
     Adapters from EMLoC record the fingerprint of their model; of others, only whether they are corrected is checked.
-
-    Raises:
-        EmlocError: a corrected adapter is given as an uncorrected one or vice versa, an adapter cannot be corrected,
-            or an adapter was made for another model.
     """
     from emloc_core.adapters.adapter import Adapter
     from emloc_core.adapters.belonging import is_on_rounded

@@ -54,14 +54,7 @@ def likelihoods(
 def logits_before(
     model: Any, inputs: Mapping[str, torch.Tensor], ends: Sequence[int], sizes: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Return the logits at the last ``size`` positions before ``end`` of each row: (size, vocabulary).
-
-    Args:
-        model: a transformers or PEFT model.
-        inputs: its inputs, B rows.
-        ends: B positions.
-        sizes: B numbers of positions.
-    """
+    """Return the logits at the last ``size`` positions before ``end`` of each row: (size, vocabulary)."""
     starts = [end - size for end, size in zip(ends, sizes, strict=True)]
     first = min(starts)
     with torch.inference_mode():

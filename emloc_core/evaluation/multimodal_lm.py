@@ -24,9 +24,7 @@ class ImageTextLM(TextLM, GivenProcessor, HFMultimodalLM):
     """An image-text model with its processor, for tasks with ``doc_to_image``.
 
     Args:
-        pretrained: a transformers or PEFT model.
-        tokenizer: its processor (lm-eval's name for the argument).
-        settings: arguments of ``lm_eval.models.huggingface.HFLM``.
+        tokenizer: the model's processor (lm-eval's name for the argument).
     """
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

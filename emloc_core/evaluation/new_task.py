@@ -27,7 +27,6 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
     """Write a task file of ``kind`` that reads ``data``, and return its path.
 
     Args:
-        kind: one of :data:`KINDS`.
         data: rows that :func:`load_rows` reads. Rows that lm-eval reads differently (CSV, saved datasets, columns of
             other tools than TRL, texts in parts) are copied beside ``output``, as JSONL.
         output: the YAML file to write; the path of the data is relative to it.

@@ -45,10 +45,6 @@ class TaskSpec:
 def find_task(task: str, inputs: Inputs) -> TaskSpec:
     """Find and check a task: the path of a YAML file; anything else is a name for :func:`require_bundled`.
 
-    Args:
-        task: path or name.
-        inputs: receives the task's files.
-
     Raises:
         EmlocError: there is no such file, it is not valid, or its data are missing.
     """

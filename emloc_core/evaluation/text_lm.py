@@ -21,11 +21,7 @@ from emloc_core.evaluation.likelihood import likelihoods, logits_before
 
 
 class TextLM(ScoresTokens, HFLM):
-    """A model with its tokenizer, for tasks of text.
-
-    Args:
-        settings: arguments of ``lm_eval.models.huggingface.HFLM``.
-    """
+    """A model with its tokenizer, for tasks of text."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -57,10 +53,9 @@ class TextLM(ScoresTokens, HFLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def score(self, answers: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return what :meth:`loglikelihood` does, of token ids. Prompts that are too long lose their beginning.
+        """Return what :meth:`loglikelihood` does, of the token ids of prompts and answers.
 
-        Args:
-            answers: token ids of the prompt and of the answer, for each.
+        Prompts that are too long lose their beginning.
 
         Raises:
             EmlocError: an answer is longer than what the model reads.

@@ -81,9 +81,6 @@ def read_json(path: Path, constant: Callable[[str], Any] = _refuse) -> Any:
 def read_object(path: Path, constant: Callable[[str], Any] = _refuse) -> dict[str, Any]:
     """Read a JSON file that holds an object, as indexes and manifests do.
 
-    Args:
-        constant: as for :func:`read_json`.
-
     Raises:
         EmlocError: the file is missing, is not JSON, or holds something else.
     """

@@ -18,11 +18,7 @@ _PATIENCE = 600.0  # seconds without a byte, after which an upload is given up; 
 
 
 def check_repository(repository: str) -> None:
-    """Refuse what cannot be the id of a repository, before a stage runs for hours.
-
-    Raises:
-        EmlocError: it is not ``organisation/name``.
-    """
+    """Refuse what is not ``organisation/name``, the id of a repository, before a stage runs for hours."""
     if not HUB_ID.fullmatch(repository):
         raise EmlocError(f"{repository} is not the id of a repository.", "Give organisation/name.")
 

@@ -110,9 +110,6 @@ def require_unchanged(manifest: Mapping[str, Any], directory: Path, content: str
 
     Args:
         content: the SHA-256 over its current content.
-
-    Raises:
-        EmlocError: the manifest has another hash, or none.
     """
     if manifest_value(manifest, directory, f"result.{CONTENT}", str) != content:
         raise EmlocError(

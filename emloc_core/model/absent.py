@@ -11,9 +11,6 @@ class Absent(nn.Parameter):
 
     Models put their inputs on a module's ``device``, which is its first parameter's. While the module's weights are not
     loaded, that must be the device that computes, not ``meta``.
-
-    Attributes:
-        loaded_to: the device.
     """
 
     loaded_to = torch.device("cpu")

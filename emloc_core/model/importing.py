@@ -44,9 +44,6 @@ class _Destination:
 class Import(Job):
     """An import that has passed the cheap checks; :meth:`run` writes the native checkpoint.
 
-    Args:
-        request: which checkpoint is converted; an installed plugin reads its layout.
-
     Attributes:
         config: the native ``config.json``.
 

@@ -90,7 +90,6 @@ def open_original(name: str, device: str = "cpu", option: str = "") -> OpenModel
     """Open an original, which is neither quantised nor an emulator; see :func:`open_model`.
 
     Args:
-        name, device: as there.
         option: the one that names another model, for the message.
 
     Raises:

@@ -6,11 +6,7 @@ from emloc_core.errors import EmlocError
 
 
 def require_recomputation(model: nn.Module) -> None:
-    """Check that transformers can recompute the activations of a model.
-
-    Raises:
-        EmlocError: its class does not support that.
-    """
+    """Refuse a model whose class does not support that transformers recomputes its activations."""
     if not getattr(model, "supports_gradient_checkpointing", True):
         raise EmlocError(
             f"Transformers cannot recompute the activations of a {type(model).__name__}.",

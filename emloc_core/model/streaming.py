@@ -38,19 +38,11 @@ class Stream(Lockstep):
     def run(
         self, forwards: Sequence[Forward], visit: Callable[[str], Any] | None = None, last: str | None = None
     ) -> list[Any]:
-        """Run the samples to their end, or up to and including the unit ``last``, without gradients.
+        """Run the samples as :meth:`advance` does, without gradients.
 
         Args:
-            forwards: one callable per sample. Its forward must pass ``use_cache=False``.
             visit: called with a unit's path when its weights are loaded; returns a context manager that is entered
                 while the samples pass through the unit, or None.
-            last: path of the unit after which samples are stopped.
-
-        Returns:
-            What each forward returned (None for samples that were stopped).
-
-        Raises:
-            EmlocError: a sample returned to a finished block, or a forward failed.
         """
         try:
             with torch.no_grad(), self._loading() as load, attending(self._know):
