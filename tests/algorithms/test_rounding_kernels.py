@@ -73,7 +73,9 @@ def test_c_rounds_numbers_in_fp32_on_a_cpu_alone():
 
 
 @pytest.mark.usefixtures("native_library")
-@pytest.mark.parametrize("content", [None, "#!/bin/sh\nexit 1\n", "#!/bin/sh\necho > $7\n"])
+@pytest.mark.parametrize(
+    "content", [None, "#!/bin/sh\nexit 1\n", '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho > "$2"\n']
+)
 def test_without_a_compiler_torch_rounds(content, tmp_path, monkeypatch):
     native.library.cache_clear()
     compiler = tmp_path / "cc"
