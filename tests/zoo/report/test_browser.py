@@ -117,7 +117,7 @@ def test_the_end_of_a_long_log_is_seen_first(page, tmp_path):
 def test_nothing_hostile_runs_or_becomes_a_part_of_the_page(page, everything):
     look(page, everything, 1280)
     assert page.value("document.title") == "everything · zoo report"
-    assert page.value("document.querySelectorAll('script').length") == 1
+    assert page.value("document.querySelectorAll('script').length") == 0
     assert page.value("document.querySelectorAll('img').length") == 0
 
 
@@ -131,20 +131,6 @@ def test_the_policy_forbids_what_escaping_let_through(page, everything, tmp_path
     page.open(tmp_path / "hole.html", 1280)
     assert page.value("document.title") == "everything · zoo report"
     assert len([complaint for complaint in page.complaints if "Content Security Policy" in complaint]) == 2
-
-
-def test_the_table_is_sorted_by_its_headings(page, everything):
-    look(page, everything, 1280)
-    first = "document.querySelector('.overview tbody td').innerText"
-    press = "document.querySelectorAll('.overview th button')[{}].click()"
-    page.value(press.format(0))
-    assert page.value(first).startswith("a-very-long-name")
-    page.value(press.format(0))
-    assert page.value(first) == "waits"
-    page.value(press.format(6))
-    page.value(press.format(6))
-    assert page.value(first) == "second-try"  # 300 s in two attempts
-    assert page.value("document.querySelector('[aria-sort]').innerText").startswith("Time")
 
 
 def test_a_link_opens_the_job(page, tmp_path):

@@ -133,8 +133,7 @@ def test_a_failure_has_its_cause_and_the_end_of_its_log(by_name, zoo):
 def test_the_page_asks_for_nothing_and_hostile_text_stays_text(reported_zoo):
     page = Text((reported_zoo / PAGE).read_text(encoding="utf-8"))
     assert zoos.HOSTILE in page.text
-    assert page.tags.count("script") == 1
-    assert not {"img", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert not {"script", "img", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     names = {name for name, _ in page.attributes}
     assert not [name for name in names if name.startswith("on") or name in ("src", "srcset", "action")]
     assert all(value.startswith("#") for name, value in page.attributes if name == "href")
