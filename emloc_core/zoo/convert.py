@@ -1,7 +1,7 @@
 """Converts a zoo: takes over from a stopped driver, plans new jobs, and runs everything to the end."""
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from emloc_core.files.job import Progress
 from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.output import require_directory
 from emloc_core.units import human_bytes
-from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, remaining_bytes, used_bytes
+from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, remaining_bytes
 from emloc_core.zoo.engines.engine import Engine
 from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME
@@ -113,30 +113,18 @@ def require_room(previews: Sequence[Preview], directory: Path, limits: Limits) -
     """Return how many bytes will be written, and how many may be; None where that is unknown.
 
     Raises:
-        EmlocError: the disk, or the limit, does not hold it.
+        EmlocError: the disk does not hold it.
     """
-    to_do = {preview.job.name: preview.needs for preview in previews if preview.state == "to do"}
-    needed = sum(remaining_bytes(directory, name, needs) for name, needs in to_do.items())
-    rooms = [] if limits.elsewhere else [free_bytes(directory) - RESERVE]
-    if limits.disk is not None:
-        begun = sum(needs.disk or 0 for needs in to_do.values()) - needed
-        rooms.append(limits.disk - begun - _finished_bytes(directory, to_do))
-    room = max(0, min(rooms)) if rooms else None
-    if room is not None and needed > room:
+    needed = sum(remaining_bytes(directory, job.name, job.needs) for job in previews if job.state == "to do")
+    if limits.elsewhere:
+        return needed, None
+    room = max(0, free_bytes(directory) - RESERVE)
+    if needed > room:
         raise EmlocError(
             f"The jobs would write {human_bytes(needed)}, but {directory} has room for only {human_bytes(room)}.",
             "Free some space, choose another disk, or convert fewer models at a time.",
         )
     return needed, room
-
-
-def _finished_bytes(zoo: Path, to_do: Collection[str]) -> int:
-    """Return how many bytes a zoo's finished jobs take; not those to do again because their outputs are gone."""
-    if not (zoo / DATABASE).is_file():
-        return 0
-    with closing(Store(zoo)) as store:
-        done = [record for record in store.records() if record.state == "done" and record.job.name not in to_do]
-    return sum(used_bytes(zoo, record.job.name, record.needs) for record in done)
 
 
 def _add(store: Store, jobs: Sequence[ZooJob], directory: Path, advance: Progress) -> list[str]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.manifest import MANIFEST
 from emloc_core.files.workspace import Workspace
 from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.engines.engine import Engine, RefusedError
@@ -66,11 +65,8 @@ class Driver:
     ) -> None:
         self.store, self.engine, self.limits, self.tell = store, engine, limits or Limits(), tell
         self._stamps = stamps or {}
-        records = store.records()
-        self._waiting = {record.job.name: _progress(record) for record in records if record.state == "waiting"}
+        self._waiting = {record.job.name: _progress(record) for record in store.records() if record.state == "waiting"}
         self._running: dict[str, tuple[_Progress, Any, float]] = {}
-        done = [record for record in records if record.state == "done"]
-        self._written = sum(used_bytes(store.directory, record.job.name, record.needs) for record in done)
 
     def run(self) -> None:
         """Work until no job waits or runs. However it ends, no worker is left.
@@ -159,7 +155,6 @@ class Driver:
     ) -> None:
         """Record how an attempt ended, and queue the job again if that may help; ``beside``: others ran as well."""
         if outcome.cause is None:
-            self._written += used_bytes(self.store.directory, name, progress.needs)
             self.store.finish(name, progress.attempts, seconds, outcome)
             self.tell(name, "done", outcome.message)
             return
@@ -204,30 +199,20 @@ class Driver:
         Raises:
             RefusedError: it has not, and nothing is running that could free any.
         """
-        need = _disk(task.needs)
-        promised = sum(_disk(progress.needs) for progress, _, _ in self._running.values())
-        if self.limits.disk is not None and self._written + promised + need > self.limits.disk:
-            if promised:
-                return False
-            raise RefusedError(
-                "disk",
-                f"{task.job.name} would write {human_bytes(need)}, but {human_bytes(self._written)} of the "
-                f"{human_bytes(self.limits.disk)} allowed for the zoo are already taken.",
-                "Raise --disk.",
-            )
         if self.limits.elsewhere:
             return True
+        promised = sum((progress.needs.disk or 0) for progress, _, _ in self._running.values())
         free, need = free_bytes(self.store.directory), remaining_bytes(self.store.directory, task.job.name, task.needs)
-        if free - promised < need + RESERVE:
-            if promised:
-                return False
-            raise RefusedError(
-                "disk",
-                f"{task.job.name} would write {human_bytes(need)}, but only {human_bytes(free)} are free, of which "
-                f"{human_bytes(RESERVE)} are kept in reserve.",
-                "Free some space and run the same command again.",
-            )
-        return True
+        if free - promised >= need + RESERVE:
+            return True
+        if promised:
+            return False
+        raise RefusedError(
+            "disk",
+            f"{task.job.name} would write {human_bytes(need)}, but only {human_bytes(free)} are free, of which "
+            f"{human_bytes(RESERVE)} are kept in reserve.",
+            "Free some space and run the same command again.",
+        )
 
 
 @contextmanager
@@ -253,15 +238,9 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
 
 
-def used_bytes(zoo: Path, name: str, needs: Demand | None) -> int:
-    """Return how many bytes a finished job takes; by the plan if its outputs are in a cluster's storage."""
-    complete = any((zoo / JOBS / name).glob(f"*/{MANIFEST}"))
-    return _size(zoo / JOBS / name) if complete else _disk(needs)
-
-
-def remaining_bytes(zoo: Path, name: str, needs: Demand | None) -> int:
+def remaining_bytes(zoo: Path, name: str, needs: Demand) -> int:
     """Return how many bytes a job that is not running still has to write, according to the plan."""
-    return max(0, _disk(needs) - _size(zoo / JOBS / name))
+    return max(0, (needs.disk or 0) - _size(zoo / JOBS / name))
 
 
 def _size(directory: Path) -> int:
@@ -278,7 +257,3 @@ def _progress(record: JobRecord) -> _Progress:
     if record.smaller:
         needs = replace(needs, memory=None)
     return _Progress(record.smaller or record.job, needs, len(record.attempts))
-
-
-def _disk(needs: Demand | None) -> int:
-    return (needs.disk if needs else None) or 0

@@ -13,14 +13,12 @@ class Limits:
     Attributes:
         retries: attempts after the first.
         time: seconds per attempt; None for no limit.
-        disk: bytes that all outputs together may take; None for what is free on the disk.
         backoff: seconds before the second try after an input or output error; doubled before each further one.
         elsewhere: outputs go to a storage, so the free space of the zoo's disk does not matter.
     """
 
     retries: int = 2
     time: float | None = None
-    disk: int | None = None
     backoff: float = 2.0
     elsewhere: bool = False
 

@@ -23,6 +23,7 @@ from support.processes import drive, files, is_gone, planning_here, until, worke
 from emloc_core.cli import cli
 from emloc_core.hookspecs import hookimpl
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.zoo.driver import RESERVE
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.worker import run
 from emloc_core.zoo.jobs.job import ZooJob
@@ -211,10 +212,11 @@ def test_again_nothing_is_done_twice_and_what_was_fixed_or_is_gone_is_done(root,
     assert by_name(run_here("status", zoo, "--json").stdout) == jobs
 
 
-def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(root, tmp_path):
+def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(root, tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
+    monkeypatch.setattr("emloc_core.zoo.convert.free_bytes", lambda _: RESERVE + 1_000_000)
     result = run_here("convert", root / "models" / "first", root / "models" / "copy", "-o", zoo, *OPTIONS, "--data",
-                      root / "rows.jsonl", "--kind", "low-rank", "--dry-run", "--disk", "1MB")  # fmt: skip
+                      root / "rows.jsonl", "--kind", "low-rank", "--dry-run")  # fmt: skip
     assert "  1. first  to do   base 144 kB, emulator 95.9 kB, disk 33.7 MB, memory " in result.stdout
     assert "the same as first" in result.stdout
     assert f"The jobs would write 33.7 MB, but {zoo} has room for only 1 MB." in str(result.exception)

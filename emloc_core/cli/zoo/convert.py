@@ -45,7 +45,6 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per job.")
 @click.option("--memory", metavar="SIZE",
               help="Memory for all running jobs together.  [default: the machine's, less a headroom]")  # fmt: skip
-@click.option("--disk", metavar="SIZE", help="Disk space for all outputs together.  [default: what is free]")
 @click.option("--time-limit", metavar="TIME", help="Time limit per attempt at a job: 90, 30min, 2h.")
 @click.option("--retries", type=click.IntRange(0), default=2, show_default=True,
               help="Retries per failed job.")  # fmt: skip
@@ -62,7 +61,6 @@ def command(
     storage: str | None,
     workers: int | None,
     memory: str | None,
-    disk: str | None,
     dry_run: bool,
     as_json: bool,
     **values: Any,
@@ -82,10 +80,10 @@ def command(
     if engine == "local" and (address or storage):
         raise EmlocError("--address and --storage are for clusters.", "Add --engine ray, or leave them out.")
 
-    budget, room = (parse_bytes(text) if text else None for text in (memory, disk))
+    budget = parse_bytes(memory) if memory else None
     time_limit = values.pop("time_limit")
     seconds = parse_seconds(time_limit) if time_limit else None
-    limits = Limits(values.pop("retries"), seconds, room, elsewhere=storage is not None)
+    limits = Limits(values.pop("retries"), seconds, elsewhere=storage is not None)
     settings, others = explicit(CompressSettings, values)
     validated(CompressSettings, settings, "See --help.")
     defaults = Defaults(compress=settings, **others)
