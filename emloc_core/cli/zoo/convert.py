@@ -34,7 +34,6 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 @click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
 @click.option("--preset", help="Preset of registry entries.  [default: default]")
 @more_entries
-@click.option("--merge", is_flag=True, help="Merge the LoRA of every trained job into its base.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
               help="Where jobs run: in parallel on this machine, or on a Ray cluster.")  # fmt: skip
 @click.option("--address", metavar="HOST:PORT", help="Address of a Ray cluster; also ray://HOST:PORT, or auto for this "

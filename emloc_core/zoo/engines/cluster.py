@@ -115,7 +115,7 @@ class RayEngine:
         inputs: dict[str, str] = {}
         if self._storage is not None:
             job = task.job
-            names = filter(None, (job.model, job.data, job.calibration, *job.test))
+            names = filter(None, (job.model, job.data, *job.test))
             # An id of the hub is no path in this working directory.
             paths = {name: Path(name) for name in names if Path(name).is_absolute()}
             inputs = {name: input_name(path) for name, path in paths.items() if path.exists()}

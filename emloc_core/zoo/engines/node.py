@@ -170,7 +170,7 @@ def _with_inputs(job: ZooJob, inputs: dict[str, str], storage: Storage, director
             return path
         return str(fetch_input(storage, inputs[path], directory))
 
-    changes = {name: local_path(getattr(job, name)) for name in ("model", "data", "calibration")}
+    changes = {name: local_path(getattr(job, name)) for name in ("model", "data")}
     return job.model_copy(update={**changes, "test": [local_path(path) for path in job.test]})
 
 

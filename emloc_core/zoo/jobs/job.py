@@ -35,7 +35,6 @@ class ZooJob(Settings):
     layout: str | None = Field(None, description="Layout of the model, where it has to be rewritten first.")
     data: str | None = Field(None, description="Absolute path of a file of rows, or a hub dataset.")
     split: str = Field("train", description="Split of a hub dataset.")
-    calibration: str | None = Field(None, description="Other rows for calibration and selection.")
     test: list[str] = Field([], description="Files of rows that are never tuned on.")
     compress: CompressSettings = CompressSettings()
     train: TrainSettings | None = None
@@ -56,7 +55,7 @@ class ZooJob(Settings):
         return Recipe(
             output=str(directory),
             model=ModelSection(base=str(directory / _NATIVE) if self.layout else self.model),
-            data=DataSection(train=self.data or "", split=self.split, calibration=self.calibration, test=self.test),
+            data=DataSection(train=self.data or "", split=self.split, test=self.test),
             compress=self.compress,
             # A job that ends with the emulator corrects nothing, so that it may hold out no selection rows.
             correct=self.correct if self.train else CorrectSettings(clamp="none"),
@@ -85,10 +84,9 @@ class ZooJob(Settings):
         content["bytes"] = BYTES
         if Path(self.model).is_dir():
             content["model"] = _model_fingerprint(self.model, cache_dir)
-        for name in ("data", "calibration"):
-            if content[name]:
-                content[name] = _rows_fingerprint(content[name], self.split, cache_dir)
-        content["test"] = [_rows_fingerprint(path, self.split, cache_dir) for path in content["test"]]
+        if self.data:
+            content["data"] = _rows_fingerprint(self.data, self.split, cache_dir)
+        content["test"] = [_rows_fingerprint(path, self.split, cache_dir) for path in self.test]
         if self.eval:
             content["eval"]["tasks"] = [_task_fingerprint(task, cache_dir) for task in self.eval.tasks]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -96,7 +94,7 @@ class ZooJob(Settings):
     def stamps(self) -> dict[str, tuple[int, int]]:
         """Return sizes and times of the files of model, rows and tasks, to notice changes without reading them."""
         tasks = self.eval.tasks if self.eval else []
-        paths = [Path(name) for name in (self.model, self.data, self.calibration, *self.test, *tasks) if name]
+        paths = [Path(name) for name in (self.model, self.data, *self.test, *tasks) if name]
         stamps = {}
         for path in filter(Path.is_absolute, paths):  # an id of the hub is no path here
             for file in (path, *path.glob("[!.]*")):
@@ -128,7 +126,7 @@ class ZooJob(Settings):
 
     def moved_to(self, other: "ZooJob") -> "ZooJob":
         """Return this job, possibly made smaller, with the files of another one of the same fingerprint."""
-        changes = {name: getattr(other, name) for name in ("model", "layout", "data", "calibration", "test", "offline")}
+        changes = {name: getattr(other, name) for name in ("model", "layout", "data", "test", "offline")}
         if self.eval and other.eval:
             changes["eval"] = self.eval.model_copy(update={"tasks": other.eval.tasks})
         return self.model_copy(update=changes)

@@ -33,7 +33,6 @@ class JobSection(Settings):
     model: str = Field(description="Directory, or hub id with an optional @revision.")
     data: str | None = Field(None, description="Rows: a file, or a hub dataset.")
     split: str = Field("train", description="Split of a hub dataset.")
-    calibration: str | None = Field(None, description="File of other rows for calibration and selection.")
     test: list[str] = Field([], description="Files of rows that are never tuned on.")
     ratio: float | None = Field(None, gt=0, lt=1, description="Shorthand for compress.ratio.")
     compress: dict[str, Any] = Field({}, description="Settings of stage 1.")
@@ -75,7 +74,6 @@ class Defaults:
         data: rows to calibrate on, for jobs without their own.
         compress: settings of stage 1; they override an entry's preset, and a file of jobs overrides them.
         preset: name of the entries' preset; ``default`` if none is given.
-        merge: whether trained jobs are merged too.
         registry: files and directories of more entries.
     """
 
@@ -83,7 +81,6 @@ class Defaults:
     split: str = "train"
     compress: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None
-    merge: bool = False
     threads: int = 1
     offline: bool = False
     registry: Sequence[Path] = ()
@@ -190,14 +187,13 @@ def _from_section(section: JobSection, file: Path, defaults: Defaults) -> ZooJob
         model=model,
         data=own or defaults.data,
         split=section.split if own else defaults.split,
-        calibration=section.calibration and _inside(file, section.calibration),
         test=[_inside(file, test) for test in section.test],
         compress=CompressSettings(**{**defaults.compress, **ratio, **section.compress}),
         train=train if own else None,
         correct=section.correct,
         polish=section.polish,
-        merge=(section.merge or defaults.merge) and own is not None and train is not None,
-        eval=evaluation if own and train else None,
+        merge=section.merge,
+        eval=evaluation,
         threads=section.threads or defaults.threads,
         offline=defaults.offline,
     )

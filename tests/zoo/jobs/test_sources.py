@@ -86,14 +86,14 @@ def test_a_file_of_jobs(models, monkeypatch):
     assert (third.name, third.train) == ("whole-2", None)
 
 
-@pytest.mark.parametrize("key", ["model", "data", "calibration", "test", "tasks"])
+@pytest.mark.parametrize("key", ["model", "data", "test", "tasks"])
 @pytest.mark.parametrize("path", ["../outside", "/etc", "~/outside", "models/../../outside", "link"])
 @pytest.mark.usefixtures("models")
 def test_a_file_of_jobs_cannot_leave_its_directory(tmp_path, key, path):
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "link").symlink_to(tmp_path / "models")
-    values = {"model": '"."', "data": '"org/rows"', "calibration": None, "test": None, "tasks": None}
+    values = {"model": '"."', "data": '"org/rows"', "test": None, "tasks": None}
     values[key] = f'["{path}"]' if key in ("test", "tasks") else f'"{path}"'
     if values["tasks"]:
         values["eval"] = f"{{ tasks = {values.pop('tasks')} }}"
@@ -151,7 +151,7 @@ def test_entries_take_the_rows_of_all_and_a_glob_is_many(tmp_path):
         lines = [f"id = 'mine/{name}'", "family = 'llama'", "checkpoint = 'checkpoint'"]
         lines += ["[presets.default]", "samples = 5", "[config]", "model_type = 'llama'"]
         (tmp_path / f"{name}.toml").write_text("\n".join(lines))
-    first, second = resolve(["mine/*"], Defaults(data="org/rows", merge=True, registry=[tmp_path]))
+    first, second = resolve(["mine/*"], Defaults(data="org/rows", registry=[tmp_path]))
     assert (first.name, first.model, first.data) == ("first", str(tmp_path / "checkpoint"), "org/rows")
     assert first.compress.settled() == CompressSettings(kind="nf4", samples=5)
     assert (second.name, second.train, second.merge) == ("second", None, False)
