@@ -101,7 +101,7 @@ class Driver:
                 continue
             task = Task(progress.job, progress.attempts + 1, progress.needs)
             try:
-                if self.engine.slots(task) < 1 or not self._has_room(task):  # the cheap question first: many wait
+                if not self.engine.has_room(task) or not self._has_disk(task):  # the cheap question first: many wait
                     continue
                 self._require_planned(progress.job)
             except RefusedError as error:
@@ -193,7 +193,7 @@ class Driver:
                 "Restore it and run the same command again, or convert it into another zoo.",
             )
 
-    def _has_room(self, task: Task) -> bool:
+    def _has_disk(self, task: Task) -> bool:
         """Say whether the disk has room for what the task writes, besides what others are still writing.
 
         Raises:

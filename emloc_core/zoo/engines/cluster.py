@@ -77,8 +77,8 @@ class RayEngine:
         # One at a time: what is shared by two jobs is copied to the storage once.
         self._submissions = ThreadPoolExecutor(1)
 
-    def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one the cluster has room for, in all of its nodes together.
+    def has_room(self, task: Task) -> bool:
+        """Return whether the cluster has room for a task, in all of its nodes together.
 
         If no single node has the room, the task waits in Ray's queue.
 
@@ -87,12 +87,12 @@ class RayEngine:
         """
         nodes = self._nodes()
         resources = self._ask(task, nodes)
-        fitting = sum(_times(node, resources) for node in nodes)
-        if not fitting or (self.memory is not None and resources[_MEMORY] > self.memory):
+        fits = any(_fits(resources, node) for node in nodes)
+        if not fits or (self.memory is not None and resources[_MEMORY] > self.memory):
             needs = ", ".join(_describe(name, amount) for name, amount in resources.items() if amount)
             without = {**resources, _MEMORY: 0}
             raise RefusedError(
-                "out of memory" if any(_times(node, without) for node in nodes) else "bad input",
+                "out of memory" if any(_fits(without, node) for node in nodes) else "bad input",
                 f"{task.job.name} needs {needs}, which no node of the cluster has.",
                 "Add such a node, or make the job smaller: fewer threads, fewer samples, shorter rows.",
             )
@@ -104,8 +104,7 @@ class RayEngine:
         }
         if self._unused:  # others use the cluster too
             free = {name: min(amount, self._unused.get(name, 0)) for name, amount in free.items()}
-        count = max(0, min(fitting, _times(free, resources)))
-        return count if self.workers is None else min(count, self.workers - len(self._running))
+        return _fits(resources, free) and (self.workers is None or len(self._running) < self.workers)
 
     def start(self, task: Task, directory: Path) -> RayHandle:
         """Submit a task."""
@@ -193,7 +192,7 @@ class RayEngine:
         resources: Resources = {_CPU: task.job.threads, _GPU: float(any(node.get(_GPU) for node in nodes))}
         need = task.needs.memory
         if need is None:
-            need = int(min((node.get(_MEMORY, 0) for node in nodes if _times(node, resources)), default=0))
+            need = int(min((node.get(_MEMORY, 0) for node in nodes if _fits(resources, node)), default=0))
             need = need if self.memory is None else min(need, self.memory)
         return {**resources, _MEMORY: need}
 
@@ -233,9 +232,8 @@ class RayEngine:
         return outcome
 
 
-def _times(available: Resources, requested: Resources) -> int:
-    """Return how many times the requested resources fit into the available ones."""
-    return int(min((available.get(name, 0) // amount for name, amount in requested.items() if amount), default=0))
+def _fits(requested: Resources, available: Resources) -> bool:
+    return all(available.get(name, 0) >= amount for name, amount in requested.items() if amount)
 
 
 def _describe(name: str, amount: float) -> str:

@@ -35,8 +35,8 @@ class RefusedError(EmlocError):
 class Engine(Protocol):
     """Starts workers. Each method returns at once."""
 
-    def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one can be started now; 0 means wait.
+    def has_room(self, task: Task) -> bool:
+        """Return whether a task can be started now, or has to wait.
 
         Raises:
             RefusedError: it will never fit, and why.

@@ -43,8 +43,8 @@ class LocalEngine:
         self._running: list[LocalHandle] = []
         self._gpus = visible_gpus()
 
-    def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one can be started now.
+    def has_room(self, task: Task) -> bool:
+        """Return whether a task can be started now, or has to wait.
 
         Raises:
             RefusedError: the task needs more memory than all workers may use.
@@ -57,14 +57,12 @@ class LocalEngine:
                 f"{human_bytes(self.memory)}.",
                 "Raise --memory if there is more, or make the job smaller: fewer samples, shorter rows.",
             )
-        free = self.workers - len(self._running)
-        if self._gpus:
-            free = min(free, len(self._gpus) - len(self._running))
+        if len(self._running) >= min(self.workers, len(self._gpus) or self.workers):
+            return False
         used = [handle.task.needs.memory for handle in self._running]
         if need is None or None in used:
-            return 0 if used else min(free, 1)
-        room = self.memory - sum(memory for memory in used if memory is not None)
-        return max(0, min(free, room // need)) if need else max(0, free)
+            return not used
+        return need + sum(memory for memory in used if memory is not None) <= self.memory
 
     def start(self, task: Task, directory: Path) -> LocalHandle:
         """Start a worker; what it prints goes to the task's log."""

@@ -337,38 +337,43 @@ def task(threads=1, memory=1 << 30):
     return Task(ZooJob(name="a", model="none", threads=threads), 1, Demand(memory=memory))
 
 
-def test_asks_for_what_the_plan_says(engine):
+def started(engine, task, tmp_path):
+    """Return how many such tasks an engine starts before it has no room."""
+    engine._submit = lambda *_: None
+    count = 0
+    while engine.has_room(task):
+        engine.start(task, tmp_path)
+        count += 1
+    return count
+
+
+def test_asks_for_what_the_plan_says(engine, tmp_path):
     two = [(True, {"CPU": 4.0, "memory": 8.0 * 2**30}), (True, {"CPU": 2.0, "memory": 3.0 * 2**30})]
     gone = (False, {"CPU": 64.0, "memory": 2.0**40})
-    assert engine(*two, gone).slots(task()) == 6
-    assert engine(*two).slots(task(threads=3)) == 1
-    assert engine(*two).slots(task(memory=4 << 30)) == 2
-    assert engine(*two, workers=3).slots(task()) == 3
-    assert engine(*two, memory=2 << 30).slots(task()) == 2
+    assert started(engine(*two, gone), task(), tmp_path) == 6
+    assert started(engine(*two), task(threads=3), tmp_path) == 2
+    assert started(engine(*two), task(memory=4 << 30), tmp_path) == 2
+    assert started(engine(*two, workers=3), task(), tmp_path) == 3
+    assert started(engine(*two, memory=2 << 30), task(), tmp_path) == 2
     unknown = engine(*two)
     assert unknown._ask(task(memory=None), unknown._nodes())["memory"] == 3 << 30
     gpus = engine(*two, (True, {"CPU": 8.0, "GPU": 2.0, "memory": 8.0 * 2**30}))
-    assert gpus.slots(task()) == 2
+    assert started(gpus, task(), tmp_path) == 2
 
 
 def test_what_others_use_is_not_there(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(emloc_core.zoo.engines.cluster, "_FRESH", 1e6)
     node = (True, {"CPU": 8.0, "memory": 8.0 * 2**30})
-    assert engine(node, unused={"CPU": 3.0, "memory": 6.0 * 2**30}).slots(task()) == 3
-    assert engine(node, unused={"CPU": 3.0, "memory": 2.0 * 2**30}).slots(task()) == 2
-    assert engine(node, unused={"memory": 8.0 * 2**30}).slots(task()) == 0  # all processors are taken
-    assert engine(node, unused={}).slots(task()) == 8
-    shared = engine(node, unused={"CPU": 3.0, "memory": 8.0 * 2**30})
-    shared._submit = lambda *_: None
-    for free_slots in (2, 1, 0):
-        shared.start(task(), tmp_path)
-        assert shared.slots(task()) == free_slots
+    assert started(engine(node, unused={"CPU": 3.0, "memory": 6.0 * 2**30}), task(), tmp_path) == 3
+    assert started(engine(node, unused={"CPU": 3.0, "memory": 2.0 * 2**30}), task(), tmp_path) == 2
+    assert started(engine(node, unused={"memory": 8.0 * 2**30}), task(), tmp_path) == 0  # all processors are taken
+    assert started(engine(node, unused={}), task(), tmp_path) == 8
 
 
 @pytest.mark.parametrize(("wanted", "cause"), [({"threads": 8}, "bad input"), ({"memory": 9 << 30}, "out of memory")])
 def test_refuses_what_no_node_has(engine, wanted, cause):
     with pytest.raises(RefusedError, match="no node of the cluster") as refused:
-        engine((True, {"CPU": 4.0, "memory": 8.0 * 2**30})).slots(task(**wanted))
+        engine((True, {"CPU": 4.0, "memory": 8.0 * 2**30})).has_room(task(**wanted))
     assert refused.value.cause == cause
 
 

@@ -276,13 +276,13 @@ def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
         """An engine without processes, one job at a time, each done when the reader has looked a few times."""
 
         def __init__(self, *_):
-            self.free, self.close = 1, lambda: None
+            self.is_free, self.close = True, lambda: None
 
-        def slots(self, _task):
-            return self.free
+        def has_room(self, _task):
+            return self.is_free
 
         def start(self, _task, _directory):
-            self.free = 0
+            self.is_free = False
             return len(counts) + 3
 
         def is_under_way(self, _looks):
@@ -291,7 +291,7 @@ def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
         def poll(self, looks):
             if len(counts) < looks and reader.is_alive():
                 return None
-            self.free = 1
+            self.is_free = True
             return Outcome(None)
 
     reader = threading.Thread(target=read)
