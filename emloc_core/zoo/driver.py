@@ -169,6 +169,7 @@ class Driver:
             progress.job = retry.smaller
         if outcome.cause == "out of memory":  # the plan was wrong, or other jobs took too much: now it runs alone
             progress.needs = replace(progress.needs, memory=None)
+            self.store.plan({name: progress.needs})
         log = self.store.directory / task.log
         if not log.exists():  # no worker was started
             with suppress(OSError):
@@ -253,7 +254,4 @@ def _size(directory: Path) -> int:
 
 
 def _progress(record: JobRecord) -> _Progress:
-    needs = record.needs or Demand()
-    if record.smaller:
-        needs = replace(needs, memory=None)
-    return _Progress(record.smaller or record.job, needs, len(record.attempts))
+    return _Progress(record.job, record.needs or Demand(), len(record.attempts))

@@ -125,7 +125,7 @@ class ZooJob(Settings):
         return None
 
     def moved_to(self, other: "ZooJob") -> "ZooJob":
-        """Return this job, possibly made smaller, with the files of another one of the same fingerprint."""
+        """Return this job, which may have been made smaller, with the files of another one of the same fingerprint."""
         changes = {name: getattr(other, name) for name in ("model", "layout", "data", "test", "offline")}
         if self.eval and other.eval:
             changes["eval"] = self.eval.model_copy(update={"tasks": other.eval.tasks})

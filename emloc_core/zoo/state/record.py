@@ -40,8 +40,8 @@ class JobRecord:
 
     Attributes:
         state: ``interrupted`` if it is running in the store without a driver; the next driver resumes it.
+        job: as it is now tried, made smaller if memory ran out.
         duplicate_of: the job of the same fingerprint that is done instead.
-        smaller: the job as it is now tried, after memory ran out; None if unchanged.
         needs: what it needs according to the plan; None before it is planned.
         result: what a finished job made; see :func:`emloc_core.zoo.jobs.outcome.collect`.
     """
@@ -50,7 +50,6 @@ class JobRecord:
     fingerprint: str
     state: State
     duplicate_of: str | None = None
-    smaller: ZooJob | None = None
     needs: Demand | None = None
     result: dict[str, Any] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)

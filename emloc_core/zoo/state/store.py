@@ -29,7 +29,7 @@ _MAKE_ROOM = "Its disk is full or read-only: free some space, or make it writabl
 _SCHEMA = """
 CREATE TABLE jobs (
     name TEXT PRIMARY KEY, position INTEGER NOT NULL, job TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    state TEXT NOT NULL, duplicate_of TEXT, smaller TEXT, needs TEXT, result TEXT NOT NULL DEFAULT '{}'
+    state TEXT NOT NULL, duplicate_of TEXT, needs TEXT, result TEXT NOT NULL DEFAULT '{}'
 );
 CREATE INDEX fingerprints ON jobs (fingerprint);
 CREATE TABLE attempts (
@@ -37,7 +37,7 @@ CREATE TABLE attempts (
     message TEXT NOT NULL DEFAULT '', log TEXT NOT NULL, host TEXT NOT NULL DEFAULT '', PRIMARY KEY (name, number)
 );
 """
-_JOBS = "SELECT job, fingerprint, state, duplicate_of, smaller, needs, result FROM jobs"
+_JOBS = "SELECT job, fingerprint, state, duplicate_of, needs, result FROM jobs"
 _ATTEMPTS = "SELECT name, number, started, seconds, cause, message, log, host FROM attempts"
 
 
@@ -90,7 +90,7 @@ class Store:
 
     def _add(self, job: ZooJob, fingerprint: str) -> bool:
         """Add a job, and say whether there was another one of that name."""
-        row = self._fetch_one("SELECT state, fingerprint, smaller FROM jobs WHERE name = ?", job.name)
+        row = self._fetch_one("SELECT state, fingerprint, job FROM jobs WHERE name = ?", job.name)
         if row and row[0] == "done":
             if row[1] == fingerprint:
                 return False
@@ -107,10 +107,10 @@ class Store:
             )
             return False
         changed = bool(row[1] != fingerprint)
-        smaller = None if changed or not row[2] else ZooJob.model_validate_json(row[2]).moved_to(job).model_dump_json()
+        now = job if changed else ZooJob.model_validate_json(row[2]).moved_to(job)  # it may have been made smaller
         self._database.execute(
-            "UPDATE jobs SET job = ?, fingerprint = ?, state = ?, duplicate_of = ?, smaller = ? WHERE name = ?",
-            (job.model_dump_json(), fingerprint, state, other, smaller, job.name),
+            "UPDATE jobs SET job = ?, fingerprint = ?, state = ?, duplicate_of = ? WHERE name = ?",
+            (now.model_dump_json(), fingerprint, state, other, job.name),
         )
         if changed:
             self._database.execute("UPDATE jobs SET needs = NULL WHERE name = ?", (job.name,))
@@ -194,7 +194,7 @@ class Store:
                 (round(seconds, 3), outcome.cause, outcome.message, outcome.host, name, number),
             ),
             (
-                "UPDATE jobs SET state = ?, result = ?, smaller = COALESCE(?, smaller) WHERE name = ?",
+                "UPDATE jobs SET state = ?, result = ?, job = COALESCE(?, job) WHERE name = ?",
                 (state, json.dumps(outcome.result), smaller and smaller.model_dump_json(), name),
             ),
         )
@@ -218,7 +218,7 @@ class Store:
             for name, *fields in self._database.execute(f"{_ATTEMPTS} ORDER BY name, number"):
                 attempts.setdefault(name, []).append(Attempt(*fields))
         records = []
-        for job, fingerprint, state, duplicate_of, smaller, needs, result in jobs:
+        for job, fingerprint, state, duplicate_of, needs, result in jobs:
             content = ZooJob.model_validate_json(job)
             records.append(
                 JobRecord(
@@ -226,7 +226,6 @@ class Store:
                     fingerprint,
                     state,
                     duplicate_of,
-                    ZooJob.model_validate_json(smaller) if smaller else None,
                     Demand(**json.loads(needs)) if needs else None,
                     json.loads(result),
                     attempts.get(content.name, []),

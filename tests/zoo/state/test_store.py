@@ -42,8 +42,8 @@ def test_what_is_kept_is_what_was_said(store):
     store.start("a", 2, "logs/a.2.log")
     store.finish("a", 2, 2.5, Outcome(None, result={"ratio": 0.6}, host="there"))
     (record,) = Store(store.directory).records()
-    assert (record.job, record.fingerprint, record.state, record.needs) == (job, "1", "done", Demand(1, 2, 3, 4))
-    assert record.smaller.compress.samples == 32
+    assert (record.fingerprint, record.state, record.needs) == ("1", "done", Demand(1, 2, 3, 4))
+    assert record.job == job.smaller("emulator")
     assert record.result == {"ratio": 0.6}
     first, second = record.attempts
     assert (first.number, first.seconds, first.cause, first.message, first.log, first.host) == (
@@ -125,10 +125,10 @@ def test_a_failed_job_waits_again_and_forgets_what_was_of_another_model(store):
     store.finish("a", 1, 1.0, FAILED, smaller=job.smaller("emulator"))
     store.add([job], ["1"])
     (record,) = store.records()
-    assert (record.state, record.needs, record.smaller.compress.samples) == ("waiting", Demand(memory=5), 32)
+    assert (record.state, record.needs, record.job.compress.samples) == ("waiting", Demand(memory=5), 32)
     store.add([job], ["2"])
     (record,) = store.records()
-    assert (record.needs, record.smaller, len(record.attempts)) == (None, None, 1)
+    assert (record.needs, record.job, len(record.attempts)) == (None, job, 1)
 
 
 def test_a_job_that_was_made_smaller_is_found_where_it_is_now(store):
@@ -140,7 +140,7 @@ def test_a_job_that_was_made_smaller_is_found_where_it_is_now(store):
     moved = ZooJob(**{**job.model_dump(), "model": "/new/a", "data": "/new/rows", "eval": {"tasks": ["/new/task"]}})
     store.add([moved], ["1"])
     (record,) = store.records()
-    assert record.smaller == moved.smaller("emulator").smaller("evaluation")
+    assert record.job == moved.smaller("emulator").smaller("evaluation")
 
 
 def test_a_store_that_was_removed_does_not_come_back(tmp_path):
