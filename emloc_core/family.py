@@ -5,11 +5,6 @@ from dataclasses import dataclass, field, replace
 from reprlib import Repr
 from typing import Any, Literal
 
-#: How the activations of a Linear are captured: its input, its output, or a function that takes
-#: ``(module, args, output)`` of the module at the tapped path and returns the input, of shape (..., in_features).
-Tap = Literal["input", "output"] | Callable[[Any, tuple[Any, ...], Any], Any]
-
-
 #: Sizes of a tiny model under the names that most configs have: ``{"model_type": "my_model", **TINY}``.
 TINY = {
     "vocab_size": 128,
@@ -73,12 +68,9 @@ class Family:
         modality: what the model reads, ``text`` or ``image-text``; or ``text-to-image``, if it makes pictures.
         objective: what its models learn: ``tokens``, or one that a plugin provides (``emloc_objectives``).
         keep_dense: glob patterns of module paths that are never compressed, each with its reason.
-        taps: glob pattern of module path -> how the activations of these Linears are captured, if the default (the
-            cheaper of input and output) would be wrong.
         nested: models of other families inside this one: part of the config (``text_config``) -> module path
             (``model.language_model``) that replaces the first part of the other family's block paths, usually
-            ``model``. The other family's towers follow this family's own; its ``keep_dense`` and ``taps`` apply to its
-            part.
+            ``model``. The other family's towers follow this family's own; its ``keep_dense`` applies to its part.
         tiny_configs: keyword arguments of ``AutoConfig.for_model`` for tiny models that the conformance kit builds, at
             least one per model type.
         tiny_inputs: given a tiny model's config, returns the keyword arguments of a forward pass of one row with an
@@ -96,7 +88,6 @@ class Family:
     modality: Literal["text", "image-text", "text-to-image"] = "text"
     objective: str = "tokens"
     keep_dense: Mapping[str, str] = field(default_factory=dict)
-    taps: Mapping[str, Tap] = field(default_factory=dict)
     nested: Mapping[str, str] = field(default_factory=dict)
     tiny_configs: Sequence[Mapping[str, Any]] = ()
     tiny_inputs: Callable[[Any], Mapping[str, Any]] | None = None
@@ -117,7 +108,6 @@ class Family:
             self,
             towers=[*self.towers, *(replace(tower, blocks=moved(tower.blocks)) for tower in inner.towers)],
             keep_dense={**{moved(pattern): reason for pattern, reason in inner.keep_dense.items()}, **self.keep_dense},
-            taps={**{moved(pattern): tap for pattern, tap in inner.taps.items()}, **self.taps},
             nested={},
             observed=(*self.observed, *inner.observed),
         )

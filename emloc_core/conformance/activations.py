@@ -1,4 +1,4 @@
-"""Checks of the activations: order, shared inputs, taps, streamed statistics, factors."""
+"""Checks of the activations: order, shared inputs, products, streamed statistics, factors."""
 
 import copy
 import inspect
@@ -118,23 +118,14 @@ def input_groups(subject: TinyModel) -> None:
 
 
 @check(input_groups)
-def taps(subject: TinyModel) -> None:
-    """Each tap gives the Linear's input, or its output without the bias."""
-    planned = {linear.path: linear for linear in subject.plan.linears}
-    declared_taps = {path: linear.tap for path, linear in planned.items()}
-    forward = observe(subject.model, subject.samples, planned, taps=declared_taps)
-    tapped, problems = forward.tapped, []
-    for path, linear in planned.items():
+def products(subject: TinyModel) -> None:
+    """Each Linear computes its weight times its input, plus its bias."""
+    forward, problems = subject.forward, []
+    for path in (linear.path for linear in subject.plan.linears):
         module = subject.model.get_submodule(path)
-        inputs, outputs = forward.inputs[path], forward.outputs[path]
-        if linear.tap == "output":
-            if not _close(tapped[path], [times(x, module.weight) for x in inputs]):
-                problems.append(f"the output of {path} is not its weight times its input, plus its bias")
-        elif any(x.shape[-1] != linear.in_features for x in tapped[path]):
-            problems.append(f"the tap of {path} does not give tensors of its {linear.in_features} input features")
-        elif not _close([times(x, module.weight, module.bias) for x in tapped[path]], outputs):
-            problems.append(f"what the tap of {path} gives is not its input: its output does not follow from it")
-    require(problems, "Correct the tap (it returns the Linear's input), or list the Linear in keep_dense.")
+        if not _close([times(x, module.weight, module.bias) for x in forward.inputs[path]], forward.outputs[path]):
+            problems.append(f"the output of {path} is not its weight times its input, plus its bias")
+    require(problems, "List the Linear in keep_dense.")
 
 
 def _close(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -183,7 +174,7 @@ def before_the_end(subject: TinyModel, paths: Collection[str]) -> list[str]:
     return [path for path, end in inside.items() if end == path or f"{before}.{end}" in paths]
 
 
-@check(taps)
+@check(products)
 def outputs(subject: TinyModel) -> None:
     """The model reads every output feature of each Linear, except in streams that end with the last block."""
     unread = unread_features(subject.model, subject.samples, [linear.path for linear in subject.plan.linears])
@@ -197,15 +188,15 @@ def outputs(subject: TinyModel) -> None:
     )
 
 
-@check(taps)
+@check(products)
 def statistics(subject: TinyModel) -> None:
     """Weights and Grams of a streamed pass equal those of the whole model, bit for bit."""
     streamed = subject.decomposed
     candidates = subject.plan.candidates
-    taps_ = {linear.path: linear.tap for linear in candidates}
+    taps = {linear.path: linear.tap for linear in candidates}
     grams = {}
-    for path, activations in observe(subject.model, subject.samples, (), taps=taps_).tapped.items():
-        grams[path] = Gram("output" if taps_[path] == "output" else "input", activations[0].shape[-1])
+    for path, activations in observe(subject.model, subject.samples, (), taps=taps).tapped.items():
+        grams[path] = Gram(taps[path], activations[0].shape[-1])
         for rows in activations:
             grams[path].add(rows)
     problems = []
@@ -218,8 +209,8 @@ def statistics(subject: TinyModel) -> None:
             problems.append(f"the statistics of {path}, streamed, are not those of a whole forward")
     require(
         problems,
-        "A forward may not depend on what ran before it: look for state or randomness in the model, for a tap that "
-        "keeps something, and for a list of blocks that no tower declares.",
+        "A forward may not depend on what ran before it: look for state or randomness in the model, and for "
+        "a list of blocks that no tower declares.",
     )
 
 

@@ -17,7 +17,7 @@ EACH = (
     activations.blocks,
     activations.causal,
     activations.input_groups,
-    activations.taps,
+    activations.products,
     activations.outputs,
     activations.statistics,
     activations.full_rank,

@@ -57,9 +57,8 @@ def names(subject: Declaration) -> None:
     family = subject.declared
     everything = {name for model in subject.models for name, _ in model.named_modules() if name}
     problems = [
-        f"{attribute} names {pattern!r}, which no module of any tiny model matches"
-        for attribute, patterns in (("keep_dense", family.keep_dense), ("taps", family.taps))
-        for pattern in patterns
+        f"keep_dense names {pattern!r}, which no module of any tiny model matches"
+        for pattern in family.keep_dense
         if not any(fnmatchcase(name, pattern) for name in everything)
     ]
     for tower in family.towers:

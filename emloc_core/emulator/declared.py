@@ -86,8 +86,7 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
                 code="plugin",
             )
         m, n = int(module.out_features), int(module.in_features)  # some models compute them as tensors
-        tap = next((tap for pattern, tap in family.taps.items() if fnmatchcase(path, pattern)), cheaper_side(m, n))
-        planned.append(LinearPlan(path, block, present, m, n, None, tap, _reason(path, family)))
+        planned.append(LinearPlan(path, block, present, m, n, None, cheaper_side(m, n), _reason(path, family)))
     return planned
 
 

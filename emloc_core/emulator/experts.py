@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from emloc_core.algorithms.statistics import ROWS, Gram
+from emloc_core.algorithms.statistics import ROWS, Gram, Side
 from emloc_core.emulator.propagation import PairedMoments
 from emloc_core.emulator.ranks import TOKENS_AT_ONCE, ExpertsPlan, LinearPlan
 from emloc_core.errors import EmlocError
@@ -199,7 +199,7 @@ def emulated(
 
 
 def _statistics(
-    weight: torch.Tensor, tap: Any, narrow: bool, x: torch.Tensor, emulated: torch.Tensor | None = None
+    weight: torch.Tensor, side: Side, narrow: bool, x: torch.Tensor, emulated: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Gram]:
     """Return what to fit, the weight or a target with its outputs on the emulator's inputs, and the Gram to fit to."""
     if emulated is not None:
@@ -207,10 +207,10 @@ def _statistics(
         for pair in zip(x.split(ROWS), emulated.split(ROWS), strict=True):
             moments.add(*pair)
         (target,) = moments.fit()
-        return target, moments.gram_for(target, tap)
-    gram = Gram(tap, len(weight) if tap == "output" else weight.shape[1], device=weight.device)
+        return target, moments.gram_for(target, side)
+    gram = Gram(side, len(weight) if side == "output" else weight.shape[1], device=weight.device)
     for rows in x.split(ROWS):
-        gram.add(linear(rows, weight) if tap == "output" else rows)
+        gram.add(linear(rows, weight) if side == "output" else rows)
     return weight, gram
 
 

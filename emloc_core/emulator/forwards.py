@@ -42,10 +42,9 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
     differing: list[tuple[str, LinearPlan]] = []
 
     def watching(linear: LinearPlan) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            inputs = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
+        def hook(_module: Any, args: tuple[Any, ...], _output: Any) -> None:
             calls = seen.setdefault((stream.sample, linear.group), _Shared(members[linear.group]))
-            if not calls.agrees(linear.path, inputs):
+            if not calls.agrees(linear.path, args[0]):
                 differing.append((calls.first, linear))
 
         return hook

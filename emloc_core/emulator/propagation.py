@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms.products import by_onednn
-from emloc_core.algorithms.statistics import ROWS, Gram, Side, blocks, cheaper_side, held, rounded
+from emloc_core.algorithms.statistics import ROWS, Gram, Side, blocks, held, rounded
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forward_hooks, forwards
@@ -122,19 +122,9 @@ class PairedMoments:
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(like, dtype=self._dtype)
 
-    @staticmethod
-    def side(fitted: torch.Tensor, tap: Any = None) -> Side:
-        """Return whose Gram a Linear with the weight ``fitted`` and this tap is fitted to.
-
-        Without a tap it is the cheaper one; a family's own tap captures inputs.
-        """
-        if tap is None:
-            return cheaper_side(*fitted.shape)
-        return "output" if tap == "output" else "input"
-
-    def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
-        """Return the Gram of :meth:`side`, on the emulator's inputs."""
-        return self.emulator.through(fitted) if self.side(fitted, tap) == "output" else self.emulator
+    def gram_for(self, fitted: torch.Tensor, side: Side) -> Gram:
+        """Return the Gram of the emulator's inputs, or of the outputs that a weight gives for them."""
+        return self.emulator.through(fitted) if side == "output" else self.emulator
 
 
 class Stop(Protocol):
@@ -175,12 +165,11 @@ class _Group:
                 code=error.code,
             ) from None
         fitted: dict[str, Fitted] = {}
-        moments, taps = self._moments, [linear.tap for linear in self._members]
-        sides = [moments.side(target, tap) for target, tap in zip(targets, taps, strict=True)]
+        sides = [linear.tap for linear in self._members]
         shared = [index for index, side in enumerate(sides) if side == "input"]
         for part in ([shared] if shared else []) + [[index] for index, side in enumerate(sides) if side == "output"]:
             linears, part_targets = [self._members[index] for index in part], [targets[index] for index in part]
-            part_fitted = self._fit(linears, part_targets, moments.gram_for(part_targets[0], linears[0].tap))
+            part_fitted = self._fit(linears, part_targets, self._moments.gram_for(part_targets[0], linears[0].tap))
             fitted.update(zip([linear.path for linear in linears], part_fitted, strict=True))
         return fitted, {linear.path: self._read(linear.path, fitted[linear.path]) for linear in self._members}
 
@@ -224,7 +213,7 @@ def fit_block(
     brought: list[Sequence[torch.Tensor]] = []
     with (
         emulating(stream, modules, done, rows),
-        _pausing(stream, modules, planned, list(experts), rows, brought.append),
+        _pausing(stream, modules, planned, list(experts), brought.append),
     ):
         while remaining:
             stop: Stop | None = None
@@ -264,7 +253,6 @@ def _pausing(
     modules: Mapping[str, nn.Module],
     planned: Sequence[LinearPlan],
     experts: Sequence[str],
-    rows: int,
     sink: Callable[[Sequence[torch.Tensor]], None],
 ) -> Iterator[None]:
     """Give ``sink`` a copy of what every sample feeds an input group, or experts, and pause the sample there.
@@ -276,7 +264,7 @@ def _pausing(
     for linear in planned:
         stops.setdefault(linear.group, linear.path)
 
-    def reaching(path: str, group: tuple[str, ...], inputs: Callable[[], Sequence[torch.Tensor]], args: Any) -> None:
+    def reach(path: str, group: tuple[str, ...], inputs: Sequence[torch.Tensor], args: Any) -> None:
         if (stream.sample, path) in reached:
             raise EmlocError(
                 f"{path} ran twice in one forward of its block.",
@@ -286,30 +274,17 @@ def _pausing(
         first_of_group = (stream.sample, group) not in reached
         reached.update([(stream.sample, path), (stream.sample, group)])
         if first_of_group:
-            tensors = inputs()
-            for tensor in tensors:
+            for tensor in inputs:
                 require_own(tensor)
-            sink([tensor.clone() for tensor in tensors])
+            sink([tensor.clone() for tensor in inputs])
             stream.pause(stops.get(group, path), args, inside=True)
 
-    def before(path: str, group: tuple[str, ...], count: int) -> Callable[..., None]:
-        return lambda _module, args: reaching(path, group, lambda: args[:count], args)
+    def reaching(path: str, group: tuple[str, ...], count: int) -> Callable[..., None]:
+        return lambda _module, args: reach(path, group, args[:count], args)
 
-    def after(linear: LinearPlan) -> Callable[..., Any]:
-        """The family's own function needs the output, which a sample of the emulator must compute once more."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            reaching(linear.path, linear.group, lambda: [linear.tap(module, args, output)], (*args, output))
-            return module.forward(*args) if stream.sample >= rows else None
-
-        return hook
-
-    by_function = [linear for linear in planned if not isinstance(linear.tap, str)]
-    others = [linear for linear in planned if isinstance(linear.tap, str)]
-    entering = [(modules[linear.path], before(linear.path, linear.group, 1)) for linear in others]
-    entering += [(modules[path], before(path, (path,), 2)) for path in experts]  # tokens, and where they are sent
-    leaving = [(modules[linear.path], after(linear)) for linear in by_function]
-    with forward_hooks(entering, before=True), forward_hooks(leaving, first=True):
+    hooks = [(modules[linear.path], reaching(linear.path, linear.group, 1)) for linear in planned]
+    hooks += [(modules[path], reaching(path, (path,), 2)) for path in experts]  # tokens, and where they are sent
+    with forward_hooks(hooks, before=True):
         yield
     ran = {path for _, path in reached}
     for linear in planned:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from emloc_core.algorithms.allocation import Spectrum, global_budget, largest_rank, rank_cap, uniform
+from emloc_core.algorithms.statistics import Side
 from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
 from emloc_core.standins import Format
@@ -27,7 +28,7 @@ class LinearPlan:
     Attributes:
         group: its input group: paths that read the same input.
         rank: of its factors, once they have been shared out; None: its stand-in has none, or it stays dense.
-        tap: how its activations are captured: ``input``, ``output``, or the family's own function.
+        tap: which of its activations are captured.
     """
 
     path: str
@@ -36,12 +37,12 @@ class LinearPlan:
     out_features: int
     in_features: int
     rank: int | None
-    tap: Any
+    tap: Side
     reason: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        return {**asdict(self), "group": list(self.group), "tap": self.tap if isinstance(self.tap, str) else "function"}
+        return {**asdict(self), "group": list(self.group)}
 
     @property
     def matrices(self) -> int:

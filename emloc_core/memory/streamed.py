@@ -68,8 +68,7 @@ def _ranked(plan: RankPlan, ranking: Format) -> RankPlan:
     """Return the plan of the pass before, in which activations are captured on the cheaper side."""
 
     def captured(linear: LinearPlan) -> LinearPlan:
-        cheaper = ranking.tap(cheaper_side(linear.out_features, linear.in_features))
-        return replace(linear, tap=cheaper) if isinstance(linear.tap, str) else linear
+        return replace(linear, tap=ranking.tap(cheaper_side(linear.out_features, linear.in_features)))
 
     plan = allocated(plan, RATIO)
     return replace(plan, linears=tuple(map(captured, plan.linears)))

@@ -8,30 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from emloc_core.algorithms.statistics import Side
+
 #: Called with a Linear's path and activations of shape (..., features).
 Sink = Callable[[str, torch.Tensor], None]
 
 
 @contextmanager
-def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink) -> Iterator[None]:
+def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Side], sink: Sink) -> Iterator[None]:
     """Hook Linears so that every forward passes their activations to ``sink``.
 
     Args:
-        taps: path -> ``"input"``, ``"output"`` (without the bias), or a function of ``(module, args, output)`` that
-            returns the input.
+        taps: path -> ``"input"``, or ``"output"``, which is passed without the bias.
     """
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        tap = taps[path]
-
         def receive(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if tap == "input":
+            if taps[path] == "input":
                 sink(path, args[0])
-            elif tap == "output":
+            else:
                 bias = getattr(module, "bias", None)
                 sink(path, output if bias is None else output.float() - bias.float())
-            else:
-                sink(path, tap(module, args, output))
 
         return receive
 

@@ -7,7 +7,7 @@ from emloc_core.algorithms.factorize import KRYLOV
 from emloc_core.algorithms.feedback import CHANGES
 from emloc_core.algorithms.feedback import ROWS as AT_ONCE
 from emloc_core.algorithms.scales import GROUP, rows_at_once
-from emloc_core.algorithms.statistics import BLOCK, ROWS
+from emloc_core.algorithms.statistics import BLOCK, ROWS, Side
 
 #: Rows that are rounded at a time.
 _MOST_ROWS = max(AT_ONCE.values())
@@ -33,8 +33,8 @@ class Planned(Protocol):
         """Rank of its factors."""
 
     @property
-    def tap(self) -> Any:
-        """How its activations are captured: ``output``, or as inputs."""
+    def tap(self) -> Side:
+        """Which of its activations are captured."""
 
 
 def groups(linears: Sequence[Any]) -> Iterator[list[Any]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from emloc_core.algorithms.statistics import Gram
+from emloc_core.algorithms.statistics import Gram, Side
 from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 from emloc_core.standins import costs
@@ -116,9 +116,9 @@ class Format(ABC):
                 "Leave out --calibration none, or give --kind nf4, say.",
             )
 
-    def tap(self, tap: Any) -> Any:
-        """Return how a Linear's activations are captured, given its family's way; by default as inputs."""
-        return "input" if tap == "output" else tap
+    def tap(self, cheaper: Side) -> Side:
+        """Return which activations of a Linear are captured, given which are fewer; by default its inputs."""
+        return "input"
 
     def own(self) -> "Format":
         """Return the format in a checkpoint of ours, in which more may be packed than Linears of blocks."""

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors, factorize, wants_inputs
-from emloc_core.algorithms.statistics import Gram, cheaper_side
+from emloc_core.algorithms.statistics import Gram, Side, cheaper_side
 from emloc_core.compat.transformers import grouped_product
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
@@ -83,9 +82,9 @@ class LowRank(Factored):
     layer = LowRankLinear
     ratios = Ratios()
 
-    def tap(self, tap: Any) -> Any:
-        """As the family does it, which captures outputs where these are fewer, unless the factorizer needs inputs."""
-        return super().tap(tap) if wants_inputs(self.factorize) else tap
+    def tap(self, cheaper: Side) -> Side:
+        """Capture outputs where these are fewer, unless the factorizer needs inputs."""
+        return "input" if wants_inputs(self.factorize) else cheaper
 
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
         """Factorise weights one by one."""

@@ -82,7 +82,6 @@ DECLARATIONS = [
     ("model-types", replace(ONE, tiny_configs=["llama"]), "a tiny config is 'llama', not a mapping"),
     ("names", with_groups(*GROUPS, ["mlp.gate_porj"]), "the path 'mlp.gate_porj' is in no block"),
     ("names", replace(ONE, keep_dense={"lm_haed": "large"}), "keep_dense names 'lm_haed'"),
-    ("names", replace(ONE, taps={"model.layers.*.mpl": "input"}), "taps names 'model.layers.*.mpl'"),
     ("names", with_groups(*GROUPS, lora_targets=["q_porj"]), "the LoRA target 'q_porj'"),
     ("names", with_groups(*GROUPS, blocks="model.layer"), "the blocks 'model.layer' of the tower 'language'"),
     ("branches", FALCON, "with new_decoder_architecture=True, the Linears of a 'falcon' run in another"),
@@ -112,10 +111,6 @@ DECLARATIONS = [
     ("input-groups", with_groups([*GROUPS[0], *GROUPS[1]], *GROUPS[2:]),
      "model.layers.0.self_attn.o_proj does not read the input that model.layers.0.self_attn.q_proj reads"),
     ("input-groups", with_groups(*reversed(GROUPS)), "mlp.gate_proj runs before model.layers.0.mlp.down_proj"),
-    ("taps", replace(ONE, taps={"*.down_proj": lambda _module, args, _output: 2 * args[0]}),
-     "what the tap of model.layers.0.mlp.down_proj gives is not its input"),
-    ("taps", replace(ONE, taps={"*.down_proj": lambda _module, _args, output: output}),
-     "the tap of model.layers.0.mlp.down_proj does not give tensors of its 64 input features"),
     ("trains", with_groups(*GROUPS, lora_targets=[]), "No tower gets a LoRA by default"),
     ("trains", with_groups(*GROUPS, lora_targets=["embed_tokens"]), "model.embed_tokens, a Embedding, got a LoRA"),
     ("trains", with_groups(*GROUPS, lora_targets=["q_porj"]), "PEFT cannot put a LoRA on q_porj"),
@@ -229,7 +224,7 @@ def test_a_lora_on_a_layer_that_training_drops_by_chance_learns(tmp_path, monkey
 def test_a_linear_that_computes_something_else_is_found(tmp_path, monkeypatch):
     spare(llama.LlamaMLP, monkeypatch, lambda: Doubled(32, 32), lambda self, x: self.spare(mlp(self, x)))
     family = with_groups(*GROUPS, ["mlp.spare"])
-    assert fails(CHECKS["taps"].on(subject_of(family, tmp_path)), "mlp.spare is not its weight times its input")
+    assert fails(CHECKS["products"].on(subject_of(family, tmp_path)), "mlp.spare is not its weight times its input")
 
 
 def test_an_output_that_is_sliced_by_features_is_found(tmp_path, monkeypatch):
@@ -266,7 +261,7 @@ def test_a_linear_that_torch_computes_otherwise_where_it_is_frozen_is_no_state(t
 
 def test_weights_that_are_streamed_wrongly_are_found(tmp_path):
     subject = subject_of(ONE, tmp_path)
-    assert CHECKS["taps"].on(subject).passed
+    assert CHECKS["products"].on(subject).passed
     subject.model.model.layers[1].mlp.down_proj.weight.data.add_(1)
     result = CHECKS["statistics"].on(subject)
     assert fails(result, "the weight of model.layers.1.mlp.down_proj, streamed, is not the one")
@@ -397,13 +392,6 @@ def test_a_check_that_cannot_run_fails_and_says_so(tmp_path):
     assert not second.passed
     assert second.message == "Could not run: it needs broken, which failed."
     assert (first.blocked, second.blocked) == (False, True)
-
-
-def test_a_tap_that_raises_fails_its_check(tmp_path):
-    family = replace(ONE, taps={"*.down_proj": lambda *_: {}["nothing"]})
-    result = CHECKS["taps"].on(subject_of(family, tmp_path))
-    assert not result.passed
-    assert result.message == "Could not run: KeyError: 'nothing'"
 
 
 def test_check_family_gives_a_result_a_check_and_config_and_reports_each():

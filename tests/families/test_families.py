@@ -246,13 +246,11 @@ def test_a_lora_of_pictures_goes_on_the_blocks_alone(settings):
 
 
 def test_the_declaration_of_a_nested_model_is_moved_to_where_it_stands():
-    inner = replace(QWEN_MOE, taps={"model.layers.*.q_proj": "input", "lm_head": "output"})
-    family = INTERNVL.with_nested(inner, "model.language_model")
+    family = INTERNVL.with_nested(QWEN_MOE, "model.language_model")
     assert [tower.blocks for tower in family.towers] == [
         "model.vision_tower.encoder.layer", "model.language_model.layers",
     ]  # fmt: skip
     assert family.keep_dense.keys() == {"model.language_model.layers.*.mlp.gate", "model.multi_modal_projector.*"}
-    assert family.taps == {"model.language_model.layers.*.q_proj": "input", "lm_head": "output"}
     assert family.nested == {}
     assert family.auto_class == "AutoModelForImageTextToText"
 

@@ -55,7 +55,6 @@ BROKEN = {
             "auto_class": "None",
             "modality": "'video'",
             "keep_dense": "['lm_head']",
-            "taps": "{'lm_head': 'middle'}",
             "nested": "{'text_config': 5}",
             "tiny_configs": "5",
             "tiny_inputs": "{}",

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
     """Check the declarations of families on tiny models.
 
-    It checks paths, input groups, taps, streamed statistics, emulator, LoRA, correction, merge, memory plan and tied
-    weights, with a tiny model for every entry of the family's tiny_configs. Each failure says what is wrong and how to
-    fix it; the exit code is then 1.
+    It checks paths, input groups, streamed statistics, emulator, LoRA, correction, merge, memory plan and tied weights,
+    with a tiny model for every entry of the family's tiny_configs. Each failure says what is wrong and how to fix it;
+    the exit code is then 1.
     """
     if bool(names) == every:
         raise click.UsageError("Give the NAME of a family, or --all.")
