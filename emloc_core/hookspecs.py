@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import click
@@ -17,25 +17,18 @@ if TYPE_CHECKING:
     from emloc_core.layout import Gguf, Layout
     from emloc_core.objective import Objective
 
-API_VERSION = 4
+API_VERSION = 5
 
 hookspec = pluggy.HookspecMarker("emloc")
 hookimpl = pluggy.HookimplMarker("emloc")
 
 
 @hookspec
-def emloc_families(config: "Mapping[str, Any] | None") -> "Sequence[Family]":  # type: ignore[empty-body]
-    """Declare model families. Called when the plugin is loaded, with None: import nothing heavy then.
-
-    A plugin that takes ``config`` is called again for a model whose type no plugin declares. The first one that returns
-    a family for it decides; the last one is emloc's own, which observes a tiny model of that config. One that raises,
-    even an EmlocError, is reported as broken, and the next one is asked.
-
-    Args:
-        config: the content of the model's ``config.json``.
+def emloc_families() -> "Sequence[Family]":  # type: ignore[empty-body]
+    """Declare model families. Called when the plugin is loaded: import nothing heavy.
 
     Returns:
-        The families. Names and model types of those that are declared with None are unique among all plugins.
+        The families. Their names and model types are unique among all plugins.
     """
 
 

@@ -50,7 +50,7 @@ def test_families_and_plugins_are_in_the_wheel(environment, tmp_path):
     listed = json.loads(environment.run("emloc", "families", "--json", cwd=tmp_path))
     assert {"gemma", "glm", "internvl", "llama", "phi", "qwen"} <= {family["name"] for family in listed["families"]}
     assert {plugin["name"]: plugin["error"] for plugin in listed["plugins"]} == dict.fromkeys(
-        ["demo", "diffusers", "gemma", "glm", "internvl", "llama", "observed", "phi", "qwen"]
+        ["demo", "diffusers", "gemma", "glm", "internvl", "llama", "phi", "qwen"]
     )
     modules = "emloc_core, emloc_llama, emloc_demo"
     files = environment.run(

@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from emloc_core.compat.model_types import has_model_type
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.memory.cache import Cache, key
-from emloc_core.observed.record import digest, from_record, to_record
+from emloc_core.observed.record import KNOWN, digest, from_record, to_record
 from emloc_core.units import human_seconds
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ _LOGGER = logging.getLogger("emloc.families")
 _CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "standins", "family.py")
 
 
-def declaration(content: Mapping[str, Any]) -> Family:
-    """Return the declaration of one config: from the cache, or by looking at a tiny model of it.
+def family_of(content: Mapping[str, Any]) -> Family | None:
+    """Return the declaration of one config: as an output has it, from the cache, or by looking at a tiny model of it.
+
+    None if transformers has no such model type.
 
     Args:
         content: of a ``config.json``.
@@ -34,7 +37,15 @@ def declaration(content: Mapping[str, Any]) -> Family:
         EmlocError: a person has to look at the model; says why, and which command drafts a plugin.
         OSError, MemoryError, RuntimeError: the disk or the memory is full.
     """
-    cache = Cache(f"{key(digest(content), code=_CODE)}-declaration")
+    name = digest(content)
+    if name not in KNOWN:
+        if not has_model_type(content["model_type"]):
+            return None
+        KNOWN[name] = _declaration(content, Cache(f"{key(name, code=_CODE)}-declaration"))
+    return KNOWN[name]
+
+
+def _declaration(content: Mapping[str, Any], cache: Cache) -> Family:
     with suppress(TypeError, ValueError, KeyError, AttributeError):
         return from_record(cache.values)
     began = time.perf_counter()
@@ -52,7 +63,7 @@ def observed(content: Mapping[str, Any]) -> "Draft":
         content: of a ``config.json``.
 
     Raises:
-        EmlocError, OSError, MemoryError, RuntimeError: as :func:`declaration`.
+        EmlocError, OSError, MemoryError, RuntimeError: as :func:`family_of`.
     """
     draft = _draft(content)
     _require_checks(draft)

@@ -7,10 +7,11 @@ plugin declares by its model type. Empty or ``0`` counts as unset.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,8 +34,6 @@ PROJECT = GROUP = "emloc"
 STRICT = "EMLOC_STRICT_FAMILIES"
 #: The core's own objective.
 TOKENS = "tokens"
-#: The plugin that declares a model by observing it, if no other does.
-OBSERVED = EntryPoint("observed", "emloc_core.observed.plugin", GROUP)
 #: What to do about a model type that no family declares: if transformers has it, and if not.
 _DECLARE = (
     "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, `emloc "
@@ -89,7 +88,7 @@ class PluginManager(pluggy.PluginManager):
         self.register(plugin, name=name)
         try:
             self._check_hooks(plugin)
-            families = self._declared(plugin, "emloc_families", Family, config=None)
+            families = self._declared(plugin, "emloc_families", Family)
             layouts = self._declared(plugin, "emloc_layouts", Layout, families)
             commands = self._commands_of(plugin)
             objectives = {name: make() for name, make in self._offered(plugin, "objectives", self._objectives).items()}
@@ -107,9 +106,9 @@ class PluginManager(pluggy.PluginManager):
         others = [other for other in self.get_plugins() if other is not plugin]
         return self.subset_hook_caller(hook, others)(**arguments)
 
-    def _listed(self, plugin: Any, hook: str, **arguments: Any) -> list[Any]:
+    def _listed(self, plugin: Any, hook: str) -> list[Any]:
         """Return what is in the list that a plugin's hook returns; nothing if it does not implement the hook."""
-        results = self._call(plugin, hook, **arguments)
+        results = self._call(plugin, hook)
         for result in results:
             if not isinstance(result, list | tuple):  # a string would be taken for a list of letters
                 raise TypeError(f"{hook} returned {type(result).__name__}, not a list")
@@ -124,13 +123,14 @@ class PluginManager(pluggy.PluginManager):
             if callable(getattr(plugin, name, None)) and self.parse_hookimpl_opts(plugin, name) is None:
                 raise TypeError(f"{name} is not marked @hookimpl (from emloc_core.hookspecs import hookimpl)")
 
-    def _declared(
-        self, plugin: Any, hook: str, kind: type[Declared], own: Sequence[Family] = (), **arguments: Any
-    ) -> list[Declared]:
+    def _declared(self, plugin: Any, hook: str, kind: type[Declared], own: Sequence[Family] = ()) -> list[Declared]:
         """Return a plugin's declarations; names and model types must differ from all others, and from ``own`` ones."""
         existing: list[Family | Layout] = [*self._families.values(), *self._layouts.values(), *own]
-        declared = self._returned(plugin, hook, kind, **arguments)
+        declared = self._listed(plugin, hook)
         for item in declared:
+            if not isinstance(item, kind):
+                raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
+            require_types(item)
             for other in existing:
                 if isinstance(other, kind) and item.name == other.name:
                     raise ValueError(f"the {kind.__name__.lower()} {item.name!r} is already declared")
@@ -138,15 +138,6 @@ class PluginManager(pluggy.PluginManager):
                     raise ValueError(f"{other.name!r} already declares the model types {sorted(shared)}")
             existing.append(item)
         return declared
-
-    def _returned(self, plugin: Any, hook: str, kind: type[Declared], **arguments: Any) -> list[Declared]:
-        """Return what a plugin's hook returns, which must be of this kind."""
-        returned = self._listed(plugin, hook, **arguments)
-        for item in returned:
-            if not isinstance(item, kind):
-                raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
-            require_types(item)
-        return returned
 
     def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
         commands: dict[str, click.Command] = {}
@@ -176,7 +167,7 @@ class PluginManager(pluggy.PluginManager):
     def family_for(self, config: Mapping[str, Any], *, where: str = "") -> Family:
         """Return the family that declares the ``model_type`` of a config, including the models nested in it.
 
-        If none does, plugins are asked for a declaration of this very config: the last one observes a tiny model.
+        If none does, a tiny model of this very config is observed.
 
         Args:
             config: the content of a ``config.json``.
@@ -197,7 +188,8 @@ class PluginManager(pluggy.PluginManager):
                     "Run `emloc import MODEL -o DIRECTORY` first, and give that directory.",
                     code="unsupported",
                 )
-            family = None if is_on(STRICT) else self._observed(config)
+            # By name, because that module is in a higher layer.
+            family = None if is_on(STRICT) else import_module("emloc_core.observed.look").family_of(config)
         if family is None:
             missing, remedy = "", _DECLARE
             if self.objective_for(config).type_key == "model_type" and not has_model_type(model_type):
@@ -218,20 +210,6 @@ class PluginManager(pluggy.PluginManager):
             label = f", the {part} of this {model_type!r}"
             family = family.with_nested(self.family_for(inner, where=label), path)
         return family
-
-    def _observed(self, config: Mapping[str, Any]) -> Family | None:
-        """Return the family that a plugin declares for this very config, if one does, in pluggy's order of plugins.
-
-        It may have the name of another family: it is not looked up by name.
-        """
-        for plugin in reversed(self.hook.emloc_families.get_hookimpls()):
-            if "config" in plugin.argnames:
-                # The observer's errors are about the model.
-                with nullcontext() if plugin.plugin_name == OBSERVED.name else self.isolated(plugin.plugin_name):
-                    families = self._returned(plugin.plugin, "emloc_families", Family, config=config)
-                    if family := _of_type(families, config["model_type"]):
-                        return family
-        return None
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
         """Return the layout that reads checkpoints of the ``model_type`` of a config.
@@ -382,8 +360,6 @@ def _order(entry: EntryPoint) -> tuple[bool, str]:
 
 
 def _distribution(entry: EntryPoint) -> str:
-    if entry is OBSERVED:
-        return PROJECT
     return entry.dist.name if entry.dist else "unknown"
 
 
@@ -392,5 +368,5 @@ def plugin_manager() -> PluginManager:
     """Return the process's plugin manager, with the built-in algorithms and every installed plugin loaded."""
     manager = PluginManager()
     manager.add(builtin, "emloc_core")
-    manager.load([OBSERVED, *entry_points(group=GROUP)])
+    manager.load(entry_points(group=GROUP))
     return manager

@@ -20,7 +20,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.plugins import builtin as algorithms
 from emloc_core.plugins import manager as plugins
-from emloc_core.plugins.manager import OBSERVED, STRICT, PluginManager, plugin_manager
+from emloc_core.plugins.manager import STRICT, PluginManager, plugin_manager
 
 BROKEN_ALGORITHMS = {
     "raising": """
@@ -142,16 +142,6 @@ def test_the_family_of_a_model_type_or_what_to_do(monkeypatch):
         assert part in str(raised.value)
 
 
-FOR_A_CONFIG = """
-    from emloc_core.family import Family
-    from emloc_core.hookspecs import hookimpl
-
-    @hookimpl
-    def emloc_families(config):
-        return [Family("mine", frozenset({"mine"}), [])]
-"""
-
-
 @pytest.mark.parametrize("strict", ["0", "1"])
 def test_no_plugin_is_advised_for_a_model_that_has_classes_of_its_own(monkeypatch, strict):
     monkeypatch.setenv(STRICT, strict)
@@ -169,27 +159,6 @@ def test_the_model_types_of_transformers_are_known_before_it_is_imported(loaded)
     code += "import sys\nprint(has('granite'), has('chatglm'), 'transformers' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.split() == ["True", "False", str(loaded)]
-
-
-BROKEN_FOR_A_CONFIG = """
-    from emloc_core.hookspecs import hookimpl
-
-    @hookimpl
-    def emloc_families(config):
-        return [] if config is None else config["rope_scaling"]["type"]
-"""
-
-
-def test_a_plugin_that_is_asked_about_a_config_may_return_what_it_has_declared(entry, capsys):
-    manager = PluginManager()
-    manager.load([entry(FOR_A_CONFIG), entry(BROKEN_FOR_A_CONFIG), OBSERVED])
-    assert [report.error for report in manager.reports] == [None, None, None]
-    for _ in range(2):
-        assert manager.family_for({"model_type": "granite"}).observed
-    assert [report.error for report in manager.reports] == [None, None, "KeyError: 'rope_scaling'"]  # ours is first
-    assert capsys.readouterr().err.count("is broken: KeyError: 'rope_scaling'") == 1
-    with pytest.raises(EmlocError, match="encoder-decoder"):  # emloc's own refusal, which breaks no plugin
-        manager.family_for({"model_type": "t5"})
 
 
 def test_algorithms_come_by_name_through_the_hooks():
