@@ -38,7 +38,7 @@ from emloc_core.requests import PolishRequest, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.evaluation import BaseLoss, is_over, logged, losses_at, trainer_settings
-from emloc_core.tuning.launcher import require_processes, require_room
+from emloc_core.tuning.launcher import require_room, require_whole_weights
 from emloc_core.tuning.rows import tuning_rows
 from emloc_core.tuning.start import GivenLora, NewLora
 from emloc_core.tuning.trainer import DIVERGED, SETTINGS, LoraSteps, refusing
@@ -151,7 +151,7 @@ class Train(Job):
         config = self._config(disable_tqdm=progress is not None)
         self._progress = progress
         state = PartialState()
-        require_processes(state.num_processes)
+        require_whole_weights()
         if state.num_processes > 1:  # threads of the group that outlive the interpreter may abort it
             atexit.register(state.destroy_process_group)
         self.is_main_process = state.is_main_process

@@ -8,9 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -31,7 +29,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import read_manifest
 from emloc_core.settings import StepSettings, TrainSettings
 from emloc_core.tuning import trainer
-from emloc_core.tuning.launcher import require_processes, require_room
+from emloc_core.tuning.launcher import require_room, require_whole_weights
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import trainer_config
 
@@ -360,24 +358,11 @@ def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
     assert len(Adapter(tmp_path / "a").loras) == 21
 
 
-def test_what_launchers_ask_for_in_vain_is_refused(monkeypatch):
-    def launched(*command):
-        parent = SimpleNamespace(cmdline=lambda: list(command))
-        monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
-
-    launched("python", "bin/accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "emloc_core", "train")
-    require_processes(2)
-    with pytest.raises(
-        EmlocError, match=r"started one process, not 2.*torchrun --nproc_per_node 2 -m emloc_core \.\.\."
-    ):
-        require_processes(1)
-    launched("bin/accelerate", "launch", "--num_processes=1", "-m", "emloc_core", "train", "--num_processes=3")
-    require_processes(1)
-    launched("bash")
-    require_processes(1)
+def test_sharded_weights_are_refused(monkeypatch):
+    require_whole_weights()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(EmlocError, match="FSDP shards the weights over processes"):
-        require_processes(2)
+        require_whole_weights()
 
 
 def test_a_model_that_one_gpu_has_no_room_for_is_refused(monkeypatch):
