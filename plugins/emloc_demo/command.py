@@ -16,7 +16,7 @@ from emloc_core.files.meter import peak_memory
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.stages.result import Result
 from emloc_demo.narration import BEGINNING, decision, happening, outcome
-from emloc_demo.preparation import output_option, prepare
+from emloc_demo.preparation import output_option
 
 if TYPE_CHECKING:
     from emloc_core.recipe.stages import Stage
@@ -25,23 +25,18 @@ if TYPE_CHECKING:
 
 @click.command("demo")
 @output_option("build/demo")
-@click.option("--prepare-only", is_flag=True, help="Write the model, the data, the tasks and the recipe, and stop.")
 @verbosity_options
 @as_json
-def command(output: Path, prepare_only: bool, as_json: bool) -> None:
+def command(output: Path, as_json: bool) -> None:
     """Tune SmolLM2-135M to turn customers' messages into JSON, in less memory than an ordinary LoRA needs.
 
     Plans, makes the emulator, trains a LoRA on it, carries the LoRA over to the model, and shows answers before and
     after. Needs 1 GB of disk, no network and no GPU, and takes about five minutes on two cores. Finished parts
     are kept, so an interrupted demo resumes where it stopped.
     """
-    quiet = verbosity() is Verbosity.QUIET
-    if prepare_only:
-        recipe = prepare(output)
-        click.echo(str(recipe) if quiet else f"{recipe}  (run it: emloc run {recipe})")
-        return
     from emloc_demo.screen import Screen, show
 
+    quiet = verbosity() is Verbosity.QUIET
     memory = tomllib.loads(files("emloc_demo").joinpath("recipe.toml").read_text("utf-8"))["model"]["memory"]
     results = run(output, Screen(memory, quiet=quiet))
     if as_json:

@@ -8,11 +8,8 @@ from typing import Any
 import rich_click as click
 
 
-def compare(recipe: Path, explain: Callable[[dict[str, Any]], str], *, prepare_only: bool) -> None:
-    """Run a demo's recipe, and print its table and ``explain`` of the results; or just name the recipe."""
-    if prepare_only:
-        click.echo(f"{recipe}  (run it: emloc run {recipe})")
-        return
+def compare(recipe: Path, explain: Callable[[dict[str, Any]], str]) -> None:
+    """Run a demo's recipe, and print its table and ``explain`` of the results."""
     from emloc_core.cli.recipes import announce_stage, show
     from emloc_core.recipe.recipe import load_recipe
     from emloc_core.recipe.run import run_recipe

@@ -11,7 +11,6 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import resumes
-from emloc_core.cli.verbosity import Verbosity, verbosity
 
 
 def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -43,18 +42,12 @@ def prepare(directory: Path, package: str = "emloc_demo", *, short: bool = True)
 
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "base").exists():
-        say("writing the base model, SmolLM2-135M-Instruct (dequantised from Q4_1)")
+        click.echo("writing the base model, SmolLM2-135M-Instruct (dequantised from Q4_1)", err=True)
         write_base(directory / "base", "bfloat16")  # as models are published
     if not all((directory / "data" / name).exists() for name in ("train.jsonl", "test.jsonl")):
-        say("writing the messages")
+        click.echo("writing the messages", err=True)
         write_data(directory / "data", short=short)
     return copy_recipe(package, directory)
-
-
-def say(line: str) -> None:
-    """Write a line to stderr, unless the command is to be quiet."""
-    if verbosity() is not Verbosity.QUIET:
-        click.echo(line, err=True)
 
 
 def copy_recipe(package: str, directory: Path) -> Path:

@@ -191,16 +191,6 @@ def test_a_quiet_screen_shows_nothing(capsys):
         assert [err.count(text) for text in ("1.05GB", "computing", "the outcome", "1 GB")] == [shown] * 4
 
 
-@pytest.mark.parametrize("quiet", [True, False])
-def test_preparing_alone_prints_the_recipe(tiny_model, tmp_path, emloc, monkeypatch, quiet):
-    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path, _dtype: shutil.copytree(tiny_model, path))
-    code, out, err = emloc("demo", "--prepare-only", "-o", tmp_path / "demo", *["-q"] * quiet)
-    recipe = tmp_path / "demo" / "recipe.toml"
-    assert (code, "writing the base model" in err) == (0, not quiet)
-    assert out.split()[0] == str(recipe)
-    assert ("run it" in out) == (not quiet)
-
-
 def test_what_is_there_is_kept_and_said_to_be_if_it_differs(tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(emloc_demo.model, "write_base", lambda path, _dtype: (written.append(path), path.mkdir()))

@@ -12,15 +12,14 @@ from emloc_demo.preparation import output_option, prepare
 
 @click.command("demo-full")
 @output_option("build/demo-full")
-@click.option("--prepare-only", is_flag=True, help="Write the model, the data, the tasks and the recipe, and stop.")
-def command(output: Path, prepare_only: bool) -> None:
+def command(output: Path) -> None:
     """Compare all ways of the demo, on longer messages and with five fields, in nine stages.
 
     Ordinary LoRAs on the model itself are trained too, as the upper bound. Needs 2 GB of disk, no network and no GPU,
     and takes about forty minutes on two cores. Finished parts are kept, so an interrupted demo resumes
     where it stopped.
     """
-    compare(prepare(output, "emloc_demo.full", short=False), explain, prepare_only=prepare_only)
+    compare(prepare(output, "emloc_demo.full", short=False), explain)
 
 
 def explain(results: dict[str, Any]) -> str:

@@ -11,14 +11,13 @@ from emloc_demo.preparation import copy_recipe, output_option
 
 @click.command("demo-vision")
 @output_option("build/demo-vision")
-@click.option("--prepare-only", is_flag=True, help="Train the base model, write data, tasks and recipe, and stop.")
-def command(output: Path, prepare_only: bool) -> None:
+def command(output: Path) -> None:
     """Train a small InternVL to read handwritten digits, then adapt it by EMLoC to put them in order.
 
     Needs no network and no GPU, and takes about ten minutes on two cores. Finished parts are kept,
     so an interrupted demo resumes where it stopped; only the base model's training starts again.
     """
-    compare(prepare(output), explain, prepare_only=prepare_only)
+    compare(prepare(output), explain)
 
 
 def prepare(directory: Path) -> Path:

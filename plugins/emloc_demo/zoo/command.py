@@ -19,8 +19,7 @@ ENGINES = ("local", "ray")
 @click.command("demo-zoo")
 @output_option("build/demo-zoo")
 @click.option("--smollm2/--no-smollm2", default=True, show_default=True, help="SmolLM2-135M among the models.")
-@click.option("--prepare-only", is_flag=True, help="Write the models, the rows and the file of jobs, and stop.")
-def command(output: Path, smollm2: bool, prepare_only: bool) -> None:
+def command(output: Path, smollm2: bool) -> None:
     """Convert eleven small models of several families on this machine, and again on a Ray cluster of two nodes.
 
     One model is damaged and one is a duplicate; a mixture of experts becomes an emulator of every kind. The cluster is
@@ -30,9 +29,6 @@ def command(output: Path, smollm2: bool, prepare_only: bool) -> None:
     from emloc_demo.zoo.models import prepare
 
     jobs = prepare(output, smollm2=smollm2)
-    if prepare_only:
-        click.echo(f"{jobs}  (convert it: emloc zoo convert {jobs} -o {output / 'local'})")
-        return
     convert(jobs, output / "local", "--workers", "2")
     with two_nodes() as address:
         convert(jobs, output / "ray", "--engine", "ray", "--address", address)

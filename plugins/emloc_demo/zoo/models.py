@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_demo.preparation import say
+import rich_click as click
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,11 +89,11 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
     models = directory / "models"
     models.mkdir(parents=True, exist_ok=True)
     if not (directory / "data" / "train.jsonl").exists():
-        say("writing the messages")
+        click.echo("writing the messages", err=True)
         write_data(directory / "data")
     copy_tasks("emloc_demo.full", directory)
     if not (directory / "pictures").exists():
-        say("drawing the pictures")
+        click.echo("drawing the pictures", err=True)
         write_pictures(directory / "pictures", split(load_digits()))
     makers: dict[str, Callable[[Path], object]] = {name: _maker(name, directory / "data") for name in SMALL}
     makers[PICTURES] = _make_with_pictures
@@ -101,11 +101,11 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
     makers[AGAIN] = lambda target: shutil.copytree(models / "mistral", target, dirs_exist_ok=True)
     for name, make in makers.items():
         if not (models / name).exists():
-            say(f"making the model {name}")
+            click.echo(f"making the model {name}", err=True)
             with _complete(models / name) as target:
                 make(target)
     if smollm2 and not (models / SMOLLM2).exists():
-        say("writing SmolLM2-135M-Instruct (dequantised from Q4_1)")
+        click.echo("writing SmolLM2-135M-Instruct (dequantised from Q4_1)", err=True)
         write_base(models / SMOLLM2)
     jobs = directory / JOBS
     if not jobs.exists():
