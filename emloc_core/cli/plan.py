@@ -87,6 +87,9 @@ def _show(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
                f"{work['lora_rank']} on {', '.join(work['target_modules'])}; learning rate {work['learning_rate']:g}; "
                f"on {work['device']}")  # fmt: skip
+    if work["in_single_precision"]:
+        slow = " and ".join(work["in_single_precision"])
+        click.echo(f"this processor has no fast products in {slow}: they are computed in single precision")
     note = "" if planned.budget.requested else ", which is what inference on the base needs"
     click.echo(f"memory: {planned.budget}{note}")
     _show_ways(planned)

@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from emloc_core.algorithms.halves import is_slow, scratch
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import all_linears, find_linears
 from emloc_core.emulator.method import Method, method_of
@@ -112,6 +114,22 @@ class MemoryModel:
     def packed(self) -> Sequence[str]:
         """Paths of the Linears that the base has in four bits; none of an ordinary one."""
         return self._planned.packed
+
+    @property
+    def multiplied(self) -> set[torch.dtype]:
+        """The dtypes of products: of the model, and of autocast."""
+        return {self.dtype, *([torch.bfloat16] if self.workload.train.bf16 else [])}
+
+    @property
+    def slow(self) -> list[str]:
+        """Those of :attr:`multiplied` in which products are computed in single precision on the device."""
+        slow = [dtype for dtype in self.multiplied if is_slow(dtype, self.workload.device)]
+        return sorted(str(dtype).removeprefix("torch.") for dtype in slow)
+
+    def overhead(self, *, tuning: bool) -> int:
+        """Return the bytes that a process takes besides the tensors that are counted."""
+        device = self.workload.device
+        return overhead(device, tuning=tuning) + scratch(device, self.multiplied)
 
     @property
     def stored(self) -> Any:
@@ -236,8 +254,9 @@ class MemoryModel:
         lora = train.model_dump(include=of_steps | of_lora)
         emulator = None if plan is None else (self.format.name, sorted(plan.ranks.items()), packings(plan.vocabulary))
         return cache.key(
-            stage, self.step.inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
-        )
+            stage, self.step.inputs, self.workload.device, self.slow, lora, train.accumulation > 1, self.targets,
+            emulator,
+        )  # fmt: skip
 
     def _trace_inference(self, depths: Mapping[str, Depth]) -> Phases:
         from emloc_core.memory.tracing import trace_inference
@@ -263,7 +282,7 @@ class MemoryModel:
     def fits(self, budget: int, plan: RankPlan | None = None) -> bool:
         """Return whether tuning fits so many bytes; nothing is traced where weights and imports alone do not."""
         weights = self.nbytes if plan is None else self.emulator_bytes(plan)
-        at_least = weights + overhead(self.workload.device, tuning=True)
+        at_least = weights + self.overhead(tuning=True)
         return at_least <= budget and self.tuning(plan).total <= budget
 
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
@@ -298,7 +317,7 @@ class MemoryModel:
     def _need(self, stage: str, phases: Phases) -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())
         # AdamW keeps two moments of every trained parameter, in the parameter's dtype (Kingma and Ba, 2014).
-        besides = overhead(self.workload.device, tuning=peak["adapter"] > 0)
+        besides = self.overhead(tuning=peak["adapter"] > 0)
         terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": besides}
         return Need(stage, {term: terms[term] for term in TERMS if terms.get(term)}, phase)
 

@@ -86,6 +86,7 @@ class MemoryPlan:
                 "lora_rank": workload.train.lora_rank,
                 "target_modules": model.targets,
                 "device": workload.device,
+                "in_single_precision": model.slow,
             },
             "memory_bytes": self.budget.memory,
             "headroom_bytes": self.budget.headroom,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from emloc_core.algorithms import halves
 from emloc_core.errors import is_out_of_memory
 from emloc_core.model.device import free_memory
 
@@ -63,6 +64,7 @@ def measure(device: str, weights: Path) -> Speed | None:
 
 
 def _product(device: str) -> float:
+    halves.serve()
     side = _SIDES[device]
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 

@@ -48,7 +48,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
                 "statistics": phase.statistics,
                 "stand-ins": phase.stand_ins,
                 # Rows of many lengths need as many kernels as tuning.
-                "overhead": overhead(model.workload.device, tuning=True),
+                "overhead": model.overhead(tuning=True),
             }
             yield _need("compress", terms, phase.phase)
 
@@ -101,7 +101,7 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
         "weights": weights * itemsize + _WIDENED,
         "adapter": copies * 4 * model.adapter_parameters(),
         **other,
-        "overhead": overhead(model.workload.device, tuning=False),
+        "overhead": model.overhead(tuning=False),
     }
     return _need("correct", terms, "the largest block" if auto else "the largest Linear")
 
@@ -133,7 +133,7 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
         "adapter": lora_need(model.adapter_parameters()),
         "activations": boundaries + need["ends"] + need["activations"],
         "logits": need["logits"],
-        "overhead": overhead(device, tuning=True),
+        "overhead": model.overhead(tuning=True),
     }
     return _need("exact steps", terms, "the largest block")
 

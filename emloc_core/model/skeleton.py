@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from emloc_core.algorithms import halves
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -53,6 +54,7 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Any, device: torch.device) -> None:
+        halves.serve()
         self.checkpoint, self.family, self.device, self._config = checkpoint, family, device, config
         self.dtype = config.dtype or most_common_dtype(checkpoint.tensors.values())
         self.model = build_model(config, family, self.dtype)

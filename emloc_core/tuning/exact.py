@@ -21,6 +21,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
+from emloc_core.algorithms.halves import scratch
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
@@ -107,7 +108,8 @@ class ExactTrain(Train):
         trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
         need = {**self._need(), "lora": lora_need(trained)}
         boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
-        besides = overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
+        device = "cuda" if config.device.type == "cuda" else "cpu"
+        besides = overhead(device, tuning=True) + scratch(device, {self.skeleton.dtype, torch.bfloat16})
         reserved = {**need, "boundaries": min(need["boundaries"], boundaries.room)}
         room = 0 if self.memory is None else self.memory - sum(reserved.values()) - besides
         config.per_device_train_batch_size *= config.world_size  # each gets all, and takes its share

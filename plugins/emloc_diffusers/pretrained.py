@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from emloc_core.algorithms import halves
 from emloc_core.compat.torch import tree_map
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.limits import limited
@@ -87,6 +88,7 @@ def load_part(owner: str, class_name: str, directory: Path, dtype: "torch.dtype 
     """
     import emloc_diffusers.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
 
+    halves.serve()
     kind = _class_of(owner, class_name, directory)
     require_own_files(directory, ["*"])
     settings: dict[str, Any] = {"local_files_only": True}

@@ -17,7 +17,6 @@ from emloc_core.memory.fake import fake, without_contents
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.planned_model import planned_model
 from emloc_core.model.inside import hidden_size
-from emloc_core.model.overhead import overhead
 from emloc_core.objective import Purpose, RowSize
 from emloc_diffusers.calls import Call, call_of
 from emloc_diffusers.encoding import patches
@@ -89,7 +88,7 @@ class FlowStep:
     def before(self) -> Sequence[Need]:
         """Return the memory of encoding: all prompt encoders at once, or the VAE."""
         readers, vae = encoder_bytes(self._memory.config_file, self._call, vars(self._memory.config))
-        terms = {"weights": max(readers, vae), "overhead": overhead(self._memory.workload.device, tuning=False)}
+        terms = {"weights": max(readers, vae), "overhead": self._memory.overhead(tuning=False)}
         return [Need("encode the rows", terms, "text encoders, before; on the CPU if a GPU has no room")]
 
     def tracing(self, model: Any) -> AbstractContextManager[Any]:  # noqa: ARG002 - every model alike
