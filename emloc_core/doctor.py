@@ -54,16 +54,28 @@ class Check:
 
 def examine() -> list[Check]:
     """Check everything."""
-    tried = probe([*(_module(name) for name, *_ in _required() if _installed(name)), "plugins", "gpus"])
-    gpus = tried.pop("gpus", {})
+    tried = probe([*(_module(name) for name, *_ in _required() if _installed(name)), "plugins", "products", "gpus"])
+    gpus, products = tried.pop("gpus", {}), tried.pop("products", [])
     plugins = tried.pop("plugins", {})
     return [
         Check("system", "python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        *_processor(products),
         *_packages(tried),
         *_gpu(gpus),
         *_room(),
         *_plugins(plugins),
     ]
+
+
+def _processor(slow: Any) -> Iterator[Check]:
+    if isinstance(slow, str):
+        yield Check("system", "processor", "error", f"its products cannot be timed: {slow}")
+        return
+    fast = " and ".join(dtype for dtype in ("float32", "bfloat16", "float16") if dtype not in slow)
+    text = f"multiplies {fast} fast"
+    if slow:
+        text += f"; products in {' and '.join(slow)} are computed in single precision, which takes as long as float32"
+    yield Check("system", "processor", "note" if "bfloat16" in slow else "ok", text)
 
 
 def _required() -> Iterator[tuple[str, str, str | None]]:
@@ -191,7 +203,7 @@ def probe(names: Iterable[str]) -> dict[str, Any]:
     """Return what :func:`_probes` finds in another process; for a probe that ended it, how it ended.
 
     Args:
-        names: modules to import, ``plugins`` and ``gpus``.
+        names: modules to import, ``plugins``, ``products`` and ``gpus``.
     """
     waiting, answers = list(names), dict[str, Any]()
     while waiting:
@@ -220,6 +232,10 @@ def _probes(names: Iterable[str]) -> None:
         try:
             if name == "gpus":
                 answer = _gpus()
+            elif name == "products":
+                from emloc_core.algorithms.halves import slow
+
+                answer = sorted(str(dtype).removeprefix("torch.") for dtype in slow())
             elif name == "plugins":
                 from emloc_core.plugins.manager import plugin_manager
 

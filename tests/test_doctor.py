@@ -88,6 +88,21 @@ def test_a_gpu_is_told_with_its_driver_or_why_it_is_not_used(monkeypatch, gpus, 
     assert checks["plugins"].state == "error"
 
 
+@pytest.mark.parametrize(
+    ("slow", "state", "text"),
+    [
+        ([], "ok", "multiplies float32 and bfloat16 and float16 fast"),
+        (["float16"], "ok", "multiplies float32 and bfloat16 fast; products in float16 are computed in single"),
+        (["bfloat16", "float16"], "note", "multiplies float32 fast; products in bfloat16 and float16 are"),
+        ("ImportError: torch", "error", "ImportError: torch"),
+    ],
+)
+def test_what_the_processor_multiplies_fast_is_told(monkeypatch, slow, state, text):
+    monkeypatch.setattr(doctor, "probe", lambda _: {"products": slow, "gpus": {}, "plugins": []})
+    (processor,) = (check for check in doctor.examine() if check.name == "processor")
+    assert (processor.state, text in processor.text) == (state, True), processor
+
+
 def test_a_full_disk_and_a_cache_that_cannot_be_written_are_told(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "nowhere" / "yet"))
     monkeypatch.setattr(doctor.os, "access", lambda path, _: path != tmp_path)

@@ -23,7 +23,7 @@ class Speed:
     """What a machine does in a second.
 
     Attributes:
-        flops: operations of matrix products in bfloat16 on the device that computes.
+        flops: operations of matrix products on the device that computes, in the dtype that it computes in.
         read: bytes of weights that reach that device; None if the weights are not on this machine.
     """
 
@@ -38,13 +38,14 @@ class Speed:
         return None if self.read is None else max(arithmetic, read_bytes / self.read)
 
 
-def measure(device: str, weights: Path) -> Speed | None:
+def measure(device: str, weights: Path, dtype: torch.dtype = torch.bfloat16) -> Speed | None:
     """Measure this machine.
 
     Args:
         device: ``cuda`` or ``cpu``.
         weights: directory with the model's shards, if they are here. They are read from the disk itself if they are
             larger than the free memory, which would not keep them from one step to the next.
+        dtype: of products.
 
     Returns:
         The speed, or None if the machine has no such device, or no room on it.
@@ -56,17 +57,17 @@ def measure(device: str, weights: Path) -> Speed | None:
         read = _reading(shards) if shards else None
         if read is not None and device == "cuda":
             read = min(read, _transfer())
-        return Speed(_product(device), read)
+        return Speed(_product(device, dtype), read)
     except Exception as error:
         if is_out_of_memory(error):
             return None
         raise
 
 
-def _product(device: str) -> float:
+def _product(device: str, dtype: torch.dtype) -> float:
     halves.serve()
     side = _SIDES[device]
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def multiply() -> int:
         torch.mm(left, right)

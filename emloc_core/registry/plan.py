@@ -57,13 +57,17 @@ def plan_model(
     with config_of(model, with_tokenizer=rows["data"] is not None) as file:
         plugin_manager().family_for(read_config_json(file))
         with without_collections():
+            import torch
+
             from emloc_core.memory.decision import decide
             from emloc_core.memory.plan import make_plan
+            from emloc_core.memory.planned_model import planned_model
             from emloc_core.memory.speed import measure as measured
             from emloc_core.memory.workload import make_workload
 
             workload = make_workload(file, train, device, image_size=size, **rows)
-            speed = gpu.speed if gpu else measured(workload.device, file.parent) if measure else None
+            dtype = torch.bfloat16 if train.bf16 else planned_model(file).dtype
+            speed = gpu.speed if gpu else measured(workload.device, file.parent, dtype) if measure else None
             emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
             decision = decide(file, workload, budget, emulator, speed)
             name, layout = argument_of(model)
