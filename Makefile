@@ -8,6 +8,9 @@ UNUSED := /(tests?|testing|_inductor|onnx)/|transformers/models|/(diffusers|fake
 QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report adapters/test_adapter.py \
 	data/test_rows.py files/test_files.py files/test_header.py files/test_meter.py files/test_own.py \
 	files/test_patterns.py model/test_device.py plugins/test_plugins.py recipe/test_recipe.py)
+# Products, packed layers, experts, a step of each kind, exact steps and evaluation, where no product in bfloat16 is fast.
+HELD := $(addprefix tests/,algorithms/test_halves.py algorithms/test_products.py emulator/test_layers.py \
+	emulator/test_expert_layers.py exact/test_steps.py evaluation/test_likelihood.py tuning/test_plain_training.py)
 # Workers that take whole files, the long ones first (tests/conftest.py); a third one computes while others wait for processes.
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 ALL := -m 'not slow and not browser and not chaos'
@@ -19,7 +22,7 @@ export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export LRU_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu gpu-wheels lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick test-avx2 coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu gpu-wheels lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -59,6 +62,9 @@ test-all: $(STAMP)  ## the same, and further cases of it
 
 test-quick: $(STAMP)  ## under a minute: pure functions, files, settings, rows, plugins, directions of imports
 	$(BIN)/python -m pytest $(PARALLEL) $(QUICK)
+
+test-avx2: $(STAMP)  ## under a minute: steps and evaluation again, held to AVX2, which has no instructions for bfloat16
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(PARALLEL) $(HELD)
 
 coverage: $(STAMP)  ## those of test-all, and which lines they run; build/coverage/index.html shows the others
 	$(BIN)/python -m pytest $(PARALLEL) $(ALL) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage

@@ -62,7 +62,7 @@ def compress(base: str, rows: str, kind: str, output: str) -> dict[str, Any]:
     job.run()
     model = MemoryModel(Path(base) / "config.json", Workload(1, LENGTH, device="cpu"), settings)
     need = streamed.compress(model, model.plan())
-    return {"bytes": need.total - IMPORTS["cpu"], "terms": dict(need.terms), "floor_bytes": floor}
+    return {"bytes": need.total - IMPORTS, "terms": dict(need.terms), "floor_bytes": floor}
 
 
 def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
     config = Path(target) / "config.json"
     write_json(config, {**read_json(config), "quantization_config": quantisation})
     need = plans.tuning(plan)
-    return {"bytes": need.total - IMPORTS["cpu"], "terms": dict(need.terms)}
+    return {"bytes": need.total - IMPORTS, "terms": dict(need.terms)}
 
 
 def tune_read(*args: Any) -> dict[str, Any]:

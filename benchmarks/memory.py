@@ -112,7 +112,7 @@ def predict(base: str, stage: str, ratio: Any, batch: int, length: int, checkpoi
         need = model.inference()
     else:
         need = model.tuning(model.plan(ratio) if ratio else None)
-    return {"bytes": need.total - IMPORTS["cpu"], "ratio": ratio, "terms": dict(need.terms)}
+    return {"bytes": need.total - IMPORTS, "ratio": ratio, "terms": dict(need.terms)}
 
 
 def infer(base: str, batch: int, length: int) -> dict[str, Any]:

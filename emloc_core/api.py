@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from emloc_core.errors import EmlocError, validated
 from emloc_core.keywords import (
@@ -69,7 +69,7 @@ def compress(  # noqa: PLR0913 - all by keyword
     *,
     memory: str | None = None,
     headroom: str | None = None,
-    tuned_on: Literal["auto", "cuda", "cpu"] = "auto",
+    tuned_on: str = "auto",
     tuning: TrainKwargs | None = None,
     exclude: Iterable[Name] = (),
     split: str = "train",
@@ -97,7 +97,7 @@ def compress(  # noqa: PLR0913 - all by keyword
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
         adapter: a LoRA of the model, corrected or trained on it. The emulator is fitted with it, and :func:`train` on
             the emulator trains it further.
-        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``xpu``, or ``auto``.
         progress: called after every block.
         settings: see :class:`~emloc_core.settings.CompressSettings`: ``ratio``, ``samples``, ...
 
@@ -177,7 +177,7 @@ def correct(
         base: the model that the emulator was made from; by default the one that the emulator names.
         emulator: directory of the emulator; by default the one that the adapter names.
         selection_data: file with rows to choose the clamp on; by default those that the emulator keeps.
-        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``xpu``, or ``auto``.
         progress: called after every Linear.
         settings: see :class:`~emloc_core.settings.CorrectSettings`: ``clamp``, ``correction``.
 
@@ -413,7 +413,7 @@ def plan(  # noqa: PLR0913 - all by keyword
         length: tokens per row; with ``data``, the maximum. Default: 1024.
         images: images per row. Default: those of the rows, or 1 for an image-text model.
         image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.
-        device: device whose memory is planned: ``cuda``, ``cpu``, or ``auto``, the one that this machine tunes on.
+        device: device whose memory is planned: ``cuda``, ``xpu``, ``cpu``, or ``auto``, which this machine tunes on.
         card: GPU to plan for, such as ``RTX 4090``: its memory, unless one is given, and times from published figures.
         measure: measure this machine for about a second, to estimate the time of a step; has no effect if it lacks
             the planned device. Reading speed is measured on the model's files, if they are here.

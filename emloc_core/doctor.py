@@ -137,7 +137,8 @@ def _gpu(gpus: Any) -> Iterator[Check]:
         return
     for device in gpus.get("devices", []):
         size = f"{human_bytes(device['free'])} of {human_bytes(device['total'])} free"
-        yield Check("gpu", device["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
+        by = f"CUDA {gpus['cuda']}, driver {driver or 'unknown'}" if gpus.get("cuda") else gpus.get("type")
+        yield Check("gpu", device["name"], "ok", f"{size}, {by}")
     if driver and not gpus.get("devices"):
         built = f"was built for CUDA {gpus['cuda']}" if gpus.get("cuda") else "was built for CPUs"
         yield Check("gpu", "cuda", "warning", f"the driver {driver} shows a GPU that torch cannot use: torch {built}")
@@ -181,6 +182,9 @@ def _room() -> Iterator[Check]:
 def _memory() -> tuple[int, int] | None:
     """Return the free and the total bytes of memory, within a container's limit; None if not on Linux."""
     try:
+        if not Path("/proc/meminfo").exists():  # macOS, which tells only how much there is
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return total, total
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
         free, total = sizes["MemAvailable"], sizes["MemTotal"]
@@ -250,15 +254,17 @@ def _probes(names: Iterable[str]) -> None:
 def _gpus() -> dict[str, Any]:
     import torch
 
+    from emloc_core import devices
     from emloc_core.algorithms.feedback import compiles_kernels
     from emloc_core.algorithms.native import GRID, library
 
-    devices = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(index)
-        devices.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
-    compiles = compiles_kernels() if devices else library(GRID) is not None
-    return {"cuda": torch.version.cuda, "devices": devices, "compiles": compiles}
+    found, here = [], devices.accelerator()
+    for index in range(devices.count()):
+        own = devices.interface(here or devices.CPU)
+        free, total = own.mem_get_info(index)
+        found.append({"name": own.get_device_name(index), "free": free, "total": total})
+    compiles = compiles_kernels() if here and devices.takes_triton(here) else library(GRID) is not None
+    return {"cuda": torch.version.cuda, "type": here, "devices": found, "compiles": compiles}
 
 
 def lines(checks: Iterable[Check]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -82,9 +82,9 @@ class CompressRequest(RowsRequest):
         None, description="Memory to tune in, such as 24GiB: chooses the best kind and the largest ratio that fit."
     )
     headroom: str | None = Field(None, description="How much of `memory` to keep free, such as 2GiB, 8% or 0.")
-    tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` applies to.")
+    tuned_on: str = Field("auto", description="The device that `memory` applies to: cpu, cuda, xpu, or auto.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, xpu, or auto.")
     adapter: Path | None = Field(
         None, description="LoRA of the model: the emulator is fitted with it, to train it further there."
     )
@@ -149,7 +149,7 @@ class CorrectRequest(Request):
     base: str | None = Field(None, description="Directory or hub id; by default the model that the emulator names.")
     emulator: Path | None = Field(None, description="Directory of the emulator, if it has moved.")
     selection_data: Path | None = Field(None, description="Other rows to choose the clamp on.")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, xpu, or auto.")
     settings: CorrectSettings = CorrectSettings()
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from support.paths import ROOT
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
     ["errors", "family", "hookspecs", "keywords", "objective"],
+    ["devices"],
     ["compat", "observed.record", "processes", "units", "settings", "layout", "algorithms"],
     ["standins", "requests", "report"],
     ["plugins"],

@@ -23,8 +23,8 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @click.option("--memory", metavar="SIZE", help="Memory to tune in, such as 24GiB: chooses --kind and --ratio, as emloc "
               "plan does.")  # fmt: skip
 @headroom
-@click.option("--tuned-on", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-              help="With --memory: the device it applies to.")  # fmt: skip
+@click.option("--tuned-on", metavar="NAME", default="auto", show_default=True,
+              help="With --memory: the device it applies to, cpu, cuda, xpu, or auto.")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), parent="--memory", hidden=True)
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIRECTORY", help="LoRA of MODEL, corrected or "
               "trained on it. The emulator is fitted with it, and emloc train then trains it further.")  # fmt: skip

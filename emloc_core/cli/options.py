@@ -36,7 +36,7 @@ device = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="Device to run on: cpu, cuda, cuda:1, or auto (the GPU if there is one).",
+    help="Device to run on: cpu, cuda, cuda:1, xpu, or auto (the GPU if there is one).",
 )
 
 headroom = click.option(

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 @click.option("--image-size", metavar="WIDTHxHEIGHT", help="Size of the images in pixels, for models that take any "
               "size.  [default: that of the rows, or 448x448]")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-              help="Which memory to plan for: a GPU's, or the process's; auto: a GPU's if there is one.")  # fmt: skip
+@click.option("--device", metavar="NAME", default="auto", show_default=True,
+              help="Which memory to plan for: a GPU's (cuda, xpu), or the process's (cpu); auto: a GPU's if there is "
+              "one.")  # fmt: skip
 @click.option("--card", metavar="NAME", help="GPU to plan for, such as 'RTX 4090': its memory, unless --memory "
               "is given, and times computed from its published figures. Known: RTX 4080, RTX 3090, RTX 4090, "
               "L40S, A100, H100.")  # fmt: skip

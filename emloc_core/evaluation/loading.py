@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from emloc_core import devices
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.units import human_bytes
 
@@ -27,7 +28,6 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
         EmlocError: the model cannot be loaded, does not fit in memory, does not read images or has no processor though
             there are images, or the adapter does not fit it.
     """
-    import torch
 
     from emloc_core.data.tokenize import load_processor, load_tokenizer
     from emloc_core.files.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool | None = Fals
     if adapter is not None:
         loaded = _add_adapter(loaded, adapter, parts)
     if not parts:
-        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = loaded.to(devices.accelerator() or devices.CPU)
     return loaded.eval(), processing
 
 
@@ -68,9 +68,10 @@ def _parts(nbytes: int) -> dict[int | str, int] | None:
 
     from emloc_core.model.device import free_memory, free_of
 
-    if not torch.cuda.is_available():
+    here = devices.accelerator()
+    if here is None:
         return None
-    free = [free_of(gpu) for gpu in range(torch.cuda.device_count())]
+    free = [free_of(torch.device(here, gpu)) for gpu in range(devices.count())]
     if nbytes <= _WHOLE * free[0]:
         return None
     parts: dict[int | str, int] = {gpu: int(_PART * room) for gpu, room in enumerate(free)}

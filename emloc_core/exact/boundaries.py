@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from emloc_core import devices
 from emloc_core.files.scratch import ScratchFile
 
 #: Smaller tensors stay where they are: positions, masks of short rows.
@@ -70,7 +71,7 @@ class Boundaries:
 
     def _store(self, tensor: torch.Tensor) -> "torch.Tensor | int":
         if self._file is None:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=devices.copies_alongside(tensor.device))
             return copy.copy_(tensor, non_blocking=True)
         offset, self._end = self._end, self._end + tensor.nbytes
         self._file.write(tensor.detach().cpu().contiguous(), offset)

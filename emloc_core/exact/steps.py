@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from emloc_core import devices
 from emloc_core.compat.peft import WRAPPER
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
@@ -246,12 +247,13 @@ class _Randomness:
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._seeds = seeds
         self._states: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._gpu = device if device.type == "cuda" else None
+        self._gpu = device if devices.is_accelerator(device) else None
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Restore the global state at the end."""
-        with torch.random.fork_rng([self._gpu] if self._gpu else []):
+        gpus = [self._gpu] if self._gpu else []
+        with torch.random.fork_rng(gpus, device_type=self._gpu.type if self._gpu else "cuda"):
             yield
 
     @contextmanager
@@ -260,12 +262,12 @@ class _Randomness:
         if index in self._states:
             processor, gpu = self._states[index]
             torch.set_rng_state(processor)
-            if gpu is not None:
-                torch.cuda.set_rng_state(gpu, self._gpu)  # type: ignore[arg-type]
+            if self._gpu:
+                devices.interface(self._gpu).set_rng_state(gpu, self._gpu)
         else:
             torch.manual_seed(self._seeds[index])
         yield
-        gpu = torch.cuda.get_rng_state(self._gpu) if self._gpu else None
+        gpu = devices.interface(self._gpu).get_rng_state(self._gpu) if self._gpu else None
         self._states[index] = torch.get_rng_state(), gpu
 
 

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from emloc_core import devices
+
 
 def own_memory(kind: str) -> int | None:
     """Return a size of this process as Linux reports it, such as ``VmData``, in bytes; None elsewhere."""
@@ -35,22 +37,22 @@ class Meter:
     def read(self) -> dict[str, Any]:
         """Return ``seconds`` and ``peak_rss_bytes``.
 
-        If a GPU was used, also what tensors took at most, ``peak_cuda_bytes``, and what torch reserved for them,
-        ``peak_cuda_reserved_bytes``; each of the GPU where it is largest.
+        If a GPU was used, also what tensors took at most, ``peak_gpu_bytes``, and what torch reserved for them,
+        ``peak_gpu_reserved_bytes``; each of the GPU where it is largest.
         """
         reading: dict[str, Any] = {
             "seconds": round(time.perf_counter() - self._started, 3),
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-            gpus = range(torch.cuda.device_count())
-            if most := max(map(torch.cuda.max_memory_allocated, gpus)):  # libraries initialise GPUs that nothing uses
-                reading["peak_cuda_bytes"] = most
-                reading["peak_cuda_reserved_bytes"] = max(map(torch.cuda.max_memory_reserved, gpus))
+        here = devices.accelerator() if "torch" in sys.modules else None
+        if here and (own := devices.interface(here)).is_initialized() and hasattr(own, "max_memory_allocated"):
+            gpus = range(own.device_count())
+            if most := max(map(own.max_memory_allocated, gpus)):  # libraries initialise GPUs that nothing uses
+                reading["peak_gpu_bytes"] = most
+                reading["peak_gpu_reserved_bytes"] = max(map(own.max_memory_reserved, gpus))
         return reading
 
 
 def peak_memory(timing: Mapping[str, Any]) -> int | None:
     """Return the peak that counts of what :meth:`Meter.read` returned: of the fullest GPU, or else of the process."""
-    return timing.get("peak_cuda_bytes") or timing.get("peak_rss_bytes")
+    return timing.get("peak_gpu_bytes") or timing.get("peak_rss_bytes")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from emloc_core.devices import is_accelerator
 from emloc_core.errors import EmlocError
 from emloc_core.memory.budget import Budget, advice
 from emloc_core.memory.model import MemoryModel
@@ -214,5 +215,5 @@ def too_large_to_make(way: Way, budget: Budget) -> str | None:
     """Return a warning where stage 1 needs more than the memory for tuning; None where it does not."""
     if way.compress_bytes <= budget.usable:
         return None
-    where = ": run it with --device cpu, in the machine's memory" if way.model.workload.device == "cuda" else ""
+    where = ": run it with --device cpu, in the machine's memory" if is_accelerator(way.model.workload.device) else ""
     return f"making the emulator (compress) needs {human_bytes(way.compress_bytes)}, more than the memory{where}"

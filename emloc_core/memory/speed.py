@@ -1,5 +1,6 @@
 """The speed of this machine at multiplying and at reading weights, measured in a second to estimate times."""
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from emloc_core import devices
 from emloc_core.algorithms import halves
 from emloc_core.errors import is_out_of_memory
 from emloc_core.model.device import free_memory
 
 _SECONDS = 0.1  # of each measurement
-_SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices, large enough for full speed
+_SIDES = {True: 8192, False: 1024}  # of the matrices, on an accelerator or not: large enough for full speed
 _CHUNK = 4 << 20  # bytes read at a time
 _MOST = 512 << 20  # bytes read in all
 
@@ -42,7 +44,7 @@ def measure(device: str, weights: Path, dtype: torch.dtype = torch.bfloat16) -> 
     """Measure this machine.
 
     Args:
-        device: ``cuda`` or ``cpu``.
+        device: its type.
         weights: directory with the model's shards, if they are here. They are read from the disk itself if they are
             larger than the free memory, which would not keep them from one step to the next.
         dtype: of products.
@@ -50,13 +52,14 @@ def measure(device: str, weights: Path, dtype: torch.dtype = torch.bfloat16) -> 
     Returns:
         The speed, or None if the machine has no such device, or no room on it.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    accelerated = devices.is_accelerator(device)
+    if accelerated and device != devices.accelerator():
         return None
     shards = [path for path in weights.glob("*.safetensors") if path.is_file() and path.stat().st_size]
     try:
         read = _reading(shards) if shards else None
-        if read is not None and device == "cuda":
-            read = min(read, _transfer())
+        if read is not None and accelerated:
+            read = min(read, _transfer(device))
         return Speed(_product(device, dtype), read)
     except Exception as error:
         if is_out_of_memory(error):
@@ -66,25 +69,26 @@ def measure(device: str, weights: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
 def _product(device: str, dtype: torch.dtype) -> float:
     halves.serve()
-    side = _SIDES[device]
+    accelerated = devices.is_accelerator(device)
+    side = _SIDES[accelerated]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def multiply() -> int:
         torch.mm(left, right)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if accelerated:
+            torch.accelerator.synchronize()
         return 2 * side**3
 
     multiply()  # the first one also sets up the library
     return _rate(multiply)
 
 
-def _transfer() -> float:
-    pinned = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+def _transfer(device: str) -> float:
+    pinned = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=devices.copies_alongside(device))
 
     def copy() -> int:
-        pinned.to("cuda", non_blocking=True)
-        torch.cuda.synchronize()
+        pinned.to(device, non_blocking=True)
+        torch.accelerator.synchronize()
         return pinned.nbytes
 
     copy()
@@ -104,9 +108,17 @@ def _reading(shards: Sequence[Path]) -> float:
             while file.tell() < size and read():
                 pass
         else:
-            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+            _forget(file.fileno(), size)
         file.seek(0)
         return _rate(read, most=size)
+
+
+def _forget(file: int, size: int) -> None:
+    """Have the system forget what it keeps of a file; on macOS, not keep what is read of it from now on."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, size, os.POSIX_FADV_DONTNEED)
+    elif hasattr(fcntl, "F_NOCACHE"):
+        fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
 
 
 def _rate(act: Callable[[], int], most: float = float("inf")) -> float:

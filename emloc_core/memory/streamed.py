@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.algorithms.statistics import cheaper_side
+from emloc_core.devices import is_accelerator
 from emloc_core.emulator.needs import Needs, units
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import RATIO
@@ -36,7 +37,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     """
     settings, method = model.method.settings, model.method
     propagated = settings.calibration == "propagated"
-    waiting = 1 if model.workload.device == "cuda" and not plan.has_experts else settings.samples
+    waiting = 1 if is_accelerator(model.workload.device) and not plan.has_experts else settings.samples
     rows = model.step.waiting("calibration", waiting)
 
     def needs(plan: RankPlan, format: Format, *, propagated: bool) -> Iterator[Need]:
@@ -122,12 +123,12 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
         rows: rows of an optimiser step; None: those of the workload.
         at_once: rows of a micro-batch.
     """
-    rows, device = rows or model.workload.rows_per_step, model.workload.device
+    rows = rows or model.workload.rows_per_step
     tokens, patches = (
         Positions(rows * count, at_once * count) for count in (model.step.row.tokens, model.step.row.patches)
     )
     need = step_need(model.stored, model.family, tokens, patches, model.dtype)
-    boundaries = 0 if device == "cuda" else need["boundaries"]
+    boundaries = 0 if is_accelerator(model.workload.device) else need["boundaries"]
     terms = {
         "weights": need["weights"] + need["unpacked"],
         "adapter": lora_need(model.adapter_parameters()),

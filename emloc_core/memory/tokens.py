@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_core.data.limits import Limits
 from emloc_core.data.row import Row
+from emloc_core.devices import is_accelerator
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.memory.model import MemoryModel, Need
@@ -83,7 +84,7 @@ class TokenStep:
         from emloc_core.memory.fake import fake
         from emloc_core.standins.vocabulary import rows_at_once
 
-        in_place = tiles_in_place() if self._memory.workload.device == "cuda" else nullcontext()
+        in_place = tiles_in_place() if is_accelerator(self._memory.workload.device) else nullcontext()
         with fake(self.inputs), in_place, tiles_of(rows_at_once(model)):
             yield
 

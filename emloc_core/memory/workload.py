@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from emloc_core.data.columns import NO_RENAMING
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import load_rows
+from emloc_core.devices import type_of
 from emloc_core.errors import EmlocError
 from emloc_core.memory.planned_model import planned_model
 from emloc_core.model.device import choose_device
@@ -33,14 +33,14 @@ class Workload:
         image_size: height and width of images in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
         rows: how many rows there are in all; None if that is not known.
         train: the settings of stage 2; its batch size and maximum length are ignored.
-        device: ``cuda`` or ``cpu``. TRL's loss needs less memory on ``cuda``.
+        device: its type: ``cpu``, or an accelerator's, where TRL's loss needs less memory.
     """
 
     batch_size: int
     length: int
     images: int = 0
     train: TrainSettings = field(default_factory=TrainSettings)
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: str = "cuda"
     image_size: tuple[int, int] | None = None
     rows: int | None = None
 
@@ -93,7 +93,7 @@ def make_workload(
 
     Args:
         config_file: the model's config; with ``data``, its tokenizer or processor is in the same directory.
-        device: ``cuda``, ``cpu``, or ``auto``: the one that this machine tunes on.
+        device: ``cpu``, ``cuda`` or another type, or ``auto``: the one that this machine tunes on.
         length: tokens per row; with ``data``, the length to which rows are cut. Without either, 1024 or the model's
             limit.
         images: images or tiles per row; by default those of the rows, or 1 for an image-text model.
@@ -120,6 +120,6 @@ def make_workload(
     if length is not None and limit is not None and length > limit:
         raise EmlocError(f"The model takes at most {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     length = length or min(LENGTH, limit or LENGTH)
-    where = choose_device().type if device == "auto" else device
+    where = choose_device().type if device == "auto" else type_of(device)
     shape = {"images": counted if images is None else images, "image_size": image_size}
     return Workload(train.batch_size, length, train=train, device=where, rows=known_rows, **shape)  # type: ignore[arg-type]

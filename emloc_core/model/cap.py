@@ -1,13 +1,14 @@
 """A cap on memory, beyond which allocations fail: a plan for a small GPU can be proven on a large one.
 
 ``EMLOC_MEMORY_CAP=cuda=24GiB,cpu=8GiB`` names what a process may take of every GPU, and of the CPU's memory. In a run
-with a set memory, that is the GPU cap of its stages.
+with a set memory, that is the GPU cap of its stages. Any name but ``cpu`` stands for the accelerator that is here.
 """
 
 import os
 import resource
 import sys
 
+from emloc_core import devices
 from emloc_core.errors import EmlocError
 from emloc_core.files.meter import own_memory
 from emloc_core.model.overhead import overhead
@@ -32,7 +33,7 @@ def keep_to_cap() -> None:
         EmlocError: the cap is not as it should be, or the process already uses more.
     """
     for device, nbytes in _caps().items():
-        if device == "cuda":
+        if devices.is_accelerator(device):
             cap_gpus(nbytes)
         else:
             _cap_process(nbytes)
@@ -46,18 +47,18 @@ def cap_gpus(nbytes: int) -> None:
     Raises:
         EmlocError: the context alone takes as much.
     """
-    import torch
-
-    if not torch.cuda.is_available():
+    here = devices.accelerator()
+    if here is None:
         return
-    room = nbytes - overhead("cuda", tuning=True)
+    own = devices.interface(here)
+    room = nbytes - overhead(here, tuning=True)
     if room <= 0:
         raise _too_small(nbytes, nbytes - room)
     launched = os.environ.get("LOCAL_RANK")
-    for gpu in range(torch.cuda.device_count()) if launched is None else [int(launched)]:
-        total = torch.cuda.get_device_properties(gpu).total_memory
-        with torch.cuda.device(gpu):  # which torch would make the current one for good
-            torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), gpu)
+    for gpu in range(own.device_count()) if launched is None else [int(launched)]:
+        total = own.get_device_properties(gpu).total_memory
+        with own.device(gpu):  # which torch would make the current one for good
+            own.set_per_process_memory_fraction(min(1.0, room / total), gpu)
 
 
 def cap_sentence() -> str:
@@ -72,7 +73,7 @@ def _cap_process(nbytes: int) -> None:
     It counts what is asked for, touched or not; so what libraries have asked for but not yet touched is added.
     """
     if sys.platform != "linux":
-        raise EmlocError(f"{CAP} caps CPU memory only on Linux.", "Name only cuda.", code="unsupported")
+        raise EmlocError(f"{CAP} caps CPU memory only on Linux.", "Name only an accelerator.", code="unsupported")
     resident, data = own_memory("VmRSS") or 0, own_memory("VmData") or 0
     if resident >= nbytes:  # Python itself would fail anywhere
         raise _too_small(nbytes, resident)
@@ -84,10 +85,10 @@ def _caps() -> dict[str, int]:
     """Return the cap of every device that has one, in bytes."""
     caps = {}
     for part in filter(None, os.environ.get(CAP, "").split(",")):
-        device, _, size = part.partition("=")
-        if device not in ("cuda", "cpu"):
-            raise EmlocError(f"{CAP} names {device!r}.", f"Give cuda, cpu or both, such as {CAP}=cuda=24GiB,cpu=8GiB.")
-        caps[device] = parse_bytes(size)
+        device, separator, size = part.partition("=")
+        if not separator:
+            raise EmlocError(f"{CAP} names no memory of {device!r}.", f"Write it as {CAP}=cuda=24GiB,cpu=8GiB.")
+        caps[devices.type_of(device)] = parse_bytes(size)
     return caps
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from emloc_core import devices
 from emloc_core.compat.torch import tree_leaves
 from emloc_core.errors import EmlocError
 from emloc_core.files.scratch import ScratchFile
@@ -62,7 +63,7 @@ class Parking:
             directory: as in the constructor; of a GPU, everything beyond the limit goes to CPU memory.
             needed: bytes of a GPU that must stay free for other things than samples.
         """
-        if device.type == "cuda":
+        if devices.is_accelerator(device):
             free = free_of(device)
             return cls(max(0, min(SHARE * free, free - needed)), shared)
         return cls(float("inf"), shared, directory)

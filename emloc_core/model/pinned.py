@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from emloc_core import devices
+
 #: Tensors begin in a buffer at multiples of so many bytes, as GPUs like it.
 _ALIGNMENT = 512
 
@@ -46,11 +48,11 @@ class Pinned:
 
     places: Places
     memory: torch.Tensor
-    copied: "torch.cuda.Event | None" = None
+    copied: "torch.Event | None" = None
 
-    def copy(self, device: torch.device, stream: "torch.cuda.Stream") -> torch.Tensor:
+    def copy(self, device: torch.device, stream: "torch.Stream") -> torch.Tensor:
         """Begin to copy it to a GPU on a stream; return the buffer there, which is whole after ``copied``."""
-        with torch.cuda.stream(stream):
+        with devices.interface(device).stream(stream):
             buffer = torch.empty(self.places.nbytes, dtype=torch.uint8, device=device)
             buffer.copy_(self.memory[: self.places.nbytes], non_blocking=True)
             self.copied = stream.record_event()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from emloc_core import devices
 from emloc_core.compat.transformers import attending
 from emloc_core.model.lockstep import Forward, Lockstep, units
 from emloc_core.model.parking import Parking
@@ -32,8 +33,8 @@ class Stream(Lockstep):
 
     @property
     def pins(self) -> bool:
-        """Whether units pass through pinned memory: on a GPU."""
-        return self.skeleton.device.type == "cuda"
+        """Whether units pass through pinned memory: where copies run beside computing."""
+        return devices.copies_alongside(self.skeleton.device)
 
     def run(
         self, forwards: Sequence[Forward], visit: Callable[[str], Any] | None = None, last: str | None = None

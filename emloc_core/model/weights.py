@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from emloc_core import devices
 from emloc_core.errors import EmlocError
 from emloc_core.model.pinned import Pinned, PinnedMemory
 from emloc_core.model.skeleton import Skeleton
@@ -27,7 +28,7 @@ class _Loaded:
 
     tensors: Mapping[str, torch.Tensor]
     buffer: torch.Tensor | None = None
-    copied: "torch.cuda.Event | None" = None
+    copied: "torch.Event | None" = None
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +73,8 @@ class FrozenWeights:
         self._staying: dict[str, _Loaded] = {}
         self._pinned = PinnedMemory(pinned)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="frozen-weights")
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" and begins else None
+        self._copies = devices.copies_alongside(device)
+        self._side = devices.interface(device).Stream(device) if self._copies and begins else None
         self._stamps = {shard: _stamp(shard) for shard in skeleton.checkpoint.shards}
 
     def parameters(self, unit: str) -> Mapping[str, torch.Tensor]:
@@ -103,13 +105,13 @@ class FrozenWeights:
         if previous is not None:
             self._followed[self._before, previous] = unit
         self._before, self._current = previous, None  # its memory is free before more is taken
-        finished = torch.cuda.current_stream(self.device).record_event() if self._side is not None else None
+        finished = self._stream().record_event() if self._side is not None else None
         self._current = unit, self._take(unit, finished)
         following = self._followed.get((previous, unit))
         if following is not None and following not in self._staying:
             self._ahead = following, self._reader.submit(self._load, following, finished)
 
-    def _take(self, unit: str, finished: "torch.cuda.Event | None") -> _Loaded:
+    def _take(self, unit: str, finished: "torch.Event | None") -> _Loaded:
         if unit in self._staying:
             return self._staying[unit]
         started = time.perf_counter()
@@ -118,11 +120,9 @@ class FrozenWeights:
         content = self._ahead[1].result()
         self._ahead = None
         self.waited += time.perf_counter() - started
-        loaded = (
-            self._copied(content, torch.cuda.current_stream(self.device)) if isinstance(content, Pinned) else content
-        )
+        loaded = self._copied(content, self._stream()) if isinstance(content, Pinned) else content
         if loaded.copied is not None:
-            stream = torch.cuda.current_stream(self.device)
+            stream = self._stream()
             stream.wait_event(loaded.copied)
             assert loaded.buffer is not None
             loaded.buffer.record_stream(stream)  # freed in this stream's order, not the copy's
@@ -132,15 +132,15 @@ class FrozenWeights:
             self._pinned.leave(unit)
         return loaded
 
-    def _load(self, unit: str, finished: "torch.cuda.Event | None") -> _Loaded | Pinned:
+    def _load(self, unit: str, finished: "torch.Event | None") -> _Loaded | Pinned:
         """Read a unit, and on a GPU where copies begin early begin that; in the reading thread.
 
         Args:
             finished: if so, the end of all that is computed with units that were asked for before the one in use.
         """
         self.reads[unit] += 1
-        if self.device.type != "cuda":
-            tensors = self._read(unit)
+        if not self._copies:
+            tensors = {name: tensor.to(self.device) for name, tensor in self._read(unit).items()}
             self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
             return _Loaded(tensors)
         pinned = self._pinned.unit(unit, lambda: self._read(unit))
@@ -150,10 +150,15 @@ class FrozenWeights:
         finished.synchronize()  # its memory is free only then; the CPU, which runs ahead of a GPU, would take more
         return self._copied(pinned, self._side)
 
-    def _copied(self, pinned: Pinned, stream: "torch.cuda.Stream") -> _Loaded:
+    def _copied(self, pinned: Pinned, stream: "torch.Stream") -> _Loaded:
         """Begin to copy a unit to the GPU."""
         buffer = pinned.copy(self.device, stream)
         return _Loaded(pinned.places.tensors(buffer), buffer, pinned.copied)
+
+    def _stream(self) -> torch.Stream:
+        """Return the stream that is computed on."""
+        stream: torch.Stream = devices.interface(self.device).current_stream(self.device)
+        return stream
 
     def _read(self, unit: str) -> Mapping[str, torch.Tensor]:
         with self.skeleton.parameters(self._names[unit]) as parameters:

@@ -58,7 +58,7 @@ def _model(emulator: Path | None, adapter: Path, tuned: Mapping[str, Any]) -> "M
 
     config = Path(input_name(emulator, "base") if emulator else input_name(adapter, "model")) / "config.json"
     settings = TrainSettings(**tuned["request"]["settings"])
-    device = "cuda" if "peak_cuda_bytes" in read_json(adapter / TIMING) else "cpu"
+    device = "cuda" if "peak_gpu_bytes" in read_json(adapter / TIMING) else "cpu"  # any accelerator plans alike
     if emulator is None:
         workload = make_workload(config, settings, device, length=tuned["result"]["longest_tokens"])
         if workload.images:

@@ -62,7 +62,7 @@ def fit(
         batch_size: rows per step.
         length: tokens per row.
         kind: kind of emulator; ``auto`` takes the one that is recommended for the budget.
-        device: ``cuda`` or ``cpu``.
+        device: its type.
 
     Raises:
         EmlocError: there is no such preset, or the model cannot run the workload.

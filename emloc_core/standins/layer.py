@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from emloc_core import devices
 from emloc_core.compat.torch import has_contents
 from emloc_core.compat.transformers import grouped_product
 from emloc_core.errors import EmlocError
@@ -231,7 +232,7 @@ class Groups:
 
 def _indices(numbers: list[int], device: torch.device) -> torch.Tensor:
     """Return numbers as a tensor on a device, without waiting for a GPU: they are copied from pinned memory."""
-    indices = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    indices = torch.tensor(numbers, pin_memory=devices.copies_alongside(device))
     return indices.to(device, non_blocking=True)
 
 

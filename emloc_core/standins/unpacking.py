@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from emloc_core import devices
 from emloc_core.algorithms import feedback, native
 from emloc_core.compat.imports import when_imported
 
@@ -11,12 +12,12 @@ from emloc_core.compat.imports import when_imported
 def is_compiled(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether one pass does it all; so it is planned too, by tensors without contents."""
     known = scales.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)
-    return (codes.is_cuda or known) and compiles_for(codes.device.type)
+    return (devices.takes_triton(codes.device) or known) and compiles_for(codes.device.type)
 
 
 def compiles_for(device: str) -> bool:
     """Return whether what unpacks in one pass can be compiled for a type of device; a constant in torch's graphs."""
-    if device == "cuda":
+    if devices.takes_triton(device):
         return feedback.compiles_kernels()
     return device == "cpu" and native.compiler() is not None
 

@@ -21,6 +21,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
+from emloc_core import devices
 from emloc_core.algorithms.halves import scratch
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
@@ -108,7 +109,7 @@ class ExactTrain(Train):
         trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
         need = {**self._need(), "lora": lora_need(trained)}
         boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
-        device = "cuda" if config.device.type == "cuda" else "cpu"
+        device = config.device.type
         besides = overhead(device, tuning=True) + scratch(device, {self.skeleton.dtype, torch.bfloat16})
         reserved = {**need, "boundaries": min(need["boundaries"], boundaries.room)}
         room = 0 if self.memory is None else self.memory - sum(reserved.values()) - besides
@@ -150,7 +151,7 @@ class ExactTrain(Train):
         staging, on_disk = Path(str(config.output_dir)).parent, self.limits.park == "disk"
         free = shutil.disk_usage(staging).free if on_disk else free_memory("cpu")
         free //= Processes().local_count
-        if config.device.type == "cuda":
+        if devices.is_accelerator(config.device):
             on_gpu = free_of(config.device)
             room = max(0, min(_SHARE * on_gpu, on_gpu - sum(need.values()) + need["boundaries"]))
             away = max(0, need["boundaries"] - room) * (1 if on_disk else _PINNED)

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from emloc_core import devices
 from emloc_core.errors import EmlocError
 from emloc_core.model.device import free_of
 from emloc_core.units import human_bytes
@@ -29,7 +30,7 @@ def require_room(nbytes: int, device: torch.device) -> None:
     Args:
         device: the device that each process tunes on.
     """
-    if device.type == "cuda" and nbytes > (free := free_of(device)):
+    if devices.is_accelerator(device) and nbytes > (free := free_of(device)):
         raise EmlocError(
             f"The model takes {human_bytes(nbytes)}, but the GPU has only {human_bytes(free)} free, and `emloc "
             "train` does not split a model over several GPUs.",

@@ -11,6 +11,7 @@ import torch
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.data.row import Row
+from emloc_core.devices import is_accelerator
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.model.device import choose_device, free_memory
@@ -58,7 +59,7 @@ class Drawing:
     def _move(self) -> None:
         """Move the pipeline to the device; part by part during computation if it does not fit on the GPU."""
         device, sizes = choose_device("auto"), [self.parts.nbytes([name]) for name in self.parts.index]
-        room = free_memory() if device.type == "cuda" else sum(sizes) + 1
+        room = free_memory() if is_accelerator(device) else sum(sizes) + 1
         if sum(sizes) < room:
             self.pipe.to(device)
         elif max(sizes) < room:

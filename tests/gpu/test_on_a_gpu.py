@@ -122,7 +122,7 @@ def test_no_more_than_the_cap_is_taken(tmp_path):
     outcome = read_json(tmp_path / "told.json")
     assert outcome["refused"]
     assert outcome["free"] <= 1 << 30
-    assert 1 << 29 <= outcome["peak_cuda_bytes"] <= outcome["peak_cuda_reserved_bytes"] <= 1 << 30
+    assert 1 << 29 <= outcome["peak_gpu_bytes"] <= outcome["peak_gpu_reserved_bytes"] <= 1 << 30
 
 
 def test_exact_steps_have_the_gradients_of_the_cpu(tiny_model):

@@ -81,7 +81,7 @@ def test_memory_is_planned_for_the_device_that_tuned(shallow_model, rows_file, t
     on_cpu = planned()
     assert 0 < on_cpu["emulator"] < on_cpu["adapter"]
     timing = run / "adapter" / TIMING
-    timing.write_text(json.dumps({**json.loads(timing.read_text()), "peak_cuda_bytes": 1}))
+    timing.write_text(json.dumps({**json.loads(timing.read_text()), "peak_gpu_bytes": 1}))
     assert planned()["adapter"] != on_cpu["adapter"]  # by the context of CUDA, and without the imports
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
               "[default: the preset's]")  # fmt: skip
 @click.option("--kind", default=AUTO, help="Kind of emulator, as for emloc compress.  [default: the one that is best "
               "for the memory]")  # fmt: skip
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
-              help="Which memory to plan for: a GPU's, or the process's.")  # fmt: skip
+@click.option("--device", metavar="NAME", default="cuda", show_default=True,
+              help="Which memory to plan for: a GPU's (cuda, xpu), or the process's (cpu).")  # fmt: skip
 @more_entries
 @as_json
 def command(

@@ -50,7 +50,7 @@ def collect(job: ZooJob, directory: Path) -> dict[str, Any]:
     Returns:
         ``kind`` of emulator; ``ratio``, None if the kind has none; ``bytes``: of ``base`` and ``emulator``;
         ``parameters``: of the compressed Linears before and after; ``linears``: path, rank, shape and relative error
-        of each; ``stages``: by output, ``seconds``, ``peak_rss_bytes``, and ``peak_cuda_bytes`` on a GPU;
+        of each; ``stages``: by output, ``seconds``, ``peak_rss_bytes``, and ``peak_gpu_bytes`` on a GPU;
         ``seconds``: of all stages. Where there are such stages, ``loss``: the mean of tuning; ``correction``: what
         correcting decided; and ``systems`` and ``metrics``: as in ``results.json`` of ``emloc eval``.
     """

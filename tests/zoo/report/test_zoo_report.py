@@ -108,7 +108,7 @@ def test_planned_weights_are_said_to_be(reported_zoo):
 def test_a_gpus_peak_goes_before_the_processs(tmp_path):
     store = Store(tmp_path, create=True)
     result = zoos.result(complete=False)
-    result["stages"]["emulator"]["peak_cuda_bytes"] = 123
+    result["stages"]["emulator"]["peak_gpu_bytes"] = 123
     zoos.run(store, zoos.add(store, "one"), Outcome(None, result=result))
     store.close()
     assert write_report(tmp_path, tmp_path)["jobs"][0]["memory"][0]["bytes"] == 123
