@@ -95,8 +95,8 @@ class EmulatorFiles:
 
     def matrix(self, path: str) -> dict[str, torch.Tensor]:
         """Return a packed matrix of the vocabulary, as written: its parts by their names."""
-        tensors = load_file(self._shard(path), str(self.skeleton.device))
-        return {name: tensors[key] for name, key in zip(PARTS, self._matrix_keys(path), strict=True)}
+        tensors, device = load_file(self._shard(path)), self.skeleton.device  # safetensors does not know every one
+        return {name: tensors[key].to(device) for name, key in zip(PARTS, self._matrix_keys(path), strict=True)}
 
     def _matrix_keys(self, path: str) -> list[str]:
         return [f"{self.keys[path].removesuffix('weight')}{name}" for name in PARTS]

@@ -45,7 +45,8 @@ class Meter:
             "peak_rss_bytes": peak_rss_bytes(),
         }
         here = devices.accelerator() if "torch" in sys.modules else None
-        if here and (own := devices.interface(here)).is_initialized() and hasattr(own, "max_memory_allocated"):
+        own: Any = devices.interface(here) if here else None
+        if hasattr(own, "max_memory_allocated") and own.is_initialized():
             gpus = range(own.device_count())
             if most := max(map(own.max_memory_allocated, gpus)):  # libraries initialise GPUs that nothing uses
                 reading["peak_gpu_bytes"] = most

@@ -51,6 +51,12 @@ def cap_gpus(nbytes: int) -> None:
     if here is None:
         return
     own = devices.interface(here)
+    if not hasattr(own, "set_per_process_memory_fraction"):
+        raise EmlocError(
+            f"torch cannot cap the memory of {here!r}.",
+            f"Leave it out of {CAP}, or take --device cpu.",
+            code="unsupported",
+        )
     room = nbytes - overhead(here, tuning=True)
     if room <= 0:
         raise _too_small(nbytes, nbytes - room)

@@ -1,5 +1,7 @@
 """The device that weights, activations and statistics are on."""
 
+from typing import Any
+
 import psutil
 import torch
 
@@ -36,23 +38,21 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def free_memory(name: str = "auto") -> int:
-    """Return the bytes that are free of a device: see :func:`free_of` for a GPU, and otherwise of this machine.
-
-    It is less where the control group has less: see :func:`emloc_core.processes.group.within_group`.
-    """
-    device = choose_device(name)
-    if devices.is_accelerator(device):
-        return free_of(device)
-    memory = psutil.virtual_memory()
-    return within_group(memory.available, memory.total)[0]
+    """Return the bytes that are free of a device: see :func:`free_of`."""
+    return free_of(choose_device(name))
 
 
 def free_of(device: torch.device) -> int:
-    """Return the bytes that this process may still take of an accelerator: what no process has, or its cap leaves.
+    """Return the bytes that this process may still take of a device.
 
-    What torch keeps of freed tensors is free for others of this process.
+    Of an accelerator it is what no process has, or what its cap leaves; what torch keeps of freed tensors is free for
+    others of this process. Of the CPU, and of an accelerator that does not count its memory, it is what is free of this
+    machine, or of the control group if that has less: see :func:`emloc_core.processes.group.within_group`.
     """
-    own = devices.interface(device)
+    own: Any = devices.interface(device) if devices.is_accelerator(device) else None
+    if not hasattr(own, "mem_get_info"):
+        memory = psutil.virtual_memory()
+        return within_group(memory.available, memory.total)[0]
     index = own.current_device() if device.index is None else device.index  # which torch does not know everywhere
     free, total = own.mem_get_info(index)
     cap = int(own.get_per_process_memory_fraction(index) * total)

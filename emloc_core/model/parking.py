@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from emloc_core import devices
-from emloc_core.compat.torch import tree_leaves
+from emloc_core.compat.torch import storage_id, tree_leaves
 from emloc_core.errors import EmlocError
 from emloc_core.files.scratch import ScratchFile
 from emloc_core.model.device import free_of
@@ -70,12 +70,12 @@ class Parking:
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """Let tensors that samples share, such as parameters, always stay."""
-        self._shared.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        self._shared.update(storage_id(tensor.untyped_storage()) for tensor in tensors)
 
     @contextmanager
     def keeping(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Let tensors stay while the context is active, such as a block's parameters, which its Linears may read."""
-        added = {tensor.untyped_storage().data_ptr() for tensor in tensors} - self._shared
+        added = {storage_id(tensor.untyped_storage()) for tensor in tensors} - self._shared
         self._shared |= added
         try:
             yield
@@ -103,8 +103,8 @@ class Parking:
         tensors = [tensor for ref in references if (tensor := ref()) is not None]
         if self._directory is None:
             tensors += [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        storages = {pointer: storage for pointer, storage in storages.items() if pointer not in self._shared}
+        storages = {storage_id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in tensors}
+        storages = {key: storage for key, storage in storages.items() if key not in self._shared}
         for tensor in tensors:
             require_own(tensor)
         size = sum(storage.nbytes() for storage in storages.values())

@@ -45,16 +45,17 @@ def gpus(monkeypatch):
         "get_per_process_memory_fraction": shares.get,
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     return shares
 
 
 def test_torch_may_take_of_every_gpu_what_the_context_leaves(gpus, monkeypatch):
-    assert free_of(0) == 31 * GIB  # as others hold the rest, but for what torch keeps
+    assert free_of(torch.device("cuda:0")) == 31 * GIB  # as others hold the rest, but for what torch keeps
     monkeypatch.setenv(CAP, "cuda=24GiB")
     keep_to_cap()
     room = 24 * GIB - overhead("cuda", tuning=True)
     assert gpus == {gpu: pytest.approx(room / (80 * GIB)) for gpu in (0, 1)}
-    assert free_of(0) == pytest.approx(room - GIB, abs=1)
+    assert free_of(torch.device("cuda:0")) == pytest.approx(room - GIB, abs=1)
     assert torch.cuda.current_device() == 0
     monkeypatch.setenv(CAP, "cuda=200GiB")
     keep_to_cap()
@@ -86,7 +87,7 @@ def test_a_cap_of_ones_own_comes_before_that_of_a_run(monkeypatch):
 
 def test_a_cap_says_of_what_it_is(monkeypatch):
     monkeypatch.setenv(CAP, "24GiB")
-    with pytest.raises(EmlocError, match=r"EMLOC_MEMORY_CAP names '24GiB'\. Give cuda, cpu or both"):
+    with pytest.raises(EmlocError, match=r"EMLOC_MEMORY_CAP names no memory of '24GiB'\. Write it as"):
         keep_to_cap()
     monkeypatch.setenv(CAP, "cpu=100MiB")
     with pytest.raises(EmlocError, match=r"A cap of 105 MB is less than the .* that the process has before its work"):

@@ -1,0 +1,69 @@
+"""A device is a name: stages compute the same on one that torch knows and EMLoC does not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emloc_core import devices
+from emloc_core.errors import EmlocError
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+
+import torch
+from support.jobs import compress_job
+from support.pretended import NAME, pretend
+
+library = pretend()
+model, rows, work = map(Path, sys.argv[1:4])
+
+from emloc_core.model.device import choose_device, free_memory
+from emloc_core.model.opened import open_model
+from emloc_core.model.weights import FrozenWeights
+from emloc_core.settings import CompressSettings
+
+found = {"auto": choose_device().type, "free": free_memory(NAME) > 0}
+for kind in sys.argv[4:]:
+    for name in ("cpu", NAME):
+        settings = CompressSettings(kind=kind, samples=4, selection=0)
+        emulator = compress_job(model, rows, work / f"{kind}-{name}", settings, device=name).run()
+        linears = json.loads((Path(emulator) / "emloc.json").read_text())["result"]["linears"]
+        found.setdefault(kind, []).append([linear["relative_error"] for linear in linears])
+skeleton = open_model(str(model), "cpu").skeleton
+weights = FrozenWeights(skeleton, skeleton.blocks, torch.device(NAME))
+for block in skeleton.blocks:
+    with skeleton.parameters(skeleton.names(block)) as parameters:
+        on_cpu = {name.removeprefix(f"{block}."): tensor.detach() for name, tensor in parameters.items()}
+    there = weights.parameters(block)
+    found.setdefault("placed", []).append(sorted({tensor.device.type for tensor in there.values()}))
+    found.setdefault("equal", []).append(all(torch.equal(there[name].cpu(), on_cpu[name]) for name in on_cpu))
+weights.close()
+print(json.dumps(found))
+"""
+
+
+def test_stages_compute_the_same_on_a_device_without_a_name_of_ours(tiny_model, rows_file, tmp_path):
+    """Emulators with the same errors, and weights that are lent there; a tensor left elsewhere raises."""
+    kinds = ["nf4", "trellis", "low-rank"]
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tiny_model), str(rows_file), str(tmp_path), *kinds]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["auto"] == "pretended"
+    assert found["free"]
+    assert all(found["equal"])
+    assert all(place == ["pretended"] for place in found["placed"])
+    for kind in kinds:
+        on_cpu, there = found[kind]
+        assert there == pytest.approx(on_cpu, rel=0.05), kind  # rounded by other code, block after block
+
+
+def test_a_type_of_device_is_one_that_torch_knows():
+    assert devices.type_of("xpu:1") == "xpu"
+    assert [devices.is_accelerator(name) for name in ("cpu", "cuda:1", "xpu", "mps")] == [False, True, True, True]
+    with pytest.raises(EmlocError, match="'gpu' is not a device"):
+        devices.type_of("gpu")
