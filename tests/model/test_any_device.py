@@ -59,7 +59,9 @@ def test_stages_compute_the_same_on_a_device_without_a_name_of_ours(tiny_model, 
     assert all(place == ["pretended"] for place in found["placed"])
     for kind in kinds:
         on_cpu, there = found[kind]
-        assert there == pytest.approx(on_cpu, rel=0.05), kind  # rounded by other code, block after block
+        assert there[0] == pytest.approx(on_cpu[0]), kind
+        # What follows is fitted to what was rounded before, and where two levels are as near, code may choose either.
+        assert sum(there) == pytest.approx(sum(on_cpu), rel=0.02), kind
 
 
 def test_a_type_of_device_is_one_that_torch_knows():
