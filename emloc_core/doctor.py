@@ -258,13 +258,13 @@ def _gpus() -> dict[str, Any]:
     from emloc_core.algorithms.feedback import compiles_kernels
     from emloc_core.algorithms.native import GRID, library
 
-    found, here = [], devices.accelerator()
+    gpus, here = [], devices.accelerator()
     for index in range(devices.count()):
         own = devices.interface(here or devices.CPU)
         free, total = own.mem_get_info(index)
-        found.append({"name": own.get_device_name(index), "free": free, "total": total})
+        gpus.append({"name": own.get_device_name(index), "free": free, "total": total})
     compiles = compiles_kernels() if here and devices.takes_triton(here) else library(GRID) is not None
-    return {"cuda": torch.version.cuda, "type": here, "devices": found, "compiles": compiles}
+    return {"cuda": torch.version.cuda, "type": here, "devices": gpus, "compiles": compiles}
 
 
 def lines(checks: Iterable[Check]) -> Iterator[str]:

@@ -10,7 +10,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -21,7 +20,7 @@ SCRATCH = 24 << 20
 _HALVES = (torch.bfloat16, torch.float16)
 #: Rows and columns of a tile, at least.
 _LEAST = 16
-#: Of the square matrices whose product is timed: one takes 0.1 ms in single precision, and 4 ms in a plain loop.
+#: Rows and columns of the matrices whose product is timed: 0.1 ms in single precision, and 4 ms in a plain loop.
 _SIDE = 192
 #: How much longer than in single precision a product may take. Those of processors with instructions take less time.
 _SLOWER = 3
@@ -65,18 +64,6 @@ def serve() -> None:
             library.impl(name, partial(_dispatched, own, operation), "CPU", with_keyset=True)
 
 
-@contextmanager
-def served() -> Iterator[None]:
-    """Do so within a context, for a test; nothing changes where it is done already."""
-    before = list(_LIBRARY)
-    serve()
-    try:
-        yield
-    finally:
-        if not before and _LIBRARY:
-            _LIBRARY.pop()._destroy()
-
-
 def _seconds(dtype: torch.dtype) -> float:
     """Return the least time of a product of two square matrices in a dtype."""
     left, right = torch.ones(2, _SIDE, _SIDE, dtype=dtype, device="cpu")
@@ -89,16 +76,18 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def _dispatched(own: Any, operation: Callable[..., Any], keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """Compute an operation of torch, by its own kernel if that is fast, or knows an error."""
-    if args[0].dtype not in slow() or (operation in (_product, _sum, _add) and _is_own(*args[-2:])):
+    """Compute an operation of torch, by its own kernel if that is fast or refuses it."""
+    factors = args[-2:] if operation in (_product, _sum, _add) else args[:2]
+    is_slow = factors[0].dtype in slow() and factors[0].dtype == factors[1].dtype and factors[0].numel()
+    if not is_slow or _is_row(*factors):
         return own.call_boxed(keys, *args, **kwargs)
     with torch.autocast("cpu", enabled=False):  # which would cast what is cast here
         return operation(*args, **kwargs)
 
 
-def _is_own(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Return whether torch multiplies two factors well: one row and a weight, in the time that reading it takes."""
-    return left.dtype != right.dtype or (left.dim() == 2 and len(left) == 1 and right.stride(0) == 1)
+def _is_row(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether a weight multiplies one row, which takes torch as long as reading the weight."""
+    return left.dim() == 2 and len(left) == 1 and right.stride(0) == 1
 
 
 def _pieces(size: int, width: int) -> Iterator[slice]:

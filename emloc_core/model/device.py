@@ -45,9 +45,9 @@ def free_memory(name: str = "auto") -> int:
 def free_of(device: torch.device) -> int:
     """Return the bytes that this process may still take of a device.
 
-    Of an accelerator it is what no process has, or what its cap leaves; what torch keeps of freed tensors is free for
-    others of this process. Of the CPU, and of an accelerator that does not count its memory, it is what is free of this
-    machine, or of the control group if that has less: see :func:`emloc_core.processes.group.within_group`.
+    An accelerator has what no process has taken, or what its cap leaves; what torch keeps of freed tensors is free for
+    others of this process. The CPU, and an accelerator that does not count its memory, have what is free in this
+    machine, or in the control group if that is less: see :func:`emloc_core.processes.group.within_group`.
     """
     own: Any = devices.interface(device) if devices.is_accelerator(device) else None
     if not hasattr(own, "mem_get_info"):

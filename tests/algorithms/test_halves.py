@@ -18,8 +18,16 @@ ATEN = torch.ops.aten
 def _slow(monkeypatch):
     """A processor that is slow at both, whatever this one is."""
     monkeypatch.setattr(halves, "slow", lambda: frozenset(HALVES))
-    with halves.served():
-        yield
+    before = list(halves._LIBRARY)
+    halves.serve()
+    yield
+    if not before:
+        restore()
+
+
+def restore() -> None:
+    while halves._LIBRARY:
+        halves._LIBRARY.pop()._destroy()
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -165,12 +173,14 @@ def test_what_torch_refuses_is_refused():
         drawn(2, 3) @ drawn(3, 2, dtype=torch.float16)
     with pytest.raises(RuntimeError):
         drawn(2, 3) @ drawn(4, 2)
+    with pytest.raises(RuntimeError, match="type"):
+        functional.conv2d(drawn(2, 3, 4, 4), drawn(3, 3, 2, 2, dtype=torch.float32))
+    assert functional.conv2d(drawn(0, 3, 4, 4), drawn(3, 3, 2, 2)).shape == (0, 3, 3, 3)
 
 
 def test_operations_are_torchs_own_again(monkeypatch):
     own = ATEN.mm(drawn(4, 4), drawn(4, 4))
-    while halves._LIBRARY:
-        halves._LIBRARY.pop()._destroy()
+    restore()
     monkeypatch.setattr(halves, "_tiles", None)
     torch.testing.assert_close(ATEN.mm(drawn(4, 4), drawn(4, 4)), own)
 

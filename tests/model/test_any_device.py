@@ -26,23 +26,23 @@ from emloc_core.model.opened import open_model
 from emloc_core.model.weights import FrozenWeights
 from emloc_core.settings import CompressSettings
 
-found = {"auto": choose_device().type, "free": free_memory(NAME) > 0}
+seen = {"auto": choose_device().type, "free": free_memory(NAME) > 0}
 for kind in sys.argv[4:]:
     for name in ("cpu", NAME):
         settings = CompressSettings(kind=kind, samples=4, selection=0)
         emulator = compress_job(model, rows, work / f"{kind}-{name}", settings, device=name).run()
         linears = json.loads((Path(emulator) / "emloc.json").read_text())["result"]["linears"]
-        found.setdefault(kind, []).append([linear["relative_error"] for linear in linears])
+        seen.setdefault(kind, []).append([linear["relative_error"] for linear in linears])
 skeleton = open_model(str(model), "cpu").skeleton
 weights = FrozenWeights(skeleton, skeleton.blocks, torch.device(NAME))
 for block in skeleton.blocks:
     with skeleton.parameters(skeleton.names(block)) as parameters:
         on_cpu = {name.removeprefix(f"{block}."): tensor.detach() for name, tensor in parameters.items()}
     there = weights.parameters(block)
-    found.setdefault("placed", []).append(sorted({tensor.device.type for tensor in there.values()}))
-    found.setdefault("equal", []).append(all(torch.equal(there[name].cpu(), on_cpu[name]) for name in on_cpu))
+    seen.setdefault("placed", []).append(sorted({tensor.device.type for tensor in there.values()}))
+    seen.setdefault("equal", []).append(all(torch.equal(there[name].cpu(), on_cpu[name]) for name in on_cpu))
 weights.close()
-print(json.dumps(found))
+print(json.dumps(seen))
 """
 
 
@@ -52,13 +52,13 @@ def test_stages_compute_the_same_on_a_device_without_a_name_of_ours(tiny_model, 
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tiny_model), str(rows_file), str(tmp_path), *kinds]
     process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert process.returncode == 0, process.stderr[-3000:]
-    found = json.loads(process.stdout.splitlines()[-1])
-    assert found["auto"] == "pretended"
-    assert found["free"]
-    assert all(found["equal"])
-    assert all(place == ["pretended"] for place in found["placed"])
+    seen = json.loads(process.stdout.splitlines()[-1])
+    assert seen["auto"] == "pretended"
+    assert seen["free"]
+    assert all(seen["equal"])
+    assert all(place == ["pretended"] for place in seen["placed"])
     for kind in kinds:
-        on_cpu, there = found[kind]
+        on_cpu, there = seen[kind]
         assert there[0] == pytest.approx(on_cpu[0]), kind
         # What follows is fitted to what was rounded before, and where two levels are as near, code may choose either.
         assert sum(there) == pytest.approx(sum(on_cpu), rel=0.02), kind
