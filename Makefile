@@ -9,7 +9,7 @@ QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report 
 	data/test_rows.py files/test_files.py files/test_header.py files/test_meter.py files/test_own.py \
 	files/test_patterns.py model/test_device.py plugins/test_plugins.py recipe/test_recipe.py)
 # Products, packed layers, experts, a step of each kind, exact steps and evaluation, where no product in bfloat16 is fast.
-HELD := $(addprefix tests/,algorithms/test_halves.py algorithms/test_products.py emulator/test_layers.py \
+HELD := $(addprefix tests/,compat/test_halves.py algorithms/test_products.py emulator/test_layers.py \
 	emulator/test_expert_layers.py exact/test_steps.py evaluation/test_likelihood.py tuning/test_plain_training.py)
 # Workers that take whole files, the long ones first (tests/conftest.py); a third one computes while others wait for processes.
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder

@@ -139,7 +139,7 @@ def exact(ids: torch.Tensor, dtype: torch.dtype, work: str) -> Step:
 
 def beside_single(case: str, half: str) -> dict[str, Any]:
     """Return how much longer a step in a half precision takes than the same in single precision; they take turns."""
-    from emloc_core.algorithms import halves
+    from emloc_core.compat import halves
 
     torch.set_num_threads(1)
     halves.serve()

@@ -237,7 +237,7 @@ def _probes(names: Iterable[str]) -> None:
             if name == "gpus":
                 answer = _gpus()
             elif name == "products":
-                from emloc_core.algorithms.halves import slow
+                from emloc_core.compat.halves import slow
 
                 answer = sorted(str(dtype).removeprefix("torch.") for dtype in slow())
             elif name == "plugins":

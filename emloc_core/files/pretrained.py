@@ -116,7 +116,7 @@ def load_model(name: str, directory: Path, **settings: Any) -> Any:
         Exception: whatever transformers raises.
     """
     import emloc_core.standins.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
-    from emloc_core.algorithms import halves
+    from emloc_core.compat import halves
 
     halves.serve()
     require_own_files(directory, ["*"])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.algorithms.halves import is_slow, scratch
+from emloc_core.compat.halves import is_slow, scratch
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import all_linears, find_linears
 from emloc_core.emulator.method import Method, method_of

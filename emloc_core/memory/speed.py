@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from emloc_core import devices
-from emloc_core.algorithms import halves
+from emloc_core.compat import halves
 from emloc_core.errors import is_out_of_memory
 from emloc_core.model.device import free_memory
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from emloc_core.algorithms import halves
+from emloc_core.compat import halves
 from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family

@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from emloc_core.algorithms import halves
+from emloc_core.compat import halves
 from emloc_core.compat.transformers import keep_as_it_is, tie_as_its_class_does, was_loaded
 from emloc_core.errors import EmlocError
 from emloc_core.standins.experts import StandInExperts

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from emloc_core import devices
-from emloc_core.algorithms.halves import scratch
+from emloc_core.compat.halves import scratch
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from emloc_core.algorithms import halves
+from emloc_core.compat import halves
 from emloc_core.compat.torch import tree_map
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.limits import limited

@@ -418,8 +418,8 @@ def test_layers_never_wait_on_disk(tiny_model, adapter, tmp_path, monkeypatch):
     ("nbytes", "parts"), [(90, None), (91, {0: 60, "cpu": 70}), (130, {0: 60, "cpu": 70}), (131, EmlocError)]
 )
 def test_how_much_of_a_model_goes_where(nbytes, parts, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (100, 200))
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: 1.0)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from emloc_core.algorithms import halves
+from emloc_core.compat import halves
 
 HALVES = [torch.bfloat16, torch.float16]
 ATEN = torch.ops.aten

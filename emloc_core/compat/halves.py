@@ -1,4 +1,4 @@
-"""Products in half precisions, in single precision where this processor is slow at them.
+"""torch: products in half precisions are computed in single precision where this processor is slow at them.
 
 Checkpoints are in bfloat16 or fp16. Without instructions for these, torch multiplies in a plain loop, which takes 25 to
 200 times as long as single precision; so do backward passes of attention and of convolutions. There, torch's own
@@ -14,6 +14,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+
+from emloc_core.compat.private import private
 
 #: Bytes that copies in single precision take at a time. A row, or an image, may take more.
 SCRATCH = 24 << 20
@@ -33,10 +35,11 @@ def slow() -> frozenset[torch.dtype]:
 
     torch says which ones the processor has instructions for. That is confirmed in some milliseconds.
     """
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
+    with private("torch"):
+        supported = {
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        }
     most = _SLOWER * _seconds(torch.float32)
     return frozenset(dtype for dtype in _HALVES if not supported[dtype]() or _seconds(dtype) > most)
 
