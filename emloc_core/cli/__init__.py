@@ -20,6 +20,16 @@ from emloc_core.processes.environment import hush_libraries, settle
 from emloc_core.processes.lifetime import end_with_parent
 
 
+#: The commands by what they are for, in the order of the help.
+_PANELS = {
+    "Start here": ["tune", "plan", "run", "doctor"],
+    "Stage by stage": ["compress", "train", "correct", "polish", "merge"],
+    "Use the result": ["eval", "chat", "export", "report", "push"],
+    "Many models, and other layouts": ["zoo", "import"],
+    "Add a family": ["families"],
+}
+
+
 class PluggableGroup(click.RichGroup):
     """The built-in commands, one module each, and those that plugins add."""
 
@@ -45,6 +55,13 @@ class PluggableGroup(click.RichGroup):
             raise click.UsageError(f"{error.message}{near}", ctx) from None
 
 
+def _panels(command: Any) -> Any:
+    """Show the commands of the core in panels; those of plugins, demos among them, come after."""
+    for name, commands in reversed(_PANELS.items()):
+        command = click.command_panel(name, commands=commands)(command)
+    return command
+
+
 def _plugin_commands() -> dict[str, click.Command]:
     from emloc_core.plugins.manager import plugin_manager
 
@@ -52,6 +69,7 @@ def _plugin_commands() -> dict[str, click.Command]:
 
 
 @click.group(cls=PluggableGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@_panels
 @click.version_option(__version__, prog_name="emloc")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.option("--strict-families", is_flag=True, help="Refuse models that no plugin declares.")

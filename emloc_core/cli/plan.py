@@ -50,9 +50,10 @@ if TYPE_CHECKING:
               "L40S, A100, H100.")  # fmt: skip
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine for about a "
               "second, and show the least time that a step takes.")  # fmt: skip
+@click.option("--details", is_flag=True, help="Show the other ways too, and the memory of every stage, term by term.")
 @as_json
-def command(data: Any, split: str, length: int | None, as_json: bool, **values: Any) -> None:
-    """Show the best way to tune MODEL in the memory given, what each stage needs, and the commands.
+def command(data: Any, split: str, length: int | None, details: bool, as_json: bool, **values: Any) -> None:
+    """Show the best way to tune MODEL in the memory given, how good it is, and the commands.
 
     MODEL is a directory, a config.json, a registry entry (its id or file), or a hub id. From the hub only the config is
     downloaded and, with --data, the tokenizer. Nothing is loaded and nothing is trained.
@@ -66,19 +67,20 @@ def command(data: Any, split: str, length: int | None, as_json: bool, **values: 
         print_json(planned.describe())
     else:
         arguments = {"data": data, "split": split, "length": length}
-        _show(planned, {**arguments, "columns": values["columns"], "device": values["device"]})
+        _conclude(planned, {**arguments, "columns": values["columns"], "device": values["device"]})
+        if details:
+            _show_details(planned)
+        else:
+            click.echo("--details shows the other ways, and the memory of every stage.")
     if planned.advice:
         from emloc_core.memory.decision import no_way
 
         raise no_way(planned.budget, planned.advice)
 
 
-def _show(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
+def _show_details(planned: "MemoryPlan") -> None:
     content = planned.describe()
     work, weights, parameters = content["workload"], content["weight_bytes"], content["parameters"]
-    packed = "four bits and " if content["in_four_bits"] else ""
-    click.echo(f"{content['model']}: family {content['family']}, {parameters['base'] / 1e9:.3g} billion parameters in "
-               f"{packed}{content['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
     images = ""
     if image := work["image"]:
         size = f"{image['width']}x{image['height']} pixels and {image['tokens']} tokens"
@@ -88,11 +90,6 @@ def _show(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
                f"{work['lora_rank']} on {', '.join(work['target_modules'])}; learning rate {work['learning_rate']:g}; "
                f"on {work['device']}")  # fmt: skip
-    if work["in_single_precision"]:
-        slow = " and ".join(work["in_single_precision"])
-        click.echo(f"this processor has no fast products in {slow}: they are computed in single precision")
-    note = "" if planned.budget.requested else ", which is what inference on the base needs"
-    click.echo(f"memory: {planned.budget}{note}")
     _show_ways(planned)
     click.echo(f"stages of {planned.way}:")
     print_table(_stages(planned.needs))
@@ -101,7 +98,6 @@ def _show(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                    f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears become:")  # fmt: skip
         for line in planned.plan.lines(planned.model.format):
             click.echo(f"  {line}")
-    _conclude(planned, arguments)
 
 
 def _stages(needs: Sequence["Need"]) -> "Table":
@@ -134,15 +130,24 @@ def _show_ways(planned: "MemoryPlan") -> None:
 
 
 def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
-    from emloc_core.memory.ways import ORDINARY
-
+    """Say what to do, what it costs, how good it is by evidence, and how."""
+    content = planned.describe()
+    packed = "four bits and " if content["in_four_bits"] else ""
+    click.echo(f"{content['model']}: family {content['family']}, {content['parameters']['base'] / 1e9:.3g} billion "
+               f"parameters in {packed}{content['dtype']}, {human_bytes(content['weight_bytes']['base'])}")  # fmt: skip
+    note = "" if planned.budget.requested else ", which is what inference on the base needs"
+    click.echo(f"memory: {planned.budget}{note}")
+    if slow := " and ".join(content["workload"]["in_single_precision"]):
+        click.echo(f"this processor has no fast products in {slow}: they are computed in single precision")
     best = planned.decision.way
     if best is None:
         click.echo("best: none fits")
     else:
-        click.echo(f"best: {best}{'; no emulator is needed' if best.name == ORDINARY else ''}")
+        click.echo(f"best: {best}{_why(planned)}")
         for line in _commands(best, planned, arguments):
             click.echo(f"  {line}")
+        time = "" if best.seconds is None else f"; a step takes at least {human_seconds(best.seconds)}{_where(planned)}"
+        click.echo(f"  It needs {human_bytes(best.bytes)}{time}.")
         if measured := best.recovery:
             click.echo(
                 f"  On three tasks with text, a small model got {measured.corrected:.2f} of what an ordinary LoRA gains"
@@ -161,6 +166,24 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
                        "runs only in part on the device, as emloc chat runs it, or quantised.")  # fmt: skip
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
+
+
+def _why(planned: "MemoryPlan") -> str:
+    """Return why the best way is with an emulator, or not, as a clause to append to it."""
+    from emloc_core.memory.ways import ORDINARY
+
+    first, *_ = planned.decision.ways
+    if planned.way.name == ORDINARY:
+        return "; no emulator is needed"
+    return "" if first.fits else f"; an ordinary LoRA needs {human_bytes(first.bytes)}"
+
+
+def _where(planned: "MemoryPlan") -> str:
+    """Return whose figures times come from, as a clause to append to them."""
+    if planned.card:
+        return f" by the published figures of {planned.card}"
+    on_cpu = planned.model.workload.device == "cpu"
+    return " on this machine's CPU (--card 'RTX 4090' plans for such a GPU)" if on_cpu else " on this machine"
 
 
 def in_longer_tuning(measured: "Recovery") -> str:

@@ -79,8 +79,9 @@ def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch
     ways = plan(shallow_model, *options)["ways"]
     assert [way["seconds"] for way in ways] == [max(way["flops"] / 1e6, way["read_bytes"] / 1e3) for way in ways]
     assert ways[-1]["seconds"] == ways[-1]["read_bytes"] / 1e3
-    shown = run("plan", shallow_model, *options).stdout
+    shown = run("plan", shallow_model, *options, "--details").stdout
     assert "of weights per step, a step takes at least" in shown
+    assert "on this machine's CPU (--card 'RTX 4090'" in shown
     assert "operations" not in run("plan", shallow_model, *options, "--no-measure").stdout
     unmeasured = plan(shallow_model, *options, "--no-measure")["ways"]
     assert all(way["seconds"] is None for way in unmeasured)
@@ -135,7 +136,7 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, dtype="float32")
     config.save_pretrained(tmp_path)
     options = ("--length", 64, "--batch-size", 2, "--memory", "4GiB", "--ratio", 0.5)
-    shown = run("plan", tmp_path, *options, "--image-size", "24x16").stdout
+    shown = run("plan", tmp_path, *options, "--image-size", "24x16", "--details").stdout
     assert "1 image(s) of 24x16 pixels and 24 tokens per row" in shown
     assert "parameters of model.visual.deepstack_merger_list.* stay dense: small" in shown
     planned = plan(tmp_path, *options, "--image-size", "24x16")
@@ -184,8 +185,9 @@ def test_a_card_that_is_not_here(shallow_model: Path) -> None:
         way["flops"] / 165.2e12 for way in planned["ways"] if not way["read_bytes"]
     ]
     assert plan(shallow_model, *options, "--card", "A100", "--memory", "4GiB")["memory_bytes"] == 4 << 30
-    shown = run("plan", shallow_model, *options, "--card", "H100").stdout
+    shown = run("plan", shallow_model, *options, "--card", "H100", "--details").stdout
     assert "times are computed from the published figures of H100" in shown
+    assert "by the published figures of H100." in shown
     assert "Did you mean 'RTX 4090'?" in refused("plan", shallow_model, "--card", "RTX 5090")
     assert "Give one of them" in refused("plan", shallow_model, "--card", "H100", "--device", "cpu")
 
@@ -345,7 +347,7 @@ def test_an_emulator_is_tuned_on_the_rows_that_it_was_planned_for(rows_file: Pat
 
 def test_a_table_for_a_person(shallow_model: Path) -> None:
     options = ("--length", 64, "--batch-size", 2, "--lora-rank", 4, "--kind", "low-rank", "--memory", "4GiB")
-    shown = run("plan", shallow_model, *options).stdout
+    shown = run("plan", shallow_model, *options, "--details").stdout
     expected = ["2 per step x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing",
                 "LoRA on the base", "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "1 x down_proj",
                 "4.29 GB, of which 215 MB stay free"]  # fmt: skip
