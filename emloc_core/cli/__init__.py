@@ -19,7 +19,6 @@ from emloc_core.plugins.builtin import COMMANDS
 from emloc_core.processes.environment import hush_libraries, settle
 from emloc_core.processes.lifetime import end_with_parent
 
-
 #: The commands by what they are for, in the order of the help.
 _PANELS = {
     "Start here": ["tune", "plan", "run", "doctor"],

@@ -147,7 +147,9 @@ def _conclude(planned: "MemoryPlan", arguments: Mapping[str, Any]) -> None:
         for line in _commands(best, planned, arguments):
             click.echo(f"  {line}")
         time = "" if best.seconds is None else f"; a step takes at least {human_seconds(best.seconds)}{_where(planned)}"
-        click.echo(f"  It needs {human_bytes(best.bytes)}{time}.")
+        work = content["workload"]
+        rows = f"{work['rows_per_step']} rows of {work['length']:,} tokens per step"
+        click.echo(f"  It needs {human_bytes(best.bytes)} for {rows}{time}.")
         if measured := best.recovery:
             click.echo(
                 f"  On three tasks with text, a small model got {measured.corrected:.2f} of what an ordinary LoRA gains"
