@@ -22,9 +22,12 @@ export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export LRU_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick test-avx2 coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu gpu-wheels lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: help setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick test-avx2 coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu gpu-wheels lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
-setup: $(STAMP)
+help:  ## these lines
+	@grep -hE '^[a-z0-9][a-z0-9 %-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 %-]+):[^#]*## */\1\t/' | expand -t 24
+
+setup: $(STAMP)  ## a virtual environment in .venv with everything
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -98,7 +101,7 @@ gpu-wheels: $(STAMP)  ## what a GPU machine lacks that reaches no registry: OPTI
 test-slow: $(STAMP)  ## the checks that take minutes, on a real model or a cluster
 	$(BIN)/python -m pytest -m slow
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff, mypy, codespell, and the word list
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -107,7 +110,7 @@ lint: $(STAMP)
 
 bench: $(patsubst %,bench-%,$(BENCHMARKS))  ## all benchmarks; each alone: make bench-startup, say
 
-bench-%: $(STAMP)
+bench-%: $(STAMP)  ## one of them
 	$(BIN)/python benchmarks/$*.py
 
 bench-quality: $(STAMP)  ## hours: what each kind of emulator gives the base, on four tasks; resumes
@@ -129,5 +132,5 @@ site: $(STAMP)  ## the documentation as a web site in build/site; a broken link 
 docs-models: $(STAMP)  ## write the page of the registry's models: plans all of them, some ten minutes
 	$(BIN)/python docs/generate_models.py
 
-clean:
+clean:  ## remove what was built
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
