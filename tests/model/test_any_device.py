@@ -64,6 +64,41 @@ def test_stages_compute_the_same_on_a_device_without_a_name_of_ours(tiny_model, 
         assert sum(there) == pytest.approx(sum(on_cpu), rel=0.02), kind
 
 
+LAYERS = """
+import json
+
+import torch
+from support.pretended import NAME, WAITS, pretend
+
+library = pretend()
+from emloc_core.standins.registry import format_named
+
+seen = {}
+for kind in ("nf4", "trellis", "low-rank", "low-rank-nf4", "low-rank-2-bit"):
+    model = torch.nn.Sequential(torch.nn.Linear(512, 384, bias=False, dtype=torch.bfloat16))
+    format = format_named(kind)
+    format.replace(model, {"0": 64 if format.ratios else None})
+    for name, part in list(model[0].named_parameters()):
+        values = torch.ones(part.shape) if part.is_floating_point() else torch.zeros(part.shape)
+        setattr(model[0], name, torch.nn.Parameter(values.to(part.dtype).to(NAME), requires_grad=False))
+    x = torch.ones(4, 512, dtype=torch.bfloat16).to(NAME).requires_grad_()
+    for _ in range(2):  # the first fills what is kept
+        WAITS.clear()
+        model(x).sum().backward()
+    seen[kind] = list(WAITS)
+print(json.dumps(seen))
+"""
+
+
+def test_no_packed_layer_makes_the_cpu_wait_for_an_accelerator():
+    """Forward and backward, by torch's operations; a kernel waits for nothing."""
+    command = [sys.executable, "-W", "ignore", "-c", LAYERS]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert process.returncode == 0, process.stderr[-3000:]
+    seen = json.loads(process.stdout.splitlines()[-1])
+    assert not any(seen.values()), seen
+
+
 def test_a_type_of_device_is_one_that_torch_knows():
     assert devices.type_of("xpu:1") == "xpu"
     assert [devices.is_accelerator(name) for name in ("cpu", "cuda:1", "xpu", "mps")] == [False, True, True, True]

@@ -12,6 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "pretended"
+#: Operations that a real device would have made the CPU wait for, as they were computed: their results, or the shapes
+#: of these, are needed there.
+WAITS: list[str] = []
+_TOLD = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal"}
 
 
 class Pretended(torch.Tensor):
@@ -30,6 +34,7 @@ class Pretended(torch.Tensor):
 
     def tolist(self) -> Any:
         """Return the numbers, which torch gives of no subclass."""
+        WAITS.append("tolist")
         return self.numbers.tolist()
 
     @classmethod
@@ -60,6 +65,9 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     is_there = bool(given) if device is None else torch.device(device).type == NAME
     if is_there and any(_is_elsewhere(leaf) for leaf in args) and "copy" not in operation.name():
         raise RuntimeError(f"{operation} mixes devices")
+    to_cpu = bool(given) and device is not None and not is_there
+    if given and (operation.name().partition(".")[0] in _TOLD or (to_cpu and not kwargs.get("non_blocking"))):
+        WAITS.append(operation.name())
     results = operation(*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
 
     def placed(result: Any) -> Any:
