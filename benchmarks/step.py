@@ -142,7 +142,7 @@ def beside_single(case: str, half: str) -> dict[str, Any]:
     from emloc_core.compat import halves
 
     torch.set_num_threads(1)
-    halves.serve()
+    halves.serve(getattr(torch, half))
     least: dict[torch.dtype, float] = {}
     with TemporaryDirectory() as work:
         steps = {dtype: step_of(case, dtype, work) for dtype in (getattr(torch, half), torch.float32)}

@@ -54,9 +54,12 @@ def scratch(device: str, dtypes: Iterable[torch.dtype]) -> int:
     return SCRATCH if any(is_slow(dtype, device) for dtype in dtypes) else 0
 
 
-def serve() -> None:
-    """Compute this process's products in slow half precisions in single precision, from now on."""
-    if _LIBRARY or not slow():
+def serve(dtype: torch.dtype = torch.bfloat16) -> None:
+    """Compute this process's products in slow half precisions in single precision, from now on.
+
+    Nothing is overridden where neither the dtype, that of a model, nor autocast's is slow.
+    """
+    if _LIBRARY or not {dtype, torch.bfloat16} & slow():
         return
     library = torch.library.Library("aten", "IMPL")
     _LIBRARY.append(library)  # operations are torch's own again when it is deleted

@@ -118,13 +118,12 @@ def load_model(name: str, directory: Path, **settings: Any) -> Any:
     import emloc_core.standins.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
     from emloc_core.compat import halves
 
-    halves.serve()
     require_own_files(directory, ["*"])
     config = load_config(directory / "config.json")
     _require_plain(config, directory)
     settings = {"dtype": "auto", "use_safetensors": True, **settings, **_NOTHING_FOREIGN}
     try:
-        return auto_class(name).from_pretrained(str(directory), config=config, **settings)
+        model = auto_class(name).from_pretrained(str(directory), config=config, **settings)
     except SafetensorError as error:
         raise EmlocError(
             f"A file of weights in {directory} is truncated or damaged ({first_line(error)}).",
@@ -134,6 +133,8 @@ def load_model(name: str, directory: Path, **settings: Any) -> Any:
     except ValueError as error:
         _refuse_own_code(error, directory, "model")
         raise
+    halves.serve(model.dtype)
+    return model
 
 
 def load_processing(name: str, directory: Path) -> Any:

@@ -68,7 +68,7 @@ def measure(device: str, weights: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def _product(device: str, dtype: torch.dtype) -> float:
-    halves.serve()
+    halves.serve(dtype)
     accelerated = devices.is_accelerator(device)
     side = _SIDES[accelerated]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

@@ -54,9 +54,9 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Any, device: torch.device) -> None:
-        halves.serve()
         self.checkpoint, self.family, self.device, self._config = checkpoint, family, device, config
         self.dtype = config.dtype or most_common_dtype(checkpoint.tensors.values())
+        halves.serve(self.dtype)
         self.model = build_model(config, family, self.dtype)
         quantisation = checkpoint.config.get("quantization_config") or {}
         method = str(quantisation.get("quant_method"))

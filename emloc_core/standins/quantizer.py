@@ -62,7 +62,7 @@ class EmlocQuantizer(HfQuantizer):
 
     def preprocess_model(self, model: "PreTrainedModel", *args: Any, **options: Any) -> None:
         """Replace what has a stand-in by empty layers."""
-        halves.serve()
+        halves.serve(model.dtype)
         super().preprocess_model(model, *args, **options)
         self.quantization_config.replace(model)
         # Uninitialised memory would pass for a weight: remember the parameters, to find those that were not loaded.

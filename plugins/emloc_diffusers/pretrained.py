@@ -88,7 +88,6 @@ def load_part(owner: str, class_name: str, directory: Path, dtype: "torch.dtype 
     """
     import emloc_diffusers.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
 
-    halves.serve()
     kind = _class_of(owner, class_name, directory)
     require_own_files(directory, ["*"])
     settings: dict[str, Any] = {"local_files_only": True}
@@ -97,11 +96,14 @@ def load_part(owner: str, class_name: str, directory: Path, dtype: "torch.dtype 
     if hasattr(kind, "forward"):
         settings |= {"use_safetensors": True, "torch_dtype": "auto" if owner == "transformers" else dtype}
     try:
-        return kind.from_pretrained(str(directory), **settings)
+        part = kind.from_pretrained(str(directory), **settings)
     except Exception as error:  # whatever the libraries raise for a damaged file
         raise EmlocError(
             f"{directory} cannot be loaded ({first_line(error)}).", "Download or copy it again.", code="damaged"
         ) from error
+    if hasattr(part, "dtype"):
+        halves.serve(part.dtype)
+    return part
 
 
 def _class_of(owner: str, class_name: str, directory: Path) -> Any:

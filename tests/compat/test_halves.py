@@ -178,6 +178,16 @@ def test_what_torch_refuses_is_refused():
     assert functional.conv2d(drawn(0, 3, 4, 4), drawn(3, 3, 2, 2)).shape == (0, 3, 3, 3)
 
 
+def test_nothing_is_overridden_where_no_dtype_in_use_is_slow(monkeypatch):
+    restore()
+    monkeypatch.setattr(halves, "slow", lambda: frozenset([torch.float16]))
+    halves.serve(torch.float32)
+    halves.serve()
+    assert not halves._LIBRARY
+    halves.serve(torch.float16)
+    assert halves._LIBRARY
+
+
 def test_operations_are_torchs_own_again(monkeypatch):
     own = ATEN.mm(drawn(4, 4), drawn(4, 4))
     restore()
