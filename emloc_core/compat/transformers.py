@@ -50,6 +50,20 @@ def use_one_gpu(config: "TrainingArguments") -> None:
         config._n_gpu = 1
 
 
+def recomputing_field() -> str:
+    """Return the field of a trainer's config that has activations recomputed: transformers 5.23 renamed it."""
+    from transformers import TrainingArguments
+
+    renamed = "activation_checkpointing"
+    return renamed if renamed in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+
+
+def recompute_activations(model: Any) -> None:
+    """Have a model recompute its activations in the backward pass, by the method of either name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
 def grouped_product(x: "torch.Tensor", stack: "torch.Tensor", ends: "torch.Tensor") -> "torch.Tensor":
     """Multiply rows, sorted by expert, each group by its expert's matrix, as transformers' own fused experts do.
 

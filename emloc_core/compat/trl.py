@@ -7,6 +7,16 @@ from typing import Any
 from emloc_core.compat.private import patched, private
 
 
+def has_tiles() -> bool:
+    """Return whether TRL's losses project on the vocabulary in tiles (since 1.15), for texts and preferences alike.
+
+    Without, they are of whole logits: :func:`fuse_loss` and the widths of tiles are left out, and plans count all.
+    """
+    from trl.trainer import utils
+
+    return hasattr(utils, "add_fused_lm_head")
+
+
 @contextmanager
 def counted_tokens_alone() -> Iterator[None]:
     """Have TRL project only the tokens that count in the loss on the vocabulary.
@@ -14,22 +24,36 @@ def counted_tokens_alone() -> Iterator[None]:
     It does so where it has Triton; elsewhere it projects all tokens, so as not to change shapes, and drops the others:
     in rows of prompt and completion most of them, for a third of a small model's step.
     """
-    with patched("trl", "trl.trainer.utils", _use_triton=lambda *_: True):
+    with patched("trl", "trl.trainer.utils", **({"_use_triton": lambda *_: True} if has_tiles() else {})):
         yield
 
 
 def fuse_loss(model: Any) -> None:
     """Have a model's forward take the argument ``fused_lm_head``, and return the log-probabilities of its labels.
 
-    As SFTTrainer does it, with the outputs that its loss needs.
+    As SFTTrainer does it, with the outputs that its loss needs. A TRL without tiles leaves the forward as it is.
     """
+    if not has_tiles():
+        return
     with private("trl"):
         from trl.trainer.utils import add_fused_lm_head
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
-def tile_width() -> int:
-    """Return how many words of the vocabulary TRL's loss projects at a time."""
+def answer_loss(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return TRL's loss of all tokens of a model that went through :func:`fuse_loss`, and the model's output."""
+    ids = inputs["input_ids"]
+    if not has_tiles():
+        output = model(**inputs, labels=ids)
+        return output.loss, output
+    output = model(**inputs, labels=ids, fused_lm_head=True)
+    return -output.log_probs.sum() / ids.numel(), output
+
+
+def tile_width() -> int | None:
+    """Return how many words of the vocabulary TRL's loss projects at a time; None: all."""
+    if not has_tiles():
+        return None
     with private("trl"):
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
     return int(_CHUNKED_LOGPROB_CHUNK_SIZE)
@@ -41,7 +65,9 @@ def tiles_of(words: int | None) -> Iterator[None]:
 
     Where the output layer is packed, the words' rows are unpacked while the previous tile's are still there.
     """
-    with patched("trl", "trl.trainer.utils", **({"_CHUNKED_LOGPROB_CHUNK_SIZE": words} if words else {})):
+    with patched(
+        "trl", "trl.trainer.utils", **({"_CHUNKED_LOGPROB_CHUNK_SIZE": words} if words and has_tiles() else {})
+    ):
         yield
 
 
@@ -53,14 +79,15 @@ def tiles_in_place() -> Iterator[None]:
         return None
 
     kernels = "trl.kernels.chunked_logprob"
-    with patched("trl", kernels, _forward_tile=in_place, _backward_tile=in_place, _addmm_fp32=in_place):
+    tiles = dict.fromkeys(("_forward_tile", "_backward_tile", "_addmm_fp32"), in_place) if has_tiles() else {}
+    with patched("trl", kernels, **tiles):
         yield
 
 
 def mean_log_probs(model: Any, inputs: Mapping[str, Any]) -> Any:
     """Return the mean log-probability per token of answers, (rows), of a model in ``DPOTrainer``.
 
-    Only the tokens that count are projected on the vocabulary, as in its own loss.
+    Only the tokens that count are projected on the vocabulary, as in its own loss; all where it has no tiles.
 
     Args:
         inputs: its collator's output; ``completion_mask`` says which tokens count.
@@ -68,8 +95,14 @@ def mean_log_probs(model: Any, inputs: Mapping[str, Any]) -> Any:
     mask = inputs["completion_mask"]
     arguments = {name: value for name, value in inputs.items() if name != "completion_mask"}
     labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-    with private("trl"):
-        log_probs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    if has_tiles():
+        with private("trl"):
+            log_probs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    else:
+        from torch.nn.functional import cross_entropy
+
+        logits = model(**arguments, use_cache=False).logits[:, :-1].float()
+        log_probs = -cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
     return log_probs.sum(1) / mask[:, 1:].sum(1)
 
 

@@ -89,10 +89,12 @@ class TokenStep:
             yield
 
     def widths(self, model: Any) -> Sequence[int]:
-        """Return the widths of the vocabulary and of TRL's tiles."""
+        """Return the widths of the vocabulary and of TRL's tiles, if its loss has any."""
         from emloc_core.compat.trl import tile_width
 
         vocabulary, tile = model.config.get_text_config().vocab_size, tile_width()
+        if tile is None:
+            return [vocabulary]
         return [vocabulary, *([tile, vocabulary % tile] if vocabulary > tile else [tile])]
 
     def prepare(self, lora: Any, *, checkpointing: bool) -> None:
@@ -101,6 +103,7 @@ class TokenStep:
         Raises:
             EmlocError: transformers cannot recompute the model's activations.
         """
+        from emloc_core.compat.transformers import recompute_activations
         from emloc_core.compat.trl import fuse_loss
         from emloc_core.model.recomputing import require_recomputation
 
@@ -108,16 +111,17 @@ class TokenStep:
         if checkpointing:
             require_recomputation(base)
             lora.enable_input_require_grads()
-            base.activation_checkpointing_enable()
+            recompute_activations(base)
         fuse_loss(base)
 
     def loss(self, lora: Any) -> "tuple[torch.Tensor, Any]":
         """Return TRL's loss, with inputs and outputs."""
+        from emloc_core.compat.trl import answer_loss
         from emloc_core.memory.fake import fake_inputs
 
         inputs = fake_inputs(**self.inputs)
-        output = lora(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
-        return -output.log_probs.sum() / inputs["input_ids"].numel(), (inputs, output)
+        loss, output = answer_loss(lora, inputs)
+        return loss, (inputs, output)
 
     def predict(self, model: Any, enter: "Callable[[torch.Tensor, str], None]") -> None:
         """Run the first forward of ``generate``: keys and values of the full prompt, logits of one token."""

@@ -23,6 +23,7 @@ from trl import SFTConfig
 
 from emloc_core import devices
 from emloc_core.compat.halves import scratch
+from emloc_core.compat.transformers import recomputing_field
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
@@ -90,8 +91,7 @@ class ExactTrain(Train):
             exact=True,
             per_device_train_batch_size=self._rows,
             gradient_accumulation_steps=1,
-            activation_checkpointing=False,  # by the engine, with weights that it reads
-            **fixed,
+            **{recomputing_field(): False, **fixed},  # recomputed by the engine, with weights that it reads
         )
 
     @property

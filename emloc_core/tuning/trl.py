@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_core.compat.transformers import use_one_gpu
+from emloc_core.compat.transformers import recomputing_field, use_one_gpu
+from emloc_core.compat.trl import has_tiles
 from emloc_core.errors import EmlocError, did_you_mean, first_line
 from emloc_core.settings import ALL_LINEAR, DEFAULT_EPOCHS, StepSettings, TrainSettings
 
@@ -18,7 +19,6 @@ _NAMED = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "accumulation": "gradient_accumulation_steps",
-    "gradient_checkpointing": "activation_checkpointing",
     **{name: name for name in ("learning_rate", "max_length", "bf16", "seed", "report_to", "save_steps",
                                "logging_steps", "eval_steps")},
 }  # fmt: skip
@@ -54,7 +54,8 @@ def check_extra(settings: StepSettings) -> None:
     """Refuse ``extra`` fields that are unknown or cannot be set."""
     kind = _config_class(settings)
     settings_by_field = {field: setting for setting, field in _NAMED.items()}
-    settings_by_field["gradient_checkpointing"] = "gradient_checkpointing"  # the old name of the field
+    for field in ("activation_checkpointing", "gradient_checkpointing"):  # the field's newer and older name
+        settings_by_field[field] = "gradient_checkpointing"
     if settings.learns_preferences:
         settings_by_field["beta"] = "beta"
     field_names = [field.name for field in dataclasses.fields(kind)]
@@ -121,6 +122,8 @@ def trainer_config(
         own = {"beta": dict(settings)["beta"]}
     elif not (settings.extra.get("packing") or settings.extra.get("shuffle_dataset")):
         own["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are tokenized and have labels
+    if not settings.learns_preferences and not has_tiles():
+        own["loss_type"] = "nll"  # of whole logits, as plans count them; chunks would read packed rows as a matrix
     config: TrainingArguments = (kind or _config_class(settings))(
         **{**trainer_fields(settings, checkpoints), **own, "use_cpu": use_cpu, **settings.extra, **fixed}
     )
@@ -132,6 +135,8 @@ def trainer_fields(settings: StepSettings, checkpoints: Path) -> dict[str, Any]:
     """Return the settings as fields of a trainer's config, with every trainer's fields for checkpoints."""
     values = dict(settings)
     fields = {field: values[setting] for setting, field in _NAMED.items() if setting in values}
+    if "gradient_checkpointing" in values:
+        fields[recomputing_field()] = values["gradient_checkpointing"]
     fields["max_steps"] = settings.steps or -1
     fields["num_train_epochs"] = values.get("epochs") or DEFAULT_EPOCHS
     return {"output_dir": str(checkpoints), "save_strategy": "steps", "save_total_limit": 2, **fields}

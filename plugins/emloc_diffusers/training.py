@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
-from emloc_core.compat.transformers import use_one_gpu
+from emloc_core.compat.transformers import recomputing_field, use_one_gpu
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.pretrained import load_lora
 from emloc_core.model.opened import OpenModel
@@ -40,7 +40,7 @@ def arguments(settings: StepSettings, checkpoints: Path, *, exact: bool, **fixed
     """Return the trainer's arguments; see :meth:`emloc_core.objective.Objective.arguments`."""
     fields = trainer_fields(settings, checkpoints)
     fields |= {"use_cpu": not torch.accelerator.is_available(), "remove_unused_columns": False, **fixed}
-    for name in ("max_length", "activation_checkpointing"):  # of text, and by diffusers' own means
+    for name in ("max_length", recomputing_field()):  # of text, and by diffusers' own means
         fields.pop(name, None)
     options = (StreamedArguments if exact else TrainingArguments)(label_names=[GROUPS], **fields)
     use_one_gpu(options)

@@ -111,5 +111,5 @@ def test_a_part_that_is_gone_is_named():
 
 
 def test_what_fails_inside_of_a_patch_is_not_taken_for_a_change():
-    with pytest.raises(AttributeError, match="other"), patched("trl", "trl.trainer.utils", _use_triton=None):
+    with pytest.raises(AttributeError, match="other"), patched("trl", "trl.trainer.utils", pad=None):
         raise AttributeError("other")

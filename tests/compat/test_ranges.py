@@ -25,7 +25,12 @@ def test_a_range_ends_with_the_version_after_the_newest_that_was_tested():
         for name, (tested, _) in TESTED.items()
     }
     ends = {name: end for name, requirement in ranges().items() if (end := bound(requirement, "<"))}
-    assert ends == after
+    assert ends == {name: after[name] for name in ends}
+
+
+def test_a_version_that_was_tested_is_in_its_range():
+    wanted = ranges()
+    assert not [name for name, (tested, _) in TESTED.items() if not wanted[name].specifier.contains(tested)]
 
 
 def test_every_range_begins_and_no_version_is_the_only_one():

@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from support.contracts import contract
 from support.marks import thorough
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainingArguments,
+)
 from transformers.utils import chat_template_utils
 
 from emloc_core.compat import transformers
@@ -321,3 +329,12 @@ def test_a_model_is_tied_again_as_its_class_says():
     model.lm_head.weight = nn.Parameter(torch.zeros(9, 8))
     transformers.tie_as_its_class_does(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight, "it is not tied as _tied_weights_keys says"
+
+
+@contract("transformers", "compat.transformers.recomputing_field")
+def test_activations_are_recomputed_by_the_name_that_there_is(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **_SIZES))
+    transformers.recompute_activations(model)
+    assert model.is_gradient_checkpointing, "a model's activations are not recomputed"
+    config = TrainingArguments(str(tmp_path), use_cpu=True, **{transformers.recomputing_field(): True})
+    assert config.gradient_checkpointing, "the field is not the one that a trainer reads"

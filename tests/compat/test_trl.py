@@ -9,9 +9,13 @@ from peft import LoraConfig
 from support.contracts import contract
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl.kernels import chunked_logprob
 
 from emloc_core.compat import trl
+
+if trl.has_tiles():
+    from trl.kernels import chunked_logprob
+
+in_tiles = pytest.mark.skipif(not trl.has_tiles(), reason="this TRL's losses are of whole logits")
 
 
 @pytest.fixture
@@ -31,6 +35,7 @@ def loss_of(model: Any) -> Any:
     return model(input_ids=ids, labels=labels, fused_lm_head=True)
 
 
+@in_tiles
 @contract("trl", "compat.trl.fuse_loss")
 def test_the_loss_is_of_the_labels(model):
     output = loss_of(model)
@@ -41,6 +46,7 @@ def test_the_loss_is_of_the_labels(model):
     assert torch.allclose(-output.log_probs.sum() / 2, plain), "log_probs are not those of the labels"
 
 
+@in_tiles
 @contract("trl", "compat.trl.counted_tokens_alone")
 def test_only_counted_tokens_are_projected(model, monkeypatch):
     rows = []
@@ -52,6 +58,7 @@ def test_only_counted_tokens_are_projected(model, monkeypatch):
     assert rows == [7, 7, 2, 2], f"_use_triton no longer decides that only labelled tokens are projected: {rows}"
 
 
+@in_tiles
 @contract("trl", "compat.trl.tile_width")
 def test_the_vocabulary_is_projected_in_tiles(model, monkeypatch):
     widths = []
@@ -64,6 +71,7 @@ def test_the_vocabulary_is_projected_in_tiles(model, monkeypatch):
     assert widths == [width, 40_000 - width], f"tiles have other widths than _CHUNKED_LOGPROB_CHUNK_SIZE: {widths}"
 
 
+@in_tiles
 @contract("trl", "compat.trl.tiles_of")
 def test_tiles_are_as_wide_as_they_are_asked_to_be(model):
     with trl.tiles_of(None):
@@ -74,6 +82,7 @@ def test_tiles_are_as_wide_as_they_are_asked_to_be(model):
     assert torch.allclose(loss, narrow), "the loss depends on the width of its tiles"
 
 
+@in_tiles
 @contract("trl", "compat.trl.tiles_in_place")
 def test_tiles_are_reduced_by_functions_that_can_be_left_out(model):
     """With gradients of the hidden states, which take the product with the vocabulary's rows."""
@@ -82,6 +91,23 @@ def test_tiles_are_reduced_by_functions_that_can_be_left_out(model):
         (-output.log_probs.sum()).backward()
     gradient = model.get_input_embeddings().weight.grad
     assert not gradient.any(), "tiles are not reduced by _forward_tile, _backward_tile and _addmm_fp32 alone"
+
+
+@contract("trl", "compat.trl.answer_loss")
+def test_a_loss_of_all_tokens_is_of_their_labels(model):
+    """In tiles or of whole logits."""
+    ids = torch.arange(8)[None]
+    loss, _ = trl.answer_loss(model, {"input_ids": ids})
+    plain = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    assert torch.allclose(loss * (8 / 7 if trl.has_tiles() else 1), plain), "the loss is not that of the labels"
+
+
+@contract("trl", "compat.trl.mean_log_probs")
+def test_the_mean_of_answers_is_over_tokens_that_count(model):
+    ids, mask = torch.arange(8)[None], torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1]])
+    plain = torch.nn.functional.cross_entropy(model(ids).logits[0, 5:7], ids[0, 6:])
+    mean = trl.mean_log_probs(model, {"input_ids": ids, "completion_mask": mask})
+    assert torch.allclose(-mean, plain), "log_probs are not those of the tokens that count"
 
 
 class SeenError(Exception):
