@@ -148,6 +148,7 @@ def test_flash_attention_is_refused_where_it_would_be_fetched(
 ) -> None:
     content = {**read_json(tiny_model / "config.json"), "attn_implementation": "flash_attention_2"}
     write_json(tmp_path / "config.json", content)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     pretrained.load_config(tmp_path / "config.json")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "kernels" or None)
     with pytest.raises(EmlocError) as caught:
