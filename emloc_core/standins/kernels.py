@@ -15,8 +15,11 @@ from emloc_core.algorithms.levels import LEVELS
 from emloc_core.algorithms.scales import GROUP
 from emloc_core.algorithms.trellis import COUNT, SEGMENT, STATE_BITS, values
 
-#: Weights of a row that a program unpacks.
-_BLOCK = 1024
+#: Rows of a group, and bytes of its columns, that a program of one warp unpacks: so a scale is a scalar to it. A segment
+#: has a multiple of these bytes.
+_ROWS, _BYTES = 4, 4
+#: Weights on four levels that share a byte.
+_DIGITS = 4
 
 
 def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int) -> torch.Tensor:
@@ -27,11 +30,12 @@ def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype,
         scales: (..., m, ceil(n / GROUP)), bf16, contiguous.
     """
     matrix = torch.empty(*codes.shape[:-2], m, n, dtype=dtype, device=codes.device)
-    grid = (matrix.numel() // max(1, n), triton.cdiv(n, _BLOCK))
+    stack, groups = scales.shape[:-2].numel(), scales.shape[-1]
+    grid = (triton.cdiv(m, _ROWS), groups, stack)
     with torch.cuda.device_of(codes):  # Triton launches on the current one
         _unpack_levels[grid](
-            codes, scales, _levels(dtype, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
-            GROUP=GROUP, BLOCK=_BLOCK,
+            codes, scales, _levels(dtype, codes.device), matrix, codes.shape[-2], m, n, groups,
+            GROUP=GROUP, DIGITS=_DIGITS, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip
     return matrix
 
@@ -44,11 +48,12 @@ def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
         scales: (..., m, ceil(n / GROUP)), bf16, contiguous.
     """
     matrix = torch.empty(*codes.shape[:-2], m, n, dtype=dtype, device=codes.device)
-    grid = (matrix.numel() // max(1, n), triton.cdiv(n, _BLOCK))
+    stack, groups = scales.shape[:-2].numel(), scales.shape[-1]
+    grid = (triton.cdiv(codes.shape[-2], _BYTES), groups, stack)
     with torch.cuda.device_of(codes):  # Triton launches on the current one
         _unpack_trellis[grid](
-            codes, scales, _values(dtype, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
-            COUNT=COUNT, SEGMENT=SEGMENT, STATES=1 << STATE_BITS, GROUP=GROUP, BLOCK=_BLOCK,
+            codes, scales, _values(dtype, codes.device), matrix, codes.shape[-2], m, n, groups,
+            COUNT=COUNT, SEGMENT=SEGMENT, STATES=1 << STATE_BITS, GROUP=GROUP, BYTES=_BYTES, num_warps=1,
         )  # fmt: skip
     return matrix
 
@@ -66,32 +71,48 @@ def _values(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 @triton.jit
 def _unpack_levels(
     codes, scales, levels, matrix, nbytes, m, n, groups,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < n
-    offset = row % m * n + column  # in its own matrix: no byte is of two of them
-    code = tl.load(codes + row // m * nbytes + offset // 4, mask=inside, other=0).to(tl.int32)
-    level = tl.load(levels + (code >> (offset % 4 * 2).to(tl.int32)) % 4)
-    scale = tl.load(scales + row * groups + column // GROUP, mask=inside, other=0).to(level.dtype)
-    tl.store(matrix + row * n + column, level * scale, mask=inside)
+    own, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    byte, digit = tl.arange(0, GROUP // DIGITS), tl.arange(0, DIGITS)
+    column = group * GROUP + tl.arange(0, GROUP)
+    codes += own * nbytes
+    lowest, low, high, highest = tl.load(levels), tl.load(levels + 1), tl.load(levels + 2), tl.load(levels + 3)
+    for step in tl.static_range(ROWS):
+        row = tl.program_id(0) * ROWS + step
+        width = tl.where(row < m, n, 0)
+        first = row.to(tl.int64) * n + group * GROUP  # in its own matrix: no byte is of two of them
+        place = first // DIGITS + byte
+        end = tl.where(row < m, nbytes, 0)
+        code = tl.load(codes + place, mask=place < end, other=0).to(tl.int32)
+        begins = (first % DIGITS).to(tl.int32)
+        if begins > 0:  # within a byte, so that what were bytes of the row are parts of two
+            after = tl.load(codes + place + 1, mask=place + 1 < end, other=0).to(tl.int32)
+            code = (code | after << 8) >> 2 * begins
+        code = (code[:, None] >> 2 * digit[None, :]).reshape(GROUP)
+        scale = tl.load(scales + (own * m + tl.minimum(row, m - 1)) * groups + group).to(lowest.dtype)
+        upper = tl.where(code % 2 > 0, highest * scale, high * scale)
+        lower = tl.where(code % 2 > 0, low * scale, lowest * scale)
+        value = tl.where(code & 2 > 0, upper, lower)
+        tl.store(matrix + (own * m + row) * n + column, value, mask=column < width)
 
 
 @triton.jit
 def _unpack_trellis(
     codes, scales, table, matrix, nbytes, m, n, groups,
-    COUNT: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, SEGMENT: tl.constexpr, STATES: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < n
-    own = codes + (row // m * nbytes + row % m // COUNT) * n + column
-    depth = row % m % SEGMENT // COUNT
-    seen = tl.load(own, mask=inside, other=0).to(tl.int32)
-    seen |= tl.load(own - n, mask=column < tl.where(depth > 0, n, 0), other=0).to(tl.int32) << 8
-    seen |= tl.load(own - 2 * n, mask=column < tl.where(depth > 1, n, 0), other=0).to(tl.int32) << 16
-    unseen = (8 - 8 * (row % m % COUNT + 1) // COUNT).to(tl.int32)
-    value = tl.load(table + (seen >> unseen) % STATES)
-    scale = tl.load(scales + row * groups + column // GROUP, mask=inside, other=0).to(value.dtype)
-    tl.store(matrix + row * n + column, value * scale, mask=inside)
+    own, group, first = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0) * BYTES
+    column = group * GROUP + tl.arange(0, GROUP)
+    codes += (own * nbytes + first) * n + column
+    before = tl.where(first % (SEGMENT // COUNT) > 0, n, 0)  # none where a segment begins
+    seen = tl.load(codes - 2 * n, mask=column < before, other=0).to(tl.int32) << 8
+    seen |= tl.load(codes - n, mask=column < before, other=0).to(tl.int32)
+    for byte in tl.static_range(BYTES):
+        width = tl.where(first + byte < nbytes, n, 0)
+        seen = seen << 8 | tl.load(codes + byte * n, mask=column < width, other=0).to(tl.int32)
+        for digit in tl.static_range(COUNT):
+            row = (first + byte) * COUNT + digit
+            value = tl.load(table + (seen >> 8 - 8 * (digit + 1) // COUNT & STATES - 1))
+            scale = tl.load(scales + (own * m + tl.minimum(row, m - 1)) * groups + group).to(value.dtype)
+            tl.store(matrix + (own * m + row) * n + column, value * scale, mask=column < tl.where(row < m, n, 0))
