@@ -79,9 +79,8 @@ def _round(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < m
     column = tl.arange(0, COLUMNS)
-    offsets = column[:, None] * m + row[None, :]
     mask = (column < k)[:, None] & inside[None, :]
-    numbers = tl.load(block + offsets, mask=mask, other=0)
+    numbers = tl.load(block + column[:, None] * m + row[None, :], mask=mask, other=0)
     for index in range(k):
         current = (column == index)[:, None]
         number = tl.sum(tl.where(current, numbers, 0), 0)
@@ -92,8 +91,8 @@ def _round(
         change = value - tl.load(changes + index * m + row, mask=inside, other=0)
         tl.store(changes + index * m + row, change, mask=inside)
         later = tl.load(factor + index * k + column, mask=(column > index) & (column < k), other=0)
-        numbers = tl.where(current, value[None, :], numbers - later[:, None] * change[None, :])
-    tl.store(block + offsets, numbers, mask=mask)
+        tl.store(block + index * m + row, value, mask=inside)  # not all at the end: their addresses would take registers
+        numbers -= later[:, None] * change[None, :]
 
 
 @triton.jit
