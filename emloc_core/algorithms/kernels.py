@@ -79,8 +79,9 @@ def _round(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < m
     column = tl.arange(0, COLUMNS)
-    mask = (column < k)[:, None] & inside[None, :]
-    numbers = tl.load(block + column[:, None] * m + row[None, :], mask=mask, other=0)
+    # What is outside is not stored, and loaded without a mask, which would take registers.
+    within = tl.minimum(column, k - 1)[:, None] * m + tl.minimum(row, m - 1)[None, :]
+    numbers = tl.load(block + within)
     for index in range(k):
         current = (column == index)[:, None]
         number = tl.sum(tl.where(current, numbers, 0), 0)
@@ -91,7 +92,7 @@ def _round(
         change = value - tl.load(changes + index * m + row, mask=inside, other=0)
         tl.store(changes + index * m + row, change, mask=inside)
         later = tl.load(factor + index * k + column, mask=(column > index) & (column < k), other=0)
-        tl.store(block + index * m + row, value, mask=inside)  # not all at the end: their addresses would take registers
+        tl.store(block + index * m + row, value, mask=inside)  # not all at the end: addresses would take registers
         numbers -= later[:, None] * change[None, :]
 
 
@@ -103,8 +104,9 @@ def _descend(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < m
     column = tl.arange(0, COLUMNS)
-    mask = (column < k)[:, None] & inside[None, :]
-    towards = tl.load(slopes + column[:, None] * m + row[None, :], mask=mask, other=0)
+    # What is outside is not stored, and loaded without a mask, which would take registers.
+    within = tl.minimum(column, k - 1)[:, None] * m + tl.minimum(row, m - 1)[None, :]
+    towards = tl.load(slopes + within)
     for index in range(k):
         slope = tl.sum(tl.where((column == index)[:, None], towards, 0), 0)
         number = tl.load(block + index * m + row, mask=inside, other=0)

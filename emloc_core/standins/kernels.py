@@ -15,8 +15,8 @@ from emloc_core.algorithms.levels import LEVELS
 from emloc_core.algorithms.scales import GROUP
 from emloc_core.algorithms.trellis import COUNT, SEGMENT, STATE_BITS, values
 
-#: Rows of a group, and bytes of its columns, that a program of one warp unpacks: so a scale is a scalar to it. A segment
-#: has a multiple of these bytes.
+#: Rows of a group, and bytes of its columns, that a program of one warp unpacks: so a scale is a scalar to it.
+#: A segment has a multiple of these bytes.
 _ROWS, _BYTES = 4, 4
 #: Weights on four levels that share a byte.
 _DIGITS = 4
