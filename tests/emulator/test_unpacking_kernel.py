@@ -1,15 +1,10 @@
-"""What unpacks levels in one pass gives what torch gives: Triton's kernel, interpreted, and C. Kernels compile."""
-
-import os
-import subprocess
-import sys
+"""What unpacks levels in one pass gives what torch gives: Triton's kernel, interpreted, and C."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compilers import without_compilers
-from support.paths import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emloc_core.algorithms import native
@@ -27,7 +22,7 @@ def packed(m, n, *stack):
 # The interpreter truncates to bf16, where a GPU rounds.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("stack", [(), (3,)], ids=["matrix", "stack"])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (3, 1280)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 301), (3, 1280)], ids=str)
 def test_it_unpacks_what_torch_does(shape, stack, dtype):
     codes, scales = packed(*shape, *stack)
     unpacked = kernels.unpack_levels(codes, scales, dtype, *shape)
@@ -68,13 +63,3 @@ def test_torch_knows_the_operator():
         codes, scales = (mode.from_tensor(part) for part in packed(7, 300))
         unpacked = low_rank_two_bits.unpack_levels(codes, scales, torch.bfloat16, 7, 300)
     assert (unpacked.shape, unpacked.dtype) == ((7, 300), torch.bfloat16)
-
-
-@pytest.mark.thorough
-def test_all_kernels_compile_for_cards(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "support.kernels", "80", "90"]
-    out = subprocess.run(
-        command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert [line.split()[0] for line in out.splitlines()] == ["80"] * 10 + ["90"] * 10

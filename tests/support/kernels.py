@@ -1,8 +1,8 @@
 """Compiles all of Triton's kernels for real cards, without one: ``python -m support.kernels [--few] TARGET...``.
 
-A target is a compute capability, such as 90, or an architecture of AMD, such as gfx942. What is launched is recorded, so
-that types, alignments, constants and warps are the toolkit's own. It prints a line of JSON for each kernel and target. In
-a process of its own, since that of the tests has Triton's interpreter run the kernels.
+A target is a compute capability, such as 90, or an architecture of AMD, such as gfx942. What is launched is recorded,
+so that types, alignments, constants and warps are the toolkit's own. It prints a line of JSON for each kernel and
+target. In a process of its own, since that of the tests has Triton's interpreter run the kernels.
 """
 
 import json
@@ -58,7 +58,7 @@ def round_columns(name, count, width, stay, m, k):
 
 
 def launches(few=False):
-    """Return what is launched: the kernel's name, its instantiation in words, the function, arguments, options, grid."""
+    """Return what is launched: the kernel's name, the instantiation in words, function, arguments, options, grid."""
     found, described = [], []
 
     def record(kernel, *args, grid, warmup, **options):  # noqa: ARG001
