@@ -14,7 +14,7 @@ HELD := $(addprefix tests/,compat/test_halves.py algorithms/test_products.py emu
 # Workers that take whole files, the long ones first (tests/conftest.py); a third one computes while others wait for processes.
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 ALL := -m 'not slow and not browser and not chaos'
-BENCHMARKS := startup factorize allocation stages scale kinds step memory evaluation exact zoo
+BENCHMARKS := startup factorize allocation stages scale kinds step compiled memory evaluation exact zoo
 # As emloc_core/processes/environment.py has them, which says why.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
