@@ -59,10 +59,10 @@ def round_columns(name, count, width, stay, m, k):
 
 def launches(few=False):
     """Return what is launched: the kernel's name, the instantiation in words, function, arguments, options, grid."""
-    found, described = [], []
+    recorded, described = [], []
 
     def record(kernel, *args, grid, warmup, **options):  # noqa: ARG001
-        found.append((*described, kernel, args, options, grid))
+        recorded.append((*described, kernel, args, options, grid))
 
     run, JITFunction.run = JITFunction.run, record
     try:
@@ -78,7 +78,7 @@ def launches(few=False):
                     round_columns(name, count, width, stay, m, k)
     finally:
         JITFunction.run = run
-    return found
+    return recorded
 
 
 def compiled(kernel, args, options, target):
@@ -106,13 +106,13 @@ def of_ptx(ptx, capability):
         file.flush()
         name = re.search(r"\.target ([a-z0-9_]+)", ptx)[1]
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     moves = {"ld": Counter(), "st": Counter()}
     for kind, count, bits in re.findall(r"\b(ld|st)\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
         moves[kind][int(count or 1) * int(bits) // 8] += 1
     return {
-        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
-        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        "registers": int(re.search(r"Used (\d+) registers", output)[1]),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", output))),
         "loads": moves["ld"],
         "stores": moves["st"],
     }
