@@ -72,8 +72,8 @@ def launches(few=False):
                     described[:] = name, f"{dtype}, {m} x {n}"
                     unpack(name, DTYPES[dtype], m, n)
         for name in "round", "descend":
-            for count, width, stay in GRIDS[1:2] if few else GRIDS:
-                for m, k in (BLOCKS[0], BLOCKS[3]) if few else BLOCKS:
+            for count, width, stay in GRIDS[::3] if few else GRIDS:
+                for m, k in (BLOCKS[1], BLOCKS[3]) if few else BLOCKS:
                     described[:] = name, f"{count} levels, {k} columns, {m} rows" + (", some stay" if stay else "")
                     round_columns(name, count, width, stay, m, k)
     finally:
