@@ -16,6 +16,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
@@ -45,6 +46,7 @@ class LoraSteps(Trainer):
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, patience: int | None = None, **options: Any) -> None:
         stopping = [_Patience(patience)] if patience and options.get("eval_dataset") is not None else []
+        set_seed(options["args"].seed)  # before a LoRA is drawn: TRL does so only since 1.15
         super().__init__(model, callbacks=[_LastStep(), *stopping], **options)
         self.loss_since_log = _LossSinceLog(self.accelerator)
         self.add_callback(self.loss_since_log)
