@@ -85,7 +85,7 @@ test-oldest test-newest: test-%:  ## the contracts with libraries, with the olde
 	test -x build/$*/bin/python || $(PYTHON) -m venv build/$*
 	build/$*/bin/python -m pip install --quiet --upgrade uv
 	sed 's/,<[0-9.]*"/"/' pyproject.toml > build/$*/pyproject.toml
-	build/$*/bin/uv pip install --quiet --python build/$* $(OPTIONS) --extra vision 'pytest>=8.4'
+	build/$*/bin/uv pip install --quiet --python build/$* $(OPTIONS) --extra vision 'pytest>=8.4' 'hypothesis>=6.130'
 	build/$*/bin/uv pip install --quiet --python build/$* --no-deps --editable .
 	build/$*/bin/python -m pytest tests/compat
 

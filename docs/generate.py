@@ -6,6 +6,7 @@ Run by `make docs`.
 import ast
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from emloc_core import settings
+from emloc_core.compat.tested import TESTED
 from emloc_core.recipe.recipe import AnswersSection, DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.requests import EvalRows, EvaluateRequest
 
@@ -87,7 +89,7 @@ TOPICS = {
     "Memory": "0122 0141 0300 0301 0361 0406 0418",
     "Speed": "0003 0013 0104 0240 0280 0362 0400 0409 0415 0417",
     "Files, outputs and zoos": "0008 0010 0042 0050 0151 0162 0196 0222 0395 0037",
-    "Code and tests": "0161 0191 0302",
+    "Code and tests": "0161 0191 0302 0416",
 }
 
 
@@ -176,6 +178,15 @@ _SOME = {
 }
 
 
+def versions() -> str:
+    """Return the README with the table of libraries whose private parts are used."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    ranges = {re.split(r"[<>=!]", text)[0]: re.sub(r"^[\w-]+", "", text).replace(",", ", ") for text in wanted}
+    lines = [f"| {name} | `{ranges[name]}` | {tested} | {use} |" for name, (tested, use) in TESTED.items()]
+    head = "| library | range | tested up to | private parts used |\n| --- | --- | --- | --- |\n"
+    return _between_marks(ROOT / "README.md", head + "\n".join(lines) + "\n", "versions")
+
+
 def keywords() -> str:
     """Return the module with the types of the keywords that Python's functions take as settings."""
     text = (
@@ -242,6 +253,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "architecture.md": architecture_page,
     HERE / "decisions" / "index.md": decisions_page,
     HERE / "polish.md": partial(measured, "polish.md", "batches", "rates"),
+    ROOT / "README.md": versions,
     ROOT / "emloc_core" / "keywords.py": keywords,
     ROOT / "examples" / "first_model.ipynb": notebook,
 }

@@ -1,6 +1,6 @@
 """The newest versions that passed the contracts in ``tests/compat``, of the libraries whose private parts are used.
 
-A range in ``pyproject.toml`` ends at the next of these. ``emloc doctor`` warns of a newer one, installed all the same.
+A range in ``pyproject.toml`` that ends, ends at the next of these. ``emloc doctor`` warns of a newer one.
 """
 
 #: The newest version tested, and the private parts used.
