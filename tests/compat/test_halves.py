@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from emloc_core.compat import halves
+from emloc_core.compat.transformers import grouped_product
 
 HALVES = [torch.bfloat16, torch.float16]
 ATEN = torch.ops.aten
@@ -147,12 +148,12 @@ def test_convolutions_and_their_gradients(dtype, transposed):
 
 
 def test_experts_are_served(monkeypatch):
-    """Torch multiplies groups by products into a tensor, which autocast knows nothing of."""
+    """Groups are multiplied by products into a tensor, which autocast knows nothing of."""
     served = []
     monkeypatch.setattr(halves, "_tiles", lambda *sizes: served.append(sizes) or sizes[::2])
     rows, stack = drawn(12, 16), drawn(3, 16, 8, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
-        product = functional.grouped_mm(rows, stack, offs=torch.tensor([4, 4, 12], dtype=torch.int32))
+        product = grouped_product(rows, stack.mT.contiguous(), torch.tensor([4, 4, 12], dtype=torch.int32))
     true = torch.cat([rows[:4].double() @ stack[0].double(), rows[4:].double() @ stack[2].double()])
     torch.testing.assert_close(product.double(), true, rtol=2**-7, atol=1e-5)
     assert served
