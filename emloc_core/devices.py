@@ -71,8 +71,3 @@ def has_fp64(device: "torch.device | str") -> bool:
 def copies_alongside(device: "torch.device | str") -> bool:
     """Return whether a device copies from pinned memory on a stream of its own, while it computes."""
     return is_accelerator(device) and hasattr(interface(device), "Stream")
-
-
-def takes_triton(device: "torch.device | str") -> bool:
-    """Return whether kernels in Triton run on a device: its compiler has a backend for it."""
-    return str(getattr(device, "type", device)) in ("cuda", "xpu")

@@ -255,7 +255,7 @@ def _gpus() -> dict[str, Any]:
     import torch
 
     from emloc_core import devices
-    from emloc_core.algorithms.feedback import compiles_kernels
+    from emloc_core.algorithms.feedback import compiles_kernels, takes_triton
     from emloc_core.algorithms.native import GRID, library
 
     gpus, here = [], devices.accelerator()
@@ -263,7 +263,7 @@ def _gpus() -> dict[str, Any]:
         own = devices.interface(here or devices.CPU)
         free, total = own.mem_get_info(index)
         gpus.append({"name": own.get_device_name(index), "free": free, "total": total})
-    compiles = compiles_kernels() if here and devices.takes_triton(here) else library(GRID) is not None
+    compiles = compiles_kernels() if here and takes_triton(here) else library(GRID) is not None
     return {"cuda": torch.version.cuda, "type": here, "devices": gpus, "compiles": compiles}
 
 

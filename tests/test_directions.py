@@ -14,7 +14,7 @@ FLOORS = [
     ["standins.registry", "standins.quantizer"],
     ["files"],
     ["data", "recipe.recipe", "stages.progress"],
-    ["model"],
+    ["model", "stages.rows"],
     ["exact", "adapters", "stages.precheck"],
     ["emulator"],
     ["tuning", "serving", "evaluation"],

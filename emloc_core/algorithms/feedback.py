@@ -23,7 +23,6 @@ from typing import Protocol
 
 import torch
 
-from emloc_core import devices
 from emloc_core.algorithms import native
 from emloc_core.algorithms.grid import Grid
 from emloc_core.algorithms.statistics import Gram, blocks
@@ -282,10 +281,15 @@ def _subtract(numbers: torch.Tensor, weights: torch.Tensor, changes: torch.Tenso
 
 def kernels_for(numbers: torch.Tensor) -> ModuleType | None:
     """Return the module that rounds numbers to a grid by compiled functions; None where they cannot be compiled."""
-    if devices.takes_triton(numbers.device):
+    if takes_triton(numbers.device):
         return import_module("emloc_core.algorithms.kernels") if compiles_kernels() else None
     in_c = numbers.device.type == "cpu" and numbers.dtype == torch.float32
     return native if in_c and native.library(native.GRID) else None
+
+
+def takes_triton(device: torch.device | str) -> bool:
+    """Return whether kernels in Triton run on a device, or a type of device: its compiler has a backend for it."""
+    return str(getattr(device, "type", device)) in ("cuda", "xpu")
 
 
 @cache

@@ -114,9 +114,9 @@ def show_plan(recipe: "Recipe", as_json: bool, test: Sequence[str] = ()) -> None
 
 def _rows(described: dict[str, Any], recipe: "Recipe") -> dict[str, int]:
     """Return how many rows there are for each purpose; those to tune on may have a file of their own."""
-    from emloc_core.data.rows import requested_rows
     from emloc_core.recipe.stages import stages
     from emloc_core.requests import TrainRequest
+    from emloc_core.stages.rows import requested_rows
 
     rows = {purpose: described[f"{purpose}_rows"] for purpose in ("calibration", "selection", "tuning")}
     if recipe.data.calibration:

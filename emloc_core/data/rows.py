@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from emloc_core.data.columns import NO_RENAMING
 from emloc_core.data.mixture import is_splits, weighted, weights
@@ -13,7 +13,6 @@ from emloc_core.data.row import Row, Skipped, parse_rows
 from emloc_core.data.sources import no_rows, reader_of
 from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import MANIFEST
-from emloc_core.requests import RowsRequest
 from emloc_core.settings import Loss
 
 #: Files of an emulator with rows that must never be tuned on.
@@ -85,31 +84,6 @@ def load_rows(
     else:
         name, rows = "the rows", parse_rows(enumerate(source, start=1), "the rows", columns, skipped)
     return _of_one_form(name, [row if loss == "last" else replace(row, loss=loss) for row in rows])
-
-
-class RequestedRows(NamedTuple):
-    """The rows that a request asks for.
-
-    Attributes:
-        excluded: how many are left out, because their content is in a file.
-    """
-
-    rows: list[Row]
-    excluded: int
-    skipped: list[Skipped]
-
-
-def requested_rows(request: RowsRequest, loss: Loss, reserved: Iterable[Path] = ()) -> RequestedRows:
-    """Read the rows of a request, without those that it excludes and those in files of an emulator (``reserved``).
-
-    Raises:
-        EmlocError: they cannot be read.
-    """
-    skipped: list[Skipped] = []
-    collected = skipped if request.skip_bad_rows else None
-    rows = load_rows(request.data, request.split, loss, request.columns, collected)
-    included = without(rows, [*reserved, *request.exclude], request.split, request.columns)
-    return RequestedRows(included, len(rows) - len(included), skipped)
 
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:

@@ -1,21 +1,11 @@
 """The disjoint sets that rows are divided into, by their content."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from emloc_core.data.mixture import weights
 from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
-from emloc_core.requests import EvalRows
-
-_OTHER_ROWS = (
-    "Give --eval-data alone for all its rows, or --eval-split alone, such as 0.05, to hold out some of --data."
-)
-_NUMBER = re.compile(r"\d*\.\d+")
 
 
 @dataclass(frozen=True)
@@ -65,28 +55,3 @@ def share_of(rows: Sequence[Row], share: float) -> list[Row]:
     keys = sorted({row.key for row in rows}, key=lambda key: hashlib.sha256(f"eval:{key}".encode()).digest())
     chosen = set(keys[: max(1, round(share * len(keys)))])
     return [row for row in rows if row.key in chosen]
-
-
-def held_out_share(evaluation: EvalRows, data: Any) -> float | None:
-    """Return the share of the rows that are trained on to hold out; None for other rows, or none.
-
-    Args:
-        data: the rows that are trained on; see :func:`emloc_core.data.rows.load_rows`. Nothing is read.
-
-    Raises:
-        EmlocError: it is no share, other rows are named too, or a split of a file.
-    """
-    split = evaluation.split
-    if split is None:
-        return None
-    if not _NUMBER.fullmatch(split):
-        source = data if evaluation.data is None else evaluation.data
-        for name in weights(source) or [source]:
-            if isinstance(name, str | Path) and Path(name).is_file():
-                raise EmlocError(f"{name} is a file, which has no split {split!r}.", _OTHER_ROWS)
-        return None
-    if not 0 < float(split) < 1:
-        raise EmlocError(f"{split} is not a share of the rows to hold out.", "Give one between 0 and 1.")
-    if evaluation.data is not None:
-        raise EmlocError(f"{split} is a share of the training rows, but other rows to evaluate are named.", _OTHER_ROWS)
-    return float(split)

@@ -18,7 +18,6 @@ from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
     SKIPPED,
-    requested_rows,
     skipped_warnings,
     write_rows,
     write_skipped,
@@ -43,6 +42,7 @@ from emloc_core.files.shards import tensor_bytes
 from emloc_core.model.opened import open_original
 from emloc_core.objective import Sample
 from emloc_core.requests import CompressRequest
+from emloc_core.stages.rows import requested_rows
 from emloc_core.standins.registry import format_named
 from emloc_core.units import counted
 

@@ -1,11 +1,8 @@
-"""Built-in commands and algorithms, provided through the same hooks as those of plugins.
-
-Each function imports its algorithm when it is called: algorithms need torch, but the command line's help does not.
-"""
+"""Built-in commands and algorithms, provided through the same hooks as those of plugins."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from emloc_core.errors import EmlocError, typed_line
@@ -33,11 +30,18 @@ COMMANDS = (
 )
 
 
-#: The built-in algorithms by their hook, so that a name can be checked without torch.
+#: The built-in algorithms by their hook: a name can be checked without torch, and is resolved when it is asked for.
+#: They are named, not imported, because they are in higher layers.
 ALGORITHMS = {
-    "emulators": ("low-rank", "nf4", "low-rank-nf4", "low-rank-2-bit", "trellis"),
-    "corrections": ("emloc",),
-    "objectives": ("tokens",),
+    "emulators": {
+        "low-rank": "emloc_core.standins:LowRank",
+        "nf4": "emloc_core.standins:NF4",
+        "low-rank-nf4": "emloc_core.standins:FourBitLowRank",
+        "low-rank-2-bit": "emloc_core.standins:TwoBitLowRank",
+        "trellis": "emloc_core.standins:Trellis",
+    },
+    "corrections": {"emloc": "emloc_core.algorithms.correction:correct_lora"},
+    "objectives": {"tokens": "emloc_core.tokens:TokenObjective"},
 }
 
 
@@ -61,24 +65,23 @@ def naming_errors(label: str) -> Iterator[None]:
         ) from error
 
 
+def _resolved(hook: str) -> dict[str, Callable[..., Any]]:
+    return {name: resolve_name(place) for name, place in ALGORITHMS[hook].items()}
+
+
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
     """Provide factors as in the paper, in four and in two bits, and weights in four bits and in a trellis code."""
-    from emloc_core import standins
-
-    factors = (standins.LowRank, standins.FourBitLowRank, standins.TwoBitLowRank)
-    return {format.name: format for format in (*factors, standins.NF4, standins.Trellis)}
+    return _resolved("emulators")
 
 
 @hookimpl
 def emloc_corrections() -> dict[str, Callable[..., Any]]:
     """Provide the paper's correction."""
-    from emloc_core.algorithms.correction import correct_lora
-
-    return {"emloc": correct_lora}
+    return _resolved("corrections")
 
 
 @hookimpl
 def emloc_objectives() -> dict[str, Callable[..., Any]]:
-    """Provide tokens; imported by name, because that module is in a higher layer."""
-    return {"tokens": import_module("emloc_core.tokens").TokenObjective}
+    """Provide tokens."""
+    return _resolved("objectives")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.rows import load_rows
-from emloc_core.data.sets import held_out_share
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
@@ -26,6 +25,7 @@ from emloc_core.requests import EvalRows
 from emloc_core.settings import PolishSettings
 from emloc_core.stages.precheck import check_names, check_rows
 from emloc_core.stages.progress import ProgressEvent
+from emloc_core.stages.rows import held_out_share
 
 #: Functions that run, describe and check a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.stages.perform:describe"

@@ -29,7 +29,7 @@ from emloc_core.data.rows import (
     write_rows,
     write_skipped,
 )
-from emloc_core.data.sets import draw, held_out_share
+from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError, validated
 from emloc_core.files.card import CARD
 from emloc_core.files.documents import read_object, write_json, write_text
@@ -41,6 +41,7 @@ from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, 
 from emloc_core.recipe.run import require_tuning, run_recipe
 from emloc_core.requests import COLUMNS, SKIP, EvalRows, Rows
 from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
+from emloc_core.stages.rows import held_out_share
 
 RECIPE, PAGE = "recipe.toml", "report.html"
 #: What is written for them, before the request is.

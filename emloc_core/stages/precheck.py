@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.mixture import weights
-from emloc_core.data.sets import held_out_share
 from emloc_core.data.sources import reader_of
 from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
@@ -18,6 +17,7 @@ from emloc_core.observed.record import recall
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Request
 from emloc_core.settings import AUTO, FREE
+from emloc_core.stages.rows import held_out_share
 from emloc_core.units import parse_bytes
 
 #: Fields that may name an output of an earlier stage.

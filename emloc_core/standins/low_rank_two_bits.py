@@ -6,7 +6,6 @@ from functools import cache
 import torch
 from torch.nn import functional
 
-from emloc_core import devices
 from emloc_core.algorithms import feedback, levels, native
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import LEVELS
@@ -116,7 +115,7 @@ def _packed(name: str, rounded: levels.Rounded) -> dict[str, torch.Tensor]:
 @torch.library.custom_op("emloc::unpack_levels", mutates_args=())
 def unpack_levels(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int) -> torch.Tensor:
     """Unpack in one pass what is contiguous: a factor, (m, n), or a stack of them."""
-    if devices.takes_triton(codes.device):
+    if feedback.takes_triton(codes.device):
         from emloc_core.standins import kernels
 
         return kernels.unpack_levels(codes, scales, dtype, m, n)

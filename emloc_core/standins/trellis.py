@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from emloc_core import devices
 from emloc_core.algorithms import feedback, native, trellis
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.scales import GROUP, lookup, spread
@@ -98,7 +97,7 @@ class Trellis(Format):
 @torch.library.custom_op("emloc::unpack_trellis", mutates_args=())
 def unpack_trellis(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int) -> torch.Tensor:
     """Unpack in one pass what is contiguous: a matrix, (m, n), or a stack of them."""
-    if devices.takes_triton(codes.device):
+    if feedback.takes_triton(codes.device):
         from emloc_core.standins import kernels
 
         return kernels.unpack_trellis(codes, scales, dtype, m, n)

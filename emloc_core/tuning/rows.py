@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emloc_core.data.row import Row
-from emloc_core.data.rows import CALIBRATION, SELECTION, Skipped, load_rows, requested_rows, without
-from emloc_core.data.sets import held_out_share, share_of
+from emloc_core.data.rows import CALIBRATION, SELECTION, Skipped, load_rows, without
+from emloc_core.data.sets import share_of
 from emloc_core.errors import EmlocError
 from emloc_core.model.opened import OpenModel
 from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import StepSettings
+from emloc_core.stages.rows import held_out_share, requested_rows
 
 
 class TuningRows(NamedTuple):

@@ -134,7 +134,9 @@ def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command
 @pytest.mark.parametrize("hook", ALGORITHMS)
 def test_the_built_in_algorithms_are_known_by_name_without_torch(hook):
     builtin = plugin_manager().get_plugin("emloc_core")
-    assert set(ALGORITHMS[hook]) == set(getattr(builtin, f"emloc_{hook}")())
+    provided = getattr(builtin, f"emloc_{hook}")()
+    assert set(ALGORITHMS[hook]) == set(provided)
+    assert all(getattr(algorithm, "name", name) == name for name, algorithm in provided.items())
 
 
 def test_a_command_that_is_misspelt_is_named(run):
